@@ -1,0 +1,3 @@
+//! The `fastflux` binary.
+
+fn main() {}
