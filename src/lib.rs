@@ -6,3 +6,8 @@ pub mod layout;
 // a model's files, and the tensors in them
 pub mod checkpoint;
 pub mod files;
+pub mod pipeline;
+
+// where to compute, and how to talk
+pub mod device;
+pub mod ui;
