@@ -8,6 +8,9 @@ pub mod checkpoint;
 pub mod files;
 pub mod pipeline;
 
+// prompt → picture
+pub mod sample;
+
 // where to compute, and how to talk
 pub mod device;
 pub mod ui;
