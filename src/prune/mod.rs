@@ -28,7 +28,7 @@ use apply::Layers;
 pub fn block(layers: &Layers, device: &Device, dtype: DType) -> Result<Block> {
     let linear = |affine: &fit::Affine| -> Result<Linear> {
         let place = |t: &candle::Tensor| -> Result<candle::Tensor> { Ok(t.to_dtype(dtype)?.to_device(device)?) };
-        Ok(Linear::new(place(&affine.weight)?, Some(place(&affine.bias)?)))
+        Ok(Linear::new(place(&affine.weight)?, Some(place(&affine.bias)?))?)
     };
     Ok(Block::Replacement(ReplacementBlock::Streams { txt: linear(&layers.txt)?, img: linear(&layers.img)? }))
 }
