@@ -6,3 +6,11 @@ pub mod layout;
 // a model's files, and the tensors in them
 pub mod checkpoint;
 pub mod files;
+pub mod pipeline;
+
+// prompt → picture
+pub mod sample;
+
+// where to compute, and how to talk
+pub mod device;
+pub mod ui;

@@ -15,6 +15,7 @@ use memmap2::Mmap;
 mod bundled;
 #[cfg(feature = "hub")]
 mod hub;
+pub mod id;
 
 /// The bytes of one file: part of the binary, or memory-mapped. Cloning is cheap.
 #[derive(Clone, Debug)]
