@@ -5,9 +5,9 @@ use std::{path::Path, process::ExitCode};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
-    calibrate::states::LatentSize,
     cli::Command,
     pipeline::{ModelChoice, Pipeline},
+    sample::denoise::LatentSize,
     ui,
 };
 

@@ -1,6 +1,7 @@
 //! Prompt → latent → picture: everything around the transformer, each part equal to diffusers. Calibration and pruning run on top of it.
 
 mod clip;
+pub mod denoise;
 pub mod latents;
 pub mod noise;
 pub mod png;
