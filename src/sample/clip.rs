@@ -118,6 +118,11 @@ impl Clip {
         self.positions.dims()[0]
     }
 
+    /// Width of the pooled output.
+    pub(super) fn width(&self) -> usize {
+        self.positions.dims()[1]
+    }
+
     /// Token ids, all rows of one length → the hidden state at the end-of-text token (b, hidden).
     pub(super) fn pooled(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
         let tokens = id_tensor(ids, self.tokens.embeddings().dim(0)?, &self.device)?;

@@ -13,5 +13,7 @@ mod text_ops;
 pub mod tokenize;
 mod tokenize_build;
 pub mod vae;
+mod vae_files;
+pub mod vae_keys;
 mod vae_layers;
 mod vae_ops;

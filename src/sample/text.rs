@@ -7,84 +7,94 @@ use super::clip::Clip;
 use super::t5::T5;
 use super::tokenize::PromptTokenizer;
 
-/// Prompts at a time: bounds the memory that T5's hidden states take.
-const BATCH: usize = 256;
-
 /// Both text encoders with their tokenizers.
 pub struct TextEncoders {
     pub(super) clip: Clip,
     pub(super) t5: T5,
     pub(super) clip_tokenizer: PromptTokenizer,
     pub(super) t5_tokenizer: PromptTokenizer,
+    /// Number of T5 tokens to which every prompt is cut or padded.
+    pub(super) text_length: usize,
     /// Format of what [`Self::encode`] returns.
     pub(super) dtype: DType,
 }
 
-/// Encoded prompts, in the runtime's number format.
-#[derive(Clone, Debug)]
-pub struct TextEmbedding {
-    /// T5's last hidden states (b, L, d).
-    pub txt: Tensor,
-    /// CLIP's pooled output (b, c).
-    pub vec: Tensor,
-}
-
 impl TextEncoders {
-    /// Encodes prompts together; `text_length` is the number of T5 tokens L to which every prompt is cut or padded.
+    /// Encodes prompts together: T5's hidden states (b, L, d) and CLIP's pooled output (b, c).
     ///
-    /// T5's layers are read anew in every call, so give it all prompts at once.
-    pub fn encode(&self, prompts: &[impl AsRef<str>], text_length: usize) -> Result<TextEmbedding> {
+    /// T5's layers are read anew in every call, so give it many prompts at once.
+    ///
+    /// # Errors
+    /// When there is no prompt, a token has no embedding, or the device runs out of memory.
+    pub fn encode(&self, prompts: &[String]) -> Result<(Tensor, Tensor)> {
         ensure!(!prompts.is_empty(), "there is no prompt to encode");
-        let (mut txt, mut vec) = (Vec::new(), Vec::new());
-        for prompts in prompts.chunks(BATCH) {
-            let clip = prompts
-                .iter()
-                .map(|p| self.clip_ids(p.as_ref()))
-                .collect::<Result<Vec<_>>>()?;
-            let t5 = prompts
-                .iter()
-                .map(|p| self.t5_ids(p.as_ref(), text_length))
-                .collect::<Result<Vec<_>>>()?;
-            vec.push(self.pooled(&clip)?.to_dtype(self.dtype)?);
-            txt.push(self.hidden(&t5)?.to_dtype(self.dtype)?);
+        let (mut clip, mut t5) = (Vec::new(), Vec::new());
+        for prompt in prompts {
+            let ids = self.tokenize(prompt)?;
+            clip.push(ids.0);
+            t5.push(ids.1);
         }
-        Ok(TextEmbedding {
-            txt: Tensor::cat(&txt, 0)?,
-            vec: Tensor::cat(&vec, 0)?,
-        })
+        let vec = self
+            .clip
+            .pooled(&clip)
+            .context("CLIP text encoder")?
+            .to_dtype(self.dtype)?;
+        let txt = self
+            .t5
+            .hidden(&t5)
+            .context("T5 text encoder")?
+            .to_dtype(self.dtype)?;
+        Ok((txt, vec))
     }
 
-    /// CLIP's token ids of a prompt, cut and padded to the model's length.
-    pub fn clip_ids(&self, prompt: &str) -> Result<Vec<u32>> {
+    /// Token ids of a prompt for CLIP and for T5, each cut and padded to its length.
+    ///
+    /// # Errors
+    /// When the text length leaves no room for the tokenizer's special tokens.
+    pub fn tokenize(&self, prompt: &str) -> Result<(Vec<u32>, Vec<u32>)> {
+        let positions = self.clip.max_length();
         let length = self
             .clip_tokenizer
             .model_max_length()
-            .map_or(self.clip.max_length(), |n| n.min(self.clip.max_length()));
-        self.clip_tokenizer.encode(prompt, length).context("CLIP")
+            .map_or(positions, |n| n.min(positions));
+        let clip = self
+            .clip_tokenizer
+            .encode(prompt, length)
+            .context("CLIP tokenizer")?;
+        let t5 = self
+            .t5_tokenizer
+            .encode(prompt, self.text_length)
+            .context("T5 tokenizer")?;
+        Ok((clip, t5))
     }
 
-    /// T5's token ids of a prompt, cut and padded to `text_length`.
-    pub fn t5_ids(&self, prompt: &str, text_length: usize) -> Result<Vec<u32>> {
-        self.t5_tokenizer.encode(prompt, text_length).context("T5")
-    }
-
-    /// Tokens a prompt has for T5 when it is not cut.
+    /// Tokens a prompt has for T5 before it is cut; more than [`Self::text_length`] means that its end is lost.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
     pub fn t5_token_count(&self, prompt: &str) -> Result<usize> {
         self.t5_tokenizer.token_count(prompt)
     }
 
-    /// The T5 tokenizer's own limit (`model_max_length`); a smaller default text length must give way to it.
-    pub fn t5_limit(&self) -> Option<usize> {
-        self.t5_tokenizer.model_max_length()
+    /// Number of T5 tokens that every prompt is given.
+    pub fn text_length(&self) -> usize {
+        self.text_length
     }
 
-    /// CLIP's pooled output (b, c) of token ids.
-    pub fn pooled(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
-        Ok(self.clip.pooled(ids)?)
-    }
-
-    /// T5's last hidden states (b, L, d) of token ids, float32.
-    pub fn hidden(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
-        Ok(self.t5.hidden(ids)?)
+    /// Checks that a transformer of these text widths can take what the encoders give.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn check_widths(&self, t5: usize, clip: usize) -> Result<()> {
+        for (name, found, expected) in [
+            ("T5", self.t5.width(), t5),
+            ("CLIP", self.clip.width(), clip),
+        ] {
+            ensure!(
+                found == expected,
+                "the {name} text encoder is {found} wide, but the transformer takes {expected}\nhint: name the model's own text encoders with --text-encoders DIR"
+            );
+        }
+        Ok(())
     }
 }

@@ -2,7 +2,7 @@
 //! Computing with them is `text.rs`'s business.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use candle::DType;
+use candle::{DType, Device};
 
 use super::clip::{Clip, ClipConfig};
 use super::t5::{FeedForward, T5, T5Config};
@@ -10,7 +10,6 @@ use super::text::TextEncoders;
 use super::text_ops::Activation;
 use super::tokenize::{Family, PromptTokenizer, TokenizerFiles};
 use crate::checkpoint::Checkpoint;
-use crate::device::Runtime;
 use crate::files::{Blob, Files};
 
 /// FLUX.1's own tokenizers, for text encoders that come without.
@@ -46,16 +45,27 @@ const FLUX1_CLIP_ROWS: usize = 49408;
 const FLUX1_T5_ROWS: usize = 32128;
 
 impl TextEncoders {
-    /// Opens the text encoders in a pipeline's folder (`text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2`), or
-    /// `clip…​.safetensors` and `t5….safetensors` in the folder itself, and checks every tensor's shape.
-    pub fn load(files: &Files, runtime: &Runtime) -> Result<Self> {
+    /// Opens the text encoders in a pipeline's folder (`text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2`), or the files
+    /// `…clip….safetensors` and `…t5….safetensors` in the folder itself, and checks every tensor's shape.
+    ///
+    /// Prompts are given `length` T5 tokens, by default `default_length` or the tokenizer's own limit where that is smaller.
+    ///
+    /// # Errors
+    /// When files are missing or damaged, or a tensor has another shape than its config says; the message names it.
+    pub fn load(
+        files: &Files,
+        length: Option<usize>,
+        default_length: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
         let (clip, clip_config) = open(files, Family::Clip)?;
         let (t5, t5_config) = open(files, Family::T5)?;
         let clip_config = match clip_config {
             Some(blob) => clip_from_json(&blob).with_context(|| describe(files, Family::Clip))?,
             None => infer_clip(&clip)?,
         };
-        let t5_config = match t5_config {
+        let t5_config: T5Config = match t5_config {
             Some(blob) => {
                 serde_json::from_slice(&blob).with_context(|| describe(files, Family::T5))?
             }
@@ -64,17 +74,17 @@ impl TextEncoders {
         check(&clip, &clip_config.tensors())?;
         check(&t5, &t5_config.tensors())?;
 
-        let dtype = if runtime.device.is_cpu() {
-            DType::F32
-        } else {
-            runtime.dtype
-        };
+        let t5_tokenizer = tokenizer(files, Family::T5, t5_config.vocab_size)?;
+        let limit = t5_tokenizer.model_max_length().unwrap_or(usize::MAX);
+        // half-precision products on the CPU are made of float32 ones
+        let weights = if device.is_cpu() { DType::F32 } else { dtype };
         Ok(Self {
             clip_tokenizer: tokenizer(files, Family::Clip, clip_config.vocab_size)?,
-            t5_tokenizer: tokenizer(files, Family::T5, t5_config.vocab_size)?,
-            clip: Clip::new(&clip_config, &clip.var_builder(dtype, &runtime.device))?,
-            t5: T5::new(t5_config, t5.var_builder(dtype, &runtime.device)),
-            dtype: runtime.dtype,
+            t5_tokenizer,
+            clip: Clip::new(&clip_config, &clip.var_builder(weights, device))?,
+            t5: T5::new(t5_config, t5.var_builder(weights, device)),
+            text_length: length.unwrap_or(default_length.min(limit)),
+            dtype,
         })
     }
 }
