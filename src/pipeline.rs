@@ -15,7 +15,7 @@ use crate::{
         config::{self, ConfigFile},
         record::{self, Record},
     },
-    files::{BUNDLED, Blob, Files, id},
+    files::{BUNDLED, Blob, Files, parse_id},
     layout::{BlockKind, FluxConfig},
 };
 
@@ -332,7 +332,7 @@ fn locate(model: Option<&str>) -> Result<Found> {
     if path.is_file() {
         return in_file(path);
     }
-    match id::parse_id(model) {
+    match parse_id(model) {
         Some((repo, revision)) if !model.starts_with(['.', '/', '~']) => {
             let files = Files::hub(&repo, revision.as_deref())?;
             in_pipeline_or_bare(&files)?.with_context(|| {
