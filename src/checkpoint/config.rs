@@ -1,0 +1,279 @@
+//! A checkpoint's [`FluxConfig`]: sizes from the tensors, rotary numbers from configs, everything cross-checked.
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use super::{Checkpoint, keys, record::Record};
+use crate::layout::{BlockKind, BlockSpec, FluxConfig, unpruned};
+
+/// FLUX.1's rotary axes (`FluxParams` of every released model); they fit a head size of 128 only.
+const FLUX1_AXES: [usize; 3] = [16, 56, 56];
+/// FLUX.1's rotary base, fixed in diffusers' `FluxPosEmbed`.
+const FLUX1_THETA: f64 = 10_000.0;
+
+/// A JSON object that may say what tensors cannot, with its name for messages.
+#[derive(Clone, Debug)]
+pub struct ConfigFile {
+    /// For messages: a path, or where in the checkpoint it stands.
+    pub name: String,
+    /// A diffusers transformer config, or an object with some of its keys.
+    pub json: Value,
+}
+
+/// The original names of a FLUX transformer, whatever the file's naming was.
+///
+/// # Errors
+/// When the tensors are not those of a FLUX transformer; the message says what was found and what was missing.
+pub fn canonical(checkpoint: &Checkpoint) -> Result<Checkpoint> {
+    if super::diffusers::is_diffusers(checkpoint) {
+        return super::diffusers::to_original(checkpoint);
+    }
+    let names: Vec<&str> = checkpoint.names().collect();
+    if let Some(prefix) = keys::common_prefix(names.iter().copied()) {
+        return checkpoint.rename(|name| keys::canonical(name, prefix));
+    }
+    let found: Vec<String> = names
+        .iter()
+        .take(3)
+        .map(|name| format!("`{name}`"))
+        .collect();
+    let found = if found.is_empty() {
+        "no tensors".to_owned()
+    } else {
+        format!("{} tensors such as {}", names.len(), found.join(", "))
+    };
+    bail!(
+        "`{}` is not a FLUX transformer: found {found}; missing `img_in.weight` and `double_blocks.*` (original names) or `x_embedder.weight` and `transformer_blocks.*` (diffusers names)",
+        checkpoint.name
+    )
+}
+
+/// Infers the configuration of a canonical checkpoint.
+///
+/// `configs` are asked in order for what tensors cannot tell (rotary axes and base); what they say about sizes must
+/// agree with the tensors.
+///
+/// # Errors
+/// When a tensor that every FLUX has is missing or misshapen, blocks are missing, a config disagrees with the
+/// tensors, or the rotary axes are unknown.
+pub fn infer(
+    checkpoint: &Checkpoint,
+    record: Option<&Record>,
+    configs: &[ConfigFile],
+) -> Result<FluxConfig> {
+    let [hidden_size, in_channels] = checkpoint.dims("img_in.weight")?;
+    let [_, context_in_dim] = checkpoint.dims("txt_in.weight")?;
+    let [_, vec_in_dim] = checkpoint.dims("vector_in.in_layer.weight")?;
+    let [out_channels, _] = checkpoint.dims("final_layer.linear.weight")?;
+    checkpoint.expect("time_in.in_layer.weight")?;
+    checkpoint.expect("final_layer.adaLN_modulation.1.weight")?;
+    let layout = layout(checkpoint, record)?;
+    let (head_dim, mlp_size) = match block_sizes(checkpoint, hidden_size)? {
+        Some(sizes) => sizes,
+        None => bail!(
+            "`{}` has no original block left to tell the head size from",
+            checkpoint.name
+        ),
+    };
+    ensure!(
+        head_dim > 0 && hidden_size % head_dim == 0,
+        "`{}`: the head size {head_dim} does not divide the width {hidden_size}",
+        checkpoint.name
+    );
+    let mut config = FluxConfig {
+        in_channels,
+        out_channels,
+        hidden_size,
+        num_heads: hidden_size / head_dim,
+        mlp_size,
+        context_in_dim,
+        vec_in_dim,
+        guidance_embed: checkpoint.contains("guidance_in.in_layer.weight"),
+        axes_dims: Vec::new(),
+        theta: record.map_or(FLUX1_THETA, |r| r.theta),
+        layout,
+    };
+    for file in configs {
+        agree(&config, file, &checkpoint.name)?;
+    }
+    (config.axes_dims, config.theta) = rotary(&config, record, configs, &checkpoint.name)?;
+    Ok(config)
+}
+
+/// Counts the blocks, and checks them against the record of a pruned checkpoint.
+fn layout(checkpoint: &Checkpoint, record: Option<&Record>) -> Result<Vec<BlockSpec>> {
+    let name = &checkpoint.name;
+    let count = |kind: BlockKind| -> Result<usize> {
+        let slots: std::collections::BTreeSet<usize> = checkpoint
+            .names()
+            .filter_map(keys::parse)
+            .filter(|key| key.kind == kind)
+            .map(|key| key.slot)
+            .collect();
+        let count = slots.len();
+        if let Some(gap) = (0..count).find(|slot| !slots.contains(slot)) {
+            bail!(
+                "`{name}` lacks `{}.{gap}`, but holds `{0}.{}`: the file is incomplete",
+                kind.prefix(),
+                slots.last().copied().unwrap_or(0)
+            );
+        }
+        Ok(count)
+    };
+    let (double, single) = (count(BlockKind::Double)?, count(BlockKind::Single)?);
+    let is_linear = |n: &str| keys::parse(n).is_some_and(|key| key.tail.starts_with("linear."));
+    let Some(record) = record else {
+        if let Some(linear) = checkpoint.names().find(|n| is_linear(n)) {
+            bail!(
+                "`{name}` holds the replacement layer `{linear}`, but no fastflux metadata that says what it replaces"
+            );
+        }
+        return Ok(unpruned(double, single));
+    };
+    let slots = |kind| {
+        record
+            .layout
+            .iter()
+            .filter(|s| s.has_tensors() && s.kind() == kind)
+            .count()
+    };
+    for (kind, found) in [(BlockKind::Double, double), (BlockKind::Single, single)] {
+        let said = slots(kind);
+        ensure!(
+            said == found,
+            "`{name}`: its metadata says {said} {} slots, the tensors have {found}",
+            kind.as_str()
+        );
+    }
+    Ok(record.layout.clone())
+}
+
+/// Head size and MLP width from the first original block of either kind.
+fn block_sizes(checkpoint: &Checkpoint, hidden: usize) -> Result<Option<(usize, usize)>> {
+    for name in checkpoint.names() {
+        let Some(key) = keys::parse(name) else {
+            continue;
+        };
+        let prefix = format!("{}.{}", key.kind.prefix(), key.slot);
+        let sizes = match (key.kind, key.tail) {
+            (BlockKind::Double, "img_attn.norm.query_norm.scale") => {
+                let [mlp, _] = checkpoint.dims(&format!("{prefix}.img_mlp.0.weight"))?;
+                (checkpoint.dims::<1>(name)?[0], mlp)
+            }
+            (BlockKind::Single, "norm.query_norm.scale") => {
+                let [rows, _] = checkpoint.dims(&format!("{prefix}.linear1.weight"))?;
+                ensure!(
+                    rows > 3 * hidden,
+                    "`{}`: tensor `{prefix}.linear1.weight` has {rows} rows, expected more than {}",
+                    checkpoint.name,
+                    3 * hidden
+                );
+                (checkpoint.dims::<1>(name)?[0], rows - 3 * hidden)
+            }
+            _ => continue,
+        };
+        return Ok(Some(sizes));
+    }
+    Ok(None)
+}
+
+/// Fails when a config file contradicts the tensors.
+fn agree(config: &FluxConfig, file: &ConfigFile, checkpoint: &str) -> Result<()> {
+    let slots = |kind| {
+        config
+            .slots()
+            .iter()
+            .filter(|(s, p)| p.is_some() && s.kind() == kind)
+            .count()
+    };
+    let sizes = [
+        ("num_layers", slots(BlockKind::Double)),
+        ("num_single_layers", slots(BlockKind::Single)),
+        ("num_attention_heads", config.num_heads),
+        ("attention_head_dim", config.head_dim()),
+        ("in_channels", config.in_channels),
+        ("out_channels", config.out_channels),
+        ("joint_attention_dim", config.context_in_dim),
+        ("pooled_projection_dim", config.vec_in_dim),
+        ("patch_size", 1),
+    ];
+    for (key, actual) in sizes {
+        let Some(said) = file.json.get(key).filter(|v| !v.is_null()) else {
+            continue;
+        };
+        ensure!(
+            said.as_u64() == Some(actual as u64),
+            "`{}` says `{key}` = {said}, but the tensors of `{checkpoint}` say {actual}",
+            file.name
+        );
+    }
+    if let Some(said) = file.json.get("guidance_embeds").filter(|v| !v.is_null()) {
+        ensure!(
+            said.as_bool() == Some(config.guidance_embed),
+            "`{}` says `guidance_embeds` = {said}, but `{checkpoint}` has {} guidance embedding",
+            file.name,
+            if config.guidance_embed { "a" } else { "no" }
+        );
+    }
+    Ok(())
+}
+
+/// Rotary axes and base: the first that says so of config files and record, else FLUX.1's where they fit.
+fn rotary(
+    config: &FluxConfig,
+    record: Option<&Record>,
+    configs: &[ConfigFile],
+    name: &str,
+) -> Result<(Vec<usize>, f64)> {
+    let head = config.head_dim();
+    let mut axes = None;
+    let mut theta = None;
+    for file in configs {
+        if let Some(value) = file
+            .json
+            .get("theta")
+            .filter(|v| !v.is_null())
+            .filter(|_| theta.is_none())
+        {
+            let value = value.as_f64().filter(|t| t.is_finite() && *t > 1.0);
+            theta =
+                Some(value.with_context(|| {
+                    format!("`{}`: `theta` must be a number above 1", file.name)
+                })?);
+        }
+        let said = file
+            .json
+            .get("axes_dims_rope")
+            .or_else(|| file.json.get("axes_dim"));
+        if let Some(value) = said.filter(|v| !v.is_null()).filter(|_| axes.is_none()) {
+            let dims: Vec<usize> = serde_json::from_value(value.clone()).with_context(|| {
+                format!(
+                    "`{}`: `axes_dims_rope` must be a list of sizes, found {value}",
+                    file.name
+                )
+            })?;
+            ensure!(
+                dims.len() == 3
+                    && dims.iter().all(|d| d % 2 == 0 && *d > 0)
+                    && dims.iter().sum::<usize>() == head,
+                "`{}` says `axes_dims_rope` = {value}; expected three even sizes that sum to the head size {head}",
+                file.name
+            );
+            axes = Some(dims);
+        }
+    }
+    let axes = axes.or_else(|| record.map(|r| r.axes_dims.clone()));
+    let axes =
+        axes.or_else(|| (head == FLUX1_AXES.iter().sum::<usize>()).then(|| FLUX1_AXES.to_vec()));
+    let axes = axes.with_context(|| {
+        format!("`{name}` does not say how its rotary axes divide the head size {head}\nhint: put a config.json with `axes_dims_rope` beside it, or name one with --config")
+    })?;
+    ensure!(
+        axes.iter().sum::<usize>() == head,
+        "`{name}`: the rotary axes {axes:?} do not sum to the head size {head}"
+    );
+    Ok((
+        axes,
+        theta.or(record.map(|r| r.theta)).unwrap_or(FLUX1_THETA),
+    ))
+}

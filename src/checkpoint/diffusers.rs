@@ -1,0 +1,373 @@
+//! diffusers' tensor names ⇄ the original ones, both ways, without touching a byte.
+//!
+//! diffusers splits the fused projections by rows (`qkv` → `to_q`, `to_k`, `to_v`) and swaps shift and scale of the
+//! final modulation; both are row ranges, so a converted checkpoint is still only ranges of the mapped files.
+//! Source: diffusers `scripts/convert_flux_to_diffusers.py`.
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{Checkpoint, Source, keys};
+use crate::layout::BlockKind;
+
+/// Modules outside the blocks: (original, diffusers).
+const GLOBAL: [(&str, &str); 9] = [
+    ("img_in", "x_embedder"),
+    ("txt_in", "context_embedder"),
+    (
+        "time_in.in_layer",
+        "time_text_embed.timestep_embedder.linear_1",
+    ),
+    (
+        "time_in.out_layer",
+        "time_text_embed.timestep_embedder.linear_2",
+    ),
+    (
+        "vector_in.in_layer",
+        "time_text_embed.text_embedder.linear_1",
+    ),
+    (
+        "vector_in.out_layer",
+        "time_text_embed.text_embedder.linear_2",
+    ),
+    (
+        "guidance_in.in_layer",
+        "time_text_embed.guidance_embedder.linear_1",
+    ),
+    (
+        "guidance_in.out_layer",
+        "time_text_embed.guidance_embedder.linear_2",
+    ),
+    ("final_layer.linear", "proj_out"),
+];
+
+/// The final modulation: the original's rows are (shift, scale), diffusers' (scale, shift).
+const FINAL_MODULATION: (&str, &str) = ("final_layer.adaLN_modulation.1", "norm_out.linear");
+
+/// Modules of a double block: original, and the diffusers modules whose rows make it up.
+const DOUBLE: [(&str, &[&str]); 10] = [
+    ("img_mod.lin", &["norm1.linear"]),
+    ("txt_mod.lin", &["norm1_context.linear"]),
+    ("img_attn.qkv", &["attn.to_q", "attn.to_k", "attn.to_v"]),
+    (
+        "txt_attn.qkv",
+        &["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    ),
+    ("img_attn.proj", &["attn.to_out.0"]),
+    ("txt_attn.proj", &["attn.to_add_out"]),
+    ("img_mlp.0", &["ff.net.0.proj"]),
+    ("img_mlp.2", &["ff.net.2"]),
+    ("txt_mlp.0", &["ff_context.net.0.proj"]),
+    ("txt_mlp.2", &["ff_context.net.2"]),
+];
+
+/// Modules of a single block.
+const SINGLE: [(&str, &[&str]); 3] = [
+    ("modulation.lin", &["norm.linear"]),
+    (
+        "linear1",
+        &["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+    ),
+    ("linear2", &["proj_out"]),
+];
+
+/// Norm scales of a double block, whole tensor names.
+const DOUBLE_NORMS: [(&str, &str); 4] = [
+    ("img_attn.norm.query_norm.scale", "attn.norm_q.weight"),
+    ("img_attn.norm.key_norm.scale", "attn.norm_k.weight"),
+    ("txt_attn.norm.query_norm.scale", "attn.norm_added_q.weight"),
+    ("txt_attn.norm.key_norm.scale", "attn.norm_added_k.weight"),
+];
+
+/// Norm scales of a single block.
+const SINGLE_NORMS: [(&str, &str); 2] = [
+    ("norm.query_norm.scale", "attn.norm_q.weight"),
+    ("norm.key_norm.scale", "attn.norm_k.weight"),
+];
+
+/// What stands for a replaced block keeps its name in both namings.
+const REPLACEMENT: &str = "linear.";
+
+fn tables(
+    kind: BlockKind,
+) -> (
+    &'static [(&'static str, &'static [&'static str])],
+    &'static [(&'static str, &'static str)],
+) {
+    match kind {
+        BlockKind::Double => (&DOUBLE, &DOUBLE_NORMS),
+        BlockKind::Single => (&SINGLE, &SINGLE_NORMS),
+    }
+}
+
+/// diffusers' prefix of all blocks of a kind.
+fn block_prefix(kind: BlockKind) -> &'static str {
+    match kind {
+        BlockKind::Double => "transformer_blocks",
+        BlockKind::Single => "single_transformer_blocks",
+    }
+}
+
+/// Whether the tensor names are those of diffusers' `FluxTransformer2DModel`.
+pub fn is_diffusers(checkpoint: &Checkpoint) -> bool {
+    let has = |prefix: &str| checkpoint.names().any(|name| name.starts_with(prefix));
+    checkpoint.contains("x_embedder.weight")
+        && (has("transformer_blocks.") || has("single_transformer_blocks."))
+}
+
+/// The same tensors under the original names.
+///
+/// # Errors
+/// When a part of a fused projection is missing, or a tensor is none of FLUX's.
+pub fn to_original(checkpoint: &Checkpoint) -> Result<Checkpoint> {
+    let mut out = Checkpoint {
+        name: checkpoint.name.clone(),
+        metadata: checkpoint.metadata.clone(),
+        ..Checkpoint::default()
+    };
+    for (name, source) in checkpoint.iter() {
+        let context = || format!("`{}`: tensor `{name}`", checkpoint.name);
+        let kinds = [BlockKind::Double, BlockKind::Single];
+        let block = kinds.into_iter().find_map(|kind| {
+            let rest = name.strip_prefix(block_prefix(kind))?.strip_prefix('.')?;
+            let (slot, tail) = rest.split_once('.')?;
+            Some((kind, slot.parse::<usize>().ok()?, tail))
+        });
+        match block {
+            Some((kind, slot, tail)) => {
+                let theirs = format!("{}.{slot}", block_prefix(kind));
+                let ours = format!("{}.{slot}", kind.prefix());
+                if let Some((new, source)) =
+                    block_tensor(checkpoint, kind, &theirs, tail, source).with_context(context)?
+                {
+                    out.insert(format!("{ours}.{new}"), source);
+                }
+            }
+            None => {
+                let (new, source) = global_tensor(name, source).with_context(context)?;
+                out.insert(new, source);
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// The original tail and tensor of one tensor of a block; `None` for the later parts of a fused projection.
+fn block_tensor(
+    checkpoint: &Checkpoint,
+    kind: BlockKind,
+    prefix: &str,
+    tail: &str,
+    source: &Source,
+) -> Result<Option<(String, Source)>> {
+    let (modules, norms) = tables(kind);
+    if tail.starts_with(REPLACEMENT) {
+        return Ok(Some((tail.to_owned(), source.clone())));
+    }
+    if let Some((ours, _)) = norms.iter().find(|(_, theirs)| *theirs == tail) {
+        return Ok(Some(((*ours).to_owned(), source.clone())));
+    }
+    let (module, leaf) = tail.rsplit_once('.').unwrap_or((tail, ""));
+    let Some((ours, parts)) = modules.iter().find(|(_, parts)| parts.contains(&module)) else {
+        bail!("is not part of a FLUX {} block", kind.as_str());
+    };
+    if parts[0] != module {
+        // fused with the first part; only check that there is one
+        ensure!(
+            checkpoint.contains(&format!("{prefix}.{}.{leaf}", parts[0])),
+            "`{}` is missing",
+            parts[0]
+        );
+        return Ok(None);
+    }
+    let sources = parts
+        .iter()
+        .map(|part| {
+            checkpoint
+                .expect(&format!("{prefix}.{part}.{leaf}"))
+                .cloned()
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let fused = if let [one] = sources.as_slice() {
+        one.clone()
+    } else {
+        Source::stack_rows(&sources)?
+    };
+    Ok(Some((format!("{ours}.{leaf}"), fused)))
+}
+
+fn global_tensor(name: &str, source: &Source) -> Result<(String, Source)> {
+    let (module, leaf) = name.rsplit_once('.').unwrap_or((name, ""));
+    if module == FINAL_MODULATION.1 {
+        return Ok((
+            format!("{}.{leaf}", FINAL_MODULATION.0),
+            swap_halves(source)?,
+        ));
+    }
+    let Some((ours, _)) = GLOBAL.iter().find(|(_, theirs)| *theirs == module) else {
+        bail!("is not part of a FLUX transformer");
+    };
+    Ok((format!("{ours}.{leaf}"), source.clone()))
+}
+
+/// The same tensors under diffusers' names.
+///
+/// # Errors
+/// When a tensor has no counterpart there or a fused projection has the wrong number of rows.
+pub fn from_original(checkpoint: &Checkpoint) -> Result<Checkpoint> {
+    let mut out = Checkpoint {
+        name: checkpoint.name.clone(),
+        metadata: checkpoint.metadata.clone(),
+        ..Checkpoint::default()
+    };
+    for (name, source) in checkpoint.iter() {
+        let context = || format!("`{}`: tensor `{name}`", checkpoint.name);
+        for (new, source) in split_original(checkpoint, name, source).with_context(context)? {
+            out.insert(new, source);
+        }
+    }
+    Ok(out)
+}
+
+fn split_original(
+    checkpoint: &Checkpoint,
+    name: &str,
+    source: &Source,
+) -> Result<Vec<(String, Source)>> {
+    let (module, leaf) = name.rsplit_once('.').unwrap_or((name, ""));
+    let Some(key) = keys::parse(name) else {
+        if module == FINAL_MODULATION.0 {
+            return Ok(vec![(
+                format!("{}.{leaf}", FINAL_MODULATION.1),
+                swap_halves(source)?,
+            )]);
+        }
+        let Some((_, theirs)) = GLOBAL.iter().find(|(ours, _)| *ours == module) else {
+            bail!("has no counterpart in diffusers");
+        };
+        return Ok(vec![(format!("{theirs}.{leaf}"), source.clone())]);
+    };
+    let prefix = format!("{}.{}", block_prefix(key.kind), key.slot);
+    let (modules, norms) = tables(key.kind);
+    if key.tail.starts_with(REPLACEMENT) {
+        return Ok(vec![(format!("{prefix}.{}", key.tail), source.clone())]);
+    }
+    if let Some((_, theirs)) = norms.iter().find(|(ours, _)| *ours == key.tail) {
+        return Ok(vec![(format!("{prefix}.{theirs}"), source.clone())]);
+    }
+    let module_tail = key.tail.rsplit_once('.').map_or(key.tail, |(m, _)| m);
+    let Some((_, parts)) = modules.iter().find(|(ours, _)| *ours == module_tail) else {
+        bail!("has no counterpart in diffusers");
+    };
+    if let [one] = parts {
+        return Ok(vec![(format!("{prefix}.{one}.{leaf}"), source.clone())]);
+    }
+    // every part has as many rows as the stream is wide, the last one takes what is left (the MLP of a single block)
+    let [rows, width] = checkpoint.dims::<2>(&format!("{module}.weight"))?;
+    ensure!(
+        rows > width * (parts.len() - 1),
+        "has {rows} rows, too few for {} parts of {width}",
+        parts.len()
+    );
+    let part = |i: usize| {
+        let end = if i + 1 == parts.len() {
+            rows
+        } else {
+            (i + 1) * width
+        };
+        Ok((
+            format!("{prefix}.{}.{leaf}", parts[i]),
+            source.rows(i * width..end)?,
+        ))
+    };
+    (0..parts.len()).map(part).collect()
+}
+
+fn swap_halves(source: &Source) -> Result<Source> {
+    let rows = source.shape().first().copied().unwrap_or(0);
+    ensure!(rows % 2 == 0, "has {rows} rows, expected an even number");
+    Source::stack_rows(&[source.rows(rows / 2..rows)?, source.rows(0..rows / 2)?])
+}
+
+#[cfg(test)]
+mod tests {
+    use candle::{Device, Tensor};
+
+    use super::*;
+
+    fn dense(rows: usize, columns: usize, start: f32) -> Source {
+        let n = (rows * columns) as f32;
+        let values = Tensor::arange(start, start + n, &Device::Cpu).unwrap();
+        Source::dense(&values.reshape((rows, columns)).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn names_convert_there_and_back_without_changing_a_byte() {
+        let mut original = Checkpoint::default();
+        for (name, rows, columns) in [
+            ("img_in.weight", 4, 2),
+            ("single_blocks.0.linear1.weight", 4 * 3 + 7, 4),
+            ("single_blocks.0.norm.query_norm.scale", 1, 2),
+            ("double_blocks.1.img_attn.qkv.weight", 12, 4),
+            ("double_blocks.1.linear.txt.weight", 4, 4),
+            ("final_layer.adaLN_modulation.1.weight", 8, 4),
+        ] {
+            original.insert(name, dense(rows, columns, rows as f32));
+        }
+        let theirs = from_original(&original).unwrap();
+        assert_eq!(
+            theirs
+                .get("single_transformer_blocks.0.proj_mlp.weight")
+                .unwrap()
+                .shape(),
+            [7, 4]
+        );
+        assert!(theirs.contains("transformer_blocks.1.linear.txt.weight"));
+        let halves = theirs
+            .get("norm_out.linear.weight")
+            .unwrap()
+            .bytes()
+            .unwrap()
+            .into_owned();
+        assert_ne!(
+            halves,
+            *original
+                .get("final_layer.adaLN_modulation.1.weight")
+                .unwrap()
+                .bytes()
+                .unwrap()
+        );
+        let back = to_original(&theirs).unwrap();
+        assert_eq!(
+            back.names().collect::<Vec<_>>(),
+            original.names().collect::<Vec<_>>()
+        );
+        for (name, source) in original.iter() {
+            assert_eq!(
+                back.get(name).unwrap().bytes().unwrap(),
+                source.bytes().unwrap(),
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_missing_part_of_a_fused_projection_is_named() {
+        let mut theirs = Checkpoint {
+            name: "x".into(),
+            ..Checkpoint::default()
+        };
+        theirs.insert(
+            "single_transformer_blocks.0.attn.to_q.weight",
+            dense(4, 4, 0.),
+        );
+        theirs.insert(
+            "single_transformer_blocks.0.attn.to_k.weight",
+            dense(4, 4, 0.),
+        );
+        let error = format!("{:#}", to_original(&theirs).unwrap_err());
+        assert!(
+            error.contains("single_transformer_blocks.0.attn.to_v.weight"),
+            "{error}"
+        );
+    }
+}

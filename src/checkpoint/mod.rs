@@ -1,0 +1,332 @@
+//! Named tensors of one model part, lazily: opens files, renames, inserts, removes, serves a `VarBuilder`, saves.
+//!
+//! Knows names and bytes; no maths and no model code here. Opening reads headers only.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle::{DType, Device, Shape, Tensor};
+use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
+use safetensors::SafeTensors;
+
+use crate::files::{Blob, Files};
+
+pub mod config;
+pub mod diffusers;
+pub mod keys;
+pub mod record;
+pub mod save;
+mod source;
+
+pub use source::{Source, candle_dtype, safetensors_dtype};
+
+/// An ordered, lazy map from tensor names to their bytes. Cloning copies names, not data.
+#[derive(Clone, Debug, Default)]
+pub struct Checkpoint {
+    /// How messages name the file or folder.
+    pub name: String,
+    /// The safetensors `__metadata__` of the (first) file.
+    pub metadata: BTreeMap<String, String>,
+    tensors: BTreeMap<String, Source>,
+}
+
+impl Checkpoint {
+    /// Opens one safetensors file that is already mapped; `name` is for messages.
+    ///
+    /// # Errors
+    /// When the header is missing, lies about lengths or offsets, or holds an unknown dtype.
+    pub fn from_blob(name: &str, blob: &Blob) -> Result<Self> {
+        let mut out = Self {
+            name: name.to_owned(),
+            ..Self::default()
+        };
+        out.add_file(name, blob)?;
+        Ok(out)
+    }
+
+    /// Opens `{stem}.safetensors`, or the shards that `{stem}.safetensors.index.json` names, in `files`.
+    ///
+    /// # Errors
+    /// When neither exists, a shard is missing, or a file is damaged; the message names the file.
+    pub fn open(files: &Files, stem: &str) -> Result<Self> {
+        match Self::open_if_present(files, stem)? {
+            Some(checkpoint) => Ok(checkpoint),
+            None => bail!(
+                "`{}` does not exist, nor does an index of its shards",
+                files.describe(&format!("{stem}.safetensors"))
+            ),
+        }
+    }
+
+    /// As [`Checkpoint::open`], but `None` when there is neither the file nor an index.
+    ///
+    /// # Errors
+    /// When a shard is missing or a file is damaged; the message names the file.
+    pub fn open_if_present(files: &Files, stem: &str) -> Result<Option<Self>> {
+        let single = format!("{stem}.safetensors");
+        if let Some(blob) = files.get(&single)? {
+            return Self::from_blob(&files.describe(&single), &blob).map(Some);
+        }
+        let index = format!("{single}.index.json");
+        if files.get(&index)?.is_none() {
+            return Ok(None);
+        }
+        Self::open_index(files, &index).map(Some)
+    }
+
+    /// Opens the shards that an index file names.
+    ///
+    /// # Errors
+    /// When the index is malformed, a shard is missing or damaged, or a tensor it names is in no shard.
+    pub fn open_index(files: &Files, index: &str) -> Result<Self> {
+        let name = files.describe(index);
+        let json = files
+            .json(index)?
+            .with_context(|| format!("`{name}` does not exist"))?;
+        let map = json.get("weight_map").and_then(|m| m.as_object());
+        let map = map
+            .with_context(|| format!("`{name}` has no `weight_map`, so it is not a shard index"))?;
+        let mut shards: Vec<&str> = Vec::new();
+        for (tensor, shard) in map {
+            let shard = shard
+                .as_str()
+                .with_context(|| format!("`{name}`: the shard of `{tensor}` is not a file name"))?;
+            ensure!(
+                !shard.contains(['/', '\\']) && shard != "..",
+                "`{name}` names the shard `{shard}`, which is not a file beside it"
+            );
+            if !shards.contains(&shard) {
+                shards.push(shard);
+            }
+        }
+        let mut out = Self {
+            name: name.clone(),
+            ..Self::default()
+        };
+        for shard in &shards {
+            let blob = files.get(shard)?.with_context(|| {
+                format!("`{name}` names the shard `{shard}`, which does not exist\nhint: download all {} shards", shards.len())
+            })?;
+            out.add_file(&files.describe(shard), &blob)?;
+        }
+        if let Some(missing) = map.keys().find(|tensor| !out.contains(tensor)) {
+            bail!("`{name}` names the tensor `{missing}`, which none of its shards holds");
+        }
+        Ok(out)
+    }
+
+    fn add_file(&mut self, file: &str, blob: &Blob) -> Result<()> {
+        ensure!(
+            !blob.is_empty(),
+            "`{file}` is empty\nhint: the download may have been cut off; fetch it again"
+        );
+        let (header, parsed) =
+            SafeTensors::read_metadata(blob).map_err(|e| damaged(file, blob, &e))?;
+        let data = header + 8;
+        if let Some(metadata) = parsed.metadata() {
+            for (key, value) in metadata {
+                self.metadata
+                    .entry(key.clone())
+                    .or_insert_with(|| value.clone());
+            }
+        }
+        for (name, info) in parsed.tensors() {
+            let (start, end) = info.data_offsets;
+            let source = Source::mapped(
+                blob,
+                data + start..data + end,
+                info.dtype,
+                info.shape.clone(),
+            );
+            let known = self.tensors.insert(name.clone(), source);
+            ensure!(
+                known.is_none(),
+                "`{file}` holds the tensor `{name}`, which another shard holds too"
+            );
+        }
+        Ok(())
+    }
+
+    /// Adds a tensor, or replaces the one of that name.
+    pub fn insert(&mut self, name: impl Into<String>, source: Source) {
+        self.tensors.insert(name.into(), source);
+    }
+
+    /// Takes a tensor out.
+    pub fn remove(&mut self, name: &str) -> Option<Source> {
+        self.tensors.remove(name)
+    }
+
+    /// The tensor of that name.
+    pub fn get(&self, name: &str) -> Option<&Source> {
+        self.tensors.get(name)
+    }
+
+    /// The tensor of that name.
+    ///
+    /// # Errors
+    /// When there is none; the message names the checkpoint and the tensor.
+    pub fn expect(&self, name: &str) -> Result<&Source> {
+        self.get(name)
+            .with_context(|| format!("`{}` lacks the tensor `{name}`", self.name))
+    }
+
+    /// The dimensions of a tensor that must have `N` of them.
+    ///
+    /// # Errors
+    /// When it is missing or has another number of dimensions.
+    pub fn dims<const N: usize>(&self, name: &str) -> Result<[usize; N]> {
+        let shape = self.expect(name)?.shape();
+        shape.try_into().ok().with_context(|| {
+            format!(
+                "`{}`: tensor `{name}` has shape {shape:?}, expected {N} dimensions",
+                self.name
+            )
+        })
+    }
+
+    /// Whether there is a tensor of that name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Names and tensors, in name order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Source)> {
+        self.tensors
+            .iter()
+            .map(|(name, source)| (name.as_str(), source))
+    }
+
+    /// All names, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// How many tensors there are.
+    pub fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// Whether there are no tensors.
+    pub fn is_empty(&self) -> bool {
+        self.tensors.is_empty()
+    }
+
+    /// Number of values in all tensors.
+    pub fn parameters(&self) -> usize {
+        self.tensors.values().map(Source::elements).sum()
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> usize {
+        self.tensors.values().map(Source::byte_len).sum()
+    }
+
+    /// The tensors with new names; those for which `rename` gives `None` are dropped.
+    ///
+    /// # Errors
+    /// When two tensors get the same name.
+    pub fn rename(&self, rename: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let mut out = Self {
+            name: self.name.clone(),
+            metadata: self.metadata.clone(),
+            tensors: BTreeMap::new(),
+        };
+        for (old, source) in &self.tensors {
+            if let Some(new) = rename(old) {
+                let known = out.tensors.insert(new.clone(), source.clone());
+                ensure!(
+                    known.is_none(),
+                    "`{}`: two tensors map to `{new}`",
+                    self.name
+                );
+            }
+        }
+        Ok(out)
+    }
+
+    /// A `VarBuilder` over these tensors that converts each to `dtype` when it is asked for.
+    pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
+        VarBuilder::from_backend(
+            Box::new(Backend(Arc::new(self.clone()))),
+            dtype,
+            device.clone(),
+        )
+    }
+}
+
+/// The message for a file that is no safetensors file, by what is most likely wrong with it.
+fn damaged(file: &str, blob: &[u8], error: &safetensors::SafeTensorError) -> anyhow::Error {
+    use safetensors::SafeTensorError as E;
+    let what = match error {
+        E::MetadataIncompleteBuffer | E::HeaderTooSmall | E::InvalidHeaderLength => {
+            "it is cut off, or its header lies about its length"
+        }
+        _ if blob.starts_with(b"version https://git-lfs") => {
+            "it is a Git LFS pointer, not the file itself"
+        }
+        E::HeaderTooLarge | E::InvalidHeader(_) | E::InvalidHeaderDeserialization(_) => {
+            "it has no valid safetensors header"
+        }
+        E::InvalidOffset(_) | E::TensorInvalidInfo => {
+            "its tensors overlap or do not fit their shapes"
+        }
+        _ => "it is damaged",
+    };
+    anyhow::anyhow!(
+        "`{file}` cannot be read as safetensors: {what} ({error})\nhint: fetch the file again, or name another with --model"
+    )
+}
+
+/// [`Checkpoint`] as candle's source of weights.
+struct Backend(Arc<Checkpoint>);
+
+impl Backend {
+    fn load(
+        &self,
+        name: &str,
+        shape: Option<&Shape>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let source = self.0.expect(name)?;
+        if let Some(shape) = shape {
+            ensure!(
+                shape.dims() == source.shape(),
+                "`{}`: tensor `{name}` has shape {:?}, expected {:?}",
+                self.0.name,
+                source.shape(),
+                shape.dims()
+            );
+        }
+        let tensor = source.tensor(device);
+        let tensor = tensor.and_then(|t| Ok(t.to_dtype(dtype)?));
+        tensor.with_context(|| format!("`{}`: tensor `{name}`", self.0.name))
+    }
+}
+
+impl SimpleBackend for Backend {
+    fn get(
+        &self,
+        s: Shape,
+        name: &str,
+        _: Init,
+        dtype: DType,
+        dev: &Device,
+    ) -> candle::Result<Tensor> {
+        self.load(name, Some(&s), dtype, dev).map_err(to_candle)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle::Result<Tensor> {
+        self.load(name, None, dtype, dev).map_err(to_candle)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.contains(name)
+    }
+}
+
+fn to_candle(error: anyhow::Error) -> candle::Error {
+    // the whole chain in one line: candle's errors carry no source
+    candle::Error::Msg(format!("{error:#}"))
+}

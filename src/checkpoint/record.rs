@@ -1,0 +1,112 @@
+//! What fastflux writes about a checkpoint into its metadata, so that the file opens by itself and can be traced.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::Checkpoint;
+use crate::layout::BlockSpec;
+
+/// The metadata key that holds the record.
+pub const KEY: &str = "fastflux";
+/// The version of the record that this build writes and the newest it reads.
+pub const VERSION: u32 = 1;
+
+/// The record of a checkpoint that fastflux wrote.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Record {
+    /// Version of this record's form.
+    pub version: u32,
+    /// The program that wrote it, `fastflux 0.1.0`.
+    pub tool: String,
+    /// What opens the unpruned model: a `--model` value.
+    pub base: String,
+    /// [`fingerprint`] of the unpruned transformer.
+    pub base_fingerprint: String,
+    /// The layout, by original block identity.
+    pub layout: Vec<BlockSpec>,
+    /// Rotary sizes of the three axes.
+    pub axes_dims: Vec<usize>,
+    /// Rotary base.
+    pub theta: f64,
+    /// The scheduler configuration, in diffusers' form.
+    pub scheduler: Value,
+    /// Defaults for `generate`, as in a model folder's `fastflux.json`.
+    pub defaults: Value,
+    /// The recipe that made the checkpoint.
+    pub recipe: Value,
+}
+
+impl Record {
+    /// The record in a file's metadata, `None` when fastflux did not write the file.
+    ///
+    /// # Errors
+    /// When it is damaged or of a newer version.
+    pub fn read(name: &str, metadata: &BTreeMap<String, String>) -> Result<Option<Self>> {
+        let Some(text) = metadata.get(KEY) else {
+            return Ok(None);
+        };
+        let value: Value = serde_json::from_str(text)
+            .with_context(|| format!("`{name}`: its fastflux metadata is damaged"))?;
+        let version = value.get("version").and_then(Value::as_u64).unwrap_or(0);
+        ensure!(
+            version <= VERSION as u64,
+            "`{name}` was written by a newer fastflux (record version {version}, this build reads {VERSION})\nhint: update fastflux"
+        );
+        let record: Self = serde_json::from_value(value)
+            .with_context(|| format!("`{name}`: its fastflux metadata is damaged"))?;
+        let empty =
+            |spec: &BlockSpec| matches!(spec, BlockSpec::Replaced(r) if r.replaces.is_empty());
+        ensure!(
+            !record.layout.iter().any(empty),
+            "`{name}`: its fastflux metadata has a replacement of no block"
+        );
+        Ok(Some(record))
+    }
+
+    /// The record as metadata text.
+    ///
+    /// # Errors
+    /// When a number in it is not finite.
+    pub fn to_text(&self) -> Result<String> {
+        Ok(serde_json::to_string(self)?)
+    }
+}
+
+/// How many bytes at each end of a tensor the fingerprint reads.
+const SAMPLE: usize = 4096;
+
+/// A short identity of a checkpoint: SHA-256 over every tensor's name, dtype, shape, and first and last bytes.
+///
+/// Reads a few megabytes whatever the size, and is the same for the original and diffusers naming of one model
+/// (give it the canonical checkpoint).
+///
+/// # Errors
+/// When a tensor cannot be read.
+pub fn fingerprint(checkpoint: &Checkpoint) -> Result<String> {
+    let mut hash = Sha256::new();
+    for (name, source) in checkpoint.iter() {
+        hash.update(format!(
+            "{name} {:?} {:?}\n",
+            source.dtype(),
+            source.shape()
+        ));
+        let flat = source.reshape(&[source.elements()])?;
+        let sample = (SAMPLE * 8 / source.dtype().bitsize().max(1)).min(source.elements());
+        hash.update(flat.rows(0..sample)?.bytes()?);
+        hash.update(
+            flat.rows(source.elements() - sample..source.elements())?
+                .bytes()?,
+        );
+    }
+    let digest = hash.finalize();
+    Ok(digest
+        .iter()
+        .take(16)
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
+}

@@ -1,0 +1,271 @@
+//! Where one tensor's bytes come from: ranges of mapped files, or a value we made.
+
+use std::{borrow::Cow, ops::Range};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle::{DType, Device, Tensor};
+use safetensors::Dtype;
+
+use crate::files::Blob;
+
+/// One named tensor of a checkpoint, not loaded yet. Cloning is cheap.
+#[derive(Clone, Debug)]
+pub struct Source {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data: Data,
+}
+
+#[derive(Clone, Debug)]
+enum Data {
+    /// Byte ranges of mapped files, one after another: a tensor as it lies on disk is one piece, a fused
+    /// qkv made of `to_q`, `to_k`, `to_v` is three.
+    Mapped(Vec<Piece>),
+    Dense(Tensor),
+}
+
+#[derive(Clone, Debug)]
+struct Piece {
+    blob: Blob,
+    range: Range<usize>,
+}
+
+impl Source {
+    /// A tensor that lies at `range` of a mapped file. The range was checked against the file by the header parser.
+    pub(super) fn mapped(
+        blob: &Blob,
+        range: Range<usize>,
+        dtype: Dtype,
+        shape: Vec<usize>,
+    ) -> Self {
+        let piece = Piece {
+            blob: blob.clone(),
+            range,
+        };
+        Self {
+            dtype,
+            shape,
+            data: Data::Mapped(vec![piece]),
+        }
+    }
+
+    /// A tensor made in memory.
+    ///
+    /// # Errors
+    /// When safetensors has no name for its dtype.
+    pub fn dense(tensor: &Tensor) -> Result<Self> {
+        Ok(Self {
+            dtype: safetensors_dtype(tensor.dtype())?,
+            shape: tensor.dims().to_vec(),
+            data: Data::Dense(tensor.clone()),
+        })
+    }
+
+    /// Number format on disk.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Dimensions, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Number of values.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Size in bytes.
+    pub fn byte_len(&self) -> usize {
+        (self.elements() * self.dtype.bitsize()).div_ceil(8)
+    }
+
+    /// The rows `rows` (of the outermost dimension).
+    ///
+    /// # Errors
+    /// When the tensor has fewer rows.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
+        let Some(&total) = self.shape.first() else {
+            bail!("a scalar has no rows")
+        };
+        ensure!(
+            rows.start <= rows.end && rows.end <= total,
+            "rows {}..{} of a tensor of shape {:?}",
+            rows.start,
+            rows.end,
+            self.shape
+        );
+        let mut shape = self.shape.clone();
+        shape[0] = rows.len();
+        let data = match &self.data {
+            Data::Dense(t) => Data::Dense(t.narrow(0, rows.start, rows.len())?),
+            Data::Mapped(pieces) => {
+                let row = self.byte_len() / total.max(1);
+                Data::Mapped(cut(pieces, rows.start * row..rows.end * row))
+            }
+        };
+        Ok(Self {
+            dtype: self.dtype,
+            shape,
+            data,
+        })
+    }
+
+    /// The tensors one below another; all but the outermost dimension and the number formats agree.
+    ///
+    /// # Errors
+    /// When they do not, or when there are none.
+    pub fn stack_rows(parts: &[Self]) -> Result<Self> {
+        let Some(first) = parts.first() else {
+            bail!("nothing to concatenate")
+        };
+        let mut shape = first.shape.clone();
+        let mut pieces = Vec::new();
+        shape[0] = 0;
+        for part in parts {
+            ensure!(
+                part.dtype == first.dtype && part.shape[1..] == first.shape[1..],
+                "cannot fuse {:?} {:?} with {:?} {:?}",
+                first.dtype,
+                first.shape,
+                part.dtype,
+                part.shape
+            );
+            shape[0] += part.shape[0];
+            match &part.data {
+                Data::Mapped(p) => pieces.extend(p.iter().cloned()),
+                Data::Dense(_) => {
+                    let tensors = parts
+                        .iter()
+                        .map(|p| p.tensor(&Device::Cpu))
+                        .collect::<Result<Vec<_>>>()?;
+                    return Self::dense(&Tensor::cat(&tensors, 0)?);
+                }
+            }
+        }
+        Ok(Self {
+            dtype: first.dtype,
+            shape,
+            data: Data::Mapped(pieces),
+        })
+    }
+
+    /// The same bytes under another shape of the same size.
+    ///
+    /// # Errors
+    /// When the sizes differ.
+    pub fn reshape(&self, shape: &[usize]) -> Result<Self> {
+        ensure!(
+            shape.iter().product::<usize>() == self.elements(),
+            "cannot read shape {:?} as {shape:?}",
+            self.shape
+        );
+        let data = match &self.data {
+            Data::Dense(t) => Data::Dense(t.reshape(shape)?),
+            mapped @ Data::Mapped(_) => mapped.clone(),
+        };
+        Ok(Self {
+            dtype: self.dtype,
+            shape: shape.to_vec(),
+            data,
+        })
+    }
+
+    /// The bytes in row-major order, as safetensors stores them; borrowed where they lie in one piece.
+    ///
+    /// # Errors
+    /// When a dense tensor cannot be copied from its device.
+    pub fn bytes(&self) -> Result<Cow<'_, [u8]>> {
+        match &self.data {
+            Data::Mapped(pieces) => match pieces.as_slice() {
+                [one] => Ok(Cow::Borrowed(&one.blob[one.range.clone()])),
+                many => {
+                    let mut bytes = Vec::with_capacity(self.byte_len());
+                    for piece in many {
+                        bytes.extend_from_slice(&piece.blob[piece.range.clone()]);
+                    }
+                    Ok(Cow::Owned(bytes))
+                }
+            },
+            Data::Dense(tensor) => Ok(Cow::Owned(dense_bytes(tensor)?)),
+        }
+    }
+
+    /// Loads the tensor in its own dtype.
+    ///
+    /// # Errors
+    /// When candle has no such dtype or the device is out of memory.
+    pub fn tensor(&self, device: &Device) -> Result<Tensor> {
+        match &self.data {
+            Data::Dense(tensor) => Ok(tensor.to_device(device)?),
+            Data::Mapped(_) => {
+                let dtype = candle_dtype(self.dtype)?;
+                Tensor::from_raw_buffer(&self.bytes()?, dtype, &self.shape, device)
+                    .context("cannot load the tensor")
+            }
+        }
+    }
+}
+
+/// The part `range` of the concatenation of `pieces`.
+fn cut(pieces: &[Piece], range: Range<usize>) -> Vec<Piece> {
+    let mut at = 0;
+    let mut out = Vec::new();
+    for piece in pieces {
+        let (start, end) = (range.start.max(at), range.end.min(at + piece.range.len()));
+        if start < end {
+            out.push(Piece {
+                blob: piece.blob.clone(),
+                range: piece.range.start + start - at..piece.range.start + end - at,
+            });
+        }
+        at += piece.range.len();
+    }
+    out
+}
+
+fn dense_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    fn bytes<T: candle::WithDType, const N: usize>(
+        flat: &Tensor,
+        le: impl Fn(T) -> [u8; N],
+    ) -> Result<Vec<u8>> {
+        Ok(flat.to_vec1::<T>()?.into_iter().flat_map(le).collect())
+    }
+    let flat = tensor.flatten_all()?;
+    match tensor.dtype() {
+        DType::U8 => Ok(flat.to_vec1::<u8>()?),
+        DType::U32 => bytes(&flat, u32::to_le_bytes),
+        DType::I64 => bytes(&flat, i64::to_le_bytes),
+        DType::BF16 => bytes(&flat, half::bf16::to_le_bytes),
+        DType::F16 => bytes(&flat, half::f16::to_le_bytes),
+        DType::F32 => bytes(&flat, f32::to_le_bytes),
+        DType::F64 => bytes(&flat, f64::to_le_bytes),
+        other => bail!("cannot write tensors of dtype {}", other.as_str()),
+    }
+}
+
+/// The safetensors name of a candle dtype.
+///
+/// # Errors
+/// When there is none that we write.
+pub fn safetensors_dtype(dtype: DType) -> Result<Dtype> {
+    Ok(match dtype {
+        DType::U8 => Dtype::U8,
+        DType::U32 => Dtype::U32,
+        DType::I64 => Dtype::I64,
+        DType::BF16 => Dtype::BF16,
+        DType::F16 => Dtype::F16,
+        DType::F32 => Dtype::F32,
+        DType::F64 => Dtype::F64,
+        other => bail!("cannot write tensors of dtype {}", other.as_str()),
+    })
+}
+
+/// The candle dtype of a safetensors name.
+///
+/// # Errors
+/// When candle cannot compute with it.
+pub fn candle_dtype(dtype: Dtype) -> Result<DType> {
+    DType::try_from(dtype).ok().with_context(|| format!("tensors of dtype {dtype:?} are not supported\nhint: use a float32, float16 or bfloat16 file"))
+}

@@ -1,0 +1,238 @@
+//! A model's files wherever they are: embedded in the binary, in a folder, or on the Hugging Face hub.
+//!
+//! Knows paths and bytes; what the bytes mean is decided by `checkpoint` and `sample`.
+
+use std::{
+    fs::File,
+    ops::Deref,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context, Result, anyhow};
+use memmap2::Mmap;
+
+mod bundled;
+#[cfg(feature = "hub")]
+mod hub;
+pub mod id;
+
+/// The bytes of one file: part of the binary, or memory-mapped. Cloning is cheap.
+#[derive(Clone, Debug)]
+pub enum Blob {
+    /// A file embedded in the binary.
+    Static(&'static [u8]),
+    /// A memory-mapped file; pages are read when they are touched.
+    Mapped(Arc<Mmap>),
+}
+
+impl Blob {
+    /// Maps a file.
+    ///
+    /// # Errors
+    /// When the file cannot be opened or mapped; the message names it.
+    #[expect(unsafe_code, reason = "mapping is the one way not to hold 24 GB twice")]
+    pub fn map(path: &Path) -> Result<Self> {
+        let file = File::open(path).with_context(|| format!("cannot open `{}`", path.display()))?;
+        let meta = file
+            .metadata()
+            .with_context(|| format!("cannot read `{}`", path.display()))?;
+        if !meta.is_file() {
+            return Err(anyhow!("`{}` is not a file", path.display()));
+        }
+        if meta.len() == 0 {
+            return Ok(Self::Static(&[])); // an empty file cannot be mapped
+        }
+        // SAFETY: the map is read-only and we never write to an input file. If another process truncates or
+        // rewrites the file while it is mapped, reads give changed bytes or the process gets SIGBUS: the same
+        // contract as every safetensors loader. Our own outputs are new files that are renamed into place.
+        let map = unsafe { Mmap::map(&file) };
+        let map = map.with_context(|| format!("cannot map `{}`", path.display()))?;
+        Ok(Self::Mapped(Arc::new(map)))
+    }
+}
+
+impl Deref for Blob {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Static(bytes) => bytes,
+            Self::Mapped(map) => map,
+        }
+    }
+}
+
+/// A folder of model files. Cloning is cheap; [`Files::sub`] goes down one level.
+#[derive(Clone, Debug)]
+pub struct Files {
+    root: Root,
+    prefix: String,
+}
+
+#[derive(Clone, Debug)]
+enum Root {
+    Bundled,
+    Folder(PathBuf),
+    #[cfg(feature = "hub")]
+    Hub(Arc<hub::Repo>),
+}
+
+impl Files {
+    /// The tiny trained pipeline in the binary.
+    pub fn bundled() -> Self {
+        Self::from_root(Root::Bundled)
+    }
+
+    /// A folder on disk.
+    pub fn folder(path: impl Into<PathBuf>) -> Self {
+        Self::from_root(Root::Folder(path.into()))
+    }
+
+    /// A model repository on the hub, `owner/name` at a revision (`None`: `main`).
+    ///
+    /// # Errors
+    /// When this build has no hub support, or the repository cannot be listed: gated, unauthorised, offline and
+    /// not-found each say what to do.
+    pub fn hub(id: &str, revision: Option<&str>) -> Result<Self> {
+        #[cfg(feature = "hub")]
+        return Ok(Self::from_root(Root::Hub(Arc::new(hub::Repo::open(
+            id, revision,
+        )?))));
+        #[cfg(not(feature = "hub"))]
+        Err(anyhow!(
+            "`{id}{}` is a hub id, but this build has no hub support\nhint: build with `--features hub`, or download the files and name the folder",
+            revision.map(|r| format!("@{r}")).unwrap_or_default()
+        ))
+    }
+
+    fn from_root(root: Root) -> Self {
+        Self {
+            root,
+            prefix: String::new(),
+        }
+    }
+
+    /// The sub-folder `name`; it need not exist.
+    #[must_use]
+    pub fn sub(&self, name: &str) -> Self {
+        Self {
+            root: self.root.clone(),
+            prefix: format!("{}{name}/", self.prefix),
+        }
+    }
+
+    /// The file `path` (relative, `/`-separated), or `None` when there is none.
+    ///
+    /// # Errors
+    /// When the file exists but cannot be read or fetched.
+    pub fn get(&self, path: &str) -> Result<Option<Blob>> {
+        let full = format!("{}{path}", self.prefix);
+        match &self.root {
+            Root::Bundled => Ok(bundled::get(&full).map(Blob::Static)),
+            Root::Folder(dir) => {
+                let file = dir.join(&full);
+                if file.exists() {
+                    Blob::map(&file).map(Some)
+                } else {
+                    Ok(None)
+                }
+            }
+            #[cfg(feature = "hub")]
+            Root::Hub(repo) => repo.get(&full)?.map(|p| Blob::map(&p)).transpose(),
+        }
+    }
+
+    /// The file `path`.
+    ///
+    /// # Errors
+    /// When it is missing or cannot be read or fetched.
+    pub fn read(&self, path: &str) -> Result<Blob> {
+        self.get(path)?
+            .ok_or_else(|| anyhow!("`{}` does not exist", self.describe(path)))
+    }
+
+    /// The JSON file `path`, or `None` when there is none.
+    ///
+    /// # Errors
+    /// When it cannot be read or is not JSON.
+    pub fn json(&self, path: &str) -> Result<Option<serde_json::Value>> {
+        let Some(blob) = self.get(path)? else {
+            return Ok(None);
+        };
+        let value = serde_json::from_slice(&blob)
+            .with_context(|| format!("`{}` is not valid JSON", self.describe(path)))?;
+        Ok(Some(value))
+    }
+
+    /// Whether the file `path` is there.
+    ///
+    /// # Errors
+    /// When the hub cannot be asked.
+    pub fn has(&self, path: &str) -> Result<bool> {
+        Ok(self.list()?.iter().any(|name| name == path))
+    }
+
+    /// The names of all files directly in this folder, sorted.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed.
+    pub fn list(&self) -> Result<Vec<String>> {
+        let mut names: Vec<String> = match &self.root {
+            Root::Bundled => direct_children(bundled::paths(), &self.prefix),
+            Root::Folder(dir) => {
+                let dir = dir.join(&self.prefix);
+                if !dir.is_dir() {
+                    return Ok(Vec::new());
+                }
+                let entries = std::fs::read_dir(&dir)
+                    .with_context(|| format!("cannot list `{}`", dir.display()))?;
+                entries
+                    .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+                    .collect()
+            }
+            #[cfg(feature = "hub")]
+            Root::Hub(repo) => direct_children(repo.paths(), &self.prefix),
+        };
+        names.sort();
+        Ok(names)
+    }
+
+    /// How to name `path` in a message: a path, `bundled:…` or `owner/name:…`.
+    pub fn describe(&self, path: &str) -> String {
+        let full = format!("{}{path}", self.prefix);
+        match &self.root {
+            Root::Bundled => format!("bundled:{full}"),
+            Root::Folder(dir) => dir.join(full).display().to_string(),
+            #[cfg(feature = "hub")]
+            Root::Hub(repo) => format!("{}:{full}", repo.name()),
+        }
+    }
+
+    /// The text that opens this folder again with `--model` from any working directory.
+    pub fn locator(&self) -> String {
+        match &self.root {
+            Root::Bundled => BUNDLED.to_owned(),
+            Root::Folder(dir) => {
+                let dir = dir.join(&self.prefix);
+                std::path::absolute(&dir)
+                    .unwrap_or(dir)
+                    .display()
+                    .to_string()
+            }
+            #[cfg(feature = "hub")]
+            Root::Hub(repo) => repo.name(),
+        }
+    }
+}
+
+/// The `--model` value that names the bundled model.
+pub const BUNDLED: &str = "bundled";
+
+/// The names in `paths` that lie directly under `prefix`, each once; folders included.
+fn direct_children<'a>(paths: impl Iterator<Item = &'a str>, prefix: &str) -> Vec<String> {
+    let names: std::collections::BTreeSet<&str> = paths
+        .filter_map(|path| path.strip_prefix(prefix)?.split('/').next())
+        .collect();
+    names.into_iter().map(str::to_owned).collect()
+}

@@ -1,0 +1,8 @@
+//! Prompt → latent → picture: everything around the transformer, each part equal to diffusers. Calibration and pruning run on top of it.
+
+pub mod latents;
+pub mod noise;
+pub mod png;
+pub mod schedule;
+pub mod tokenize;
+mod tokenize_build;
