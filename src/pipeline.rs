@@ -43,7 +43,7 @@ pub struct ModelChoice {
 
 /// What a model's makers recommend for `generate`; every field may be missing.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub struct Defaults {
     /// What kind of model it is, for people.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -54,6 +54,12 @@ pub struct Defaults {
     /// Guidance scale given to the guidance embedding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guidance: Option<f64>,
+    /// Width and height of pictures, in pixels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<usize>,
+    /// The longest text the T5 encoder is given, in tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_length: Option<usize>,
 }
 
 /// Where a model's VAE is.
@@ -211,9 +217,23 @@ impl Pipeline {
             .unwrap_or(if self.config.guidance_embed { 3.5 } else { 0.0 })
     }
 
-    /// The longest text the T5 encoder is given by default; a tokenizer's own shorter limit wins.
+    /// Width and height in pixels when the user names none: the model's own, its VAE's sample size, or FLUX.1's 1024.
+    ///
+    /// # Errors
+    /// When the VAE's configuration is damaged.
+    pub fn default_size(&self) -> Result<usize> {
+        if let Some(size) = self.defaults.size {
+            return Ok(size);
+        }
+        let Some(own) = &self.parts.own else { return Ok(1024) };
+        let vae = own.sub("vae").json("config.json")?;
+        let size = vae.and_then(|json| json.get("sample_size")?.as_u64());
+        Ok(size.map_or(1024, |size| size as usize))
+    }
+
+    /// The longest text the T5 encoder is given by default, in tokens; a tokenizer's own shorter limit wins.
     pub fn default_text_length(&self) -> usize {
-        if self.config.guidance_embed { 512 } else { 256 }
+        self.defaults.text_length.unwrap_or(if self.config.guidance_embed { 512 } else { 256 })
     }
 
     /// The folder with text encoders and tokenizers.

@@ -5,56 +5,11 @@ use candle::{DType, Device, Tensor};
 
 use crate::{
     model::Inputs,
-    sample::{latents, noise},
+    sample::{
+        denoise::{Encoded, LatentSize},
+        latents, noise,
+    },
 };
-
-/// Prompts as the transformer sees them.
-#[derive(Clone, Debug)]
-pub struct Encoded {
-    /// T5 hidden states, (prompts, text tokens, T5 width).
-    pub txt: Tensor,
-    /// Pooled CLIP vectors, (prompts, CLIP width).
-    pub vec: Tensor,
-}
-
-impl Encoded {
-    /// Number of prompts.
-    pub fn len(&self) -> usize {
-        self.vec.dim(0).unwrap_or(0)
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The prompts of a range.
-    ///
-    /// # Errors
-    /// When there are fewer.
-    pub fn range(&self, range: std::ops::Range<usize>) -> Result<Self> {
-        Ok(Self {
-            txt: self.txt.narrow(0, range.start, range.len())?,
-            vec: self.vec.narrow(0, range.start, range.len())?,
-        })
-    }
-}
-
-/// Size of the latent pictures, in latent pixels (an eighth of the picture's), both even.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LatentSize {
-    /// Rows.
-    pub height: usize,
-    /// Columns.
-    pub width: usize,
-}
-
-impl LatentSize {
-    /// Number of image tokens: one for each 2×2 latent pixels.
-    pub fn tokens(self) -> usize {
-        self.height / 2 * (self.width / 2)
-    }
-}
 
 /// Noised latents at random times: `img = (1 − t) picture + t noise`, several for each picture.
 ///
@@ -146,7 +101,7 @@ impl States {
         let (_, tokens, channels) = self.pictures.dims3()?;
         let mut noises = Vec::with_capacity(items.len());
         for (_, _, seed) in items {
-            noises.push(Tensor::from_vec(noise::randn(*seed, tokens * channels), (tokens, channels), &Device::Cpu)?);
+            noises.push(noise::Generator::new(*seed).randn((tokens, channels), &Device::Cpu)?);
         }
         let noise = Tensor::stack(&noises, 0)?;
         let which: Vec<u32> = items.iter().map(|(picture, _, _)| *picture).collect();

@@ -153,7 +153,7 @@ impl Observer for CalibrationStats {
         let BlockSpec::Original(id) = spec else { return Ok(()) };
         let Some(block) = self.blocks.iter_mut().find(|block| block.id == *id) else { return Ok(()) };
         let with_gram = self.with_gram;
-        let mut add = |stats: &mut StreamStats, x: Tensor, y: Tensor| {
+        let add = |stats: &mut StreamStats, x: Tensor, y: Tensor| {
             stats.add(&x, &y, with_gram).map_err(|e| candle::Error::Msg(format!("block {id}: {e:#}")))
         };
         add(&mut block.txt, input.txt()?, output.txt()?)?;

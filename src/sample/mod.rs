@@ -1,5 +1,6 @@
 //! Prompt → latent → picture: everything around the transformer, each part equal to diffusers. Calibration and pruning run on top of it.
 
+pub mod denoise;
 pub mod latents;
 pub mod noise;
 pub mod png;
