@@ -82,6 +82,11 @@ impl States {
         Ok(Self { items: items.collect(), pictures, prompts, size, guidance })
     }
 
+    /// Keeps the first `len` states.
+    pub fn truncate(&mut self, len: usize) {
+        self.items.truncate(len);
+    }
+
     /// Number of states.
     pub fn len(&self) -> usize {
         self.items.len()

@@ -39,7 +39,7 @@ use embed::Embedder;
 use head::Head;
 
 /// The whole transformer (BFL `Flux`, diffusers `FluxTransformer2DModel`).
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Flux {
     embedder: Embedder,
     /// The blocks.

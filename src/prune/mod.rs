@@ -10,6 +10,7 @@ use indicatif::ProgressBar;
 
 use crate::{
     calibrate::{states::States, stats::StreamStats},
+    device::Runtime,
     layout::{BlockId, BlockSpec},
     model::{Block, Flux, Linear, ReplacementBlock, Stream},
 };
@@ -44,8 +45,7 @@ pub fn fit_sequentially(
     batch: usize,
     replace: &[BlockId],
     ridge: f64,
-    device: &Device,
-    dtype: DType,
+    runtime: &Runtime,
     progress: &ProgressBar,
 ) -> Result<BTreeMap<BlockId, Layers>> {
     let mut out = BTreeMap::new();
@@ -62,7 +62,7 @@ pub fn fit_sequentially(
     // the streams of the original and of the pruned model, both just before block `at`
     let mut streams = Vec::new();
     for range in states.batches(batch) {
-        let (stream, conditioning) = flux.embed(&states.batch(range, device, dtype)?.inputs())?;
+        let (stream, conditioning) = flux.embed(&states.batch(range, &runtime.device, runtime.dtype)?.inputs())?;
         streams.push((stream.clone(), stream, conditioning));
     }
     let mut at = 0;
@@ -75,7 +75,7 @@ pub fn fit_sequentially(
             progress.inc(1);
         }
         let layers = Layers { txt: fit::fit(&txt, ridge)?, img: fit::fit(&img, ridge)? };
-        let block = block(&layers, device, dtype)?;
+        let block = block(&layers, &runtime.device, runtime.dtype)?;
         for (_, student, conditioning) in &mut streams {
             *student = block.forward(student, conditioning)?;
         }

@@ -40,11 +40,11 @@ pub struct CalibrationRecipe {
 }
 
 /// Greedy choice by the error of the final velocity.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct ScoreRecipe {
-    /// Held-out states that blocks are compared on.
-    pub held_out: usize,
+    /// Held-out states that blocks are compared on; `null`: 128, or fewer where pictures are large.
+    pub held_out: Option<usize>,
 }
 
 /// Ridge least squares.
@@ -83,12 +83,6 @@ impl Default for CalibrationRecipe {
     }
 }
 
-impl Default for ScoreRecipe {
-    fn default() -> Self {
-        Self { held_out: 128 }
-    }
-}
-
 impl Default for FitRecipe {
     fn default() -> Self {
         Self { ridge: 1e-4, sequential: true }
@@ -121,7 +115,7 @@ impl PruneRecipe {
         ensure!(c.steps != Some(0), "--steps 0: at least one step is needed");
         ensure!(c.draws > 0, "recipe: `calibration.draws` must be at least 1");
         ensure!(c.batch != Some(0), "recipe: `calibration.batch` must be at least 1");
-        ensure!(self.score.held_out > 0, "recipe: `score.held-out` must be at least 1");
+        ensure!(self.score.held_out != Some(0), "recipe: `score.held-out` must be at least 1");
         ensure!(
             self.fit.ridge.is_finite() && self.fit.ridge >= 0.0,
             "recipe: `fit.ridge` must be a number of at least 0"

@@ -7,3 +7,6 @@ pub mod png;
 pub mod schedule;
 pub mod tokenize;
 mod tokenize_build;
+pub mod vae;
+mod vae_layers;
+mod vae_ops;
