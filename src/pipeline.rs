@@ -15,7 +15,7 @@ use crate::{
         config::{self, ConfigFile},
         record::{self, Record},
     },
-    files::{BUNDLED, Blob, Files, id},
+    files::{BUNDLED, Blob, Files, parse_id},
     layout::{BlockKind, FluxConfig},
 };
 
@@ -182,6 +182,11 @@ impl Pipeline {
         Ok(base)
     }
 
+    /// Whether this is the bundled model, or pruned from it.
+    pub fn is_bundled(&self) -> bool {
+        self.record.as_ref().map_or(&self.locator, |r| &r.base) == BUNDLED
+    }
+
     /// The family, for people: from the model's own defaults, or by its sizes.
     pub fn family(&self) -> String {
         if let Some(family) = &self.defaults.family {
@@ -225,7 +230,9 @@ impl Pipeline {
         if let Some(size) = self.defaults.size {
             return Ok(size);
         }
-        let Some(own) = &self.parts.own else { return Ok(1024) };
+        let Some(own) = &self.parts.own else {
+            return Ok(1024);
+        };
         let vae = own.sub("vae").json("config.json")?;
         let size = vae.and_then(|json| json.get("sample_size")?.as_u64());
         Ok(size.map_or(1024, |size| size as usize))
@@ -233,7 +240,9 @@ impl Pipeline {
 
     /// The longest text the T5 encoder is given by default, in tokens; a tokenizer's own shorter limit wins.
     pub fn default_text_length(&self) -> usize {
-        self.defaults.text_length.unwrap_or(if self.config.guidance_embed { 512 } else { 256 })
+        self.defaults
+            .text_length
+            .unwrap_or(if self.config.guidance_embed { 512 } else { 256 })
     }
 
     /// The folder with text encoders and tokenizers.
@@ -323,7 +332,7 @@ fn locate(model: Option<&str>) -> Result<Found> {
     if path.is_file() {
         return in_file(path);
     }
-    match id::parse_id(model) {
+    match parse_id(model) {
         Some((repo, revision)) if !model.starts_with(['.', '/', '~']) => {
             let files = Files::hub(&repo, revision.as_deref())?;
             in_pipeline_or_bare(&files)?.with_context(|| {
