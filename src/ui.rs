@@ -43,7 +43,8 @@ pub fn error(error: &anyhow::Error) {
 /// When stdout is full or cannot be written.
 pub fn data(text: impl AsRef<str>) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    let written = writeln!(out, "{}", text.as_ref().trim_end_matches('\n')).and_then(|()| out.flush());
+    let written =
+        writeln!(out, "{}", text.as_ref().trim_end_matches('\n')).and_then(|()| out.flush());
     match written {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => other.context("cannot write to stdout"),
