@@ -8,6 +8,9 @@ pub mod checkpoint;
 pub mod files;
 pub mod pipeline;
 
+// the transformer
+pub mod model;
+
 // prompt → picture
 pub mod sample;
 

@@ -225,7 +225,9 @@ impl Pipeline {
         if let Some(size) = self.defaults.size {
             return Ok(size);
         }
-        let Some(own) = &self.parts.own else { return Ok(1024) };
+        let Some(own) = &self.parts.own else {
+            return Ok(1024);
+        };
         let vae = own.sub("vae").json("config.json")?;
         let size = vae.and_then(|json| json.get("sample_size")?.as_u64());
         Ok(size.map_or(1024, |size| size as usize))
@@ -233,7 +235,9 @@ impl Pipeline {
 
     /// The longest text the T5 encoder is given by default, in tokens; a tokenizer's own shorter limit wins.
     pub fn default_text_length(&self) -> usize {
-        self.defaults.text_length.unwrap_or(if self.config.guidance_embed { 512 } else { 256 })
+        self.defaults
+            .text_length
+            .unwrap_or(if self.config.guidance_embed { 512 } else { 256 })
     }
 
     /// The folder with text encoders and tokenizers.
