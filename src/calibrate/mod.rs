@@ -34,9 +34,13 @@ pub fn sample(
     let mut pictures = Vec::new();
     for start in (0..prompts.len()).step_by(batch) {
         let range = start..(start + batch).min(prompts.len());
-        let noise = range.clone().map(|i| starting_noise(seed.wrapping_add(i as u64), 1, channels, denoise.size));
+        let noise = range
+            .clone()
+            .map(|i| starting_noise(seed.wrapping_add(i as u64), 1, channels, denoise.size));
         let noise = Tensor::cat(&noise.collect::<Result<Vec<_>>>()?, 0)?;
-        let latents = denoise.run(&noise, &prompts.range(range)?, &mut (), &mut || progress.inc(1))?;
+        let latents = denoise.run(&noise, &prompts.range(range)?, &mut (), &mut || {
+            progress.inc(1)
+        })?;
         pictures.push(latents.to_device(&candle::Device::Cpu)?);
     }
     Ok(Tensor::cat(&pictures, 0)?)
@@ -58,7 +62,8 @@ pub fn gather(
     for range in states.batches(batch) {
         let batch = states.batch(range, &runtime.device, runtime.dtype)?;
         let (stream, conditioning) = flux.embed(&batch.inputs())?;
-        flux.trunk.forward_range(0..flux.trunk.len(), &stream, &conditioning, &mut stats)?;
+        flux.trunk
+            .forward_range(0..flux.trunk.len(), &stream, &conditioning, &mut stats)?;
         progress.inc(1);
     }
     Ok(stats)

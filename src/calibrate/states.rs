@@ -71,15 +71,30 @@ impl States {
         seed: u64,
     ) -> Result<Self> {
         let count = pictures.dim(0)?;
-        ensure!(count == prompts.len(), "{count} pictures of {} prompts", prompts.len());
+        ensure!(
+            count == prompts.len(),
+            "{count} pictures of {} prompts",
+            prompts.len()
+        );
         let total = count * draws;
         let items = (0..total).map(|i| {
             // pictures take turns, so that every stretch of states has all times and many prompts
             let even = (i as f64 + 0.5) * GOLDEN % 1.0;
             let t = MARGIN + (1.0 - 2.0 * MARGIN) * even;
-            ((i % count) as u32, t as f32, seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(i as u64))
+            (
+                (i % count) as u32,
+                t as f32,
+                seed.wrapping_mul(0x9E37_79B9_7F4A_7C15)
+                    .wrapping_add(i as u64),
+            )
         });
-        Ok(Self { items: items.collect(), pictures, prompts, size, guidance })
+        Ok(Self {
+            items: items.collect(),
+            pictures,
+            prompts,
+            size,
+            guidance,
+        })
     }
 
     /// Keeps the first `len` states.
@@ -101,7 +116,12 @@ impl States {
     ///
     /// # Errors
     /// When the range is out of bounds or memory is short.
-    pub fn batch(&self, range: std::ops::Range<usize>, device: &Device, dtype: DType) -> Result<Batch> {
+    pub fn batch(
+        &self,
+        range: std::ops::Range<usize>,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Batch> {
         let items = self.items.get(range).context("states out of range")?;
         let (_, tokens, channels) = self.pictures.dims3()?;
         let mut noises = Vec::with_capacity(items.len());
@@ -113,7 +133,10 @@ impl States {
         let which = Tensor::new(which, &Device::Cpu)?;
         let times: Vec<f32> = items.iter().map(|(_, t, _)| *t).collect();
         let t = Tensor::new(times, &Device::Cpu)?.reshape((items.len(), 1, 1))?;
-        let clean = self.pictures.to_device(&Device::Cpu)?.index_select(&which, 0)?;
+        let clean = self
+            .pictures
+            .to_device(&Device::Cpu)?
+            .index_select(&which, 0)?;
         let img = (clean.broadcast_mul(&t.affine(-1.0, 1.0)?)? + noise.broadcast_mul(&t)?)?;
         let which = which.to_device(self.prompts.txt.device())?;
         let place = |t: Tensor| -> Result<Tensor> { Ok(t.to_device(device)?.to_dtype(dtype)?) };
@@ -130,7 +153,10 @@ impl States {
     }
 
     /// The ranges of all batches of at most `size` states.
-    pub fn batches(&self, size: usize) -> impl ExactSizeIterator<Item = std::ops::Range<usize>> + use<> {
+    pub fn batches(
+        &self,
+        size: usize,
+    ) -> impl ExactSizeIterator<Item = std::ops::Range<usize>> + use<> {
         let (len, size) = (self.len(), size.max(1));
         (0..len.div_ceil(size)).map(move |i| i * size..((i + 1) * size).min(len))
     }

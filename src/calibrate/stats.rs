@@ -58,13 +58,21 @@ impl StreamStats {
     pub fn add(&mut self, x: &Tensor, y: &Tensor, with_gram: bool) -> Result<()> {
         let width = x.dim(candle::D::Minus1)?;
         // On the CPU products in f64 cost little more than in f32 and keep the sums exact; elsewhere f64 units are scarce.
-        let product = if x.device().is_cpu() { DType::F64 } else { DType::F32 };
+        let product = if x.device().is_cpu() {
+            DType::F64
+        } else {
+            DType::F32
+        };
         let x = x.reshape(((), width))?.to_dtype(product)?;
         let y = y.reshape(((), width))?.to_dtype(product)?;
         let change = (&y - &x)?;
         let tokens = x.dim(0)?;
         let row_sums = |t: Tensor| -> Result<Tensor> { Ok(t.sum(1)?.to_dtype(DType::F64)?) };
-        let (xx, yy, xy) = (row_sums(x.sqr()?)?, row_sums(y.sqr()?)?, row_sums((&x * &y)?)?);
+        let (xx, yy, xy) = (
+            row_sums(x.sqr()?)?,
+            row_sums(y.sqr()?)?,
+            row_sums((&x * &y)?)?,
+        );
         let cosine = (xy / (&xx * yy)?.sqrt()?.maximum(f64::MIN_POSITIVE)?)?;
         let total = |t: &Tensor| -> Result<f64> { Ok(t.sum_all()?.to_scalar::<f64>()?) };
         let moments = Moments {
@@ -132,7 +140,10 @@ impl CalibrationStats {
             }),
             BlockSpec::Replaced(_) => None,
         });
-        Self { blocks: blocks.collect(), with_gram }
+        Self {
+            blocks: blocks.collect(),
+            with_gram,
+        }
     }
 
     /// The statistics of one block.
@@ -150,11 +161,17 @@ impl Observer for CalibrationStats {
         input: &Stream,
         output: &Stream,
     ) -> candle::Result<()> {
-        let BlockSpec::Original(id) = spec else { return Ok(()) };
-        let Some(block) = self.blocks.iter_mut().find(|block| block.id == *id) else { return Ok(()) };
+        let BlockSpec::Original(id) = spec else {
+            return Ok(());
+        };
+        let Some(block) = self.blocks.iter_mut().find(|block| block.id == *id) else {
+            return Ok(());
+        };
         let with_gram = self.with_gram;
         let add = |stats: &mut StreamStats, x: Tensor, y: Tensor| {
-            stats.add(&x, &y, with_gram).map_err(|e| candle::Error::Msg(format!("block {id}: {e:#}")))
+            stats
+                .add(&x, &y, with_gram)
+                .map_err(|e| candle::Error::Msg(format!("block {id}: {e:#}")))
         };
         add(&mut block.txt, input.txt()?, output.txt()?)?;
         add(&mut block.img, input.img()?, output.img()?)

@@ -57,7 +57,7 @@ impl MlpEmbedder {
 }
 
 /// The part of the model before its first block.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Embedder {
     img_in: Linear,
     txt_in: Linear,

@@ -31,6 +31,8 @@ pub use single::SingleBlock;
 pub use stream::{Conditioning, Stream};
 pub use trunk::{Observer, Trunk};
 
+use std::sync::Arc;
+
 use candle::{Result, Tensor};
 use candle_nn::VarBuilder;
 
@@ -38,10 +40,10 @@ use crate::layout::FluxConfig;
 use embed::Embedder;
 use head::Head;
 
-/// The whole transformer (BFL `Flux`, diffusers `FluxTransformer2DModel`).
+/// The whole transformer; clones share the weights (BFL `Flux`, diffusers `FluxTransformer2DModel`).
 #[derive(Clone, Debug)]
 pub struct Flux {
-    embedder: Embedder,
+    embedder: Arc<Embedder>,
     /// The blocks.
     pub trunk: Trunk,
     head: Head,
@@ -66,7 +68,7 @@ impl Flux {
             );
         }
         Ok(Self {
-            embedder: Embedder::new(config, &vb)?,
+            embedder: Arc::new(Embedder::new(config, &vb)?),
             trunk: Trunk::load(config, &vb)?,
             head: Head::new(config, &vb.pp("final_layer"))?,
         })

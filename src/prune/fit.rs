@@ -27,7 +27,11 @@ const ATTEMPTS: usize = 12;
 pub fn fit(stats: &StreamStats, ridge: f64) -> Result<Affine> {
     let sums = stats.gram.as_ref().context("no tokens were seen")?;
     let (weight, bias, residual_sq) = solve(sums, stats.moments.change_sq, ridge)?;
-    Ok(Affine { weight, bias, residual_sq })
+    Ok(Affine {
+        weight,
+        bias,
+        residual_sq,
+    })
 }
 
 /// Solves (G + λI) B = C for B (d + 1, d) by Cholesky and gives (Wᵀ-ordered weight, bias, residual).
@@ -51,7 +55,9 @@ fn solve(sums: &Gram, change_sq: f64, ridge: f64) -> Result<(Tensor, Tensor, f64
         // too few or degenerate tokens: the smallest ridge that makes the problem definite
         lambda = (lambda * 10.0).max(mean * 1e-12);
     }
-    let Some(b) = solution else { bail!("the least-squares problem is singular") };
+    let Some(b) = solution else {
+        bail!("the least-squares problem is singular")
+    };
     // ‖R − X B‖² = ‖R‖² − 2 tr(Bᵀ C) + tr(Bᵀ G B), where G is the matrix without ridge
     let gb = &gram * &b;
     let mut fitted = 0.0;
@@ -66,7 +72,10 @@ fn solve(sums: &Gram, change_sq: f64, ridge: f64) -> Result<(Tensor, Tensor, f64
         weight.extend((0..rows - 1).map(|i| b[(i, j)] as f32));
         bias.push(b[(rows - 1, j)] as f32);
     }
-    ensure!(weight.iter().chain(&bias).all(|v| v.is_finite()), "the least-squares solution is not finite");
+    ensure!(
+        weight.iter().chain(&bias).all(|v| v.is_finite()),
+        "the least-squares solution is not finite"
+    );
     Ok((
         Tensor::from_vec(weight, (width, rows - 1), &Device::Cpu)?,
         Tensor::from_vec(bias, width, &Device::Cpu)?,
@@ -76,7 +85,11 @@ fn solve(sums: &Gram, change_sq: f64, ridge: f64) -> Result<(Tensor, Tensor, f64
 
 fn to_faer(matrix: &Tensor) -> Result<Mat<f64>> {
     let (rows, columns) = matrix.dims2()?;
-    let values = matrix.to_dtype(DType::F64)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f64>()?;
+    let values = matrix
+        .to_dtype(DType::F64)?
+        .to_device(&Device::Cpu)?
+        .flatten_all()?
+        .to_vec1::<f64>()?;
     Ok(Mat::from_fn(rows, columns, |i, j| values[i * columns + j]))
 }
 
@@ -94,13 +107,25 @@ mod tests {
         let x = random(n, d);
         let weight = random(d, d);
         let bias = random(1, d);
-        let y = (&x + x.matmul(&weight.t().unwrap()).unwrap().broadcast_add(&bias).unwrap()).unwrap();
+        let y = (&x
+            + x.matmul(&weight.t().unwrap())
+                .unwrap()
+                .broadcast_add(&bias)
+                .unwrap())
+        .unwrap();
         let mut stats = StreamStats::default();
         stats.add(&x, &y, true).unwrap();
         let fit = fit(&stats, 0.0).unwrap();
-        let difference = (fit.weight.to_dtype(DType::F64).unwrap() - weight).unwrap().abs().unwrap();
+        let difference = (fit.weight.to_dtype(DType::F64).unwrap() - weight)
+            .unwrap()
+            .abs()
+            .unwrap();
         assert!(difference.max_all().unwrap().to_scalar::<f64>().unwrap() < 1e-5);
-        assert!(fit.residual_sq < 1e-9 * stats.moments.change_sq, "{}", fit.residual_sq);
+        assert!(
+            fit.residual_sq < 1e-9 * stats.moments.change_sq,
+            "{}",
+            fit.residual_sq
+        );
     }
 
     #[test]
@@ -113,10 +138,18 @@ mod tests {
         let fit = fit(&stats, 1e-3).unwrap();
         let weight = fit.weight.to_dtype(DType::F64).unwrap();
         let bias = fit.bias.to_dtype(DType::F64).unwrap();
-        let predicted = x.matmul(&weight.t().unwrap()).unwrap().broadcast_add(&bias).unwrap();
+        let predicted = x
+            .matmul(&weight.t().unwrap())
+            .unwrap()
+            .broadcast_add(&bias)
+            .unwrap();
         let rest = ((y - x).unwrap() - predicted).unwrap().sqr().unwrap();
         let direct = rest.sum_all().unwrap().to_scalar::<f64>().unwrap();
-        assert!((direct - fit.residual_sq).abs() < 1e-5 * direct, "{direct} {}", fit.residual_sq);
+        assert!(
+            (direct - fit.residual_sq).abs() < 1e-5 * direct,
+            "{direct} {}",
+            fit.residual_sq
+        );
     }
 
     #[test]

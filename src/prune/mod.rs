@@ -28,10 +28,18 @@ use apply::Layers;
 /// When they do not fit on the device.
 pub fn block(layers: &Layers, device: &Device, dtype: DType) -> Result<Block> {
     let linear = |affine: &fit::Affine| -> Result<Linear> {
-        let place = |t: &candle::Tensor| -> Result<candle::Tensor> { Ok(t.to_dtype(dtype)?.to_device(device)?) };
-        Ok(Linear::new(place(&affine.weight)?, Some(place(&affine.bias)?))?)
+        let place = |t: &candle::Tensor| -> Result<candle::Tensor> {
+            Ok(t.to_dtype(dtype)?.to_device(device)?)
+        };
+        Ok(Linear::new(
+            place(&affine.weight)?,
+            Some(place(&affine.bias)?),
+        )?)
     };
-    Ok(Block::Replacement(ReplacementBlock::Streams { txt: linear(&layers.txt)?, img: linear(&layers.img)? }))
+    Ok(Block::Replacement(ReplacementBlock::Streams {
+        txt: linear(&layers.txt)?,
+        img: linear(&layers.img)?,
+    }))
 }
 
 /// Fits the blocks `replace` in network order on the activations of the already pruned prefix; the target stays the
@@ -62,19 +70,28 @@ pub fn fit_sequentially(
     // the streams of the original and of the pruned model, both just before block `at`
     let mut streams = Vec::new();
     for range in states.batches(batch) {
-        let (stream, conditioning) = flux.embed(&states.batch(range, &runtime.device, runtime.dtype)?.inputs())?;
+        let (stream, conditioning) = flux.embed(
+            &states
+                .batch(range, &runtime.device, runtime.dtype)?
+                .inputs(),
+        )?;
         streams.push((stream.clone(), stream, conditioning));
     }
     let mut at = 0;
     for (index, id) in indices {
         let (mut txt, mut img) = (StreamStats::default(), StreamStats::default());
         for (teacher, student, conditioning) in &mut streams {
-            *teacher = flux.trunk.forward_range(at..index + 1, teacher, conditioning, &mut ())?;
+            *teacher = flux
+                .trunk
+                .forward_range(at..index + 1, teacher, conditioning, &mut ())?;
             *student = trunk.forward_range(at..index, student, conditioning, &mut ())?;
             add(&mut txt, &mut img, student, teacher).with_context(|| format!("block {id}"))?;
             progress.inc(1);
         }
-        let layers = Layers { txt: fit::fit(&txt, ridge)?, img: fit::fit(&img, ridge)? };
+        let layers = Layers {
+            txt: fit::fit(&txt, ridge)?,
+            img: fit::fit(&img, ridge)?,
+        };
         let block = block(&layers, &runtime.device, runtime.dtype)?;
         for (_, student, conditioning) in &mut streams {
             *student = block.forward(student, conditioning)?;
@@ -86,7 +103,12 @@ pub fn fit_sequentially(
     Ok(out)
 }
 
-fn add(txt: &mut StreamStats, img: &mut StreamStats, input: &Stream, output: &Stream) -> Result<()> {
+fn add(
+    txt: &mut StreamStats,
+    img: &mut StreamStats,
+    input: &Stream,
+    output: &Stream,
+) -> Result<()> {
     txt.add(&input.txt()?, &output.txt()?, true)?;
     img.add(&input.img()?, &output.img()?, true)
 }

@@ -21,7 +21,9 @@ pub enum PlanError {
     #[error("--ratio {0}: expected a share of the blocks above 0 and below 1, such as 0.2")]
     Ratio(f64),
     /// A ratio that rounds to no block at all.
-    #[error("--ratio {ratio} of {blocks} blocks rounds to none: the smallest share that replaces one is {smallest:.3}")]
+    #[error(
+        "--ratio {ratio} of {blocks} blocks rounds to none: the smallest share that replaces one is {smallest:.3}"
+    )]
     NoBlock {
         /// What was asked for.
         ratio: f64,
@@ -48,8 +50,16 @@ impl PruningPlan {
     /// A plan that replaces each of `blocks` by a linear layer for each stream.
     pub fn linear(source: String, mut blocks: Vec<BlockId>, reason: String) -> Self {
         blocks.sort();
-        let replace = blocks.into_iter().map(|id| Replacement { replaces: vec![id], form: Form::Linear, joint: false });
-        Self { source, replace: replace.collect(), reason }
+        let replace = blocks.into_iter().map(|id| Replacement {
+            replaces: vec![id],
+            form: Form::Linear,
+            joint: false,
+        });
+        Self {
+            source,
+            replace: replace.collect(),
+            reason,
+        }
     }
 
     /// The blocks it replaces.
@@ -88,7 +98,9 @@ impl PruningPlan {
             };
             match self.replace.iter().find(|r| r.replaces.contains(id)) {
                 None => layout.push(spec.clone()),
-                Some(r) if r.replaces.first() == Some(id) => layout.push(BlockSpec::Replaced(r.clone())),
+                Some(r) if r.replaces.first() == Some(id) => {
+                    layout.push(BlockSpec::Replaced(r.clone()))
+                }
                 Some(_) => {} // a later block of a run that collapsed into its first
             }
         }
@@ -116,7 +128,11 @@ pub fn blocks_of_ratio(ratio: f64, config: &FluxConfig) -> Result<usize, PlanErr
     let blocks = config.original_ids().count();
     let count = (ratio * blocks as f64).round() as usize;
     if count == 0 {
-        return Err(PlanError::NoBlock { ratio, blocks, smallest: 0.5 / blocks as f64 });
+        return Err(PlanError::NoBlock {
+            ratio,
+            blocks,
+            smallest: 0.5 / blocks as f64,
+        });
     }
     if count >= originals(config).len() {
         return Err(PlanError::NothingLeft);
@@ -154,10 +170,22 @@ mod tests {
         assert_eq!(blocks_of_ratio(0.2, &config(19, 38)), Ok(11));
         assert_eq!(blocks_of_ratio(0.2, &config(5, 10)), Ok(3));
         for bad in [0.0, 1.0, -0.1, 1.5, f64::NAN, f64::INFINITY] {
-            assert!(matches!(blocks_of_ratio(bad, &config(5, 10)), Err(PlanError::Ratio(_))), "{bad}");
+            assert!(
+                matches!(
+                    blocks_of_ratio(bad, &config(5, 10)),
+                    Err(PlanError::Ratio(_))
+                ),
+                "{bad}"
+            );
         }
-        assert!(matches!(blocks_of_ratio(0.01, &config(5, 10)), Err(PlanError::NoBlock { .. })));
-        assert_eq!(blocks_of_ratio(0.99, &config(5, 10)), Err(PlanError::NothingLeft));
+        assert!(matches!(
+            blocks_of_ratio(0.01, &config(5, 10)),
+            Err(PlanError::NoBlock { .. })
+        ));
+        assert_eq!(
+            blocks_of_ratio(0.99, &config(5, 10)),
+            Err(PlanError::NothingLeft)
+        );
     }
 
     #[test]
@@ -169,7 +197,10 @@ mod tests {
             Err(PlanError::UnknownBlock(BlockId::single(2)))
         );
         let twice = plan(&[BlockId::single(1), BlockId::single(1)]);
-        assert_eq!(twice.validate(&model), Err(PlanError::Twice(BlockId::single(1))));
+        assert_eq!(
+            twice.validate(&model),
+            Err(PlanError::Twice(BlockId::single(1)))
+        );
         let all: Vec<_> = originals(&model);
         assert_eq!(plan(&all).validate(&model), Err(PlanError::NothingLeft));
     }
@@ -178,7 +209,10 @@ mod tests {
     fn a_plan_is_json_that_a_person_can_edit() {
         let plan = plan(&[BlockId::single(3), BlockId::double(1)]);
         let json = serde_json::to_string(&plan).unwrap();
-        assert!(json.contains(r#"{"replaces":["double.01"],"form":"linear"}"#), "{json}");
+        assert!(
+            json.contains(r#"{"replaces":["double.01"],"form":"linear"}"#),
+            "{json}"
+        );
         assert_eq!(serde_json::from_str::<PruningPlan>(&json).unwrap(), plan);
         let misspelt = json.replace("reason", "raison");
         assert!(serde_json::from_str::<PruningPlan>(&misspelt).is_err());

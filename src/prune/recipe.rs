@@ -85,7 +85,10 @@ impl Default for CalibrationRecipe {
 
 impl Default for FitRecipe {
     fn default() -> Self {
-        Self { ridge: 1e-4, sequential: true }
+        Self {
+            ridge: 1e-4,
+            sequential: true,
+        }
     }
 }
 
@@ -96,8 +99,10 @@ impl PruneRecipe {
     /// When the file cannot be read, is not JSON, or has an unknown key or a value of the wrong type.
     pub fn read(path: &std::path::Path) -> Result<Self> {
         let name = path.display();
-        let text = std::fs::read(path).with_context(|| format!("--recipe: cannot read `{name}`"))?;
-        serde_json::from_slice(&text).with_context(|| format!("--recipe: `{name}` is not a pruning recipe"))
+        let text =
+            std::fs::read(path).with_context(|| format!("--recipe: cannot read `{name}`"))?;
+        serde_json::from_slice(&text)
+            .with_context(|| format!("--recipe: `{name}` is not a pruning recipe"))
     }
 
     /// Checks the ranges of all numbers.
@@ -111,11 +116,23 @@ impl PruneRecipe {
             "--ratio {}: expected a share of the blocks above 0 and below 1, such as 0.2",
             self.ratio
         );
-        ensure!(c.samples != Some(0), "--samples 0: at least one prompt must be sampled");
+        ensure!(
+            c.samples != Some(0),
+            "--samples 0: at least one prompt must be sampled"
+        );
         ensure!(c.steps != Some(0), "--steps 0: at least one step is needed");
-        ensure!(c.draws > 0, "recipe: `calibration.draws` must be at least 1");
-        ensure!(c.batch != Some(0), "recipe: `calibration.batch` must be at least 1");
-        ensure!(self.score.held_out != Some(0), "recipe: `score.held-out` must be at least 1");
+        ensure!(
+            c.draws > 0,
+            "recipe: `calibration.draws` must be at least 1"
+        );
+        ensure!(
+            c.batch != Some(0),
+            "recipe: `calibration.batch` must be at least 1"
+        );
+        ensure!(
+            self.score.held_out != Some(0),
+            "recipe: `score.held-out` must be at least 1"
+        );
         ensure!(
             self.fit.ridge.is_finite() && self.fit.ridge >= 0.0,
             "recipe: `fit.ridge` must be a number of at least 0"

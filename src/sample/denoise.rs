@@ -60,7 +60,12 @@ impl LatentSize {
 ///
 /// # Errors
 /// When the size is odd.
-pub fn starting_noise(seed: u64, pictures: usize, channels: usize, size: LatentSize) -> Result<Tensor> {
+pub fn starting_noise(
+    seed: u64,
+    pictures: usize,
+    channels: usize,
+    size: LatentSize,
+) -> Result<Tensor> {
     let mut generator = noise::Generator::new(seed);
     let latent = generator.randn((pictures, channels, size.height, size.width), &Device::Cpu)?;
     Ok(latents::pack(&latent)?)
@@ -100,9 +105,14 @@ impl Denoise<'_> {
         on_step: &mut dyn FnMut(),
     ) -> Result<Tensor> {
         let batch = noise.dim(0)?;
-        ensure!(batch == prompts.len(), "{batch} noises of {} prompts", prompts.len());
+        ensure!(
+            batch == prompts.len(),
+            "{batch} noises of {} prompts",
+            prompts.len()
+        );
         let sigmas = self.schedule.sigmas(self.steps, self.size.tokens())?;
-        let place = |t: &Tensor| -> Result<Tensor> { Ok(t.to_device(self.device)?.to_dtype(self.dtype)?) };
+        let place =
+            |t: &Tensor| -> Result<Tensor> { Ok(t.to_device(self.device)?.to_dtype(self.dtype)?) };
         let (txt, vec) = (place(&prompts.txt)?, place(&prompts.vec)?);
         let img_ids = latents::img_ids(self.size.height, self.size.width, self.device)?;
         let txt_ids = latents::txt_ids(txt.dim(1)?, self.device)?;
@@ -124,7 +134,10 @@ impl Denoise<'_> {
             on_step();
         }
         let norm = x.sqr()?.sum_all()?.to_scalar::<f32>()?;
-        ensure!(norm.is_finite(), "the latents became NaN or infinite\nhint: try --dtype f32, or check the model with `fastflux verify`");
+        ensure!(
+            norm.is_finite(),
+            "the latents became NaN or infinite\nhint: try --dtype f32, or check the model with `fastflux verify`"
+        );
         Ok(x)
     }
 }

@@ -2,6 +2,7 @@
 
 mod clip;
 pub mod denoise;
+pub mod grid;
 pub mod latents;
 pub mod noise;
 pub mod png;
