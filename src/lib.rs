@@ -6,3 +6,19 @@ pub mod layout;
 // a model's files, and the tensors in them
 pub mod checkpoint;
 pub mod files;
+pub mod pipeline;
+
+// the transformer, and prompt → picture around it
+pub mod model;
+pub mod sample;
+
+// which blocks matter, and what takes the place of the others
+pub mod calibrate;
+pub mod prune;
+pub mod score;
+
+// where to compute, and how to talk
+pub mod cli;
+pub mod commands;
+pub mod device;
+pub mod ui;

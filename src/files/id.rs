@@ -16,7 +16,7 @@ const LONGEST: usize = 96;
 /// becomes a network request.
 ///
 /// ```
-/// use fastflux::files::parse_id;
+/// use fastflux::files::id::parse_id;
 ///
 /// let id = parse_id("black-forest-labs/FLUX.1-dev@refs/pr/1");
 /// assert_eq!(id, Some(("black-forest-labs/FLUX.1-dev".into(), Some("refs/pr/1".into()))));
@@ -58,7 +58,8 @@ fn is_part(text: &str) -> bool {
 
 /// Whether `text` may be a branch, a tag, `refs/pr/N` or a commit (the ASCII part of `git check-ref-format`).
 fn is_revision(text: &str) -> bool {
-    text.split('/').all(|part| {
+    let is_lock = text.strip_suffix(".lock").is_some(); // git's own file
+    let is_part = |part: &str| {
         !part.is_empty()
             && !part.starts_with(['.', '-'])
             && !part.ends_with('.')
@@ -66,7 +67,8 @@ fn is_revision(text: &str) -> bool {
             && part
                 .chars()
                 .all(|c| c.is_ascii_alphanumeric() || "-_.+".contains(c))
-    }) && !text.ends_with(".lock")
+    };
+    !is_lock && text.split('/').all(is_part)
 }
 
 #[cfg(test)]

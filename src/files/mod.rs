@@ -15,11 +15,10 @@ use memmap2::Mmap;
 mod bundled;
 #[cfg(feature = "hub")]
 mod hub;
-mod id;
+pub mod id;
 
 #[cfg(feature = "hub")]
 pub use hub::HubSettings;
-pub use id::parse_id;
 
 /// The bytes of one file: part of the binary, or memory-mapped. Cloning is cheap.
 #[derive(Clone, Debug)]
@@ -100,7 +99,13 @@ impl Files {
     /// not-found each say what to do.
     pub fn hub(id: &str, revision: Option<&str>) -> Result<Self> {
         #[cfg(feature = "hub")]
-        return Self::hub_with(&HubSettings::from_env(), id, revision);
+        {
+            let files = Self::hub_with(&HubSettings::from_env(), id, revision)?;
+            if let Some(note) = files.note() {
+                crate::ui::note(note);
+            }
+            Ok(files)
+        }
         #[cfg(not(feature = "hub"))]
         Err(anyhow!(
             "`{id}{}` is a hub id, but this build has no hub support\nhint: build with `--features hub`, or download the files and name the folder",

@@ -1,0 +1,163 @@
+//! The model inputs that calibration, scoring and training look at: the model's own pictures, noised anew.
+
+use anyhow::{Context, Result, ensure};
+use candle::{DType, Device, Tensor};
+
+use crate::{
+    model::Inputs,
+    sample::{
+        denoise::{Encoded, LatentSize},
+        latents, noise,
+    },
+};
+
+/// Noised latents at random times: `img = (1 − t) picture + t noise`, several for each picture.
+///
+/// Only the clean pictures are held; noise is drawn again from its seed when a batch is asked for.
+#[derive(Clone, Debug)]
+pub struct States {
+    /// Clean packed latents, (pictures, image tokens, channels), f32.
+    pictures: Tensor,
+    prompts: Encoded,
+    size: LatentSize,
+    guidance: f64,
+    /// (picture, t, noise seed) of each state.
+    items: Vec<(u32, f32, u64)>,
+}
+
+/// One batch of states on a device, ready for the model.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    img: Tensor,
+    img_ids: Tensor,
+    txt: Tensor,
+    txt_ids: Tensor,
+    timestep: Tensor,
+    vec: Tensor,
+    guidance: Tensor,
+}
+
+impl Batch {
+    /// As the model takes them.
+    pub fn inputs(&self) -> Inputs<'_> {
+        Inputs {
+            img: &self.img,
+            img_ids: &self.img_ids,
+            txt: &self.txt,
+            txt_ids: &self.txt_ids,
+            timestep: &self.timestep,
+            vec: &self.vec,
+            guidance: Some(&self.guidance),
+        }
+    }
+}
+
+/// Times keep this far from 0 and 1, where the velocity is trivial.
+const MARGIN: f64 = 0.01;
+/// The golden ratio's fractional part: its multiples fill an interval evenly.
+const GOLDEN: f64 = 0.618_033_988_749_894_9;
+
+impl States {
+    /// `draws` noised states of each picture, times spread evenly over (0, 1).
+    ///
+    /// # Errors
+    /// When pictures and prompts differ in number.
+    pub fn noised(
+        pictures: Tensor,
+        prompts: Encoded,
+        size: LatentSize,
+        guidance: f64,
+        draws: usize,
+        seed: u64,
+    ) -> Result<Self> {
+        let count = pictures.dim(0)?;
+        ensure!(
+            count == prompts.len(),
+            "{count} pictures of {} prompts",
+            prompts.len()
+        );
+        let total = count * draws;
+        let items = (0..total).map(|i| {
+            // pictures take turns, so that every stretch of states has all times and many prompts
+            let even = (i as f64 + 0.5) * GOLDEN % 1.0;
+            let t = MARGIN + (1.0 - 2.0 * MARGIN) * even;
+            (
+                (i % count) as u32,
+                t as f32,
+                seed.wrapping_mul(0x9E37_79B9_7F4A_7C15)
+                    .wrapping_add(i as u64),
+            )
+        });
+        Ok(Self {
+            items: items.collect(),
+            pictures,
+            prompts,
+            size,
+            guidance,
+        })
+    }
+
+    /// Keeps the first `len` states.
+    pub fn truncate(&mut self, len: usize) {
+        self.items.truncate(len);
+    }
+
+    /// Number of states.
+    pub fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// The states `range` in the model's dtype on its device.
+    ///
+    /// # Errors
+    /// When the range is out of bounds or memory is short.
+    pub fn batch(
+        &self,
+        range: std::ops::Range<usize>,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Batch> {
+        let items = self.items.get(range).context("states out of range")?;
+        let (_, tokens, channels) = self.pictures.dims3()?;
+        let mut noises = Vec::with_capacity(items.len());
+        for (_, _, seed) in items {
+            noises.push(noise::Generator::new(*seed).randn((tokens, channels), &Device::Cpu)?);
+        }
+        let noise = Tensor::stack(&noises, 0)?;
+        let which: Vec<u32> = items.iter().map(|(picture, _, _)| *picture).collect();
+        let which = Tensor::new(which, &Device::Cpu)?;
+        let times: Vec<f32> = items.iter().map(|(_, t, _)| *t).collect();
+        let t = Tensor::new(times, &Device::Cpu)?.reshape((items.len(), 1, 1))?;
+        let clean = self
+            .pictures
+            .to_device(&Device::Cpu)?
+            .index_select(&which, 0)?;
+        let img = (clean.broadcast_mul(&t.affine(-1.0, 1.0)?)? + noise.broadcast_mul(&t)?)?;
+        let which = which.to_device(self.prompts.txt.device())?;
+        let place = |t: Tensor| -> Result<Tensor> { Ok(t.to_device(device)?.to_dtype(dtype)?) };
+        let text_len = self.prompts.txt.dim(1)?;
+        Ok(Batch {
+            img: place(img)?,
+            img_ids: latents::img_ids(self.size.height, self.size.width, device)?,
+            txt: place(self.prompts.txt.index_select(&which, 0)?)?,
+            txt_ids: latents::txt_ids(text_len, device)?,
+            timestep: t.flatten_all()?.to_device(device)?,
+            vec: place(self.prompts.vec.index_select(&which, 0)?)?,
+            guidance: Tensor::full(self.guidance as f32, items.len(), device)?,
+        })
+    }
+
+    /// The ranges of all batches of at most `size` states.
+    pub fn batches(
+        &self,
+        size: usize,
+    ) -> impl ExactSizeIterator<Item = std::ops::Range<usize>> + use<> {
+        let (len, size) = (self.len(), size.max(1));
+        (0..len.div_ceil(size)).map(move |i| i * size..((i + 1) * size).min(len))
+    }
+}

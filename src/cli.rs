@@ -1,0 +1,242 @@
+//! The command line: definitions only. What a command does is in `commands`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::{
+    device::{DTypeChoice, DeviceChoice},
+    pipeline::ModelChoice,
+};
+
+/// Prune FLUX.1: replace its least important transformer blocks by linear layers and draw with what is left.
+#[derive(Debug, Parser)]
+#[command(
+    name = "fastflux",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// No notes and no progress bars on stderr.
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+}
+
+/// The subcommands, in the order of the pipeline.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show what a checkpoint holds: family, sizes, blocks, parameters, FLOPs.
+    #[command(
+        after_help = "Examples:\n  fastflux inspect\n  fastflux inspect --model flux1-dev.safetensors --width 1024 --height 1024\n  fastflux inspect --model pruned --json"
+    )]
+    Inspect(InspectArgs),
+    /// Replace the least important blocks by linear layers and write a pruned checkpoint.
+    #[command(
+        after_help = "Examples:\n  fastflux prune --ratio 0.2 --output pruned\n  fastflux prune --model black-forest-labs/FLUX.1-schnell --ratio 0.2 --prompts prompts.txt --output schnell-20"
+    )]
+    Prune(PruneArgs),
+    /// Draw pictures.
+    #[command(
+        after_help = "Examples:\n  fastflux generate --prompt \"a red circle left of a blue square on a white background\"\n  fastflux generate --model pruned --prompt-file prompts.txt --output pictures\n  fastflux generate --model flux1-dev.safetensors --text-encoders encoders --vae ae.safetensors --prompt \"a fox in the snow\""
+    )]
+    Generate(GenerateArgs),
+    /// Compare a model with tensors recorded from diffusers.
+    #[command(
+        after_help = "Examples:\n  python scripts/make_reference.py PIPELINE reference.safetensors\n  fastflux verify --model PIPELINE --reference reference.safetensors"
+    )]
+    Verify(VerifyArgs),
+}
+
+/// Which model.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ModelArgs {
+    /// The model: a folder (diffusers layout or fastflux output), a .safetensors file, or a hub id
+    /// (owner/name[@revision]). Default: the bundled tiny model.
+    #[arg(long, value_name = "PATH|ID")]
+    pub model: Option<String>,
+    /// JSON with what the tensors cannot tell: axes_dims_rope, theta, scheduler.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// Which model, and where its text encoders and VAE are.
+#[derive(Args, Clone, Debug, Default)]
+pub struct PipelineArgs {
+    #[command(flatten)]
+    #[expect(
+        missing_docs,
+        reason = "flattened: its doc comment would become help text"
+    )]
+    pub model: ModelArgs,
+    /// Folder with text encoders and tokenizers, where the model comes without.
+    #[arg(long, value_name = "DIR")]
+    pub text_encoders: Option<PathBuf>,
+    /// VAE file (ae.safetensors or diffusers names) or folder, where the model comes without.
+    #[arg(long, value_name = "FILE|DIR")]
+    pub vae: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    /// The choice without other parts of the pipeline.
+    pub fn choice(&self) -> ModelChoice {
+        ModelChoice {
+            model: self.model.clone(),
+            config: self.config.clone(),
+            ..ModelChoice::default()
+        }
+    }
+}
+
+impl PipelineArgs {
+    /// The choice with the other parts.
+    pub fn choice(&self) -> ModelChoice {
+        ModelChoice {
+            text_encoders: self.text_encoders.clone(),
+            vae: self.vae.clone(),
+            ..self.model.choice()
+        }
+    }
+}
+
+/// How to run; none of these changes what is computed beyond rounding.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct RunArgs {
+    /// auto, cpu, cuda, cuda:N or metal.
+    #[arg(long, default_value = "auto", value_parser = |s: &str| s.parse::<DeviceChoice>())]
+    pub device: DeviceChoice,
+    /// auto (bf16 on a GPU, f32 on the CPU), f32, bf16 or f16.
+    #[arg(long, default_value = "auto", value_parser = |s: &str| s.parse::<DTypeChoice>())]
+    pub dtype: DTypeChoice,
+}
+
+/// `inspect`.
+#[derive(Args, Debug)]
+#[expect(missing_docs, reason = "flattened arguments")]
+pub struct InspectArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Picture width that FLOPs are counted for, in pixels. Default: 1024 (64 for the bundled model).
+    #[arg(long)]
+    pub width: Option<usize>,
+    /// Picture height, in pixels. Default: the width.
+    #[arg(long)]
+    pub height: Option<usize>,
+    /// Text tokens that FLOPs are counted for. Default: what the model is given.
+    #[arg(long)]
+    pub text_tokens: Option<usize>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `prune`.
+#[derive(Args, Debug)]
+#[expect(missing_docs, reason = "flattened arguments")]
+pub struct PruneArgs {
+    #[command(flatten)]
+    pub pipeline: PipelineArgs,
+    /// Share of all blocks to replace, above 0 and below 1. Default: 0.2.
+    #[arg(long)]
+    pub ratio: Option<f64>,
+    /// Folder to write; must not exist yet (see --force).
+    #[arg(long, short, default_value = "pruned", value_name = "DIR")]
+    pub output: PathBuf,
+    /// Recipe (JSON, see configs/prune.json); flags win over it.
+    #[arg(long, value_name = "FILE")]
+    pub recipe: Option<PathBuf>,
+    /// Prompts to calibrate with, one a line. Default: a bundled list.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// How many prompts to sample for calibration.
+    #[arg(long)]
+    pub samples: Option<usize>,
+    /// Sampling steps of calibration. Default: the model's own.
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Picture width of calibration, in pixels.
+    #[arg(long)]
+    pub width: Option<usize>,
+    /// Picture height of calibration, in pixels.
+    #[arg(long)]
+    pub height: Option<usize>,
+    /// Seed of calibration.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Overwrite an existing output.
+    #[arg(long)]
+    pub force: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// `generate`.
+#[derive(Args, Debug)]
+#[expect(missing_docs, reason = "flattened arguments")]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub pipeline: PipelineArgs,
+    /// What to draw; may be given several times.
+    #[arg(long, required_unless_present = "prompt_file")]
+    pub prompt: Vec<String>,
+    /// Prompts to draw, one a line.
+    #[arg(long, value_name = "FILE")]
+    pub prompt_file: Option<PathBuf>,
+    /// Sampling steps. Default: the model's own (dev 28, schnell 4).
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Guidance scale, for models with a guidance embedding. Default: 3.5.
+    #[arg(long)]
+    pub guidance: Option<f64>,
+    /// Seed of the starting noise: the same noise as torch's CPU generator.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Picture width, in pixels.
+    #[arg(long)]
+    pub width: Option<usize>,
+    /// Picture height, in pixels.
+    #[arg(long)]
+    pub height: Option<usize>,
+    /// Pictures for each prompt.
+    #[arg(long, default_value_t = 1)]
+    pub num_images: usize,
+    /// A .png file, a pattern with {prompt}, {image} or {seed}, or a folder.
+    #[arg(long, short, default_value = ".", value_name = "PATTERN|DIR")]
+    pub output: PathBuf,
+    /// Longest text the T5 encoder is given, in tokens. Default: 512 (dev), 256 (schnell), or the tokenizer's limit.
+    #[arg(long)]
+    pub max_sequence_length: Option<usize>,
+    /// Overwrite existing pictures.
+    #[arg(long)]
+    pub force: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// `verify`.
+#[derive(Args, Debug)]
+#[expect(missing_docs, reason = "flattened arguments")]
+pub struct VerifyArgs {
+    #[command(flatten)]
+    pub pipeline: PipelineArgs,
+    /// Tensors recorded by scripts/make_reference.py.
+    #[arg(long, value_name = "FILE")]
+    pub reference: PathBuf,
+    /// Largest relative error allowed. Default: 1e-5 (1e-4 for VAE and final latents), 2e-2 in bf16.
+    #[arg(long)]
+    pub tolerance: Option<f64>,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub run: RunArgs,
+}

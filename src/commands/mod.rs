@@ -1,0 +1,112 @@
+//! One file per subcommand: read, call the stage, write. All I/O and talk happens here.
+
+use std::{path::Path, process::ExitCode};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::{
+    cli::Command,
+    pipeline::{ModelChoice, Pipeline},
+    sample::denoise::LatentSize,
+    ui,
+};
+
+mod inspect;
+
+/// Runs a subcommand.
+///
+/// # Errors
+/// Whatever the subcommand could not do; `main` prints it.
+pub fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
+        _ => anyhow::bail!("not there yet"),
+    }
+}
+
+/// Opens a model and says so when it is the bundled one.
+fn open(choice: &ModelChoice) -> Result<Pipeline> {
+    if choice.model.is_none() {
+        ui::note(
+            "using the bundled tiny model (64×64 pictures of coloured shapes); name a real one with --model, \
+             for example --model black-forest-labs/FLUX.1-schnell",
+        );
+    }
+    Pipeline::open(choice)
+}
+
+/// Size of a picture in pixels, both multiples of [`PixelSize::STEP`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct PixelSize {
+    width: usize,
+    height: usize,
+}
+
+impl PixelSize {
+    /// One image token is 2×2 latent pixels of 8×8 pixels each.
+    const STEP: usize = 16;
+    /// Beyond this the position ids of FLUX make no sense and attention outgrows any machine.
+    const LARGEST: usize = 8192;
+
+    fn latent(self) -> LatentSize {
+        LatentSize {
+            height: self.height / 8,
+            width: self.width / 8,
+        }
+    }
+
+    fn tokens(self) -> usize {
+        self.latent().tokens()
+    }
+}
+
+/// The size the user asked for, rounded down to what the model can draw (with a note), or the model's own.
+fn picture_size(
+    pipeline: &Pipeline,
+    width: Option<usize>,
+    height: Option<usize>,
+) -> Result<PixelSize> {
+    let own = pipeline.default_size()?;
+    let width = width.or(height).unwrap_or(own);
+    let height = height.unwrap_or(width);
+    let round = |flag: &str, value: usize| -> Result<usize> {
+        ensure!(
+            (PixelSize::STEP..=PixelSize::LARGEST).contains(&value),
+            "{flag} {value}: pictures are between {} and {} pixels wide and high",
+            PixelSize::STEP,
+            PixelSize::LARGEST
+        );
+        Ok(value / PixelSize::STEP * PixelSize::STEP)
+    };
+    let size = PixelSize {
+        width: round("--width", width)?,
+        height: round("--height", height)?,
+    };
+    if (size.width, size.height) != (width, height) {
+        ui::note(format!(
+            "drawing {}×{} instead of {width}×{height}: sizes are multiples of {}",
+            size.width,
+            size.height,
+            PixelSize::STEP
+        ));
+    }
+    Ok(size)
+}
+
+/// The prompts of a file, one a line; blank lines are passed over.
+fn read_prompts(flag: &str, path: &Path) -> Result<Vec<String>> {
+    let name = path.display();
+    let bytes = std::fs::read(path).with_context(|| format!("{flag}: cannot read `{name}`"))?;
+    let Ok(text) = String::from_utf8(bytes) else {
+        bail!("{flag}: `{name}` is not UTF-8 text")
+    };
+    let text = text.trim_start_matches('\u{feff}');
+    let prompts: Vec<String> = text
+        .lines()
+        .map(str::trim)
+        .filter(|l| !l.is_empty())
+        .map(str::to_owned)
+        .collect();
+    ensure!(!prompts.is_empty(), "{flag}: `{name}` holds no prompt");
+    Ok(prompts)
+}

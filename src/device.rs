@@ -1,0 +1,142 @@
+//! Which device and number format to compute with: the only place that picks one.
+
+use std::{fmt, str::FromStr};
+
+use anyhow::{Context, Result, bail};
+use candle::{DType, Device};
+
+/// A `--device` value.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// CUDA or Metal when this build has it and the machine too, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// CUDA device N.
+    Cuda(usize),
+    /// The first Metal device.
+    Metal,
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            "metal" => Ok(Self::Metal),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|n| n.parse().ok())
+                .map(Self::Cuda)
+                .ok_or_else(|| "expected auto, cpu, cuda, cuda:N or metal".to_owned()),
+        }
+    }
+}
+
+/// A `--dtype` value: the format of weights and activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DTypeChoice {
+    /// bf16 on CUDA and Metal, f32 on the CPU.
+    #[default]
+    Auto,
+    /// float32.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// float16.
+    F16,
+}
+
+impl FromStr for DTypeChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "f32" | "float32" => Ok(Self::F32),
+            "bf16" | "bfloat16" => Ok(Self::Bf16),
+            "f16" | "float16" => Ok(Self::F16),
+            _ => Err("expected auto, f32, bf16 or f16".to_owned()),
+        }
+    }
+}
+
+/// Where and in which format to compute; resolved once and passed down.
+#[derive(Clone, Debug)]
+pub struct Runtime {
+    /// The device that holds weights and activations.
+    pub device: Device,
+    /// The format of weights and activations.
+    pub dtype: DType,
+}
+
+impl Runtime {
+    /// Resolves the choices.
+    ///
+    /// # Errors
+    /// When the device is not in this build or not in this machine.
+    pub fn resolve(device: DeviceChoice, dtype: DTypeChoice) -> Result<Self> {
+        let device = match device {
+            DeviceChoice::Cpu => Device::Cpu,
+            DeviceChoice::Cuda(n) => cuda(n)?,
+            DeviceChoice::Metal => metal()?,
+            DeviceChoice::Auto => automatic(),
+        };
+        let dtype = match dtype {
+            DTypeChoice::F32 => DType::F32,
+            DTypeChoice::Bf16 => DType::BF16,
+            DTypeChoice::F16 => DType::F16,
+            DTypeChoice::Auto if device.is_cpu() => DType::F32,
+            DTypeChoice::Auto => DType::BF16,
+        };
+        Ok(Self { device, dtype })
+    }
+}
+
+impl fmt::Display for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let device = match &self.device {
+            Device::Cpu => "cpu",
+            Device::Cuda(_) => "cuda",
+            Device::Metal(_) => "metal",
+        };
+        write!(f, "{device}, {}", self.dtype.as_str())
+    }
+}
+
+fn automatic() -> Device {
+    if cfg!(feature = "cuda")
+        && let Ok(device) = Device::new_cuda(0)
+    {
+        return device;
+    }
+    if cfg!(feature = "metal")
+        && let Ok(device) = Device::new_metal(0)
+    {
+        return device;
+    }
+    Device::Cpu
+}
+
+fn cuda(ordinal: usize) -> Result<Device> {
+    if !cfg!(feature = "cuda") {
+        bail!(
+            "--device cuda: this build has no CUDA support\nhint: build with `cargo build --release --features cuda`, or use --device cpu"
+        );
+    }
+    Device::new_cuda(ordinal)
+        .with_context(|| format!("--device cuda:{ordinal}: cannot use this GPU\nhint: see `nvidia-smi`, or use --device cpu"))
+}
+
+fn metal() -> Result<Device> {
+    if !cfg!(feature = "metal") {
+        bail!(
+            "--device metal: this build has no Metal support\nhint: build with `cargo build --release --features metal`, or use --device cpu"
+        );
+    }
+    Device::new_metal(0).context("--device metal: cannot use the GPU\nhint: use --device cpu")
+}

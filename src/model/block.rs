@@ -1,0 +1,179 @@
+//! One entry of the trunk, whatever its kind.
+
+use candle::Result;
+use candle_nn::VarBuilder;
+
+use super::double::DoubleBlock;
+use super::linear::Linear;
+use super::replacement::ReplacementBlock;
+use super::single::SingleBlock;
+use super::stream::{Conditioning, Stream};
+use crate::layout::{BlockKind, BlockSpec, FluxConfig};
+
+/// The loaded weights of one [`BlockSpec`]. Clones share the tensors.
+#[derive(Clone, Debug)]
+pub enum Block {
+    /// Text and image tokens with weights of their own.
+    Double(Box<DoubleBlock>),
+    /// All tokens with the same weights.
+    Single(Box<SingleBlock>),
+    /// What stands in for removed blocks.
+    Replacement(ReplacementBlock),
+}
+
+impl Block {
+    /// Reads the block of `spec`, whose tensors are below `vb`.
+    pub fn new(config: &FluxConfig, spec: &BlockSpec, vb: &VarBuilder) -> Result<Self> {
+        Ok(match spec {
+            BlockSpec::Original(id) => match id.kind {
+                BlockKind::Double => Self::Double(Box::new(DoubleBlock::new(config, vb)?)),
+                BlockKind::Single => Self::Single(Box::new(SingleBlock::new(config, vb)?)),
+            },
+            BlockSpec::Replaced(replacement) => {
+                Self::Replacement(ReplacementBlock::new(config, replacement, vb)?)
+            }
+        })
+    }
+
+    /// One step of the fold.
+    pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
+        match self {
+            Self::Double(block) => block.forward(stream, conditioning),
+            Self::Single(block) => block.forward(stream, conditioning),
+            Self::Replacement(block) => block.forward(stream),
+        }
+    }
+
+    /// Every projection with its canonical name below the block (`img_attn.qkv`, `linear1`, `linear.img`): the one
+    /// place to attach LoRA, merge or count.
+    pub fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
+        match self {
+            Self::Double(block) => block.linears_mut(),
+            Self::Single(block) => block.linears_mut(),
+            Self::Replacement(block) => block.linears_mut(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle::{DType, Device, Tensor, Var};
+
+    use super::*;
+    use crate::layout::{BlockId, Form, Replacement, unpruned};
+    use crate::model::testing::{SmallInputs, close, random, random_flux, small_config};
+    use crate::model::{Flux, Lora};
+
+    /// A double block, a single block, and one replaced jointly and one for each stream.
+    fn all_kinds(dtype: DType) -> Result<Flux> {
+        let mut config = small_config();
+        config.layout = unpruned(1, 3);
+        for (index, joint) in [(1, true), (2, false)] {
+            config.layout[index] = BlockSpec::Replaced(Replacement {
+                replaces: vec![BlockId::single(index - 1)],
+                form: Form::Linear,
+                joint,
+            });
+        }
+        random_flux(&config, dtype)
+    }
+
+    /// Makes LoRA factors of every projection, and weights and biases of replacements, trainable.
+    fn trainables(flux: &mut Flux) -> Result<Vec<(String, Var)>> {
+        let mut vars = vec![];
+        for (index, (spec, block)) in flux.trunk.entries_mut().iter_mut().enumerate() {
+            let replaced = matches!(spec, BlockSpec::Replaced(_));
+            for (name, linear) in block.linears_mut() {
+                let (output, input) = linear.weight().dims2()?;
+                let dtype = linear.weight().dtype();
+                let mut var = |part: &str, x: Tensor| -> Result<Tensor> {
+                    let var = Var::from_tensor(&x.to_dtype(dtype)?)?;
+                    let tensor = var.as_tensor().clone();
+                    vars.push((format!("{index}.{name}.{part}"), var));
+                    Ok(tensor)
+                };
+                if replaced {
+                    let bias = linear.bias().cloned().expect("replacements have a bias");
+                    *linear = Linear::new(
+                        var("weight", linear.weight().clone())?,
+                        Some(var("bias", bias)?),
+                    )?;
+                }
+                let a = var("a", (random(name, (2, input))? * 0.3)?)?;
+                let b = var("b", (random(name, (output, 2))? * 0.3)?)?;
+                linear.set_lora(Some(Lora { a, b, scale: 0.7 }))?;
+            }
+        }
+        Ok(vars)
+    }
+
+    fn loss(flux: &Flux, inputs: &SmallInputs) -> Result<Tensor> {
+        let velocity = flux.forward(&inputs.borrowed(), &mut ())?;
+        let weights = random("loss", velocity.dims())?.to_dtype(velocity.dtype())?;
+        (velocity.sqr()? + velocity * weights)?.sum_all()
+    }
+
+    #[test]
+    fn gradients_agree_with_finite_differences_in_every_kind_of_block() -> Result<()> {
+        let mut flux = all_kinds(DType::F64)?;
+        let inputs = SmallInputs::new(&small_config(), 2)?;
+        let vars = trainables(&mut flux)?;
+        // 10 + 3 projections and 3 layers with LoRA, and 3 weights and biases
+        assert_eq!(vars.len(), 2 * (13 + 3) + 2 * 3);
+        let gradients = loss(&flux, &inputs)?.backward()?;
+        for (name, var) in &vars {
+            let gradient = gradients
+                .get(var)
+                .unwrap_or_else(|| panic!("no gradient for {name}"));
+            let gradient = gradient.flatten_all()?.to_vec1::<f64>()?;
+            let original = var.as_tensor().copy()?;
+            // the entry where a wrong gradient shows best
+            let largest = (0..gradient.len())
+                .max_by(|&i, &j| gradient[i].abs().total_cmp(&gradient[j].abs()));
+            let entry = largest.expect("no trainable is empty");
+            assert!(
+                gradient[entry].abs() > 1e-6,
+                "the gradient of {name} is zero"
+            );
+            let moved = |step: f64| -> Result<f64> {
+                let mut values = original.flatten_all()?.to_vec1::<f64>()?;
+                values[entry] += step;
+                var.set(&Tensor::from_vec(values, original.dims(), &Device::Cpu)?)?;
+                loss(&flux, &inputs)?.to_scalar()
+            };
+            let step = 1e-5;
+            let slope = (moved(step)? - moved(-step)?) / (2.0 * step);
+            var.set(&original)?;
+            let error = (slope - gradient[entry]).abs() / slope.abs();
+            // candle's derivative of GELU has constants of six digits
+            assert!(
+                error < 1e-4,
+                "{name}: gradient {} instead of {slope}",
+                gradient[entry]
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn training_computes_what_inference_computes() -> Result<()> {
+        for (dtype, tolerance) in [(DType::F32, 3e-6), (DType::BF16, 3e-2)] {
+            let mut flux = all_kinds(dtype)?;
+            let inputs = SmallInputs::new(&small_config(), 3)?;
+            trainables(&mut flux)?;
+            let tracked = flux.forward(&inputs.borrowed(), &mut ())?;
+            assert!(tracked.track_op());
+            for (_, block) in flux.trunk.entries_mut() {
+                for (_, linear) in block.linears_mut() {
+                    let merged = linear.merge()?;
+                    *linear =
+                        Linear::new(merged.weight().detach(), merged.bias().map(Tensor::detach))?;
+                }
+            }
+            let fused = flux.forward(&inputs.borrowed(), &mut ())?;
+            assert!(!fused.track_op());
+            close(&fused, &tracked, tolerance)?;
+        }
+        Ok(())
+    }
+}

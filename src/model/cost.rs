@@ -1,0 +1,209 @@
+//! Parameters and floating-point operations, counted from the configuration alone; no tensor is touched.
+
+use std::iter::Sum;
+use std::ops::Add;
+
+use crate::layout::{BlockKind, BlockSpec, FluxConfig, Form};
+
+/// Cost of a part of the model for one call at batch 1. A multiply-add is two operations; norms, activations and
+/// other element-wise work (below 0.1 % at full size) are left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Number of parameters.
+    pub parameters: u64,
+    /// Operations of the projections.
+    pub matmul_flops: u64,
+    /// Operations of the products of queries with keys and of attention weights with values.
+    pub attention_flops: u64,
+}
+
+impl Cost {
+    /// A projection with bias applied to `rows` tokens.
+    fn linear(input: usize, output: usize, rows: usize) -> Self {
+        let (input, output, rows) = (input as u64, output as u64, rows as u64);
+        Self {
+            parameters: (input + 1) * output,
+            matmul_flops: 2 * rows * input * output,
+            attention_flops: 0,
+        }
+    }
+
+    fn parameters(count: usize) -> Self {
+        Self {
+            parameters: count as u64,
+            ..Self::default()
+        }
+    }
+
+    /// All operations.
+    pub fn flops(&self) -> u64 {
+        self.matmul_flops + self.attention_flops
+    }
+}
+
+impl Add for Cost {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        Self {
+            parameters: self.parameters + other.parameters,
+            matmul_flops: self.matmul_flops + other.matmul_flops,
+            attention_flops: self.attention_flops + other.attention_flops,
+        }
+    }
+}
+
+impl Sum for Cost {
+    fn sum<I: Iterator<Item = Self>>(costs: I) -> Self {
+        costs.fold(Self::default(), Add::add)
+    }
+}
+
+/// One entry of the layout on `img` image and `txt` text tokens.
+pub fn block(config: &FluxConfig, spec: &BlockSpec, img: usize, txt: usize) -> Cost {
+    let (hidden, mlp) = (config.hidden_size, config.mlp_size);
+    let tokens = img + txt;
+    let norms = Cost::parameters(2 * config.axes_dims.iter().sum::<usize>());
+    let attention = Cost {
+        attention_flops: 4 * (tokens * tokens) as u64 * hidden as u64,
+        ..Cost::default()
+    };
+    match spec {
+        BlockSpec::Original(id) if id.kind == BlockKind::Double => {
+            let half = |rows| {
+                Cost::linear(hidden, 6 * hidden, 1)
+                    + Cost::linear(hidden, 3 * hidden, rows)
+                    + norms
+                    + Cost::linear(hidden, hidden, rows)
+                    + Cost::linear(hidden, mlp, rows)
+                    + Cost::linear(mlp, hidden, rows)
+            };
+            half(img) + half(txt) + attention
+        }
+        BlockSpec::Original(_) => {
+            Cost::linear(hidden, 3 * hidden, 1)
+                + Cost::linear(hidden, 3 * hidden + mlp, tokens)
+                + norms
+                + Cost::linear(hidden + mlp, hidden, tokens)
+                + attention
+        }
+        BlockSpec::Replaced(replacement) => match (replacement.form, replacement.joint) {
+            (Form::Remove, _) => Cost::default(),
+            (Form::Linear, true) => Cost::linear(hidden, hidden, tokens),
+            (Form::Linear, false) => {
+                Cost::linear(hidden, hidden, img) + Cost::linear(hidden, hidden, txt)
+            }
+        },
+    }
+}
+
+/// What is not in the trunk: input projections, embeddings of timestep, guidance and pooled text, and the head.
+pub fn embedder_and_head(config: &FluxConfig, img: usize, txt: usize) -> Cost {
+    let hidden = config.hidden_size;
+    let embedder = |input| Cost::linear(input, hidden, 1) + Cost::linear(hidden, hidden, 1);
+    let sinusoids = 1 + usize::from(config.guidance_embed);
+    Cost::linear(config.in_channels, hidden, img)
+        + Cost::linear(config.context_in_dim, hidden, txt)
+        + (0..sinusoids)
+            .map(|_| embedder(super::embed::SINUSOID))
+            .sum()
+        + embedder(config.vec_in_dim)
+        + Cost::linear(hidden, 2 * hidden, 1)
+        + Cost::linear(hidden, config.out_channels, img)
+}
+
+/// The whole transformer on `img` image and `txt` text tokens.
+pub fn model(config: &FluxConfig, img: usize, txt: usize) -> Cost {
+    let blocks: Cost = config
+        .layout
+        .iter()
+        .map(|spec| block(config, spec, img, txt))
+        .sum();
+    blocks + embedder_and_head(config, img, txt)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{BlockId, Replacement, unpruned};
+    use crate::model::testing::small_config;
+
+    fn dev() -> FluxConfig {
+        FluxConfig {
+            in_channels: 64,
+            out_channels: 64,
+            hidden_size: 3072,
+            num_heads: 24,
+            context_in_dim: 4096,
+            vec_in_dim: 768,
+            guidance_embed: true,
+            axes_dims: vec![16, 56, 56],
+            theta: 10_000.0,
+            mlp_size: 12_288,
+            layout: unpruned(19, 38),
+        }
+    }
+
+    fn original(kind: BlockKind) -> BlockSpec {
+        BlockSpec::Original(BlockId { kind, index: 0 })
+    }
+
+    #[test]
+    fn flux_dev_costs_what_is_published() {
+        let config = dev();
+        let double = block(&config, &original(BlockKind::Double), 4096, 512);
+        let single = block(&config, &original(BlockKind::Single), 4096, 512);
+        assert_eq!(double.parameters, 339_831_296);
+        assert_eq!(single.parameters, 141_591_808);
+        for cost in [double, single] {
+            assert_eq!((cost.matmul_flops as f64 / 1e9).round(), 1044.0);
+            assert_eq!((cost.attention_flops as f64 / 1e9).round(), 261.0);
+        }
+        assert_eq!(model(&config, 4096, 512).parameters, 11_901_408_320);
+    }
+
+    #[test]
+    fn replacements_cost_a_layer_for_each_stream() {
+        let config = dev();
+        let cost = |form, joint| {
+            let replaces = vec![BlockId {
+                kind: BlockKind::Single,
+                index: 3,
+            }];
+            block(
+                &config,
+                &BlockSpec::Replaced(Replacement {
+                    replaces,
+                    form,
+                    joint,
+                }),
+                4096,
+                512,
+            )
+        };
+        assert_eq!(cost(Form::Remove, false), Cost::default());
+        assert_eq!(cost(Form::Linear, true).parameters, 3072 * 3073);
+        assert_eq!(cost(Form::Linear, false).parameters, 2 * 3072 * 3073);
+        assert_eq!(
+            cost(Form::Linear, false).flops(),
+            cost(Form::Linear, true).flops()
+        );
+    }
+
+    #[test]
+    fn the_count_is_that_of_the_tensors_read() -> candle::Result<()> {
+        let mut config = small_config();
+        config.layout = unpruned(2, 3);
+        config.layout[1] = BlockSpec::Replaced(Replacement {
+            replaces: vec![BlockId {
+                kind: BlockKind::Double,
+                index: 1,
+            }],
+            form: Form::Linear,
+            joint: false,
+        });
+        let tensors = crate::model::testing::tensors_of(&config)?;
+        let read: usize = tensors.values().map(candle::Tensor::elem_count).sum();
+        assert_eq!(model(&config, 4, 3).parameters, read as u64);
+        Ok(())
+    }
+}

@@ -1,0 +1,185 @@
+//! The double block: text and image tokens with weights of their own, meeting in attention.
+
+use candle::{Result, Tensor};
+use candle_nn::VarBuilder;
+
+use super::linear::Linear;
+use super::modulation::Modulation;
+use super::ops::{self, Branch, Norms, Projected};
+use super::stream::{Conditioning, Stream};
+use crate::layout::FluxConfig;
+
+/// BFL `DoubleStreamBlock`, diffusers `FluxTransformerBlock`.
+#[derive(Clone, Debug)]
+pub struct DoubleBlock {
+    img: Half,
+    txt: Half,
+    num_heads: usize,
+}
+
+/// The weights of one of the two streams.
+#[derive(Clone, Debug)]
+struct Half {
+    modulation: Modulation<6>,
+    qkv: Linear,
+    norms: Norms,
+    proj: Linear,
+    mlp_in: Linear,
+    mlp_out: Linear,
+}
+
+impl Half {
+    fn new(config: &FluxConfig, vb: &VarBuilder, stream: &str) -> Result<Self> {
+        let (hidden, mlp) = (config.hidden_size, config.mlp_size);
+        let part = |name: &str| vb.pp(format!("{stream}_{name}"));
+        let attn = part("attn");
+        Ok(Self {
+            modulation: Modulation::new(hidden, &part("mod").pp("lin"))?,
+            qkv: Linear::load(hidden, 3 * hidden, &attn.pp("qkv"))?,
+            norms: load_norms(config, &attn.pp("norm"))?,
+            proj: Linear::load(hidden, hidden, &attn.pp("proj"))?,
+            mlp_in: Linear::load(hidden, mlp, &part("mlp").pp("0"))?,
+            mlp_out: Linear::load(mlp, hidden, &part("mlp").pp("2"))?,
+        })
+    }
+
+    /// After attention: adds its projection, then the MLP without bias, gate and residual, which the caller joins.
+    fn after(
+        &self,
+        x: &Tensor,
+        attended: &Tensor,
+        [gate, shift, scale]: [&Tensor; 3],
+    ) -> Result<(Tensor, Tensor)> {
+        let y = self.proj.product(attended)?;
+        let x = ops::gated_residual(&[Branch {
+            x,
+            y: &y,
+            bias: self.proj.bias(),
+            gate: Some(gate),
+        }])?;
+        let y = self
+            .mlp_in
+            .product(&ops::norm_modulate(&x, shift, scale)?)?;
+        let y = self
+            .mlp_out
+            .product(&ops::gelu(&y, self.mlp_in.bias(), None)?)?;
+        Ok((x, y))
+    }
+}
+
+/// Reads the weights of the RMS norms below `vb` (`query_norm.scale`, `key_norm.scale`).
+pub(super) fn load_norms(config: &FluxConfig, vb: &VarBuilder) -> Result<Norms> {
+    let size = config.axes_dims.iter().sum::<usize>();
+    Ok(Norms {
+        query: vb.get(size, "query_norm.scale")?,
+        key: vb.get(size, "key_norm.scale")?,
+    })
+}
+
+impl DoubleBlock {
+    /// Reads the block whose tensors are below `vb` (`img_attn.qkv.weight` and so on).
+    pub fn new(config: &FluxConfig, vb: &VarBuilder) -> Result<Self> {
+        Ok(Self {
+            img: Half::new(config, vb, "img")?,
+            txt: Half::new(config, vb, "txt")?,
+            num_heads: config.num_heads,
+        })
+    }
+
+    /// One step of the fold.
+    pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
+        let Self {
+            img,
+            txt,
+            num_heads,
+        } = self;
+        let (img_x, txt_x) = (stream.img_view()?, stream.txt_view()?);
+        let [
+            img_shift1,
+            img_scale1,
+            img_gate1,
+            img_shift2,
+            img_scale2,
+            img_gate2,
+        ] = img.modulation.forward(conditioning)?;
+        let [
+            txt_shift1,
+            txt_scale1,
+            txt_gate1,
+            txt_shift2,
+            txt_scale2,
+            txt_gate2,
+        ] = txt.modulation.forward(conditioning)?;
+
+        // (batch, tokens of the stream, 3·hidden)
+        let img_qkv = img
+            .qkv
+            .product(&ops::norm_modulate(&img_x, &img_shift1, &img_scale1)?)?;
+        let txt_qkv = txt
+            .qkv
+            .product(&ops::norm_modulate(&txt_x, &txt_shift1, &txt_scale1)?)?;
+        let heads = ops::heads(
+            &[
+                Projected {
+                    qkv: &txt_qkv,
+                    bias: txt.qkv.bias(),
+                    norms: &txt.norms,
+                },
+                Projected {
+                    qkv: &img_qkv,
+                    bias: img.qkv.bias(),
+                    norms: &img.norms,
+                },
+            ],
+            *num_heads,
+            &conditioning.rope,
+        )?;
+        drop((img_qkv, txt_qkv));
+        // (batch, txt + img, hidden)
+        let attended = stream.with_tokens(ops::attention(&heads)?);
+        drop(heads);
+
+        let (img_x, img_y) = img.after(
+            &img_x,
+            &attended.img_view()?,
+            [&img_gate1, &img_shift2, &img_scale2],
+        )?;
+        let (txt_x, txt_y) = txt.after(
+            &txt_x,
+            &attended.txt_view()?,
+            [&txt_gate1, &txt_shift2, &txt_scale2],
+        )?;
+        let tokens = ops::gated_residual(&[
+            Branch {
+                x: &txt_x,
+                y: &txt_y,
+                bias: txt.mlp_out.bias(),
+                gate: Some(&txt_gate2),
+            },
+            Branch {
+                x: &img_x,
+                y: &img_y,
+                bias: img.mlp_out.bias(),
+                gate: Some(&img_gate2),
+            },
+        ])?;
+        Ok(stream.with_tokens(tokens))
+    }
+
+    /// Every projection with its name below the block.
+    pub fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
+        let Self { img, txt, .. } = self;
+        vec![
+            ("img_mod.lin", &mut img.modulation.lin),
+            ("img_attn.qkv", &mut img.qkv),
+            ("img_attn.proj", &mut img.proj),
+            ("img_mlp.0", &mut img.mlp_in),
+            ("img_mlp.2", &mut img.mlp_out),
+            ("txt_mod.lin", &mut txt.modulation.lin),
+            ("txt_attn.qkv", &mut txt.qkv),
+            ("txt_attn.proj", &mut txt.proj),
+            ("txt_mlp.0", &mut txt.mlp_in),
+            ("txt_mlp.2", &mut txt.mlp_out),
+        ]
+    }
+}

@@ -1,0 +1,33 @@
+//! The part of the model after its last block: modulation and projection to the velocity.
+
+use candle::{Result, Tensor};
+use candle_nn::VarBuilder;
+
+use super::linear::Linear;
+use super::modulation::Modulation;
+use super::ops;
+use super::stream::{Conditioning, Stream};
+use crate::layout::FluxConfig;
+
+/// BFL `LastLayer`, diffusers `norm_out` and `proj_out`.
+#[derive(Clone, Debug)]
+pub(super) struct Head {
+    modulation: Modulation<2>,
+    linear: Linear,
+}
+
+impl Head {
+    pub(super) fn new(config: &FluxConfig, vb: &VarBuilder) -> Result<Self> {
+        Ok(Self {
+            modulation: Modulation::new(config.hidden_size, &vb.pp("adaLN_modulation").pp("1"))?,
+            linear: Linear::load(config.hidden_size, config.out_channels, &vb.pp("linear"))?,
+        })
+    }
+
+    /// Velocity of the image tokens, (batch, image tokens, out_channels).
+    pub(super) fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Tensor> {
+        let [shift, scale] = self.modulation.forward(conditioning)?;
+        self.linear
+            .forward(&ops::norm_modulate(&stream.img_view()?, &shift, &scale)?)
+    }
+}

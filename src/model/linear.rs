@@ -1,0 +1,210 @@
+//! The only projection type: dense weights with an optional LoRA beside them.
+//! Knows no names; which projection is where is the blocks' business.
+
+use candle::{DType, Result, Tensor};
+use candle_nn::VarBuilder;
+
+use super::ops;
+
+/// `x·Wᵀ + scale·(x·Aᵀ)·Bᵀ + bias`.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    lora: Option<Lora>,
+}
+
+/// A low-rank addition `scale·B·A` to a weight. May be of a wider dtype than the weight (f32 on bf16): the input is
+/// converted for its product and the result converted back.
+#[derive(Clone, Debug)]
+pub struct Lora {
+    /// (rank, in)
+    pub a: Tensor,
+    /// (out, rank)
+    pub b: Tensor,
+    /// alpha / rank
+    pub scale: f64,
+}
+
+impl Linear {
+    /// From `weight` (out, in) and `bias` (out,). Either may be a `Var`'s tensor, of a wider dtype than the activations.
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
+        let (output, _) = weight.dims2()?;
+        if let Some(bias) = &bias
+            && bias.dims() != [output]
+        {
+            candle::bail!(
+                "a bias of shape {:?} for a weight of shape {:?}",
+                bias.shape(),
+                weight.shape()
+            );
+        }
+        Ok(Self {
+            weight,
+            bias,
+            lora: None,
+        })
+    }
+
+    /// Reads `weight` (output, input) and `bias` (output,).
+    pub fn load(input: usize, output: usize, vb: &VarBuilder) -> Result<Self> {
+        Self::new(
+            vb.get((output, input), "weight")?,
+            Some(vb.get(output, "bias")?),
+        )
+    }
+
+    /// (out, in)
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// (out,)
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// The LoRA, if one is attached.
+    pub fn lora(&self) -> Option<&Lora> {
+        self.lora.as_ref()
+    }
+
+    /// Attaches a LoRA, or takes it off.
+    pub fn set_lora(&mut self, lora: Option<Lora>) -> Result<()> {
+        if let Some(Lora { a, b, .. }) = &lora {
+            let (output, input) = self.weight.dims2()?;
+            let rank = a.dim(0)?;
+            if a.dims() != [rank, input] || b.dims() != [output, rank] {
+                candle::bail!(
+                    "a LoRA with A {:?} and B {:?} does not fit a weight of shape {:?}",
+                    a.shape(),
+                    b.shape(),
+                    self.weight.shape()
+                );
+            }
+        }
+        self.lora = lora;
+        Ok(())
+    }
+
+    /// The product without the bias, for the operation that folds it in: `x` (…, in) to (…, out), in the dtype of `x`.
+    pub fn product(&self, x: &Tensor) -> Result<Tensor> {
+        let (output, input) = self.weight.dims2()?;
+        let mut shape = x.dims().to_vec();
+        match shape.last_mut() {
+            Some(last) if *last == input => *last = output,
+            _ => candle::bail!(
+                "an input of shape {:?} for a weight of shape {:?}",
+                x.shape(),
+                self.weight.shape()
+            ),
+        }
+        // one matrix product over all rows; on three dimensions candle would repeat the weight for every sample
+        let x = x.reshape(((), input))?;
+        let mut y = times(&x, &self.weight)?;
+        if let Some(Lora { a, b, scale }) = &self.lora {
+            let low = (times_wide(&x, a)? * *scale)?;
+            y = (y + times_wide(&low, b)?.to_dtype(x.dtype())?)?;
+        }
+        y.reshape(shape)
+    }
+
+    /// The product with the bias, for places where nothing follows that could fold it in.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::biased(&self.product(x)?, self.bias())
+    }
+
+    /// The same map without LoRA: `W + scale·B·A`, summed in f32 and rounded to the weight's dtype once.
+    pub fn merge(&self) -> Result<Self> {
+        let weight = match &self.lora {
+            None => self.weight.clone(),
+            Some(Lora { a, b, scale }) => {
+                let wide = if self.weight.dtype() == DType::F64 {
+                    DType::F64
+                } else {
+                    DType::F32
+                };
+                let delta = (b.to_dtype(wide)?.matmul(&a.to_dtype(wide)?)? * *scale)?;
+                (self.weight.to_dtype(wide)? + delta)?.to_dtype(self.weight.dtype())?
+            }
+        };
+        Self::new(weight, self.bias.clone())
+    }
+}
+
+/// `x·weightᵀ` in the weight's dtype, back in the dtype of `x`.
+fn times(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    times_wide(x, weight)?.to_dtype(x.dtype())
+}
+
+fn times_wide(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    x.to_dtype(weight.dtype())?.matmul(&weight.t()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::testing::{close, random};
+
+    fn with_lora(dtype: DType) -> Result<Linear> {
+        let mut linear = Linear::new(
+            random("w", (24, 16))?.to_dtype(dtype)?,
+            Some(random("b", 24)?.to_dtype(dtype)?),
+        )?;
+        linear.set_lora(Some(Lora {
+            a: random("a", (3, 16))?,
+            b: random("c", (24, 3))?,
+            scale: 0.5,
+        }))?;
+        Ok(linear)
+    }
+
+    #[test]
+    fn merged_weights_give_the_same_output() -> Result<()> {
+        let linear = with_lora(DType::F32)?;
+        for shape in [vec![2, 5, 16], vec![4, 16]] {
+            let x = random("x", shape)?;
+            let plain = Linear::new(linear.weight.clone(), linear.bias.clone())?;
+            close(&linear.merge()?.forward(&x)?, &linear.forward(&x)?, 1e-6)?;
+            assert!(
+                close(&plain.forward(&x)?, &linear.forward(&x)?, 1e-2).is_err(),
+                "the LoRA had no effect"
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_f32_lora_works_on_bf16_weights() -> Result<()> {
+        let (narrow, wide) = (with_lora(DType::BF16)?, with_lora(DType::F32)?);
+        let x = random("x", (2, 5, 16))?;
+        let y = narrow.forward(&x.to_dtype(DType::BF16)?)?;
+        assert_eq!(y.dtype(), DType::BF16);
+        close(&y, &wide.forward(&x)?, 1e-2)
+    }
+
+    #[test]
+    fn views_are_taken_as_they_are_seen() -> Result<()> {
+        let (linear, x) = (with_lora(DType::F32)?, random("x", (3, 7, 16))?);
+        let view = x.narrow(1, 2, 4)?;
+        close(
+            &linear.forward(&view)?,
+            &linear.forward(&x)?.narrow(1, 2, 4)?,
+            1e-6,
+        )
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_refused() -> Result<()> {
+        let mut linear = with_lora(DType::F32)?;
+        assert!(linear.product(&random("x", (2, 15))?).is_err());
+        assert!(Linear::new(random("w", (4, 3))?, Some(random("b", 3)?)).is_err());
+        let lora = Lora {
+            a: random("a", (3, 24))?,
+            b: random("b", (16, 3))?,
+            scale: 1.0,
+        };
+        assert!(linear.set_lora(Some(lora)).is_err());
+        Ok(())
+    }
+}

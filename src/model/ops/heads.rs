@@ -1,0 +1,296 @@
+//! From a fused qkv projection to normalised, rotated heads: bias, RMS norm, rotary embedding and the change of layout
+//! to (batch, heads, tokens, head size) in one pass.
+
+use candle::{D, Result, Tensor};
+use rayon::prelude::*;
+
+use super::cpu::{Element, Operand, by_dtype, fusable, sum_map, vectorized};
+use super::{biased, wide};
+use crate::model::rope::Rope;
+
+/// Epsilon of the RMS norms of queries and keys (diffusers `FluxAttention`, BFL `layers.py`).
+const EPS: f64 = 1e-6;
+
+/// One stream's projection, for [`heads`].
+pub struct Projected<'a> {
+    /// (batch, tokens, at least 3·hidden): queries, keys, values, then anything; without bias.
+    pub qkv: &'a Tensor,
+    /// Bias of at least 3·hidden.
+    pub bias: Option<&'a Tensor>,
+    /// Weights of the RMS norms, (head size,).
+    pub norms: &'a Norms,
+}
+
+/// Weights of the RMS norms of queries and keys, each (head size,).
+#[derive(Clone, Debug)]
+pub struct Norms {
+    /// Of the queries.
+    pub query: Tensor,
+    /// Of the keys.
+    pub key: Tensor,
+}
+
+/// Queries, keys (normalised and rotated) and values of all streams, joined along the tokens in the order given.
+#[derive(Debug)]
+pub struct Heads {
+    /// (batch, heads, tokens, head size)
+    pub q: Tensor,
+    /// (batch, heads, tokens, head size)
+    pub k: Tensor,
+    /// (batch, heads, tokens, head size)
+    pub v: Tensor,
+}
+
+/// Splits the projections into heads. Norm and rotation are computed in f32 (f64 stays f64) and rounded once.
+///
+/// `rope` covers the tokens of all streams together.
+pub fn heads(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Heads> {
+    let tokens = streams
+        .iter()
+        .map(|s| s.qkv.dim(1))
+        .sum::<Result<usize>>()?;
+    if tokens != rope.tokens() {
+        candle::bail!(
+            "{tokens} tokens, but the rotary table is for {}",
+            rope.tokens()
+        );
+    }
+    let operands = streams.iter().flat_map(|s| {
+        [
+            Some(s.qkv),
+            s.bias,
+            Some(&s.norms.query),
+            Some(&s.norms.key),
+        ]
+    });
+    match fusable(operands.flatten()) {
+        Some(dtype) => by_dtype!(dtype, fused(streams, num_heads, rope)),
+        None => plain(streams, num_heads, rope),
+    }
+}
+
+fn plain(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Heads> {
+    let dtype = streams[0].qkv.dtype();
+    let hidden = num_heads * rope.head_dim();
+    let (mut q, mut k, mut v) = (vec![], vec![], vec![]);
+    for stream in streams {
+        let (batch, tokens, _) = stream.qkv.dims3()?;
+        let bias = stream
+            .bias
+            .map(|b| b.narrow(0, 0, 3 * hidden))
+            .transpose()?;
+        let qkv = biased(&stream.qkv.narrow(2, 0, 3 * hidden)?, bias.as_ref())?;
+        let qkv = qkv.reshape((batch, tokens, 3, num_heads, rope.head_dim()))?;
+        // (batch, heads, tokens, head size)
+        let part = |i| qkv.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2);
+        q.push(rms_norm(&part(0)?, &stream.norms.query)?);
+        k.push(rms_norm(&part(1)?, &stream.norms.key)?);
+        v.push(part(2)?);
+    }
+    Ok(Heads {
+        q: rope.rotate(&Tensor::cat(&q, 2)?)?.to_dtype(dtype)?,
+        k: rope.rotate(&Tensor::cat(&k, 2)?)?.to_dtype(dtype)?,
+        v: Tensor::cat(&v, 2)?.contiguous()?,
+    })
+}
+
+/// `x / rms(x) · weight` over the last dimension, left in the wide format.
+fn rms_norm(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let x = wide(x)?;
+    let rms = (x.sqr()?.mean_keepdim(D::Minus1)? + EPS)?.sqrt()?;
+    x.broadcast_div(&rms)?.broadcast_mul(&wide(weight)?)
+}
+
+fn fused<T: Element>(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Heads> {
+    let batch = streams[0].qkv.dim(0)?;
+    let (total, size) = (rope.tokens(), rope.head_dim());
+    let hidden = num_heads * size;
+    let device = streams[0].qkv.device();
+    let elements = batch * num_heads * total * size;
+    let (mut q, mut k, mut v) = (
+        vec![T::zero(); elements],
+        vec![T::zero(); elements],
+        vec![T::zero(); elements],
+    );
+    if elements > 0 {
+        let operands: Vec<_> = streams
+            .iter()
+            .map(|s| {
+                let norms = [Operand::new(&s.norms.query), Operand::new(&s.norms.key)];
+                (Operand::new(s.qkv), s.bias.map(Operand::new), norms)
+            })
+            .collect();
+        let mut parts = Vec::with_capacity(streams.len());
+        for (stream, (qkv, bias, [query, key])) in streams.iter().zip(&operands) {
+            let bias = bias.as_ref().map(Operand::rows::<T>).transpose()?;
+            let tokens = stream.qkv.dim(1)?;
+            let (query, key) = (query.rows::<T>()?, key.rows::<T>()?);
+            if stream.qkv.dims3()?.2 < 3 * hidden || query.width != size || key.width != size {
+                candle::bail!(
+                    "a projection of shape {:?} for {num_heads} heads of {size}",
+                    stream.qkv.shape()
+                );
+            }
+            parts.push((
+                tokens,
+                qkv.rows::<T>()?,
+                bias,
+                query.row(0, 0),
+                key.row(0, 0),
+            ));
+        }
+        let (cos, sin) = (Operand::new(rope.cos()), Operand::new(rope.sin()));
+        let (cos, sin) = (cos.rows::<f32>()?, sin.rows::<f32>()?);
+
+        let block = total * size;
+        let outputs = q
+            .par_chunks_mut(block)
+            .zip(k.par_chunks_mut(block))
+            .zip(v.par_chunks_mut(block));
+        outputs.enumerate().for_each(|(i, ((q, k), v))| {
+            let (b, head) = (i / num_heads, i % num_heads);
+            vectorized(
+                #[inline(always)]
+                || {
+                    let mut scratch = vec![0f32; size];
+                    let mut at = 0;
+                    for (tokens, qkv, bias, query_norm, key_norm) in &parts {
+                        for n in 0..*tokens {
+                            let row = qkv.row(b, n);
+                            let bias = bias.map(|bias| bias.row(0, 0));
+                            let column = |which: usize| {
+                                which * hidden + head * size..which * hidden + (head + 1) * size
+                            };
+                            // a table of shape (tokens, size/2) is read by its first index
+                            let angle = (cos.row(at, 0), sin.row(at, 0));
+                            let out = at * size..(at + 1) * size;
+                            let load = |which: usize, scratch: &mut [f32]| {
+                                let x = &row[column(which)];
+                                match bias {
+                                    Some(bias) => {
+                                        for ((s, x), bias) in
+                                            scratch.iter_mut().zip(x).zip(&bias[column(which)])
+                                        {
+                                            *s = x.widen() + bias.widen();
+                                        }
+                                    }
+                                    None => {
+                                        for (s, x) in scratch.iter_mut().zip(x) {
+                                            *s = x.widen();
+                                        }
+                                    }
+                                }
+                            };
+                            load(0, &mut scratch);
+                            norm_rotate(&mut scratch, query_norm, angle, &mut q[out.clone()]);
+                            load(1, &mut scratch);
+                            norm_rotate(&mut scratch, key_norm, angle, &mut k[out.clone()]);
+                            load(2, &mut scratch);
+                            for (v, s) in v[out].iter_mut().zip(&scratch) {
+                                *v = T::narrow(*s);
+                            }
+                            at += 1;
+                        }
+                    }
+                },
+            );
+        });
+    }
+    let shape = (batch, num_heads, total, size);
+    Ok(Heads {
+        q: Tensor::from_vec(q, shape, device)?,
+        k: Tensor::from_vec(k, shape, device)?,
+        v: Tensor::from_vec(v, shape, device)?,
+    })
+}
+
+/// RMS norm and rotation of neighbouring pairs (2i, 2i+1) of one head of one token.
+#[inline(always)]
+fn norm_rotate<T: Element>(
+    x: &mut [f32],
+    weight: &[T],
+    (cos, sin): (&[f32], &[f32]),
+    out: &mut [T],
+) {
+    let mean = sum_map(x, |x| x * x) / x.len() as f32;
+    let factor = 1.0 / (mean + EPS as f32).sqrt();
+    for (x, w) in x.iter_mut().zip(weight) {
+        *x *= factor * w.widen();
+    }
+    let (pairs, _) = x.as_chunks::<2>();
+    let (out, _) = out.as_chunks_mut::<2>();
+    for (((out, [even, odd]), cos), sin) in out.iter_mut().zip(pairs).zip(cos).zip(sin) {
+        *out = [
+            T::narrow(even * cos - odd * sin),
+            T::narrow(odd * cos + even * sin),
+        ];
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle::DType;
+
+    use super::*;
+    use crate::model::testing::{close, random};
+
+    #[test]
+    fn fused_equals_plain_for_one_stream_and_two() -> Result<()> {
+        for (batch, txt, img, num_heads, axes) in [
+            (1, 3, 5, 2, vec![4, 6, 6]),
+            (3, 1, 9, 4, vec![2, 4, 2]),
+            (1, 8, 30, 3, vec![16, 56, 56]),
+        ] {
+            let size: usize = axes.iter().sum();
+            let width = 3 * num_heads * size;
+            let ids = (random("ids", (txt + img, 3))? * 20.0)?;
+            let rope = Rope::new(&ids, &axes, 10_000.0, ids.device())?;
+            for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::BF16, 6e-3)] {
+                let make = |name: &str, tokens: usize, width: usize| {
+                    random(name, (batch, tokens, width))?.to_dtype(dtype)
+                };
+                let norms = |name: &str| -> Result<_> {
+                    Ok(Norms {
+                        query: random(name, size)?.to_dtype(dtype)?,
+                        key: random("k", size)?.to_dtype(dtype)?,
+                    })
+                };
+                let (a, b) = (norms("a")?, norms("b")?);
+                let bias = random("bias", width + 7)?.to_dtype(dtype)?;
+                let (t, i, j) = (
+                    make("t", txt, width)?,
+                    make("i", img, width)?,
+                    make("j", txt + img, width + 7)?,
+                );
+                let two = [
+                    Projected {
+                        qkv: &t,
+                        bias: Some(&bias),
+                        norms: &a,
+                    },
+                    Projected {
+                        qkv: &i,
+                        bias: None,
+                        norms: &b,
+                    },
+                ];
+                let one = [Projected {
+                    qkv: &j,
+                    bias: Some(&bias),
+                    norms: &b,
+                }];
+                for streams in [&two[..], &one[..]] {
+                    let (got, want) = (
+                        heads(streams, num_heads, &rope)?,
+                        plain(streams, num_heads, &rope)?,
+                    );
+                    assert_eq!(got.q.dims(), [batch, num_heads, txt + img, size]);
+                    close(&got.q, &want.q, tolerance)?;
+                    close(&got.k, &want.k, tolerance)?;
+                    close(&got.v, &want.v, tolerance)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,29 @@
+//! The parts of a block that are not projections: norms, heads, attention, GELU, residuals.
+//!
+//! Every operation exists twice: a plain composition of candle operations, which is differentiable and runs on every
+//! device, and a fused CPU kernel that does it in one pass. The choice is made by the operands: a kernel runs where all
+//! are on the CPU and none is tracked for gradients, so that no training flag can be forgotten.
+//!
+//! Computed in f32 whatever the dtype: norm statistics, the rotation of queries and keys, softmax, gate and residual of
+//! the kernels. Results are rounded to the dtype of the input once.
+
+mod attention;
+mod cpu;
+mod heads;
+mod norm;
+mod pointwise;
+
+pub use attention::attention;
+pub use heads::{Heads, Norms, Projected, heads};
+pub use norm::norm_modulate;
+pub use pointwise::{Branch, biased, gated_residual, gelu};
+
+use candle::{DType, Result, Tensor};
+
+/// f32, or f64 where it is f64 already.
+fn wide(x: &Tensor) -> Result<Tensor> {
+    match x.dtype() {
+        DType::F64 => Ok(x.clone()),
+        _ => x.to_dtype(DType::F32),
+    }
+}

@@ -1,0 +1,88 @@
+//! The single block: all tokens with the same weights, attention and MLP side by side.
+
+use candle::Result;
+use candle_nn::VarBuilder;
+
+use super::double::load_norms;
+use super::linear::Linear;
+use super::modulation::Modulation;
+use super::ops::{self, Branch, Norms, Projected};
+use super::stream::{Conditioning, Stream};
+use crate::layout::FluxConfig;
+
+/// BFL `SingleStreamBlock`, diffusers `FluxSingleTransformerBlock`.
+#[derive(Clone, Debug)]
+pub struct SingleBlock {
+    modulation: Modulation<3>,
+    /// hidden → queries, keys, values, MLP
+    linear1: Linear,
+    norms: Norms,
+    /// attention, MLP → hidden
+    linear2: Linear,
+    num_heads: usize,
+}
+
+impl SingleBlock {
+    /// Reads the block whose tensors are below `vb` (`linear1.weight` and so on).
+    pub fn new(config: &FluxConfig, vb: &VarBuilder) -> Result<Self> {
+        let (hidden, mlp) = (config.hidden_size, config.mlp_size);
+        Ok(Self {
+            modulation: Modulation::new(hidden, &vb.pp("modulation").pp("lin"))?,
+            linear1: Linear::load(hidden, 3 * hidden + mlp, &vb.pp("linear1"))?,
+            norms: load_norms(config, &vb.pp("norm"))?,
+            linear2: Linear::load(hidden + mlp, hidden, &vb.pp("linear2"))?,
+            num_heads: config.num_heads,
+        })
+    }
+
+    /// One step of the fold.
+    pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
+        let x = &stream.tokens;
+        let [shift, scale, gate] = self.modulation.forward(conditioning)?;
+        // (batch, tokens, 3·hidden + mlp)
+        let projected = self
+            .linear1
+            .product(&ops::norm_modulate(x, &shift, &scale)?)?;
+        let bias = self.linear1.bias();
+        let heads = ops::heads(
+            &[Projected {
+                qkv: &projected,
+                bias,
+                norms: &self.norms,
+            }],
+            self.num_heads,
+            &conditioning.rope,
+        )?;
+        let attended = ops::attention(&heads)?;
+        drop(heads);
+
+        let (qkv_width, mlp_width) = (3 * x.dim(2)?, projected.dim(2)? - 3 * x.dim(2)?);
+        let mlp_bias = bias
+            .map(|b| b.narrow(0, qkv_width, mlp_width))
+            .transpose()?;
+        // (batch, tokens, hidden + mlp)
+        let y = ops::gelu(
+            &projected.narrow(2, qkv_width, mlp_width)?,
+            mlp_bias.as_ref(),
+            Some(&attended),
+        )?;
+        drop((projected, attended));
+        let y = self.linear2.product(&y)?;
+        let branch = Branch {
+            x,
+            y: &y,
+            bias: self.linear2.bias(),
+            gate: Some(&gate),
+        };
+        Ok(stream.with_tokens(ops::gated_residual(&[branch])?))
+    }
+
+    /// Every projection with its name below the block.
+    pub fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
+        vec![
+            ("modulation.lin", &mut self.modulation.lin),
+            ("linear1", &mut self.linear1),
+            ("linear2", &mut self.linear2),
+        ]
+    }
+}

@@ -1,0 +1,76 @@
+//! What flows through the trunk: the tokens, and what all blocks share in one step.
+
+use candle::{Result, Tensor};
+
+use super::rope::Rope;
+
+/// The tokens between two blocks, text first. One type for all kinds of block.
+#[derive(Clone, Debug)]
+pub struct Stream {
+    /// (batch, txt_len + image tokens, hidden)
+    pub tokens: Tensor,
+    /// Number of text tokens.
+    pub txt_len: usize,
+}
+
+impl Stream {
+    /// The text tokens, (batch, txt_len, hidden), contiguous.
+    pub fn txt(&self) -> Result<Tensor> {
+        self.txt_view()?.contiguous()
+    }
+
+    /// The image tokens, (batch, image tokens, hidden), contiguous.
+    pub fn img(&self) -> Result<Tensor> {
+        self.img_view()?.contiguous()
+    }
+
+    /// The text tokens without a copy; not contiguous in a batch.
+    pub(super) fn txt_view(&self) -> Result<Tensor> {
+        self.tokens.narrow(1, 0, self.txt_len)
+    }
+
+    /// The image tokens without a copy; not contiguous in a batch.
+    pub(super) fn img_view(&self) -> Result<Tensor> {
+        self.tokens.narrow(1, self.txt_len, self.img_len()?)
+    }
+
+    /// Number of image tokens.
+    pub fn img_len(&self) -> Result<usize> {
+        Ok(self.tokens.dim(1)? - self.txt_len)
+    }
+
+    /// The same stream with other tokens.
+    pub(super) fn with_tokens(&self, tokens: Tensor) -> Self {
+        Self {
+            tokens,
+            txt_len: self.txt_len,
+        }
+    }
+}
+
+/// What every block of one step shares.
+#[derive(Clone, Debug)]
+pub struct Conditioning {
+    /// Sum of the embeddings of timestep, guidance and pooled text, (batch, hidden). Set through [`Self::new`].
+    pub vec: Tensor,
+    /// Rotary table of text and image tokens.
+    pub rope: Rope,
+    activated: Tensor,
+}
+
+impl Conditioning {
+    /// From `vec` (batch, hidden).
+    pub fn new(vec: Tensor, rope: Rope) -> Result<Self> {
+        let activated = vec.silu()?;
+        Ok(Self {
+            vec,
+            rope,
+            activated,
+        })
+    }
+
+    /// silu(vec), (batch, hidden): what every modulation projects; computed once per step.
+    pub fn activated(&self) -> &Tensor {
+        &self.activated
+    }
+}

@@ -1,0 +1,513 @@
+//! What `--model` names: a transformer checkpoint with its configuration, and where the other parts of its
+//! pipeline are.
+//!
+//! Resolves names and reads headers and configs; loading weights is left to `model` and `sample`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{
+    checkpoint::{
+        Checkpoint,
+        config::{self, ConfigFile},
+        record::{self, Record},
+    },
+    files::{BUNDLED, Blob, Files, id},
+    layout::{BlockKind, FluxConfig},
+};
+
+/// The stem of a transformer's weight file in diffusers layout.
+const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
+/// The stem of the weight file that `prune` writes.
+pub const PRUNED_STEM: &str = "flux";
+/// The file with a model's own defaults for `generate`.
+const DEFAULTS_FILE: &str = "fastflux.json";
+/// Where text encoders and VAE of a bare FLUX.1 transformer come from: the same files as FLUX.1-dev's, under Apache-2.0.
+const FLUX1_PARTS: &str = "black-forest-labs/FLUX.1-schnell";
+
+/// How a user names a model and its parts.
+#[derive(Clone, Debug, Default)]
+pub struct ModelChoice {
+    /// `--model`: nothing (the bundled model), a folder, a file, or a hub id.
+    pub model: Option<String>,
+    /// `--config`: JSON that says what tensors cannot.
+    pub config: Option<PathBuf>,
+    /// `--text-encoders`: a folder with text encoders and tokenizers.
+    pub text_encoders: Option<PathBuf>,
+    /// `--vae`: a VAE file or folder.
+    pub vae: Option<PathBuf>,
+}
+
+/// What a model's makers recommend for `generate`; every field may be missing.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub struct Defaults {
+    /// What kind of model it is, for people.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub family: Option<String>,
+    /// Sampling steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<usize>,
+    /// Guidance scale given to the guidance embedding.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guidance: Option<f64>,
+    /// Width and height of pictures, in pixels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<usize>,
+    /// The longest text the T5 encoder is given, in tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_length: Option<usize>,
+}
+
+/// Where a model's VAE is.
+#[derive(Clone, Debug)]
+pub enum VaeFiles {
+    /// A folder in diffusers layout (`config.json` and weights).
+    Folder(Files),
+    /// One file, with diffusers or original names, and its name for messages.
+    File(String, Blob),
+}
+
+/// An opened model: headers and configs are read, weights are not.
+#[derive(Clone, Debug)]
+pub struct Pipeline {
+    /// How messages and tables name the model.
+    pub name: String,
+    /// The `--model` value that opens it again from anywhere.
+    pub locator: String,
+    /// The transformer under the original names.
+    pub transformer: Checkpoint,
+    /// Whether the file had diffusers' names.
+    pub diffusers: bool,
+    /// Sizes and layout.
+    pub config: FluxConfig,
+    /// What fastflux recorded, when it wrote the checkpoint.
+    pub record: Option<Record>,
+    /// The scheduler's configuration, in diffusers' form.
+    pub scheduler: Value,
+    /// The model's own defaults.
+    pub defaults: Defaults,
+    parts: Parts,
+}
+
+/// Where to look for text encoders and VAE, in this order: flags, the model's own folder, its base model.
+#[derive(Clone, Debug)]
+struct Parts {
+    choice: ModelChoice,
+    own: Option<Files>,
+    base: Option<String>,
+    flux1: bool,
+}
+
+/// A transformer as found on disk, before anything is known about it.
+struct Found {
+    raw: Checkpoint,
+    locator: String,
+    /// Config files beside the weights.
+    configs: Vec<ConfigFile>,
+    /// The folder of the whole pipeline, when there is one.
+    pipeline: Option<Files>,
+}
+
+impl Pipeline {
+    /// Opens what the user named; only headers and small files are read.
+    ///
+    /// # Errors
+    /// When nothing is there, it is not a FLUX model, files are damaged, or configs contradict the tensors.
+    pub fn open(choice: &ModelChoice) -> Result<Self> {
+        let found = locate(choice.model.as_deref())?;
+        let record = Record::read(&found.raw.name, &found.raw.metadata)?;
+        let diffusers = crate::checkpoint::diffusers::is_diffusers(&found.raw);
+        let transformer = config::canonical(&found.raw)?;
+        let mut configs = Vec::new();
+        if let Some(path) = &choice.config {
+            configs.push(read_config(path)?);
+        }
+        configs.extend(found.configs);
+        configs.extend(metadata_config(&found.raw));
+        let config = config::infer(&transformer, record.as_ref(), &configs)?;
+        let flux1 =
+            config.head_dim() == 128 && config.context_in_dim == 4096 && config.vec_in_dim == 768;
+        let scheduler = scheduler(
+            &configs,
+            found.pipeline.as_ref(),
+            record.as_ref(),
+            &config,
+            &found.raw.name,
+        )?;
+        let defaults = defaults(found.pipeline.as_ref(), record.as_ref())?;
+        Ok(Self {
+            name: choice.model.clone().unwrap_or_else(|| BUNDLED.to_owned()),
+            locator: found.locator,
+            transformer,
+            diffusers,
+            config,
+            scheduler,
+            defaults,
+            parts: Parts {
+                choice: choice.clone(),
+                own: found.pipeline,
+                base: record.as_ref().map(|r| r.base.clone()),
+                flux1,
+            },
+            record,
+        })
+    }
+
+    /// The model this one was pruned from, or itself.
+    ///
+    /// # Errors
+    /// When the base cannot be opened, or is not the model the record says.
+    pub fn base(&self) -> Result<Self> {
+        let Some(record) = &self.record else {
+            return Ok(self.clone());
+        };
+        let choice = ModelChoice {
+            model: Some(record.base.clone()),
+            ..ModelChoice::default()
+        };
+        let base = Self::open(&choice)
+            .with_context(|| format!("`{}` was pruned from `{}`", self.name, record.base))?;
+        let found = record::fingerprint(&base.transformer)?;
+        ensure!(
+            found == record.base_fingerprint,
+            "`{}` is not the model that `{}` was pruned from (fingerprint {found}, expected {})",
+            record.base,
+            self.name,
+            record.base_fingerprint
+        );
+        Ok(base)
+    }
+
+    /// The family, for people: from the model's own defaults, or by its sizes.
+    pub fn family(&self) -> String {
+        if let Some(family) = &self.defaults.family {
+            return family.clone();
+        }
+        let c = &self.config;
+        let blocks = (
+            c.original_blocks(BlockKind::Double),
+            c.original_blocks(BlockKind::Single),
+        );
+        let name = match blocks {
+            (19, 38) if c.hidden_size == 3072 && c.guidance_embed => "FLUX.1-dev",
+            (19, 38) if c.hidden_size == 3072 => "FLUX.1-schnell",
+            (8, 38) if c.hidden_size == 3072 => "FLUX.1-lite",
+            (5, 10) if c.hidden_size == 3072 => "flux-mini",
+            _ if c.guidance_embed => "FLUX.1 with guidance embedding",
+            _ => "FLUX.1 without guidance embedding",
+        };
+        name.to_owned()
+    }
+
+    /// Steps to sample with when the user names none.
+    pub fn default_steps(&self) -> usize {
+        self.defaults
+            .steps
+            .unwrap_or(if self.config.guidance_embed { 28 } else { 4 })
+    }
+
+    /// Guidance when the user names none.
+    pub fn default_guidance(&self) -> f64 {
+        self.defaults
+            .guidance
+            .unwrap_or(if self.config.guidance_embed { 3.5 } else { 0.0 })
+    }
+
+    /// Width and height in pixels when the user names none: the model's own, its VAE's sample size, or FLUX.1's 1024.
+    ///
+    /// # Errors
+    /// When the VAE's configuration is damaged.
+    pub fn default_size(&self) -> Result<usize> {
+        if let Some(size) = self.defaults.size {
+            return Ok(size);
+        }
+        let Some(own) = &self.parts.own else {
+            return Ok(1024);
+        };
+        let vae = own.sub("vae").json("config.json")?;
+        let size = vae.and_then(|json| json.get("sample_size")?.as_u64());
+        Ok(size.map_or(1024, |size| size as usize))
+    }
+
+    /// The longest text the T5 encoder is given by default, in tokens; a tokenizer's own shorter limit wins.
+    pub fn default_text_length(&self) -> usize {
+        self.defaults
+            .text_length
+            .unwrap_or(if self.config.guidance_embed { 512 } else { 256 })
+    }
+
+    /// The folder with text encoders and tokenizers.
+    ///
+    /// # Errors
+    /// When there is none; the message names the flag.
+    pub fn text_files(&self) -> Result<Files> {
+        if let Some(dir) = &self.parts.choice.text_encoders {
+            ensure!(
+                dir.is_dir(),
+                "--text-encoders: `{}` is not a folder",
+                dir.display()
+            );
+            return Ok(Files::folder(dir));
+        }
+        self.part_of("text_encoder", "the text encoders", "--text-encoders DIR")
+    }
+
+    /// Where the VAE is.
+    ///
+    /// # Errors
+    /// When there is none; the message names the flag.
+    pub fn vae_files(&self) -> Result<VaeFiles> {
+        if let Some(path) = &self.parts.choice.vae {
+            if path.is_dir() {
+                let folder = Files::folder(path);
+                let nested = folder.sub("vae");
+                return Ok(VaeFiles::Folder(if nested.list()?.is_empty() {
+                    folder
+                } else {
+                    nested
+                }));
+            }
+            return Ok(VaeFiles::File(
+                path.display().to_string(),
+                Blob::map(path).context("--vae")?,
+            ));
+        }
+        let files = self.part_of("vae", "the VAE", "--vae FILE")?;
+        Ok(VaeFiles::Folder(files.sub("vae")))
+    }
+
+    /// The pipeline folder that has the sub-folder `part`.
+    fn part_of(&self, part: &str, what: &str, flag: &str) -> Result<Files> {
+        let has = |files: &Files| anyhow::Ok(!files.sub(part).list()?.is_empty());
+        if let Some(own) = &self.parts.own
+            && has(own)?
+        {
+            return Ok(own.clone());
+        }
+        if let Some(base) = &self.parts.base {
+            let found = locate(Some(base)).with_context(|| {
+                format!(
+                    "`{}` takes {what} from its base model `{base}`\nhint: name them with {flag}",
+                    self.name
+                )
+            })?;
+            if let Some(files) = found.pipeline
+                && has(&files)?
+            {
+                return Ok(files);
+            }
+        }
+        if self.parts.flux1 {
+            crate::ui::note(format!(
+                "taking {what} from {FLUX1_PARTS} on the hub ({flag} names others)"
+            ));
+            return Files::hub(FLUX1_PARTS, None)
+                .with_context(|| format!("cannot fetch {what}; name them with {flag}"));
+        }
+        bail!(
+            "`{}` comes without {what}\nhint: name them with {flag}",
+            self.name
+        )
+    }
+}
+
+/// Finds the transformer that a `--model` value names.
+fn locate(model: Option<&str>) -> Result<Found> {
+    let Some(model) = model.filter(|m| *m != BUNDLED) else {
+        return in_pipeline(Files::bundled());
+    };
+    let path = Path::new(model);
+    if path.is_dir() {
+        return in_folder(path);
+    }
+    if path.is_file() {
+        return in_file(path);
+    }
+    match id::parse_id(model) {
+        Some((repo, revision)) if !model.starts_with(['.', '/', '~']) => {
+            let files = Files::hub(&repo, revision.as_deref())?;
+            in_pipeline_or_bare(&files)?.with_context(|| {
+                format!(
+                    "the hub repository `{model}` holds no FLUX transformer in diffusers layout"
+                )
+            })
+        }
+        _ => bail!(
+            "`{model}` does not exist\nhint: name a folder, a .safetensors file, or a hub id such as black-forest-labs/FLUX.1-dev"
+        ),
+    }
+}
+
+fn in_folder(path: &Path) -> Result<Found> {
+    let files = Files::folder(path);
+    if let Some(found) = in_pipeline_or_bare(&files)? {
+        return Ok(found);
+    }
+    let is_weights = |name: &String| {
+        Path::new(name)
+            .extension()
+            .is_some_and(|e| e == "safetensors")
+    };
+    let weights: Vec<String> = files.list()?.into_iter().filter(is_weights).collect();
+    match weights.as_slice() {
+        [one] => in_file(&path.join(one)),
+        [] => bail!(
+            "`{}` holds no FLUX model: there is no transformer/ folder and no .safetensors file",
+            path.display()
+        ),
+        many => bail!(
+            "`{}` holds several .safetensors files ({}); name one of them",
+            path.display(),
+            many.join(", ")
+        ),
+    }
+}
+
+/// A whole pipeline, or a bare transformer folder; `None` when it is neither.
+fn in_pipeline_or_bare(files: &Files) -> Result<Option<Found>> {
+    if !files.sub("transformer").list()?.is_empty() {
+        return in_pipeline(files.clone()).map(Some);
+    }
+    let stems = [DIFFUSERS_STEM, PRUNED_STEM];
+    for stem in stems {
+        if let Some(raw) = Checkpoint::open_if_present(files, stem)? {
+            return Ok(Some(Found {
+                raw,
+                locator: files.locator(),
+                configs: config_file(files, "config.json")?,
+                pipeline: Some(files.clone()),
+            }));
+        }
+    }
+    Ok(None)
+}
+
+fn in_pipeline(files: Files) -> Result<Found> {
+    let transformer = files.sub("transformer");
+    let raw = Checkpoint::open(&transformer, DIFFUSERS_STEM)?;
+    Ok(Found {
+        raw,
+        locator: files.locator(),
+        configs: config_file(&transformer, "config.json")?,
+        pipeline: Some(files),
+    })
+}
+
+fn in_file(path: &Path) -> Result<Found> {
+    let folder = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let files = Files::folder(folder);
+    let name = path
+        .file_name()
+        .and_then(|n| n.to_str())
+        .context("the file name is not UTF-8")?;
+    let raw = if name.ends_with(".index.json") {
+        Checkpoint::open_index(&files, name)?
+    } else {
+        Checkpoint::from_blob(&path.display().to_string(), &Blob::map(path)?)?
+    };
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    Ok(Found {
+        raw,
+        locator: absolute.display().to_string(),
+        configs: config_file(&files, "config.json")?,
+        pipeline: Some(files),
+    })
+}
+
+/// A JSON file beside the weights, when it is there and speaks of a FLUX transformer.
+fn config_file(files: &Files, name: &str) -> Result<Vec<ConfigFile>> {
+    let json = files.json(name)?.filter(|json| speaks_of_flux(json));
+    Ok(json
+        .map(|json| ConfigFile {
+            name: files.describe(name),
+            json,
+        })
+        .into_iter()
+        .collect())
+}
+
+fn speaks_of_flux(json: &Value) -> bool {
+    let class = json.get("_class_name").and_then(Value::as_str);
+    class.is_some_and(|c| c.contains("FluxTransformer")) || json.get("axes_dims_rope").is_some()
+}
+
+fn read_config(path: &Path) -> Result<ConfigFile> {
+    let name = path.display().to_string();
+    let text = std::fs::read(path).with_context(|| format!("--config: cannot read `{name}`"))?;
+    let json: Value = serde_json::from_slice(&text)
+        .with_context(|| format!("--config: `{name}` is not valid JSON"))?;
+    ensure!(json.is_object(), "--config: `{name}` is not a JSON object");
+    Ok(ConfigFile { name, json })
+}
+
+/// The `config` that some tools store in a file's metadata.
+fn metadata_config(raw: &Checkpoint) -> Option<ConfigFile> {
+    let json: Value = serde_json::from_str(raw.metadata.get("config")?).ok()?;
+    let json = json.get("transformer").cloned().unwrap_or(json);
+    speaks_of_flux(&json).then(|| ConfigFile {
+        name: format!("{}: metadata `config`", raw.name),
+        json,
+    })
+}
+
+/// The scheduler: `--config`'s `scheduler`, the pipeline's own, the record's, or FLUX.1's where the sizes are FLUX.1's.
+fn scheduler(
+    configs: &[ConfigFile],
+    pipeline: Option<&Files>,
+    record: Option<&Record>,
+    config: &FluxConfig,
+    name: &str,
+) -> Result<Value> {
+    if let Some(said) = configs.iter().find_map(|c| c.json.get("scheduler")) {
+        return Ok(said.clone());
+    }
+    if let Some(files) = pipeline
+        && let Some(json) = files.sub("scheduler").json("scheduler_config.json")?
+    {
+        return Ok(json);
+    }
+    if let Some(record) = record {
+        return Ok(record.scheduler.clone());
+    }
+    if config.head_dim() != 128 {
+        crate::ui::note(format!(
+            "`{name}` names no scheduler: taking FLUX.1's (--config with a `scheduler` object names another)"
+        ));
+    }
+    Ok(flux1_scheduler(config.guidance_embed))
+}
+
+/// FLUX.1-dev's (dynamic shift) and FLUX.1-schnell's scheduler, from their `scheduler_config.json`.
+fn flux1_scheduler(dev: bool) -> Value {
+    serde_json::json!({
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": if dev { 3.0 } else { 1.0 },
+        "use_dynamic_shifting": dev,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+    })
+}
+
+fn defaults(pipeline: Option<&Files>, record: Option<&Record>) -> Result<Defaults> {
+    if let Some(record) = record {
+        return serde_json::from_value(record.defaults.clone())
+            .context("the fastflux metadata has damaged defaults");
+    }
+    let Some(files) = pipeline else {
+        return Ok(Defaults::default());
+    };
+    let Some(json) = files.json(DEFAULTS_FILE)? else {
+        return Ok(Defaults::default());
+    };
+    serde_json::from_value(json).with_context(|| format!("`{}`", files.describe(DEFAULTS_FILE)))
+}

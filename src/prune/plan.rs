@@ -1,0 +1,220 @@
+//! Which blocks give way to what: a plan is data that a person can read, edit, commit and replay.
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use crate::layout::{BlockId, BlockSpec, FluxConfig, Form, Replacement};
+
+/// Why a plan cannot be carried out on a model.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum PlanError {
+    /// A block that the model does not have, or that was replaced before.
+    #[error("the plan names {0}, which the model does not have (or has replaced already)")]
+    UnknownBlock(BlockId),
+    /// A block named twice.
+    #[error("the plan names {0} twice")]
+    Twice(BlockId),
+    /// Nothing would be left to tell the model's sizes from.
+    #[error("the plan replaces every block; at least one must stay")]
+    NothingLeft,
+    /// A ratio that is no share.
+    #[error("--ratio {0}: expected a share of the blocks above 0 and below 1, such as 0.2")]
+    Ratio(f64),
+    /// A ratio that rounds to no block at all.
+    #[error(
+        "--ratio {ratio} of {blocks} blocks rounds to none: the smallest share that replaces one is {smallest:.3}"
+    )]
+    NoBlock {
+        /// What was asked for.
+        ratio: f64,
+        /// How many blocks the model has.
+        blocks: usize,
+        /// The smallest share that rounds to one block.
+        smallest: f64,
+    },
+}
+
+/// The blocks to replace and what stands in their place.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct PruningPlan {
+    /// [`fingerprint`](crate::checkpoint::record::fingerprint) of the model it was made for.
+    pub source: String,
+    /// What to do, in network order.
+    pub replace: Vec<Replacement>,
+    /// How the blocks were chosen, for people.
+    pub reason: String,
+}
+
+impl PruningPlan {
+    /// A plan that replaces each of `blocks` by a linear layer for each stream.
+    pub fn linear(source: String, mut blocks: Vec<BlockId>, reason: String) -> Self {
+        blocks.sort();
+        let replace = blocks.into_iter().map(|id| Replacement {
+            replaces: vec![id],
+            form: Form::Linear,
+            joint: false,
+        });
+        Self {
+            source,
+            replace: replace.collect(),
+            reason,
+        }
+    }
+
+    /// The blocks it replaces.
+    pub fn blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
+        self.replace.iter().flat_map(|r| r.replaces.iter().copied())
+    }
+
+    /// Checks the plan against a model.
+    ///
+    /// # Errors
+    /// When it names a block twice, one the model does not have, or leaves none.
+    pub fn validate(&self, config: &FluxConfig) -> Result<(), PlanError> {
+        let originals: Vec<BlockId> = originals(config);
+        let mut seen = std::collections::BTreeSet::new();
+        for id in self.blocks() {
+            if !seen.insert(id) {
+                return Err(PlanError::Twice(id));
+            }
+            if !originals.contains(&id) {
+                return Err(PlanError::UnknownBlock(id));
+            }
+        }
+        if seen.len() == originals.len() {
+            return Err(PlanError::NothingLeft);
+        }
+        Ok(())
+    }
+
+    /// The layout of the pruned model. The plan must be [valid](Self::validate).
+    pub fn layout(&self, config: &FluxConfig) -> Vec<BlockSpec> {
+        let mut layout = Vec::new();
+        for spec in &config.layout {
+            let BlockSpec::Original(id) = spec else {
+                layout.push(spec.clone());
+                continue;
+            };
+            match self.replace.iter().find(|r| r.replaces.contains(id)) {
+                None => layout.push(spec.clone()),
+                Some(r) if r.replaces.first() == Some(id) => {
+                    layout.push(BlockSpec::Replaced(r.clone()))
+                }
+                Some(_) => {} // a later block of a run that collapsed into its first
+            }
+        }
+        layout
+    }
+}
+
+/// The blocks of a model that are not replaced yet.
+pub fn originals(config: &FluxConfig) -> Vec<BlockId> {
+    let ids = config.layout.iter().filter_map(|spec| match spec {
+        BlockSpec::Original(id) => Some(*id),
+        BlockSpec::Replaced(_) => None,
+    });
+    ids.collect()
+}
+
+/// How many blocks a share of all blocks of the unpruned model is, rounded (0.2 of 57 = 11).
+///
+/// # Errors
+/// When `ratio` is not in (0, 1), rounds to none, or to all.
+pub fn blocks_of_ratio(ratio: f64, config: &FluxConfig) -> Result<usize, PlanError> {
+    if !(ratio > 0.0 && ratio < 1.0) {
+        return Err(PlanError::Ratio(ratio));
+    }
+    let blocks = config.original_ids().count();
+    let count = (ratio * blocks as f64).round() as usize;
+    if count == 0 {
+        return Err(PlanError::NoBlock {
+            ratio,
+            blocks,
+            smallest: 0.5 / blocks as f64,
+        });
+    }
+    if count >= originals(config).len() {
+        return Err(PlanError::NothingLeft);
+    }
+    Ok(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::unpruned;
+
+    fn config(double: usize, single: usize) -> FluxConfig {
+        FluxConfig {
+            in_channels: 64,
+            out_channels: 64,
+            hidden_size: 8,
+            num_heads: 1,
+            mlp_size: 32,
+            context_in_dim: 4,
+            vec_in_dim: 4,
+            guidance_embed: false,
+            axes_dims: vec![2, 2, 4],
+            theta: 1e4,
+            layout: unpruned(double, single),
+        }
+    }
+
+    fn plan(blocks: &[BlockId]) -> PruningPlan {
+        PruningPlan::linear("x".into(), blocks.to_vec(), String::new())
+    }
+
+    #[test]
+    fn a_ratio_is_a_rounded_share_of_all_blocks() {
+        assert_eq!(blocks_of_ratio(0.2, &config(19, 38)), Ok(11));
+        assert_eq!(blocks_of_ratio(0.2, &config(5, 10)), Ok(3));
+        for bad in [0.0, 1.0, -0.1, 1.5, f64::NAN, f64::INFINITY] {
+            assert!(
+                matches!(
+                    blocks_of_ratio(bad, &config(5, 10)),
+                    Err(PlanError::Ratio(_))
+                ),
+                "{bad}"
+            );
+        }
+        assert!(matches!(
+            blocks_of_ratio(0.01, &config(5, 10)),
+            Err(PlanError::NoBlock { .. })
+        ));
+        assert_eq!(
+            blocks_of_ratio(0.99, &config(5, 10)),
+            Err(PlanError::NothingLeft)
+        );
+    }
+
+    #[test]
+    fn plans_are_checked_against_the_model() {
+        let model = config(2, 2);
+        assert_eq!(plan(&[BlockId::double(1)]).validate(&model), Ok(()));
+        assert_eq!(
+            plan(&[BlockId::single(2)]).validate(&model),
+            Err(PlanError::UnknownBlock(BlockId::single(2)))
+        );
+        let twice = plan(&[BlockId::single(1), BlockId::single(1)]);
+        assert_eq!(
+            twice.validate(&model),
+            Err(PlanError::Twice(BlockId::single(1)))
+        );
+        let all: Vec<_> = originals(&model);
+        assert_eq!(plan(&all).validate(&model), Err(PlanError::NothingLeft));
+    }
+
+    #[test]
+    fn a_plan_is_json_that_a_person_can_edit() {
+        let plan = plan(&[BlockId::single(3), BlockId::double(1)]);
+        let json = serde_json::to_string(&plan).unwrap();
+        assert!(
+            json.contains(r#"{"replaces":["double.01"],"form":"linear"}"#),
+            "{json}"
+        );
+        assert_eq!(serde_json::from_str::<PruningPlan>(&json).unwrap(), plan);
+        let misspelt = json.replace("reason", "raison");
+        assert!(serde_json::from_str::<PruningPlan>(&misspelt).is_err());
+    }
+}

@@ -1,0 +1,159 @@
+//! Every number that changes what `prune` writes, as one JSON file (`configs/prune.json`).
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+/// The recipe of a pruning run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct PruneRecipe {
+    /// Share of all blocks to replace, above 0 and below 1.
+    pub ratio: f64,
+    /// Where input/output pairs come from.
+    pub calibration: CalibrationRecipe,
+    /// How blocks are chosen.
+    pub score: ScoreRecipe,
+    /// How layers are fitted.
+    pub fit: FitRecipe,
+}
+
+/// Pairs: prompts are sampled by the model itself, its final latents noised anew.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct CalibrationRecipe {
+    /// Prompts to sample; `null`: all of the list, up to 160 for the bundled model and 32 for others.
+    pub samples: Option<usize>,
+    /// Noised states of each sampled latent.
+    pub draws: usize,
+    /// Sampling steps; `null`: the model's own default.
+    pub steps: Option<usize>,
+    /// Guidance; `null`: the model's own default.
+    pub guidance: Option<f64>,
+    /// Picture width in pixels; `null`: the model's own default.
+    pub width: Option<usize>,
+    /// Picture height in pixels; `null`: the width.
+    pub height: Option<usize>,
+    /// Seed of starting noise and noised states.
+    pub seed: u64,
+    /// States in one forward; `null`: as many as make some 4,096 tokens.
+    pub batch: Option<usize>,
+}
+
+/// Greedy choice by the error of the final velocity.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct ScoreRecipe {
+    /// Held-out states that blocks are compared on; `null`: 128, or fewer where pictures are large.
+    pub held_out: Option<usize>,
+}
+
+/// Ridge least squares.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct FitRecipe {
+    /// Ridge, relative to the mean diagonal of the Gram matrix.
+    pub ridge: f64,
+    /// Fit in network order on the activations of the already pruned prefix.
+    pub sequential: bool,
+}
+
+impl Default for PruneRecipe {
+    fn default() -> Self {
+        Self {
+            ratio: 0.2,
+            calibration: CalibrationRecipe::default(),
+            score: ScoreRecipe::default(),
+            fit: FitRecipe::default(),
+        }
+    }
+}
+
+impl Default for CalibrationRecipe {
+    fn default() -> Self {
+        Self {
+            samples: None,
+            draws: 8,
+            steps: None,
+            guidance: None,
+            width: None,
+            height: None,
+            seed: 0,
+            batch: None,
+        }
+    }
+}
+
+impl Default for FitRecipe {
+    fn default() -> Self {
+        Self {
+            ridge: 1e-4,
+            sequential: true,
+        }
+    }
+}
+
+impl PruneRecipe {
+    /// Reads a recipe; what it does not name has its default.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is not JSON, or has an unknown key or a value of the wrong type.
+    pub fn read(path: &std::path::Path) -> Result<Self> {
+        let name = path.display();
+        let text =
+            std::fs::read(path).with_context(|| format!("--recipe: cannot read `{name}`"))?;
+        serde_json::from_slice(&text)
+            .with_context(|| format!("--recipe: `{name}` is not a pruning recipe"))
+    }
+
+    /// Checks the ranges of all numbers.
+    ///
+    /// # Errors
+    /// When one is out of range; the message names it and the range.
+    pub fn validate(&self) -> Result<()> {
+        let c = &self.calibration;
+        ensure!(
+            self.ratio > 0.0 && self.ratio < 1.0,
+            "--ratio {}: expected a share of the blocks above 0 and below 1, such as 0.2",
+            self.ratio
+        );
+        ensure!(
+            c.samples != Some(0),
+            "--samples 0: at least one prompt must be sampled"
+        );
+        ensure!(c.steps != Some(0), "--steps 0: at least one step is needed");
+        ensure!(
+            c.draws > 0,
+            "recipe: `calibration.draws` must be at least 1"
+        );
+        ensure!(
+            c.batch != Some(0),
+            "recipe: `calibration.batch` must be at least 1"
+        );
+        ensure!(
+            self.score.held_out != Some(0),
+            "recipe: `score.held-out` must be at least 1"
+        );
+        ensure!(
+            self.fit.ridge.is_finite() && self.fit.ridge >= 0.0,
+            "recipe: `fit.ridge` must be a number of at least 0"
+        );
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_recipe_in_configs_is_the_default() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/prune.json");
+        assert_eq!(PruneRecipe::read(&path).unwrap(), PruneRecipe::default());
+    }
+
+    #[test]
+    fn a_misspelt_key_is_refused_by_name() {
+        let error = serde_json::from_str::<PruneRecipe>(r#"{"fit": {"rigde": 1}}"#).unwrap_err();
+        assert!(error.to_string().contains("rigde"), "{error}");
+    }
+}

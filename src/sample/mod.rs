@@ -1,0 +1,12 @@
+//! Prompt → latent → picture: everything around the transformer, each part equal to diffusers. Calibration and pruning run on top of it.
+
+pub mod denoise;
+pub mod latents;
+pub mod noise;
+pub mod png;
+pub mod schedule;
+pub mod tokenize;
+mod tokenize_build;
+pub mod vae;
+mod vae_layers;
+mod vae_ops;

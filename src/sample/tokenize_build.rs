@@ -1,0 +1,196 @@
+//! The pipelines (normaliser, splitter, model, post-processor) of the two tokenizers. Special tokens are `tokenize.rs`'s business.
+//!
+//! Sources: transformers `models/clip/tokenization_clip.py` and `models/t5/tokenization_t5.py`.
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use serde_json::Value;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::models::unigram::Unigram;
+use tokenizers::normalizers::{
+    Lowercase, NFC, NormalizerWrapper, Precompiled, Replace, Sequence, replace::ReplacePattern,
+};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
+use tokenizers::pre_tokenizers::sequence::Sequence as Splitters;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
+use tokenizers::processors::PostProcessorWrapper;
+use tokenizers::processors::roberta::RobertaProcessing;
+use tokenizers::processors::template::TemplateProcessing;
+use tokenizers::{SplitDelimiterBehavior, Tokenizer};
+
+use super::tokenize::TokenizerFiles;
+
+/// How CLIP cuts a text into words.
+const CLIP_WORDS: &str =
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+
+/// CLIP's byte-level BPE, from `tokenizer.json` or from `vocab.json` and `merges.txt`.
+pub(super) fn clip(json: &Value, files: &TokenizerFiles) -> Result<Tokenizer> {
+    let (vocab, merges) = if json.is_null() {
+        let (Some(vocab), Some(merges)) = (files.vocab, files.merges) else {
+            bail!("the CLIP tokenizer needs `tokenizer.json`, or `vocab.json` and `merges.txt`");
+        };
+        let vocab: Value =
+            serde_json::from_slice(vocab).context("`vocab.json` is not valid JSON")?;
+        (
+            vocabulary(&vocab).context("`vocab.json`")?,
+            merges_text(merges)?,
+        )
+    } else {
+        (
+            vocabulary(&json["model"]["vocab"]).context("`tokenizer.json`: `model.vocab`")?,
+            merges_json(&json["model"]["merges"])?,
+        )
+    };
+    let bpe = BPE::builder()
+        .vocab_and_merges(vocab, merges)
+        .unk_token("<|endoftext|>".into())
+        .continuing_subword_prefix(String::new())
+        .end_of_word_suffix("</w>".into())
+        .build()
+        .map_err(|e| anyhow!("the CLIP vocabulary and merges do not fit: {e}"))?;
+
+    let spaces =
+        Replace::new(ReplacePattern::Regex(r"\s+".into()), " ").map_err(|e| anyhow!("{e}"))?;
+    let words = Split::new(
+        SplitPattern::Regex(CLIP_WORDS.into()),
+        SplitDelimiterBehavior::Removed,
+        true,
+    )
+    .map_err(|e| anyhow!("{e}"))?;
+    let mut tokenizer = Tokenizer::new(bpe);
+    tokenizer
+        .with_normalizer(Some(Sequence::new(vec![
+            NFC.into(),
+            spaces.into(),
+            Lowercase.into(),
+        ])))
+        .map_err(|e| anyhow!("{e}"))?
+        .with_pre_tokenizer(Some(Splitters::new(vec![
+            words.into(),
+            ByteLevel::new(false, true, true).into(),
+        ])));
+    Ok(tokenizer)
+}
+
+/// `<|startoftext|> … <|endoftext|>`.
+pub(super) fn clip_processor(eos: (String, u32), bos: (String, u32)) -> PostProcessorWrapper {
+    RobertaProcessing::new(eos, bos)
+        .trim_offsets(false)
+        .add_prefix_space(false)
+        .into()
+}
+
+/// T5's unigram model, from `tokenizer.json`.
+pub(super) fn t5(json: &Value) -> Result<Tokenizer> {
+    if json.is_null() {
+        bail!(
+            "the T5 tokenizer needs `tokenizer.json` (`spiece.model` alone is not read; transformers' save_pretrained writes tokenizer.json)"
+        );
+    }
+    let vocab = json["model"]["vocab"]
+        .as_array()
+        .context("`tokenizer.json`: `model.vocab` is not a list, so this is no T5 tokenizer")?;
+    let vocab = vocab
+        .iter()
+        .map(|entry| Some((entry[0].as_str()?.to_owned(), entry[1].as_f64()?)))
+        .collect::<Option<Vec<_>>>()
+        .context(
+            "`tokenizer.json`: `model.vocab` holds something else than [token, score] pairs",
+        )?;
+    let unigram = Unigram::from(vocab, Some(2), false)
+        .map_err(|e| anyhow!("`tokenizer.json`: T5 vocabulary: {e}"))?;
+    let mut tokenizer = Tokenizer::new(unigram);
+    if let Some(map) = charsmap(&json["normalizer"])? {
+        tokenizer
+            .with_normalizer(Some(NormalizerWrapper::from(map)))
+            .map_err(|e| anyhow!("{e}"))?;
+    }
+    let metaspace = Metaspace::new('▁', PrependScheme::Always, true);
+    tokenizer.with_pre_tokenizer(Some(Splitters::new(vec![
+        WhitespaceSplit.into(),
+        metaspace.into(),
+    ])));
+    Ok(tokenizer)
+}
+
+/// `… </s>`.
+pub(super) fn t5_processor(eos: u32) -> Result<PostProcessorWrapper> {
+    let template = TemplateProcessing::builder()
+        .try_single("$A </s>")
+        .and_then(|b| b.try_pair("$A </s> $B </s>"))
+        .map_err(|e| anyhow!("{e}"))?
+        .special_tokens(vec![("</s>", eos)])
+        .build()?;
+    Ok(template.into())
+}
+
+/// `tokenizer.json` as it stands.
+pub(super) fn verbatim(files: &TokenizerFiles) -> Result<Tokenizer> {
+    let bytes = files
+        .tokenizer
+        .context("the tokenizer needs `tokenizer.json`")?;
+    Tokenizer::from_bytes(bytes).map_err(|e| anyhow!("`tokenizer.json`: {e}"))
+}
+
+/// The first SentencePiece character map in a normaliser.
+fn charsmap(normalizer: &Value) -> Result<Option<Precompiled>> {
+    let list = normalizer["normalizers"].as_array();
+    let found = list
+        .map_or(std::slice::from_ref(normalizer), Vec::as_slice)
+        .iter()
+        .find(|n| n["type"] == "Precompiled");
+    // the map can only be read from text; its own error would print all of it
+    let read = |n: &Value| {
+        serde_json::from_str(&n.to_string())
+            .ok()
+            .context("`tokenizer.json`: `precompiled_charsmap` is not a SentencePiece map")
+    };
+    found.map(read).transpose()
+}
+
+fn vocabulary(vocab: &Value) -> Result<Vocab> {
+    let vocab = vocab
+        .as_object()
+        .context("the vocabulary is not a map from token to id")?;
+    let entry = |(token, id): (&String, &Value)| {
+        let id = id
+            .as_u64()
+            .and_then(|id| u32::try_from(id).ok())
+            .with_context(|| format!("token `{token}` has no id"))?;
+        Ok((token.clone(), id))
+    };
+    vocab.iter().map(entry).collect()
+}
+
+fn merges_json(merges: &Value) -> Result<Vec<(String, String)>> {
+    let pair = |merge: &Value| match merge {
+        Value::String(text) => text
+            .split_once(' ')
+            .map(|(a, b)| (a.to_owned(), b.to_owned())),
+        _ => Some((merge[0].as_str()?.to_owned(), merge[1].as_str()?.to_owned())),
+    };
+    let merges = merges
+        .as_array()
+        .context("`tokenizer.json`: `model.merges` is not a list")?;
+    merges
+        .iter()
+        .map(pair)
+        .collect::<Option<_>>()
+        .context("`tokenizer.json`: `model.merges` holds something else than pairs")
+}
+
+fn merges_text(merges: &[u8]) -> Result<Vec<(String, String)>> {
+    let text = std::str::from_utf8(merges).context("`merges.txt` is not UTF-8")?;
+    let lines = text.lines().filter(|line| !line.starts_with("#version"));
+    lines
+        .map(|line| {
+            let mut parts = line.split(' ');
+            match (parts.next(), parts.next(), parts.next()) {
+                (Some(a), Some(b), None) => Ok((a.to_owned(), b.to_owned())),
+                _ => bail!("`merges.txt`: `{line}` is not a pair"),
+            }
+        })
+        .collect()
+}

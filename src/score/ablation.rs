@@ -1,0 +1,183 @@
+//! Ablation: the error of the model's final velocity on held-out states when one block is replaced by its fit.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use candle::{DType, Device, Tensor};
+use indicatif::ProgressBar;
+
+use crate::{
+    calibrate::states::{Batch, States},
+    layout::BlockId,
+    model::{Block, Flux, Trunk},
+};
+
+/// Held-out states with the unpruned model's velocity on them.
+pub struct HeldOut {
+    batches: Vec<(Batch, Tensor)>,
+    /// Σ ‖v‖² of the unpruned model.
+    norm_sq: f64,
+}
+
+impl HeldOut {
+    /// Runs the unpruned model on `states`.
+    ///
+    /// # Errors
+    /// When a forward fails or its result is not finite.
+    pub fn new(
+        flux: &Flux,
+        states: &States,
+        batch: usize,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        let mut batches = Vec::new();
+        let mut norm_sq = 0.0;
+        for range in states.batches(batch) {
+            let batch = states.batch(range, device, dtype)?;
+            let velocity = flux
+                .forward(&batch.inputs(), &mut ())?
+                .to_dtype(DType::F32)?;
+            norm_sq += sum_sq(&velocity)?;
+            batches.push((batch, velocity));
+        }
+        ensure!(
+            norm_sq.is_finite() && norm_sq > 0.0,
+            "the unpruned model's velocity is NaN, infinite or zero"
+        );
+        Ok(Self { batches, norm_sq })
+    }
+
+    /// Relative mean squared error of the velocity of `flux` with `trunk` in place of its own.
+    ///
+    /// # Errors
+    /// When a forward fails.
+    pub fn error(&self, flux: &Flux, trunk: &Trunk) -> Result<f64> {
+        let mut error = 0.0;
+        for (batch, velocity) in &self.batches {
+            let (stream, conditioning) = flux.embed(&batch.inputs())?;
+            let stream = trunk.forward_range(0..trunk.len(), &stream, &conditioning, &mut ())?;
+            let got = flux.head(&stream, &conditioning)?.to_dtype(DType::F32)?;
+            error += sum_sq(&(got - velocity)?)?;
+        }
+        Ok(error / self.norm_sq)
+    }
+
+    /// The error of `trunk` with each of `candidates` (index in the trunk → replacement) exchanged in turn.
+    ///
+    /// The trunk is a fold, so the prefix before a block is computed once for all candidates behind it.
+    ///
+    /// # Errors
+    /// When a forward fails.
+    pub fn ablate(
+        &self,
+        flux: &Flux,
+        trunk: &Trunk,
+        candidates: &BTreeMap<usize, Block>,
+        progress: &ProgressBar,
+    ) -> Result<BTreeMap<usize, f64>> {
+        let mut errors: BTreeMap<usize, f64> = candidates.keys().map(|k| (*k, 0.0)).collect();
+        for (batch, velocity) in &self.batches {
+            let (mut prefix, conditioning) = flux.embed(&batch.inputs())?;
+            for index in 0..trunk.len() {
+                if let Some(block) = candidates.get(&index) {
+                    let replaced = block.forward(&prefix, &conditioning)?;
+                    let end = trunk.forward_range(
+                        index + 1..trunk.len(),
+                        &replaced,
+                        &conditioning,
+                        &mut (),
+                    )?;
+                    let got = flux.head(&end, &conditioning)?.to_dtype(DType::F32)?;
+                    *errors.entry(index).or_default() += sum_sq(&(got - velocity)?)? / self.norm_sq;
+                    progress.inc(1);
+                }
+                prefix = trunk.forward_range(index..index + 1, &prefix, &conditioning, &mut ())?;
+            }
+        }
+        Ok(errors)
+    }
+
+    /// Number of batches, for progress bars.
+    pub fn batches(&self) -> usize {
+        self.batches.len()
+    }
+}
+
+/// One step of the greedy choice.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// The block that was given up.
+    pub block: BlockId,
+    /// Velocity error with it and all earlier choices replaced.
+    pub error: f64,
+}
+
+/// What the greedy choice found.
+#[derive(Clone, Debug)]
+pub struct Greedy {
+    /// The chosen blocks, in the order of choice.
+    pub choices: Vec<Choice>,
+    /// Velocity error of each block replaced alone: its importance.
+    pub alone: BTreeMap<BlockId, f64>,
+}
+
+/// Chooses `count` blocks one after another, each the one whose replacement costs least given the earlier ones.
+///
+/// # Errors
+/// When a forward fails or every candidate gives a velocity that is not finite.
+pub fn greedy(
+    flux: &Flux,
+    fits: &BTreeMap<BlockId, Block>,
+    held_out: &HeldOut,
+    count: usize,
+    progress: &ProgressBar,
+) -> Result<Greedy> {
+    let mut trunk = flux.trunk.clone();
+    let index_of: BTreeMap<BlockId, usize> = trunk
+        .entries()
+        .iter()
+        .enumerate()
+        .map(|(index, (spec, _))| (spec.id(), index))
+        .collect();
+    let mut left = fits.clone();
+    let mut out = Greedy {
+        choices: Vec::new(),
+        alone: BTreeMap::new(),
+    };
+    while out.choices.len() < count {
+        let candidates: BTreeMap<usize, Block> = left
+            .iter()
+            .filter_map(|(id, block)| Some((*index_of.get(id)?, block.clone())))
+            .collect();
+        let errors = held_out.ablate(flux, &trunk, &candidates, progress)?;
+        let by_id = |index: usize| {
+            index_of
+                .iter()
+                .find(|(_, i)| **i == index)
+                .map(|(id, _)| *id)
+        };
+        if out.choices.is_empty() {
+            out.alone = errors
+                .iter()
+                .filter_map(|(index, error)| Some((by_id(*index)?, *error)))
+                .collect();
+        }
+        let best = errors
+            .into_iter()
+            .filter(|(_, e)| e.is_finite())
+            .min_by(|a, b| a.1.total_cmp(&b.1));
+        let (index, error) = best.context("every candidate makes the velocity NaN or infinite")?;
+        let block = by_id(index).context("a candidate is not in the model")?;
+        let Some(fit) = left.remove(&block) else {
+            break;
+        };
+        trunk = trunk.with_block(index, fit)?;
+        out.choices.push(Choice { block, error });
+    }
+    Ok(out)
+}
+
+fn sum_sq(t: &Tensor) -> Result<f64> {
+    Ok(f64::from(t.sqr()?.sum_all()?.to_scalar::<f32>()?))
+}

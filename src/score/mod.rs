@@ -1,0 +1,3 @@
+//! Calibration statistics → importance of blocks; higher = more important, always. One file per criterion.
+
+pub mod ablation;

@@ -1,0 +1,180 @@
+//! The only place that prints or draws: data to stdout, talk and progress to stderr.
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "this is the printer"
+)]
+
+use std::{
+    io::{IsTerminal, Write},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Switches notes and progress off (`--quiet`).
+pub fn set_quiet(quiet: bool) {
+    QUIET.store(quiet, Ordering::Relaxed);
+}
+
+/// Says something to the person at the terminal, on stderr.
+pub fn note(text: impl AsRef<str>) {
+    if !QUIET.load(Ordering::Relaxed) {
+        eprintln!("{}", text.as_ref());
+    }
+}
+
+/// Something that may need attention; shown even with `--quiet`.
+pub fn warn(text: impl AsRef<str>) {
+    eprintln!("warning: {}", text.as_ref());
+}
+
+/// Prints an error and its causes, once, at the end of `main`.
+pub fn error(error: &anyhow::Error) {
+    eprintln!("error: {error:#}");
+}
+
+/// Writes data to stdout, with a newline at the end.
+///
+/// # Errors
+/// When stdout is closed or full.
+pub fn data(text: impl AsRef<str>) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}", text.as_ref().trim_end_matches('\n'))
+        .and_then(|()| out.flush())
+        .context("cannot write to stdout")
+}
+
+/// Writes a value to stdout as indented JSON.
+///
+/// # Errors
+/// When stdout is closed or full.
+pub fn json(value: &impl serde::Serialize) -> Result<()> {
+    data(serde_json::to_string_pretty(value)?)
+}
+
+/// A progress bar on stderr; hidden when stderr is not a terminal or with `--quiet`.
+pub fn progress(steps: usize, what: &'static str) -> ProgressBar {
+    bar(
+        steps as u64,
+        what,
+        "{prefix} {bar:30} {pos}/{len} {msg} [{elapsed} < {eta}]",
+    )
+}
+
+/// A progress bar on stderr for a download of `size` bytes of which `done` are there; hidden as [`progress`] is.
+/// Its message is the name, shortened to what the terminal has room for.
+pub fn download(name: &str, size: u64, done: u64) -> ProgressBar {
+    let template = "{wide_msg} {bar:20} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} [{elapsed} < {eta}]";
+    let bar = bar(size, "", template).with_message(name.to_owned());
+    bar.set_position(done);
+    bar.reset_eta(); // what was there before says nothing about the speed now
+    bar
+}
+
+fn bar(len: u64, what: &'static str, template: &str) -> ProgressBar {
+    let hidden = QUIET.load(Ordering::Relaxed) || !std::io::stderr().is_terminal();
+    let target = if hidden {
+        ProgressDrawTarget::hidden()
+    } else {
+        ProgressDrawTarget::stderr()
+    };
+    let style =
+        ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let bar = ProgressBar::with_draw_target(Some(len), target);
+    bar.with_style(style).with_prefix(what)
+}
+
+/// A text table: a header, rows, columns padded; those in `right` are aligned to the right.
+pub fn table(header: &[&str], rows: &[Vec<String>], right: &[usize]) -> String {
+    let columns = header.len();
+    let width = |c: usize| {
+        let cells = rows
+            .iter()
+            .filter_map(|row| row.get(c))
+            .map(|cell| cell.chars().count());
+        cells.chain([header[c].chars().count()]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let line = |cells: &[String]| {
+        let padded: Vec<String> = (0..columns)
+            .map(|c| {
+                let cell = cells.get(c).map_or("", String::as_str);
+                let fill = " ".repeat(widths[c].saturating_sub(cell.chars().count()));
+                if right.contains(&c) {
+                    format!("{fill}{cell}")
+                } else {
+                    format!("{cell}{fill}")
+                }
+            })
+            .collect();
+        padded.join("  ").trim_end().to_owned()
+    };
+    let header: Vec<String> = header.iter().map(|h| (*h).to_owned()).collect();
+    let rule: Vec<String> = widths.iter().map(|w| "-".repeat(*w)).collect();
+    let lines = [line(&header), line(&rule)]
+        .into_iter()
+        .chain(rows.iter().map(|row| line(row)));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// A count with a unit prefix: `11.90 B`, `141.6 M`.
+pub fn count(n: f64) -> String {
+    scaled(n, 1000.0, &["", "K", "M", "B", "T"])
+}
+
+/// Bytes with a decimal unit, as disks and model pages give them: `23.80 GB`.
+pub fn bytes(n: f64) -> String {
+    scaled(n, 1000.0, &["B", "KB", "MB", "GB", "TB"])
+}
+
+/// Floating-point operations: `74.36 TFLOP`.
+pub fn flops(n: f64) -> String {
+    scaled(
+        n,
+        1000.0,
+        &["FLOP", "KFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"],
+    )
+}
+
+fn scaled(mut n: f64, step: f64, units: &[&str]) -> String {
+    let mut unit = 0;
+    while n >= step && unit + 1 < units.len() {
+        n /= step;
+        unit += 1;
+    }
+    let text = if unit == 0 {
+        format!("{n:.0} {}", units[unit])
+    } else {
+        format!("{n:.2} {}", units[unit])
+    };
+    text.trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_align_their_columns() {
+        let rows = vec![
+            vec!["double.00".into(), "1.5".into()],
+            vec!["x".into(), "10.25".into()],
+        ];
+        let text = table(&["block", "score"], &rows, &[1]);
+        assert_eq!(
+            text,
+            "block      score\n---------  -----\ndouble.00    1.5\nx          10.25"
+        );
+    }
+
+    #[test]
+    fn sizes_read_as_people_write_them() {
+        assert_eq!(bytes(23.8e9), "23.80 GB");
+        assert_eq!(count(512.0), "512");
+        assert_eq!(flops(74.36e12), "74.36 TFLOP");
+    }
+}
