@@ -37,15 +37,17 @@ pub fn error(error: &anyhow::Error) {
     eprintln!("error: {error:#}");
 }
 
-/// Writes data to stdout, with a newline at the end.
+/// Writes data to stdout, with a newline at the end. A reader that has gone (`fastflux inspect | head`) is no error.
 ///
 /// # Errors
-/// When stdout is closed or full.
+/// When stdout is full or cannot be written.
 pub fn data(text: impl AsRef<str>) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{}", text.as_ref().trim_end_matches('\n'))
-        .and_then(|()| out.flush())
-        .context("cannot write to stdout")
+    let written = writeln!(out, "{}", text.as_ref().trim_end_matches('\n')).and_then(|()| out.flush());
+    match written {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("cannot write to stdout"),
+    }
 }
 
 /// Writes a value to stdout as indented JSON.

@@ -11,7 +11,11 @@ use crate::{
     ui,
 };
 
+mod generate;
 mod inspect;
+mod load;
+mod prune;
+mod verify;
 
 /// Runs a subcommand.
 ///
@@ -20,7 +24,9 @@ mod inspect;
 pub fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
-        _ => anyhow::bail!("not there yet"),
+        Command::Prune(args) => prune::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Generate(args) => generate::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Verify(args) => verify::run(&args),
     }
 }
 
@@ -109,4 +115,15 @@ fn read_prompts(flag: &str, path: &Path) -> Result<Vec<String>> {
         .collect();
     ensure!(!prompts.is_empty(), "{flag}: `{name}` holds no prompt");
     Ok(prompts)
+}
+
+/// The prompts to calibrate with when the user names none: scenes the bundled model was trained on, or varied prompts
+/// for real models.
+fn bundled_prompts(pipeline: &Pipeline) -> Vec<String> {
+    let text = if pipeline.is_bundled() {
+        include_str!("../../configs/tiny/prompts.txt")
+    } else {
+        include_str!("../../configs/prompts/calibration.txt")
+    };
+    text.lines().map(str::to_owned).collect()
 }

@@ -7,7 +7,11 @@ use serde_json::json;
 
 use super::{PixelSize, load};
 use crate::{
-    calibrate::{self, states::States, stats::{BlockStats, CalibrationStats}},
+    calibrate::{
+        self,
+        states::States,
+        stats::{BlockStats, CalibrationStats},
+    },
     checkpoint::{
         record::{self, Record},
         save::{self, OutputFolder},
@@ -71,7 +75,11 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
     let count = plan::blocks_of_ratio(recipe.ratio, &pipeline.config)?;
-    let size = super::picture_size(&pipeline, recipe.calibration.width, recipe.calibration.height)?;
+    let size = super::picture_size(
+        &pipeline,
+        recipe.calibration.width,
+        recipe.calibration.height,
+    )?;
     let (recipe, prompts) = resolve(recipe, args, &pipeline, size)?;
     // the output's place is taken now, so that an unwritable folder is found before the long part
     let output = OutputFolder::create(&args.output, args.force)?;
@@ -79,17 +87,38 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     let encoded = load::encode_prompts(&pipeline, &prompts, None, &runtime)?;
     let flux = load::flux(&pipeline, &runtime)?;
     let tokens = size.tokens() + encoded.txt.dim(1)?;
-    let batch = recipe.calibration.batch.unwrap_or((TOKENS_PER_FORWARD / tokens).max(1));
-    let run = Run { pipeline: &pipeline, runtime: &runtime, recipe, size, flux, batch };
+    let batch = recipe
+        .calibration
+        .batch
+        .unwrap_or((TOKENS_PER_FORWARD / tokens).max(1));
+    let run = Run {
+        pipeline: &pipeline,
+        runtime: &runtime,
+        recipe,
+        size,
+        flux,
+        batch,
+    };
     let found = run.find(&encoded, count)?;
 
-    let (checkpoint, config) = apply::apply(&pipeline.transformer, &pipeline.config, &found.plan, &found.layers)?;
+    let (checkpoint, config) = apply::apply(
+        &pipeline.transformer,
+        &pipeline.config,
+        &found.plan,
+        &found.layers,
+    )?;
     let recipe = serde_json::to_value(&run.recipe)?;
     let record = Record {
         version: record::VERSION,
         tool: concat!("fastflux ", env!("CARGO_PKG_VERSION")).to_owned(),
-        base: pipeline.record.as_ref().map_or_else(|| pipeline.locator.clone(), |r| r.base.clone()),
-        base_fingerprint: pipeline.record.as_ref().map_or_else(|| found.plan.source.clone(), |r| r.base_fingerprint.clone()),
+        base: pipeline
+            .record
+            .as_ref()
+            .map_or_else(|| pipeline.locator.clone(), |r| r.base.clone()),
+        base_fingerprint: pipeline
+            .record
+            .as_ref()
+            .map_or_else(|| found.plan.source.clone(), |r| r.base_fingerprint.clone()),
         layout: config.layout.clone(),
         axes_dims: config.axes_dims.clone(),
         theta: config.theta,
@@ -101,7 +130,11 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     let drawn = run.draw_before_and_after(&found, &encoded, &prompts, output.path())?;
     let report = report(&run, &found, &config, output.path(), args, drawn)?;
     output.finish()?;
-    if args.json { ui::json(&report)? } else { ui::data(text(&run, &found, &report))? }
+    if args.json {
+        ui::json(&report)?
+    } else {
+        ui::data(text(&run, &found, &report))?
+    }
     ui::note(format!("wrote `{}`", args.output.display()));
     Ok(())
 }
@@ -124,7 +157,12 @@ fn recipe(args: &PruneArgs) -> Result<PruneRecipe> {
 }
 
 /// Fills what the recipe left to the model, and takes the prompts: first those to fit on, then the held-out ones.
-fn resolve(mut recipe: PruneRecipe, args: &PruneArgs, pipeline: &Pipeline, size: PixelSize) -> Result<(PruneRecipe, Vec<String>)> {
+fn resolve(
+    mut recipe: PruneRecipe,
+    args: &PruneArgs,
+    pipeline: &Pipeline,
+    size: PixelSize,
+) -> Result<(PruneRecipe, Vec<String>)> {
     let mut prompts = match &args.prompts {
         Some(path) => super::read_prompts("--prompts", path)?,
         None => super::bundled_prompts(pipeline),
@@ -134,10 +172,15 @@ fn resolve(mut recipe: PruneRecipe, args: &PruneArgs, pipeline: &Pipeline, size:
     c.steps.get_or_insert(pipeline.default_steps());
     c.guidance.get_or_insert(pipeline.default_guidance());
     (c.width, c.height) = (Some(size.width), Some(size.height));
-    let held_out = recipe.score.held_out.unwrap_or((HELD_OUT_TOKENS / size.tokens()).clamp(8, 128));
+    let held_out = recipe
+        .score
+        .held_out
+        .unwrap_or((HELD_OUT_TOKENS / size.tokens()).clamp(8, 128));
     recipe.score.held_out = Some(held_out);
     let held_out_pictures = held_out.div_ceil(c.draws);
-    let wanted = c.samples.unwrap_or(if large { SAMPLES_LARGE } else { SAMPLES });
+    let wanted = c
+        .samples
+        .unwrap_or(if large { SAMPLES_LARGE } else { SAMPLES });
     // a short list is drawn from again, with other noise
     let total = wanted + held_out_pictures;
     if prompts.len() < total {
@@ -165,34 +208,63 @@ impl Run<'_> {
         let channels = self.pipeline.config.out_channels / 4;
         let batches = encoded.len().div_ceil(self.batch);
         let progress = ui::progress(batches * denoise.steps, "sampling");
-        let pictures = calibrate::sample(&denoise, encoded, channels, self.batch, c.seed, &progress)?;
+        let pictures =
+            calibrate::sample(&denoise, encoded, channels, self.batch, c.seed, &progress)?;
         progress.finish_and_clear();
 
         let samples = c.samples.context("samples are resolved")?;
         let noised = |range: std::ops::Range<usize>, draws, seed| -> Result<States> {
             let part = pictures.narrow(0, range.start, range.len())?;
-            States::noised(part, encoded.range(range)?, denoise.size, denoise.guidance, draws, seed)
+            States::noised(
+                part,
+                encoded.range(range)?,
+                denoise.size,
+                denoise.guidance,
+                draws,
+                seed,
+            )
         };
         let states = noised(0..samples, c.draws, c.seed.wrapping_add(1))?;
         let mut held_out = noised(samples..encoded.len(), c.draws, c.seed.wrapping_add(2))?;
-        held_out.truncate(self.recipe.score.held_out.context("held-out states are resolved")?);
+        held_out.truncate(
+            self.recipe
+                .score
+                .held_out
+                .context("held-out states are resolved")?,
+        );
 
         let config = &self.pipeline.config;
         let progress = ui::progress(states.batches(self.batch).len(), "calibrating");
-        let stats = calibrate::gather(&self.flux, &config.layout, &states, self.batch, self.runtime, &progress)?;
+        let stats = calibrate::gather(
+            &self.flux,
+            &config.layout,
+            &states,
+            self.batch,
+            self.runtime,
+            &progress,
+        )?;
         progress.finish_and_clear();
         let progress = ui::progress(stats.blocks.len(), "fitting");
         let mut fits = BTreeMap::new();
         let mut blocks: BTreeMap<BlockId, Block> = BTreeMap::new();
         for block in &stats.blocks {
             let layers = self.fit(block)?;
-            blocks.insert(block.id, prune::block(&layers, &self.runtime.device, self.runtime.dtype)?);
+            blocks.insert(
+                block.id,
+                prune::block(&layers, &self.runtime.device, self.runtime.dtype)?,
+            );
             fits.insert(block.id, layers);
             progress.inc(1);
         }
         progress.finish_and_clear();
 
-        let held_out = HeldOut::new(&self.flux, &held_out, self.batch, &self.runtime.device, self.runtime.dtype)?;
+        let held_out = HeldOut::new(
+            &self.flux,
+            &held_out,
+            self.batch,
+            &self.runtime.device,
+            self.runtime.dtype,
+        )?;
         let evaluations: usize = (0..count).map(|round| blocks.len() - round).sum();
         let progress = ui::progress(evaluations * held_out.batches(), "scoring");
         let greedy = greedy(&self.flux, &blocks, &held_out, count, &progress)?;
@@ -207,22 +279,44 @@ impl Run<'_> {
         let plan = PruningPlan::linear(source, chosen.clone(), reason);
 
         let layers = if self.recipe.fit.sequential {
-            let progress = ui::progress(chosen.len() * states.batches(self.batch).len(), "refitting");
+            let progress =
+                ui::progress(chosen.len() * states.batches(self.batch).len(), "refitting");
             let ridge = self.recipe.fit.ridge;
-            let layers = prune::fit_sequentially(&self.flux, &states, self.batch, &chosen, ridge, self.runtime, &progress)?;
+            let layers = prune::fit_sequentially(
+                &self.flux,
+                &states,
+                self.batch,
+                &chosen,
+                ridge,
+                self.runtime,
+                &progress,
+            )?;
             progress.finish_and_clear();
             layers
         } else {
-            fits.iter().filter(|(id, _)| chosen.contains(id)).map(|(id, l)| (*id, l.clone())).collect()
+            fits.iter()
+                .filter(|(id, _)| chosen.contains(id))
+                .map(|(id, l)| (*id, l.clone()))
+                .collect()
         };
         let velocity_error = held_out.error(&self.flux, &self.pruned(&layers)?.trunk)?;
-        Ok(Found { stats, fits, greedy, plan, layers, velocity_error })
+        Ok(Found {
+            stats,
+            fits,
+            greedy,
+            plan,
+            layers,
+            velocity_error,
+        })
     }
 
     fn fit(&self, block: &BlockStats) -> Result<Layers> {
         let ridge = self.recipe.fit.ridge;
         let fit = |stats| fit::fit(stats, ridge).with_context(|| format!("block {}", block.id));
-        Ok(Layers { txt: fit(&block.txt)?, img: fit(&block.img)? })
+        Ok(Layers {
+            txt: fit(&block.txt)?,
+            img: fit(&block.img)?,
+        })
     }
 
     /// The model with fitted layers in place of their blocks; shares all other weights.
@@ -238,7 +332,13 @@ impl Run<'_> {
     }
 
     /// Draws the last prompts with both models into `before-after.png`: unpruned above, pruned below.
-    fn draw_before_and_after(&self, found: &Found, encoded: &Encoded, prompts: &[String], folder: &Path) -> Result<bool> {
+    fn draw_before_and_after(
+        &self,
+        found: &Found,
+        encoded: &Encoded,
+        prompts: &[String],
+        folder: &Path,
+    ) -> Result<bool> {
         let files = match self.pipeline.vae_files() {
             Ok(files) => files,
             Err(error) => {
@@ -246,7 +346,12 @@ impl Run<'_> {
                 return Ok(false);
             }
         };
-        let count = if self.size.tokens() >= LARGE { PICTURES_LARGE } else { PICTURES }.min(encoded.len());
+        let count = if self.size.tokens() >= LARGE {
+            PICTURES_LARGE
+        } else {
+            PICTURES
+        }
+        .min(encoded.len());
         let encoded = encoded.range(encoded.len() - count..encoded.len())?;
         let prompts = &prompts[prompts.len() - count..];
         let schedule = load::schedule(self.pipeline)?;
@@ -267,27 +372,52 @@ impl Run<'_> {
             };
             let channels = self.pipeline.config.out_channels / 4;
             let seed = c.seed.wrapping_add(1000);
-            let latents = calibrate::sample(&denoise, &encoded, channels, self.batch, seed, &progress)?;
+            let latents =
+                calibrate::sample(&denoise, &encoded, channels, self.batch, seed, &progress)?;
             rows.push(load::pictures(&vae, &latents, denoise.size, self.runtime)?);
         }
         progress.finish_and_clear();
         let grid = crate::sample::grid::grid(&rows)?;
-        let about = format!("above: {}; below: {}% of its blocks replaced", self.pipeline.name, (100.0 * self.recipe.ratio).round());
-        let text = [("Title", about.as_str()), ("prompts", &prompts.join("\n")), ("Software", &load::software())];
+        let about = format!(
+            "above: {}; below: {}% of its blocks replaced",
+            self.pipeline.name,
+            (100.0 * self.recipe.ratio).round()
+        );
+        let text = [
+            ("Title", about.as_str()),
+            ("prompts", &prompts.join("\n")),
+            ("Software", &load::software()),
+        ];
         grid.save(&folder.join("before-after.png"), &text)?;
         Ok(true)
     }
 }
 
 /// Writes checkpoint, configuration, plan and scores.
-fn write(folder: &Path, mut checkpoint: crate::checkpoint::Checkpoint, config: &FluxConfig, record: &Record, found: &Found) -> Result<()> {
+fn write(
+    folder: &Path,
+    mut checkpoint: crate::checkpoint::Checkpoint,
+    config: &FluxConfig,
+    record: &Record,
+    found: &Found,
+) -> Result<()> {
     checkpoint.metadata = BTreeMap::from([
         ("format".to_owned(), "pt".to_owned()),
         (record::KEY.to_owned(), record.to_text()?),
     ]);
-    save::write(&checkpoint, &folder.join(format!("{PRUNED_STEM}.safetensors")))?;
-    let pretty = |value: &serde_json::Value| anyhow::Ok(serde_json::to_string_pretty(value)? + "\n");
-    let slots = |kind| config.slots().iter().filter(|(s, p)| p.is_some() && s.kind() == kind).count();
+    save::write(
+        &checkpoint,
+        &folder.join(format!("{PRUNED_STEM}.safetensors")),
+    )?;
+    let pretty =
+        |value: &serde_json::Value| anyhow::Ok(serde_json::to_string_pretty(value)? + "\n");
+    let slots = |kind| {
+        config
+            .slots()
+            .iter()
+            .filter(|(s, p)| p.is_some() && s.kind() == kind)
+            .count()
+    };
     let json = json!({
         "_class_name": "FluxTransformer2DModel",
         "patch_size": 1,
@@ -304,15 +434,31 @@ fn write(folder: &Path, mut checkpoint: crate::checkpoint::Checkpoint, config: &
         "fastflux": record,
     });
     save::write_bytes(&folder.join("config.json"), pretty(&json)?.as_bytes())?;
-    save::write_bytes(&folder.join("plan.json"), pretty(&serde_json::to_value(&found.plan)?)?.as_bytes())?;
-    let scores: Vec<_> = found.stats.blocks.iter().map(|block| scores(found, block)).collect();
-    save::write_bytes(&folder.join("scores.json"), pretty(&json!({ "blocks": scores }))?.as_bytes())
+    save::write_bytes(
+        &folder.join("plan.json"),
+        pretty(&serde_json::to_value(&found.plan)?)?.as_bytes(),
+    )?;
+    let scores: Vec<_> = found
+        .stats
+        .blocks
+        .iter()
+        .map(|block| scores(found, block))
+        .collect();
+    save::write_bytes(
+        &folder.join("scores.json"),
+        pretty(&json!({ "blocks": scores }))?.as_bytes(),
+    )
 }
 
 /// All that is known of one block.
 fn scores(found: &Found, block: &BlockStats) -> serde_json::Value {
-    let both = |f: fn(&crate::calibrate::stats::Moments) -> f64| f(&block.txt.moments) + f(&block.img.moments);
-    let residual = found.fits.get(&block.id).map(|l| l.txt.residual_sq + l.img.residual_sq);
+    let both = |f: fn(&crate::calibrate::stats::Moments) -> f64| {
+        f(&block.txt.moments) + f(&block.img.moments)
+    };
+    let residual = found
+        .fits
+        .get(&block.id)
+        .map(|l| l.txt.residual_sq + l.img.residual_sq);
     let change = both(|m| m.change_sq);
     json!({
         "block": block.id,
@@ -326,15 +472,29 @@ fn scores(found: &Found, block: &BlockStats) -> serde_json::Value {
 }
 
 /// The numbers of the run, as `--json` prints them.
-fn report(run: &Run, found: &Found, pruned: &FluxConfig, folder: &Path, args: &PruneArgs, drawn: bool) -> Result<serde_json::Value> {
+fn report(
+    run: &Run,
+    found: &Found,
+    pruned: &FluxConfig,
+    folder: &Path,
+    args: &PruneArgs,
+    drawn: bool,
+) -> Result<serde_json::Value> {
     let image = run.size.tokens();
     let text = run.pipeline.default_text_length();
-    let side = |config: &FluxConfig, parameters: usize, bytes: usize| {
-        json!({ "parameters": parameters, "bytes": bytes, "flops_per_step": cost::model(config, image, text).flops() })
-    };
-    let written = crate::checkpoint::Checkpoint::open(&crate::files::Files::folder(folder), PRUNED_STEM)?;
-    let blocks: Vec<_> = found.stats.blocks.iter().map(|block| scores(found, block)).collect();
-    ensure!(found.velocity_error.is_finite(), "the pruned model's velocity is NaN or infinite");
+    let side = |config: &FluxConfig, parameters: usize, bytes: usize| json!({ "parameters": parameters, "bytes": bytes, "flops_per_step": cost::model(config, image, text).flops() });
+    let written =
+        crate::checkpoint::Checkpoint::open(&crate::files::Files::folder(folder), PRUNED_STEM)?;
+    let blocks: Vec<_> = found
+        .stats
+        .blocks
+        .iter()
+        .map(|block| scores(found, block))
+        .collect();
+    ensure!(
+        found.velocity_error.is_finite(),
+        "the pruned model's velocity is NaN or infinite"
+    );
     Ok(json!({
         "output": args.output,
         "model": run.pipeline.name,
@@ -350,7 +510,11 @@ fn report(run: &Run, found: &Found, pruned: &FluxConfig, folder: &Path, args: &P
 }
 
 fn text(run: &Run, found: &Found, report: &serde_json::Value) -> String {
-    let number = |value: &serde_json::Value| value.as_f64().map_or_else(|| "-".to_owned(), |v| format!("{v:.4}"));
+    let number = |value: &serde_json::Value| {
+        value
+            .as_f64()
+            .map_or_else(|| "-".to_owned(), |v| format!("{v:.4}"))
+    };
     let rows: Vec<Vec<String>> = found
         .stats
         .blocks
@@ -363,15 +527,28 @@ fn text(run: &Run, found: &Found, report: &serde_json::Value) -> String {
                 number(&scores["ablation"]),
                 number(&scores["relative_change"]),
                 if replaced { "replaced" } else { "kept" }.to_owned(),
-                if replaced { number(&scores["fit_error"]) } else { String::new() },
+                if replaced {
+                    number(&scores["fit_error"])
+                } else {
+                    String::new()
+                },
             ]
         })
         .collect();
-    let mut out = ui::table(&["block", "importance", "‖y−x‖/‖x‖", "", "fit error"], &rows, &[1, 2, 4]);
+    let mut out = ui::table(
+        &["block", "importance", "‖y−x‖/‖x‖", "", "fit error"],
+        &rows,
+        &[1, 2, 4],
+    );
     let get = |side: &str, what: &str| report[side][what].as_f64().unwrap_or_default();
     let row = |what: &str, key: &str, unit: fn(f64) -> String| {
         let (before, after) = (get("before", key), get("after", key));
-        vec![what.to_owned(), unit(before), unit(after), format!("{:+.1} %", 100.0 * (after / before - 1.0))]
+        vec![
+            what.to_owned(),
+            unit(before),
+            unit(after),
+            format!("{:+.1} %", 100.0 * (after / before - 1.0)),
+        ]
     };
     let totals = [
         row("parameters", "parameters", ui::count),
@@ -379,7 +556,11 @@ fn text(run: &Run, found: &Found, report: &serde_json::Value) -> String {
         row("per step", "flops_per_step", ui::flops),
     ];
     out.push_str("\n\n");
-    out.push_str(&ui::table(&["", "before", "after", ""], &totals, &[1, 2, 3]));
+    out.push_str(&ui::table(
+        &["", "before", "after", ""],
+        &totals,
+        &[1, 2, 3],
+    ));
     out.push_str(&format!(
         "\n\n{} of {} blocks replaced; the velocity of the pruned model is off by {:.4} (relative MSE, held-out states)",
         found.plan.blocks().count(),

@@ -44,14 +44,26 @@ struct Reference {
 
 pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
     if let Some(t) = args.tolerance {
-        ensure!(t.is_finite() && t >= 0.0, "--tolerance {t}: expected a number of at least 0");
+        ensure!(
+            t.is_finite() && t >= 0.0,
+            "--tolerance {t}: expected a number of at least 0"
+        );
     }
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let name = args.reference.display().to_string();
     let blob = Blob::map(&args.reference).context("--reference")?;
-    let reference = Reference { tensors: Checkpoint::from_blob(&name, &blob)? };
+    let reference = Reference {
+        tensors: Checkpoint::from_blob(&name, &blob)?,
+    };
     let pipeline = super::open(&args.pipeline.choice())?;
-    let mut check = Check { reference: &reference, pipeline: &pipeline, runtime: &runtime, tolerance: args.tolerance, done: Vec::new(), skipped: Vec::new() };
+    let mut check = Check {
+        reference: &reference,
+        pipeline: &pipeline,
+        runtime: &runtime,
+        tolerance: args.tolerance,
+        done: Vec::new(),
+        skipped: Vec::new(),
+    };
     check.text()?;
     let flux = check.transformer()?;
     check.vae()?;
@@ -72,7 +84,12 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
             .iter()
             .map(|c| {
                 let verdict = if c.ok { "ok" } else { "off" };
-                vec![c.name.clone(), format!("{:.3e}", c.max_abs), format!("{:.3e}", c.relative), verdict.to_owned()]
+                vec![
+                    c.name.clone(),
+                    format!("{:.3e}", c.max_abs),
+                    format!("{:.3e}", c.relative),
+                    verdict.to_owned(),
+                ]
             })
             .collect();
         let mut text = ui::table(&["tensor", "max abs", "relative", ""], &rows, &[1, 2]);
@@ -81,11 +98,20 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
         }
         ui::data(text)?;
         match &first_off {
-            None => ui::note(format!("all {} tensors agree ({runtime})", check.done.len())),
-            Some(name) => ui::note(format!("the first component that is off is `{name}` ({runtime})")),
+            None => ui::note(format!(
+                "all {} tensors agree ({runtime})",
+                check.done.len()
+            )),
+            Some(name) => ui::note(format!(
+                "the first component that is off is `{name}` ({runtime})"
+            )),
         }
     }
-    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::from(1) })
+    Ok(if ok {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(1)
+    })
 }
 
 impl Reference {
@@ -96,18 +122,29 @@ impl Reference {
     /// A recorded tensor, floats in f32, on the CPU.
     fn get(&self, name: &str) -> Result<Tensor> {
         let tensor = self.tensors.expect(name)?.tensor(&Device::Cpu)?;
-        Ok(if tensor.dtype().is_float() { tensor.to_dtype(DType::F32)? } else { tensor })
+        Ok(if tensor.dtype().is_float() {
+            tensor.to_dtype(DType::F32)?
+        } else {
+            tensor
+        })
     }
 
     /// A number of the metadata.
     fn number<T: std::str::FromStr>(&self, key: &str) -> Result<T> {
         let text = self.text(key)?;
-        text.parse().ok().with_context(|| format!("`{}`: its metadata says `{key}` = `{text}`, which is not a number", self.tensors.name))
+        text.parse().ok().with_context(|| {
+            format!(
+                "`{}`: its metadata says `{key}` = `{text}`, which is not a number",
+                self.tensors.name
+            )
+        })
     }
 
     fn text(&self, key: &str) -> Result<&str> {
         let value = self.tensors.metadata.get(key);
-        value.map(String::as_str).with_context(|| format!("`{}`: its metadata lacks `{key}`", self.tensors.name))
+        value
+            .map(String::as_str)
+            .with_context(|| format!("`{}`: its metadata lacks `{key}`", self.tensors.name))
     }
 }
 
@@ -124,20 +161,46 @@ struct Check<'a> {
 impl Check<'_> {
     fn compare(&mut self, name: &str, got: &Tensor, loose: bool) -> Result<()> {
         let half = self.runtime.dtype != DType::F32;
-        let limit = self.tolerance.unwrap_or(if half { HALF } else if loose { LOOSE } else { TIGHT });
+        let limit = self.tolerance.unwrap_or(if half {
+            HALF
+        } else if loose {
+            LOOSE
+        } else {
+            TIGHT
+        });
         let want = self.reference.get(name)?;
         let (max_abs, relative) = distance(name, got, &want)?;
-        self.done.push(Comparison { name: name.to_owned(), max_abs, relative, ok: relative <= limit });
+        self.done.push(Comparison {
+            name: name.to_owned(),
+            max_abs,
+            relative,
+            ok: relative <= limit,
+        });
         Ok(())
     }
 
     /// Token ids are equal or not.
     fn compare_ids(&mut self, name: &str, got: &[u32]) -> Result<()> {
-        let want = self.reference.get(name)?.flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
-        let off = want.iter().zip(got).filter(|(a, b)| a != b).count() + want.len().abs_diff(got.len());
+        let want = self
+            .reference
+            .get(name)?
+            .flatten_all()?
+            .to_dtype(DType::U32)?
+            .to_vec1::<u32>()?;
+        let off =
+            want.iter().zip(got).filter(|(a, b)| a != b).count() + want.len().abs_diff(got.len());
         let relative = off as f64 / want.len().max(1) as f64;
-        let worst = want.iter().zip(got).map(|(a, b)| f64::from(a.abs_diff(*b))).fold(0.0, f64::max);
-        self.done.push(Comparison { name: name.to_owned(), max_abs: worst, relative, ok: off == 0 });
+        let worst = want
+            .iter()
+            .zip(got)
+            .map(|(a, b)| f64::from(a.abs_diff(*b)))
+            .fold(0.0, f64::max);
+        self.done.push(Comparison {
+            name: name.to_owned(),
+            max_abs: worst,
+            relative,
+            ok: off == 0,
+        });
         Ok(())
     }
 
@@ -148,19 +211,38 @@ impl Check<'_> {
         }
         let want = self.reference.get(name)?;
         let (max_abs, relative) = distance(name, got, &want)?;
-        let eight = |t: &Tensor| -> Result<Tensor> { Ok(t.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.affine(255.0, 0.0)?.round()?) };
-        let steps = (eight(got)? - eight(&want)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
-        self.done.push(Comparison { name: name.to_owned(), max_abs, relative, ok: steps <= 1.0 });
+        let eight = |t: &Tensor| -> Result<Tensor> {
+            Ok(t.to_device(&Device::Cpu)?
+                .to_dtype(DType::F32)?
+                .affine(255.0, 0.0)?
+                .round()?)
+        };
+        let steps = (eight(got)? - eight(&want)?)?
+            .abs()?
+            .max_all()?
+            .to_scalar::<f32>()?;
+        self.done.push(Comparison {
+            name: name.to_owned(),
+            max_abs,
+            relative,
+            ok: steps <= 1.0,
+        });
         Ok(())
     }
 
     fn skip(&mut self, what: &str, error: &anyhow::Error) {
-        self.skipped.push(format!("{what}: {}", format!("{error:#}").replace('\n', "; ")));
+        self.skipped.push(format!(
+            "{what}: {}",
+            format!("{error:#}").replace('\n', "; ")
+        ));
     }
 
     fn text(&mut self) -> Result<()> {
         let reference = self.reference;
-        if !["clip.input_ids", "clip.pooled", "t5.input_ids", "t5.hidden"].iter().any(|n| reference.has(n)) {
+        if !["clip.input_ids", "clip.pooled", "t5.input_ids", "t5.hidden"]
+            .iter()
+            .any(|n| reference.has(n))
+        {
             return Ok(());
         }
         let files = match self.pipeline.text_files() {
@@ -200,18 +282,36 @@ impl Check<'_> {
         let flux = load::flux(self.pipeline, self.runtime)?;
         let get = |name: &str| reference.get(&format!("transformer.{name}"));
         let device = &self.runtime.device;
-        let place = |t: Tensor| -> Result<Tensor> { Ok(t.to_device(device)?.to_dtype(self.runtime.dtype)?) };
+        let place = |t: Tensor| -> Result<Tensor> {
+            Ok(t.to_device(device)?.to_dtype(self.runtime.dtype)?)
+        };
         let (img, txt, vec) = (get("img")?, get("txt")?, get("vec")?);
-        let (timestep, guidance) = (get("timestep")?, reference.has("transformer.guidance").then(|| get("guidance")).transpose()?);
-        let (img_ids, txt_ids) = (get("img_ids")?.to_device(device)?, get("txt_ids")?.to_device(device)?);
+        let (timestep, guidance) = (
+            get("timestep")?,
+            reference
+                .has("transformer.guidance")
+                .then(|| get("guidance"))
+                .transpose()?,
+        );
+        let (img_ids, txt_ids) = (
+            get("img_ids")?.to_device(device)?,
+            get("txt_ids")?.to_device(device)?,
+        );
         let (batch, tokens, _) = img.dims3()?;
         let chunk = (TOKENS / (tokens + txt.dim(1)?)).clamp(1, batch.max(1));
-        let mut seen = Seen { wanted: reference, parts: BTreeMap::new(), order: Vec::new() };
+        let mut seen = Seen {
+            wanted: reference,
+            parts: BTreeMap::new(),
+            order: Vec::new(),
+        };
         let mut velocity = Vec::new();
         for start in (0..batch).step_by(chunk) {
             let n = chunk.min(batch - start);
             let cut = |t: &Tensor| -> Result<Tensor> { Ok(t.narrow(0, start, n)?) };
-            let guidance = guidance.as_ref().map(|g| anyhow::Ok(cut(g)?.to_device(device)?)).transpose()?;
+            let guidance = guidance
+                .as_ref()
+                .map(|g| anyhow::Ok(cut(g)?.to_device(device)?))
+                .transpose()?;
             let inputs = Inputs {
                 img: &place(cut(&img)?)?,
                 img_ids: &img_ids,
@@ -221,7 +321,11 @@ impl Check<'_> {
                 vec: &place(cut(&vec)?)?,
                 guidance: guidance.as_ref(),
             };
-            velocity.push(flux.forward(&inputs, &mut seen)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?);
+            velocity.push(
+                flux.forward(&inputs, &mut seen)?
+                    .to_dtype(DType::F32)?
+                    .to_device(&Device::Cpu)?,
+            );
         }
         for name in seen.order {
             if let Some(parts) = seen.parts.get(&name) {
@@ -255,12 +359,19 @@ impl Check<'_> {
         if !reference.has("pipeline.latents") {
             return Ok(());
         }
-        let size = LatentSize { height: reference.number::<usize>("height")? / 8, width: reference.number::<usize>("width")? / 8 };
+        let size = LatentSize {
+            height: reference.number::<usize>("height")? / 8,
+            width: reference.number::<usize>("width")? / 8,
+        };
         let steps = reference.number("steps")?;
         let schedule = load::schedule(self.pipeline)?;
         if reference.has("pipeline.sigmas") {
             let sigmas = schedule.sigmas(steps, size.tokens())?;
-            self.compare("pipeline.sigmas", &Tensor::new(sigmas, &Device::Cpu)?, false)?;
+            self.compare(
+                "pipeline.sigmas",
+                &Tensor::new(sigmas, &Device::Cpu)?,
+                false,
+            )?;
         }
         let (text, vae) = match (self.pipeline.text_files(), self.pipeline.vae_files()) {
             (Ok(text), Ok(vae)) => (text, vae),
@@ -269,7 +380,12 @@ impl Check<'_> {
                 return Ok(());
             }
         };
-        let encoders = load::text_encoders(self.pipeline, &text, Some(reference.number("t5_len")?), self.runtime)?;
+        let encoders = load::text_encoders(
+            self.pipeline,
+            &text,
+            Some(reference.number("t5_len")?),
+            self.runtime,
+        )?;
         let prompts: Encoded = load::encode(&encoders, &[reference.text("prompt")?.to_owned()])?;
         drop(encoders);
         let flux = match flux {
@@ -311,11 +427,19 @@ impl Check<'_> {
 fn distance(name: &str, got: &Tensor, want: &Tensor) -> Result<(f64, f64)> {
     let got = got.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
     let want = want.to_dtype(DType::F64)?;
-    ensure!(got.dims() == want.dims(), "`{name}`: computed shape {:?}, recorded shape {:?}: the reference is not of this model", got.dims(), want.dims());
+    ensure!(
+        got.dims() == want.dims(),
+        "`{name}`: computed shape {:?}, recorded shape {:?}: the reference is not of this model",
+        got.dims(),
+        want.dims()
+    );
     let difference = (got - &want)?;
     let norm = |t: &Tensor| -> Result<f64> { Ok(t.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt()) };
     let max_abs = difference.abs()?.max_all()?.to_scalar::<f64>()?;
-    Ok((max_abs, norm(&difference)? / norm(&want)?.max(f64::MIN_POSITIVE)))
+    Ok((
+        max_abs,
+        norm(&difference)? / norm(&want)?.max(f64::MIN_POSITIVE),
+    ))
 }
 
 /// Keeps the block outputs that the reference has, under the names it gives them.
@@ -326,7 +450,14 @@ struct Seen<'a> {
 }
 
 impl Observer for Seen<'_> {
-    fn block(&mut self, _: usize, spec: &BlockSpec, _: &Conditioning, _: &Stream, output: &Stream) -> candle::Result<()> {
+    fn block(
+        &mut self,
+        _: usize,
+        spec: &BlockSpec,
+        _: &Conditioning,
+        _: &Stream,
+        output: &Stream,
+    ) -> candle::Result<()> {
         // a run of blocks that collapsed into one gives the output of its last
         let id = match spec {
             BlockSpec::Original(id) => *id,
@@ -337,7 +468,10 @@ impl Observer for Seen<'_> {
             BlockKind::Double => vec![(name("txt"), output.txt()?), (name("img"), output.img()?)],
             BlockKind::Single => vec![(name("x"), output.tokens.clone())],
         };
-        for (name, tensor) in outputs.into_iter().filter(|(name, _)| self.wanted.has(name)) {
+        for (name, tensor) in outputs
+            .into_iter()
+            .filter(|(name, _)| self.wanted.has(name))
+        {
             if !self.parts.contains_key(&name) {
                 self.order.push(name.clone());
             }

@@ -16,7 +16,7 @@ const LONGEST: usize = 96;
 /// becomes a network request.
 ///
 /// ```
-/// use fastflux::files::id::parse_id;
+/// use fastflux::files::parse_id;
 ///
 /// let id = parse_id("black-forest-labs/FLUX.1-dev@refs/pr/1");
 /// assert_eq!(id, Some(("black-forest-labs/FLUX.1-dev".into(), Some("refs/pr/1".into()))));

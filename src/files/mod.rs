@@ -15,10 +15,11 @@ use memmap2::Mmap;
 mod bundled;
 #[cfg(feature = "hub")]
 mod hub;
-pub mod id;
+mod id;
 
 #[cfg(feature = "hub")]
 pub use hub::HubSettings;
+pub use id::parse_id;
 
 /// The bytes of one file: part of the binary, or memory-mapped. Cloning is cheap.
 #[derive(Clone, Debug)]

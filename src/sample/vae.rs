@@ -1,7 +1,7 @@
 //! The autoencoder between latents and pictures (diffusers' `AutoencoderKL`), under diffusers' tensor names. Other names: `vae_keys.rs`.
 
 use anyhow::{Context as _, ensure};
-use candle::{Result, Tensor, bail};
+use candle::{DType, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 
@@ -33,9 +33,9 @@ pub struct VaeConfig {
     pub use_quant_conv: bool,
     /// A 1×1 convolution before the decoder.
     pub use_post_quant_conv: bool,
-    act_fn: String,
-    down_block_types: Vec<String>,
-    up_block_types: Vec<String>,
+    pub(super) act_fn: String,
+    pub(super) down_block_types: Vec<String>,
+    pub(super) up_block_types: Vec<String>,
 }
 
 impl Default for VaeConfig {
@@ -116,6 +116,7 @@ pub struct Vae {
     config: VaeConfig,
     encoder: Option<Encoder>,
     decoder: Decoder,
+    dtype: DType,
 }
 
 impl Vae {
@@ -130,6 +131,7 @@ impl Vae {
             config: config.clone(),
             encoder,
             decoder,
+            dtype: vb.dtype(),
         })
     }
 
@@ -138,21 +140,32 @@ impl Vae {
         &self.config
     }
 
-    /// Latents as the transformer makes them (b, latent_channels, h, w) → pictures in about [-1, 1] (b, out_channels, 8h, 8w).
+    /// Latents as the transformer makes them (b, latent_channels, h, w) → pictures in about [-1, 1] (b, out_channels, 8h, 8w), in the
+    /// weights' number format.
+    ///
+    /// # Errors
+    /// When the latents have other channels.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        let latents = latents.to_dtype(DType::F32)?;
         let latents =
             ((latents / self.config.scaling_factor)? + self.config.shift_factor.unwrap_or(0.0))?;
-        self.decoder.forward(&latents)
+        self.decoder.forward(&latents.to_dtype(self.dtype)?)
     }
 
     /// Pictures in [-1, 1] (b, in_channels, h, w), sizes divisible by [`VaeConfig::downsampling`] → the mean of their latents, as the
     /// transformer sees them (b, latent_channels, h/8, w/8). The inverse of [`Self::decode`].
+    ///
+    /// # Errors
+    /// When the size does not fit, or the file holds no encoder.
     pub fn encode(&self, image: &Tensor) -> Result<Tensor> {
         let mean = self.encode_mean(image)?;
         (mean - self.config.shift_factor.unwrap_or(0.0))? * self.config.scaling_factor
     }
 
     /// The mean of the latents' distribution without shift and scale: diffusers' `vae.encode(image).latent_dist.mean`.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
     pub fn encode_mean(&self, image: &Tensor) -> Result<Tensor> {
         let Some(encoder) = &self.encoder else {
             bail!("this VAE file holds no encoder (`encoder.conv_in.weight` is missing)")
@@ -162,9 +175,10 @@ impl Vae {
         if h % step != 0 || w % step != 0 || h * w == 0 {
             bail!("the VAE cannot encode a picture of {w}×{h}: both must be multiples of {step}")
         }
-        encoder
-            .forward(image)?
-            .narrow(1, 0, self.config.latent_channels)
+        let moments = encoder.forward(&image.to_dtype(self.dtype)?)?;
+        moments
+            .narrow(1, 0, self.config.latent_channels)?
+            .contiguous()
     }
 }
 

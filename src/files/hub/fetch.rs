@@ -195,7 +195,7 @@ impl Download<'_> {
         if failure::is_full(error) {
             return failure::full(self.name, missing, None, self.folder);
         }
-        failure::unwritable(self.folder, &error)
+        failure::unwritable(self.folder, error)
     }
 }
 
