@@ -68,6 +68,16 @@ pub fn progress(steps: usize, what: &'static str) -> ProgressBar {
     )
 }
 
+/// A progress bar on stderr for a download of `size` bytes of which `done` are there; hidden as [`progress`] is.
+/// Its message is the name, shortened to what the terminal has room for.
+pub fn download(name: &str, size: u64, done: u64) -> ProgressBar {
+    let template = "{wide_msg} {bar:20} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} [{elapsed} < {eta}]";
+    let bar = bar(size, "", template).with_message(name.to_owned());
+    bar.set_position(done);
+    bar.reset_eta(); // what was there before says nothing about the speed now
+    bar
+}
+
 fn bar(len: u64, what: &'static str, template: &str) -> ProgressBar {
     let hidden = QUIET.load(Ordering::Relaxed) || !std::io::stderr().is_terminal();
     let target = if hidden {
