@@ -11,7 +11,12 @@ use crate::{
 
 /// Prune FLUX.1: replace its least important transformer blocks by linear layers and draw with what is left.
 #[derive(Debug, Parser)]
-#[command(name = "fastflux", version, propagate_version = true, arg_required_else_help = true)]
+#[command(
+    name = "fastflux",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -25,16 +30,24 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Show what a checkpoint holds: family, sizes, blocks, parameters, FLOPs.
-    #[command(after_help = "Examples:\n  fastflux inspect\n  fastflux inspect --model flux1-dev.safetensors --width 1024 --height 1024\n  fastflux inspect --model pruned --json")]
+    #[command(
+        after_help = "Examples:\n  fastflux inspect\n  fastflux inspect --model flux1-dev.safetensors --width 1024 --height 1024\n  fastflux inspect --model pruned --json"
+    )]
     Inspect(InspectArgs),
     /// Replace the least important blocks by linear layers and write a pruned checkpoint.
-    #[command(after_help = "Examples:\n  fastflux prune --ratio 0.2 --output pruned\n  fastflux prune --model black-forest-labs/FLUX.1-schnell --ratio 0.2 --prompts prompts.txt --output schnell-20")]
+    #[command(
+        after_help = "Examples:\n  fastflux prune --ratio 0.2 --output pruned\n  fastflux prune --model black-forest-labs/FLUX.1-schnell --ratio 0.2 --prompts prompts.txt --output schnell-20"
+    )]
     Prune(PruneArgs),
     /// Draw pictures.
-    #[command(after_help = "Examples:\n  fastflux generate --prompt \"a red circle left of a blue square on a white background\"\n  fastflux generate --model pruned --prompt-file prompts.txt --output pictures\n  fastflux generate --model flux1-dev.safetensors --text-encoders encoders --vae ae.safetensors --prompt \"a fox in the snow\"")]
+    #[command(
+        after_help = "Examples:\n  fastflux generate --prompt \"a red circle left of a blue square on a white background\"\n  fastflux generate --model pruned --prompt-file prompts.txt --output pictures\n  fastflux generate --model flux1-dev.safetensors --text-encoders encoders --vae ae.safetensors --prompt \"a fox in the snow\""
+    )]
     Generate(GenerateArgs),
     /// Compare a model with tensors recorded from diffusers.
-    #[command(after_help = "Examples:\n  python scripts/make_reference.py PIPELINE reference.safetensors\n  fastflux verify --model PIPELINE --reference reference.safetensors")]
+    #[command(
+        after_help = "Examples:\n  python scripts/make_reference.py PIPELINE reference.safetensors\n  fastflux verify --model PIPELINE --reference reference.safetensors"
+    )]
     Verify(VerifyArgs),
 }
 
@@ -54,7 +67,10 @@ pub struct ModelArgs {
 #[derive(Args, Clone, Debug, Default)]
 pub struct PipelineArgs {
     #[command(flatten)]
-    #[expect(missing_docs, reason = "flattened: its doc comment would become help text")]
+    #[expect(
+        missing_docs,
+        reason = "flattened: its doc comment would become help text"
+    )]
     pub model: ModelArgs,
     /// Folder with text encoders and tokenizers, where the model comes without.
     #[arg(long, value_name = "DIR")]
@@ -67,14 +83,22 @@ pub struct PipelineArgs {
 impl ModelArgs {
     /// The choice without other parts of the pipeline.
     pub fn choice(&self) -> ModelChoice {
-        ModelChoice { model: self.model.clone(), config: self.config.clone(), ..ModelChoice::default() }
+        ModelChoice {
+            model: self.model.clone(),
+            config: self.config.clone(),
+            ..ModelChoice::default()
+        }
     }
 }
 
 impl PipelineArgs {
     /// The choice with the other parts.
     pub fn choice(&self) -> ModelChoice {
-        ModelChoice { text_encoders: self.text_encoders.clone(), vae: self.vae.clone(), ..self.model.choice() }
+        ModelChoice {
+            text_encoders: self.text_encoders.clone(),
+            vae: self.vae.clone(),
+            ..self.model.choice()
+        }
     }
 }
 

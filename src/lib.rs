@@ -8,12 +8,17 @@ pub mod checkpoint;
 pub mod files;
 pub mod pipeline;
 
-// the transformer
+// the transformer, and prompt → picture around it
 pub mod model;
-
-// prompt → picture
 pub mod sample;
 
+// which blocks matter, and what takes the place of the others
+pub mod calibrate;
+pub mod prune;
+pub mod score;
+
 // where to compute, and how to talk
+pub mod cli;
+pub mod commands;
 pub mod device;
 pub mod ui;

@@ -15,7 +15,7 @@ use crate::{
         config::{self, ConfigFile},
         record::{self, Record},
     },
-    files::{BUNDLED, Blob, Files, id},
+    files::{BUNDLED, Blob, Files, parse_id},
     layout::{BlockKind, FluxConfig},
 };
 
@@ -182,6 +182,11 @@ impl Pipeline {
         Ok(base)
     }
 
+    /// Whether this is the bundled model, or pruned from it.
+    pub fn is_bundled(&self) -> bool {
+        self.record.as_ref().map_or(&self.locator, |r| &r.base) == BUNDLED
+    }
+
     /// The family, for people: from the model's own defaults, or by its sizes.
     pub fn family(&self) -> String {
         if let Some(family) = &self.defaults.family {
@@ -327,7 +332,7 @@ fn locate(model: Option<&str>) -> Result<Found> {
     if path.is_file() {
         return in_file(path);
     }
-    match id::parse_id(model) {
+    match parse_id(model) {
         Some((repo, revision)) if !model.starts_with(['.', '/', '~']) => {
             let files = Files::hub(&repo, revision.as_deref())?;
             in_pipeline_or_bare(&files)?.with_context(|| {

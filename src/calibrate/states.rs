@@ -5,56 +5,11 @@ use candle::{DType, Device, Tensor};
 
 use crate::{
     model::Inputs,
-    sample::{latents, noise},
+    sample::{
+        denoise::{Encoded, LatentSize},
+        latents, noise,
+    },
 };
-
-/// Prompts as the transformer sees them.
-#[derive(Clone, Debug)]
-pub struct Encoded {
-    /// T5 hidden states, (prompts, text tokens, T5 width).
-    pub txt: Tensor,
-    /// Pooled CLIP vectors, (prompts, CLIP width).
-    pub vec: Tensor,
-}
-
-impl Encoded {
-    /// Number of prompts.
-    pub fn len(&self) -> usize {
-        self.vec.dim(0).unwrap_or(0)
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The prompts of a range.
-    ///
-    /// # Errors
-    /// When there are fewer.
-    pub fn range(&self, range: std::ops::Range<usize>) -> Result<Self> {
-        Ok(Self {
-            txt: self.txt.narrow(0, range.start, range.len())?,
-            vec: self.vec.narrow(0, range.start, range.len())?,
-        })
-    }
-}
-
-/// Size of the latent pictures, in latent pixels (an eighth of the picture's), both even.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LatentSize {
-    /// Rows.
-    pub height: usize,
-    /// Columns.
-    pub width: usize,
-}
-
-impl LatentSize {
-    /// Number of image tokens: one for each 2×2 latent pixels.
-    pub fn tokens(self) -> usize {
-        self.height / 2 * (self.width / 2)
-    }
-}
 
 /// Noised latents at random times: `img = (1 − t) picture + t noise`, several for each picture.
 ///
@@ -116,15 +71,35 @@ impl States {
         seed: u64,
     ) -> Result<Self> {
         let count = pictures.dim(0)?;
-        ensure!(count == prompts.len(), "{count} pictures of {} prompts", prompts.len());
+        ensure!(
+            count == prompts.len(),
+            "{count} pictures of {} prompts",
+            prompts.len()
+        );
         let total = count * draws;
         let items = (0..total).map(|i| {
             // pictures take turns, so that every stretch of states has all times and many prompts
             let even = (i as f64 + 0.5) * GOLDEN % 1.0;
             let t = MARGIN + (1.0 - 2.0 * MARGIN) * even;
-            ((i % count) as u32, t as f32, seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(i as u64))
+            (
+                (i % count) as u32,
+                t as f32,
+                seed.wrapping_mul(0x9E37_79B9_7F4A_7C15)
+                    .wrapping_add(i as u64),
+            )
         });
-        Ok(Self { items: items.collect(), pictures, prompts, size, guidance })
+        Ok(Self {
+            items: items.collect(),
+            pictures,
+            prompts,
+            size,
+            guidance,
+        })
+    }
+
+    /// Keeps the first `len` states.
+    pub fn truncate(&mut self, len: usize) {
+        self.items.truncate(len);
     }
 
     /// Number of states.
@@ -141,19 +116,27 @@ impl States {
     ///
     /// # Errors
     /// When the range is out of bounds or memory is short.
-    pub fn batch(&self, range: std::ops::Range<usize>, device: &Device, dtype: DType) -> Result<Batch> {
+    pub fn batch(
+        &self,
+        range: std::ops::Range<usize>,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Batch> {
         let items = self.items.get(range).context("states out of range")?;
         let (_, tokens, channels) = self.pictures.dims3()?;
         let mut noises = Vec::with_capacity(items.len());
         for (_, _, seed) in items {
-            noises.push(Tensor::from_vec(noise::randn(*seed, tokens * channels), (tokens, channels), &Device::Cpu)?);
+            noises.push(noise::Generator::new(*seed).randn((tokens, channels), &Device::Cpu)?);
         }
         let noise = Tensor::stack(&noises, 0)?;
         let which: Vec<u32> = items.iter().map(|(picture, _, _)| *picture).collect();
         let which = Tensor::new(which, &Device::Cpu)?;
         let times: Vec<f32> = items.iter().map(|(_, t, _)| *t).collect();
         let t = Tensor::new(times, &Device::Cpu)?.reshape((items.len(), 1, 1))?;
-        let clean = self.pictures.to_device(&Device::Cpu)?.index_select(&which, 0)?;
+        let clean = self
+            .pictures
+            .to_device(&Device::Cpu)?
+            .index_select(&which, 0)?;
         let img = (clean.broadcast_mul(&t.affine(-1.0, 1.0)?)? + noise.broadcast_mul(&t)?)?;
         let which = which.to_device(self.prompts.txt.device())?;
         let place = |t: Tensor| -> Result<Tensor> { Ok(t.to_device(device)?.to_dtype(dtype)?) };
@@ -169,8 +152,17 @@ impl States {
         })
     }
 
+    /// The times of the states `range` (fewer where there are fewer).
+    pub fn times(&self, range: std::ops::Range<usize>) -> Vec<f32> {
+        let items = self.items.get(range).unwrap_or_default();
+        items.iter().map(|(_, t, _)| *t).collect()
+    }
+
     /// The ranges of all batches of at most `size` states.
-    pub fn batches(&self, size: usize) -> impl ExactSizeIterator<Item = std::ops::Range<usize>> + use<> {
+    pub fn batches(
+        &self,
+        size: usize,
+    ) -> impl ExactSizeIterator<Item = std::ops::Range<usize>> + use<> {
         let (len, size) = (self.len(), size.max(1));
         (0..len.div_ceil(size)).map(move |i| i * size..((i + 1) * size).min(len))
     }

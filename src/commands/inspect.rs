@@ -25,7 +25,9 @@ struct Row {
 pub(super) fn run(args: &InspectArgs) -> Result<()> {
     let pipeline = super::open(&args.model.choice())?;
     let size = super::picture_size(&pipeline, args.width, args.height)?;
-    let text = args.text_tokens.unwrap_or_else(|| pipeline.default_text_length());
+    let text = args
+        .text_tokens
+        .unwrap_or_else(|| pipeline.default_text_length());
     ensure!(text > 0, "--text-tokens must be at least 1");
     let image = size.tokens();
     let rows = rows(&pipeline, image, text);
@@ -98,14 +100,22 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
             config.out_channels,
             config.context_in_dim,
             config.vec_in_dim,
-            if config.guidance_embed { "embedded" } else { "none" }
+            if config.guidance_embed {
+                "embedded"
+            } else {
+                "none"
+            }
         ),
         format!(
             "parameters  {} in {} ({}, {} names)",
             ui::count(parameters as f64),
             ui::bytes(bytes as f64),
             dtypes.join(" + "),
-            if pipeline.diffusers { "diffusers" } else { "original" }
+            if pipeline.diffusers {
+                "diffusers"
+            } else {
+                "original"
+            }
         ),
         format!(
             "one step    {} at {}×{} with {text} text tokens ({} matrix products, {} attention), reads {} of weights",
@@ -118,7 +128,10 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
         ),
     ];
     if let Some(record) = &pipeline.record {
-        lines.push(format!("pruned      from {} by {}", record.base, record.tool));
+        lines.push(format!(
+            "pruned      from {} by {}",
+            record.base, record.tool
+        ));
     }
     lines.push(String::new());
     let cells: Vec<Vec<String>> = rows
@@ -133,7 +146,11 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
             ]
         })
         .collect();
-    lines.push(ui::table(&["block", "state", "parameters", "bytes", "per step"], &cells, &[2, 3, 4]));
+    lines.push(ui::table(
+        &["block", "state", "parameters", "bytes", "per step"],
+        &cells,
+        &[2, 3, 4],
+    ));
     ui::data(lines.join("\n"))
 }
 
@@ -143,7 +160,11 @@ fn state(spec: &BlockSpec) -> String {
         BlockSpec::Original(_) => "kept".to_owned(),
         BlockSpec::Replaced(r) => {
             let joint = if r.joint { ", joint" } else { "" };
-            let run = if r.replaces.len() > 1 { format!(" for {} blocks", r.replaces.len()) } else { String::new() };
+            let run = if r.replaces.len() > 1 {
+                format!(" for {} blocks", r.replaces.len())
+            } else {
+                String::new()
+            };
             format!("{}{joint}{run}", r.form)
         }
     }
@@ -153,14 +174,18 @@ fn rows(pipeline: &Pipeline, image: usize, text: usize) -> Vec<Row> {
     let mut sizes: BTreeMap<String, (usize, usize)> = BTreeMap::new();
     for (name, source) in pipeline.transformer.iter() {
         if let Some(key) = keys::parse(name) {
-            let entry = sizes.entry(format!("{}.{}", key.kind.prefix(), key.slot)).or_default();
+            let entry = sizes
+                .entry(format!("{}.{}", key.kind.prefix(), key.slot))
+                .or_default();
             entry.0 += source.elements();
             entry.1 += source.byte_len();
         }
     }
     let slots = pipeline.config.slots();
     let rows = slots.into_iter().map(|(spec, prefix)| {
-        let (parameters, bytes) = prefix.and_then(|p| sizes.get(&p).copied()).unwrap_or_default();
+        let (parameters, bytes) = prefix
+            .and_then(|p| sizes.get(&p).copied())
+            .unwrap_or_default();
         Row {
             spec: spec.clone(),
             parameters,

@@ -5,13 +5,17 @@ use std::{path::Path, process::ExitCode};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
-    calibrate::states::LatentSize,
     cli::Command,
     pipeline::{ModelChoice, Pipeline},
+    sample::denoise::LatentSize,
     ui,
 };
 
+mod generate;
 mod inspect;
+mod load;
+mod prune;
+mod verify;
 
 /// Runs a subcommand.
 ///
@@ -20,7 +24,9 @@ mod inspect;
 pub fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
-        _ => anyhow::bail!("not there yet"),
+        Command::Prune(args) => prune::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Generate(args) => generate::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Verify(args) => verify::run(&args),
     }
 }
 
@@ -49,7 +55,10 @@ impl PixelSize {
     const LARGEST: usize = 8192;
 
     fn latent(self) -> LatentSize {
-        LatentSize { height: self.height / 8, width: self.width / 8 }
+        LatentSize {
+            height: self.height / 8,
+            width: self.width / 8,
+        }
     }
 
     fn tokens(self) -> usize {
@@ -58,7 +67,11 @@ impl PixelSize {
 }
 
 /// The size the user asked for, rounded down to what the model can draw (with a note), or the model's own.
-fn picture_size(pipeline: &Pipeline, width: Option<usize>, height: Option<usize>) -> Result<PixelSize> {
+fn picture_size(
+    pipeline: &Pipeline,
+    width: Option<usize>,
+    height: Option<usize>,
+) -> Result<PixelSize> {
     let own = pipeline.default_size()?;
     let width = width.or(height).unwrap_or(own);
     let height = height.unwrap_or(width);
@@ -71,7 +84,10 @@ fn picture_size(pipeline: &Pipeline, width: Option<usize>, height: Option<usize>
         );
         Ok(value / PixelSize::STEP * PixelSize::STEP)
     };
-    let size = PixelSize { width: round("--width", width)?, height: round("--height", height)? };
+    let size = PixelSize {
+        width: round("--width", width)?,
+        height: round("--height", height)?,
+    };
     if (size.width, size.height) != (width, height) {
         ui::note(format!(
             "drawing {}×{} instead of {width}×{height}: sizes are multiples of {}",
@@ -87,9 +103,27 @@ fn picture_size(pipeline: &Pipeline, width: Option<usize>, height: Option<usize>
 fn read_prompts(flag: &str, path: &Path) -> Result<Vec<String>> {
     let name = path.display();
     let bytes = std::fs::read(path).with_context(|| format!("{flag}: cannot read `{name}`"))?;
-    let Ok(text) = String::from_utf8(bytes) else { bail!("{flag}: `{name}` is not UTF-8 text") };
+    let Ok(text) = String::from_utf8(bytes) else {
+        bail!("{flag}: `{name}` is not UTF-8 text")
+    };
     let text = text.trim_start_matches('\u{feff}');
-    let prompts: Vec<String> = text.lines().map(str::trim).filter(|l| !l.is_empty()).map(str::to_owned).collect();
+    let prompts: Vec<String> = text
+        .lines()
+        .map(str::trim)
+        .filter(|l| !l.is_empty())
+        .map(str::to_owned)
+        .collect();
     ensure!(!prompts.is_empty(), "{flag}: `{name}` holds no prompt");
     Ok(prompts)
+}
+
+/// The prompts to calibrate with when the user names none: scenes the bundled model was trained on, or varied prompts
+/// for real models.
+fn bundled_prompts(pipeline: &Pipeline) -> Vec<String> {
+    let text = if pipeline.is_bundled() {
+        include_str!("../../configs/tiny/prompts.txt")
+    } else {
+        include_str!("../../configs/prompts/calibration.txt")
+    };
+    text.lines().map(str::to_owned).collect()
 }

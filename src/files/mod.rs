@@ -15,7 +15,11 @@ use memmap2::Mmap;
 mod bundled;
 #[cfg(feature = "hub")]
 mod hub;
-pub mod id;
+mod id;
+
+#[cfg(feature = "hub")]
+pub use hub::HubSettings;
+pub use id::parse_id;
 
 /// The bytes of one file: part of the binary, or memory-mapped. Cloning is cheap.
 #[derive(Clone, Debug)]
@@ -96,14 +100,46 @@ impl Files {
     /// not-found each say what to do.
     pub fn hub(id: &str, revision: Option<&str>) -> Result<Self> {
         #[cfg(feature = "hub")]
-        return Ok(Self::from_root(Root::Hub(Arc::new(hub::Repo::open(
-            id, revision,
-        )?))));
+        {
+            let files = Self::hub_with(&HubSettings::from_env(), id, revision)?;
+            if let Some(note) = files.note() {
+                crate::ui::note(note);
+            }
+            Ok(files)
+        }
         #[cfg(not(feature = "hub"))]
         Err(anyhow!(
             "`{id}{}` is a hub id, but this build has no hub support\nhint: build with `--features hub`, or download the files and name the folder",
             revision.map(|r| format!("@{r}")).unwrap_or_default()
         ))
+    }
+
+    /// As [`Files::hub`], with settings that are not those of the environment.
+    ///
+    /// # Errors
+    /// As [`Files::hub`].
+    #[cfg(feature = "hub")]
+    pub fn hub_with(settings: &HubSettings, id: &str, revision: Option<&str>) -> Result<Self> {
+        let repo = hub::Repo::open(settings, id, revision)?;
+        Ok(Self::from_root(Root::Hub(Arc::new(repo))))
+    }
+
+    /// `owner/name@commit` of a repository on the hub: names the same bytes when the revision has moved on.
+    pub fn resolved(&self) -> Option<String> {
+        match &self.root {
+            #[cfg(feature = "hub")]
+            Root::Hub(repo) => Some(repo.resolved()),
+            _ => None,
+        }
+    }
+
+    /// What the user should know about where the files come from: the hub cannot be reached, and the cache is used.
+    pub fn note(&self) -> Option<String> {
+        match &self.root {
+            #[cfg(feature = "hub")]
+            Root::Hub(repo) => repo.note(),
+            _ => None,
+        }
     }
 
     fn from_root(root: Root) -> Self {
@@ -148,8 +184,15 @@ impl Files {
     /// # Errors
     /// When it is missing or cannot be read or fetched.
     pub fn read(&self, path: &str) -> Result<Blob> {
-        self.get(path)?
-            .ok_or_else(|| anyhow!("`{}` does not exist", self.describe(path)))
+        self.get(path)?.ok_or_else(|| self.missing(path))
+    }
+
+    fn missing(&self, path: &str) -> anyhow::Error {
+        match &self.root {
+            #[cfg(feature = "hub")]
+            Root::Hub(repo) => anyhow!(repo.missing(&format!("{}{path}", self.prefix))),
+            _ => anyhow!("`{}` does not exist", self.describe(path)),
+        }
     }
 
     /// The JSON file `path`, or `None` when there is none.

@@ -25,11 +25,13 @@ pub use double::DoubleBlock;
 pub use embed::Inputs;
 pub use linear::{Linear, Lora};
 pub use modulation::Modulation;
-pub use replacement::ReplacementBlock;
+pub use replacement::{AffineLayer, ReplacementBlock};
 pub use rope::Rope;
 pub use single::SingleBlock;
 pub use stream::{Conditioning, Stream};
 pub use trunk::{Observer, Trunk};
+
+use std::sync::Arc;
 
 use candle::{Result, Tensor};
 use candle_nn::VarBuilder;
@@ -38,10 +40,10 @@ use crate::layout::FluxConfig;
 use embed::Embedder;
 use head::Head;
 
-/// The whole transformer (BFL `Flux`, diffusers `FluxTransformer2DModel`).
-#[derive(Debug)]
+/// The whole transformer; clones share the weights (BFL `Flux`, diffusers `FluxTransformer2DModel`).
+#[derive(Clone, Debug)]
 pub struct Flux {
-    embedder: Embedder,
+    embedder: Arc<Embedder>,
     /// The blocks.
     pub trunk: Trunk,
     head: Head,
@@ -66,7 +68,7 @@ impl Flux {
             );
         }
         Ok(Self {
-            embedder: Embedder::new(config, &vb)?,
+            embedder: Arc::new(Embedder::new(config, &vb)?),
             trunk: Trunk::load(config, &vb)?,
             head: Head::new(config, &vb.pp("final_layer"))?,
         })

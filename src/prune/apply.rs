@@ -5,22 +5,13 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use candle::DType;
 
-use super::{fit::Affine, plan::PruningPlan};
+use super::{layers::LayerMap, plan::PruningPlan};
 use crate::{
     checkpoint::{Checkpoint, Source, candle_dtype, keys},
     layout::{BlockId, BlockSpec, FluxConfig},
 };
 
-/// The fitted layers of one replacement.
-#[derive(Clone, Debug)]
-pub struct Layers {
-    /// For the text tokens.
-    pub txt: Affine,
-    /// For the image tokens.
-    pub img: Affine,
-}
-
-/// The pruned checkpoint: kept blocks as they are, replaced ones as `linear.{img,txt}.{weight,bias}` in their slot.
+/// The pruned checkpoint: kept blocks as they are, replaced ones as `linear.*` in their slot.
 ///
 /// No kept tensor is read. The new layers are stored in the number format of the block that they replace.
 ///
@@ -30,29 +21,56 @@ pub fn apply(
     checkpoint: &Checkpoint,
     config: &FluxConfig,
     plan: &PruningPlan,
-    layers: &BTreeMap<BlockId, Layers>,
+    layers: &LayerMap,
 ) -> Result<(Checkpoint, FluxConfig)> {
     plan.validate(config)?;
-    let pruned = FluxConfig { layout: plan.layout(config), ..config.clone() };
+    let pruned = FluxConfig {
+        layout: plan.layout(config),
+        ..config.clone()
+    };
     // where the blocks stood, and where what stays of them goes
-    let old: BTreeMap<String, BlockSpec> =
-        config.slots().into_iter().filter_map(|(spec, prefix)| Some((prefix?, spec.clone()))).collect();
-    let new: Vec<(BlockSpec, String)> =
-        pruned.slots().into_iter().filter_map(|(spec, prefix)| Some((spec.clone(), prefix?))).collect();
-    let target = |spec: &BlockSpec| new.iter().find(|(s, _)| s == spec).map(|(_, prefix)| prefix.as_str());
+    let old: BTreeMap<String, BlockSpec> = config
+        .slots()
+        .into_iter()
+        .filter_map(|(spec, prefix)| Some((prefix?, spec.clone())))
+        .collect();
+    let new: Vec<(BlockSpec, String)> = pruned
+        .slots()
+        .into_iter()
+        .filter_map(|(spec, prefix)| Some((spec.clone(), prefix?)))
+        .collect();
+    let target = |spec: &BlockSpec| {
+        new.iter()
+            .find(|(s, _)| s == spec)
+            .map(|(_, prefix)| prefix.as_str())
+    };
     let mut out = checkpoint.rename(|name| {
-        let Some(key) = keys::parse(name) else { return Some(name.to_owned()) };
+        let Some(key) = keys::parse(name) else {
+            return Some(name.to_owned());
+        };
         let spec = old.get(&format!("{}.{}", key.kind.prefix(), key.slot))?;
         Some(format!("{}.{}", target(spec)?, key.tail))
     })?;
-    for replacement in plan.replace.iter().filter(|r| r.form != crate::layout::Form::Remove) {
-        let id = *replacement.replaces.first().context("the plan has a replacement of no block")?;
-        let layers = layers.get(&id).with_context(|| format!("no layer was fitted for {id}"))?;
-        let prefix = target(&BlockSpec::Replaced(replacement.clone())).context("a replacement has no slot")?;
+    for replacement in plan
+        .replace
+        .iter()
+        .filter(|r| r.form != crate::layout::Form::Remove)
+    {
+        let id = *replacement
+            .replaces
+            .first()
+            .context("the plan has a replacement of no block")?;
+        let layers = layers
+            .get(&id)
+            .with_context(|| format!("no layer was fitted for {id}"))?;
+        let prefix = target(&BlockSpec::Replaced(replacement.clone()))
+            .context("a replacement has no slot")?;
         let dtype = block_dtype(checkpoint, &old, id);
-        for (stream, affine) in [("img", &layers.img), ("txt", &layers.txt)] {
-            out.insert(format!("{prefix}.linear.{stream}.weight"), Source::dense(&affine.weight.to_dtype(dtype)?)?);
-            out.insert(format!("{prefix}.linear.{stream}.bias"), Source::dense(&affine.bias.to_dtype(dtype)?)?);
+        for (name, tensor) in layers.tensors() {
+            out.insert(
+                format!("{prefix}.{name}"),
+                Source::dense(&tensor.to_dtype(dtype)?)?,
+            );
         }
     }
     Ok((out, pruned))
@@ -60,10 +78,18 @@ pub fn apply(
 
 /// The number format of a block's first weight; f32 for formats that cannot hold a fit.
 fn block_dtype(checkpoint: &Checkpoint, slots: &BTreeMap<String, BlockSpec>, id: BlockId) -> DType {
-    let prefix = slots.iter().find(|(_, spec)| **spec == BlockSpec::Original(id)).map(|(prefix, _)| format!("{prefix}."));
+    let prefix = slots
+        .iter()
+        .find(|(_, spec)| **spec == BlockSpec::Original(id))
+        .map(|(prefix, _)| format!("{prefix}."));
     let weight = checkpoint.iter().find(|(name, source)| {
-        source.shape().len() == 2 && prefix.as_ref().is_some_and(|prefix| name.starts_with(prefix))
+        source.shape().len() == 2
+            && prefix
+                .as_ref()
+                .is_some_and(|prefix| name.starts_with(prefix))
     });
     let dtype = weight.and_then(|(_, source)| candle_dtype(source.dtype()).ok());
-    dtype.filter(|d| matches!(d, DType::F16 | DType::BF16 | DType::F32 | DType::F64)).unwrap_or(DType::F32)
+    dtype
+        .filter(|d| matches!(d, DType::F16 | DType::BF16 | DType::F32 | DType::F64))
+        .unwrap_or(DType::F32)
 }

@@ -21,7 +21,9 @@ pub enum PlanError {
     #[error("--ratio {0}: expected a share of the blocks above 0 and below 1, such as 0.2")]
     Ratio(f64),
     /// A ratio that rounds to no block at all.
-    #[error("--ratio {ratio} of {blocks} blocks rounds to none: the smallest share that replaces one is {smallest:.3}")]
+    #[error(
+        "--ratio {ratio} of {blocks} blocks rounds to none: the smallest share that replaces one is {smallest:.3}"
+    )]
     NoBlock {
         /// What was asked for.
         ratio: f64,
@@ -45,11 +47,46 @@ pub struct PruningPlan {
 }
 
 impl PruningPlan {
-    /// A plan that replaces each of `blocks` by a linear layer for each stream.
-    pub fn linear(source: String, mut blocks: Vec<BlockId>, reason: String) -> Self {
+    /// A plan that replaces `blocks`; with `collapse`, neighbours in the model's layout become one layer.
+    ///
+    /// Modulated layers keep their own block's modulation and never collapse; removed blocks need no layer to share.
+    pub fn new(
+        config: &FluxConfig,
+        source: String,
+        mut blocks: Vec<BlockId>,
+        form: Form,
+        joint: bool,
+        collapse: bool,
+        reason: String,
+    ) -> Self {
         blocks.sort();
-        let replace = blocks.into_iter().map(|id| Replacement { replaces: vec![id], form: Form::Linear, joint: false });
-        Self { source, replace: replace.collect(), reason }
+        let entry = |id: BlockId| {
+            config
+                .layout
+                .iter()
+                .position(|s| *s == BlockSpec::Original(id))
+        };
+        let collapse = collapse && matches!(form, Form::Linear | Form::Conditioned);
+        let mut replace: Vec<Replacement> = Vec::new();
+        for id in blocks {
+            let follows = |r: &Replacement| {
+                let last = r.replaces.last().and_then(|last| entry(*last));
+                last.is_some() && last.map(|i| i + 1) == entry(id)
+            };
+            match replace.last_mut() {
+                Some(run) if collapse && follows(run) => run.replaces.push(id),
+                _ => replace.push(Replacement {
+                    replaces: vec![id],
+                    form,
+                    joint,
+                }),
+            }
+        }
+        Self {
+            source,
+            replace,
+            reason,
+        }
     }
 
     /// The blocks it replaces.
@@ -88,7 +125,9 @@ impl PruningPlan {
             };
             match self.replace.iter().find(|r| r.replaces.contains(id)) {
                 None => layout.push(spec.clone()),
-                Some(r) if r.replaces.first() == Some(id) => layout.push(BlockSpec::Replaced(r.clone())),
+                Some(r) if r.replaces.first() == Some(id) => {
+                    layout.push(BlockSpec::Replaced(r.clone()))
+                }
                 Some(_) => {} // a later block of a run that collapsed into its first
             }
         }
@@ -116,7 +155,11 @@ pub fn blocks_of_ratio(ratio: f64, config: &FluxConfig) -> Result<usize, PlanErr
     let blocks = config.original_ids().count();
     let count = (ratio * blocks as f64).round() as usize;
     if count == 0 {
-        return Err(PlanError::NoBlock { ratio, blocks, smallest: 0.5 / blocks as f64 });
+        return Err(PlanError::NoBlock {
+            ratio,
+            blocks,
+            smallest: 0.5 / blocks as f64,
+        });
     }
     if count >= originals(config).len() {
         return Err(PlanError::NothingLeft);
@@ -146,7 +189,16 @@ mod tests {
     }
 
     fn plan(blocks: &[BlockId]) -> PruningPlan {
-        PruningPlan::linear("x".into(), blocks.to_vec(), String::new())
+        let model = config(2, 4);
+        PruningPlan::new(
+            &model,
+            "x".into(),
+            blocks.to_vec(),
+            Form::Linear,
+            false,
+            true,
+            String::new(),
+        )
     }
 
     #[test]
@@ -154,10 +206,22 @@ mod tests {
         assert_eq!(blocks_of_ratio(0.2, &config(19, 38)), Ok(11));
         assert_eq!(blocks_of_ratio(0.2, &config(5, 10)), Ok(3));
         for bad in [0.0, 1.0, -0.1, 1.5, f64::NAN, f64::INFINITY] {
-            assert!(matches!(blocks_of_ratio(bad, &config(5, 10)), Err(PlanError::Ratio(_))), "{bad}");
+            assert!(
+                matches!(
+                    blocks_of_ratio(bad, &config(5, 10)),
+                    Err(PlanError::Ratio(_))
+                ),
+                "{bad}"
+            );
         }
-        assert!(matches!(blocks_of_ratio(0.01, &config(5, 10)), Err(PlanError::NoBlock { .. })));
-        assert_eq!(blocks_of_ratio(0.99, &config(5, 10)), Err(PlanError::NothingLeft));
+        assert!(matches!(
+            blocks_of_ratio(0.01, &config(5, 10)),
+            Err(PlanError::NoBlock { .. })
+        ));
+        assert_eq!(
+            blocks_of_ratio(0.99, &config(5, 10)),
+            Err(PlanError::NothingLeft)
+        );
     }
 
     #[test]
@@ -169,7 +233,10 @@ mod tests {
             Err(PlanError::UnknownBlock(BlockId::single(2)))
         );
         let twice = plan(&[BlockId::single(1), BlockId::single(1)]);
-        assert_eq!(twice.validate(&model), Err(PlanError::Twice(BlockId::single(1))));
+        assert_eq!(
+            twice.validate(&model),
+            Err(PlanError::Twice(BlockId::single(1)))
+        );
         let all: Vec<_> = originals(&model);
         assert_eq!(plan(&all).validate(&model), Err(PlanError::NothingLeft));
     }
@@ -178,9 +245,26 @@ mod tests {
     fn a_plan_is_json_that_a_person_can_edit() {
         let plan = plan(&[BlockId::single(3), BlockId::double(1)]);
         let json = serde_json::to_string(&plan).unwrap();
-        assert!(json.contains(r#"{"replaces":["double.01"],"form":"linear"}"#), "{json}");
+        assert!(
+            json.contains(r#"{"replaces":["double.01"],"form":"linear"}"#),
+            "{json}"
+        );
         assert_eq!(serde_json::from_str::<PruningPlan>(&json).unwrap(), plan);
         let misspelt = json.replace("reason", "raison");
         assert!(serde_json::from_str::<PruningPlan>(&misspelt).is_err());
+    }
+
+    #[test]
+    fn neighbours_collapse_into_one_layer_even_where_the_kinds_meet() {
+        let plan = plan(&[BlockId::single(0), BlockId::double(1), BlockId::single(2)]);
+        let runs: Vec<_> = plan.replace.iter().map(|r| r.replaces.clone()).collect();
+        assert_eq!(
+            runs,
+            [
+                vec![BlockId::double(1), BlockId::single(0)],
+                vec![BlockId::single(2)]
+            ]
+        );
+        assert_eq!(plan.layout(&config(2, 4)).len(), 5);
     }
 }

@@ -3,6 +3,8 @@
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::layout::Form;
+
 /// The recipe of a pruning run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -40,19 +42,25 @@ pub struct CalibrationRecipe {
 }
 
 /// Greedy choice by the error of the final velocity.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct ScoreRecipe {
-    /// Held-out states that blocks are compared on.
-    pub held_out: usize,
+    /// Held-out states that blocks are compared on; `null`: 128, or fewer where pictures are large.
+    pub held_out: Option<usize>,
 }
 
 /// Ridge least squares.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct FitRecipe {
-    /// Ridge, relative to the mean diagonal of the Gram matrix.
-    pub ridge: f64,
+    /// What takes a block's place: `linear`, `conditioned`, `modulated` or `remove`.
+    pub form: Form,
+    /// One layer for text and image tokens together instead of one for each.
+    pub joint: bool,
+    /// Neighbouring replaced blocks become one layer.
+    pub collapse: bool,
+    /// Ridge, relative to the mean diagonal of the Gram matrix; `null`: chosen by the residual on states left out.
+    pub ridge: Option<f64>,
     /// Fit in network order on the activations of the already pruned prefix.
     pub sequential: bool,
 }
@@ -83,15 +91,15 @@ impl Default for CalibrationRecipe {
     }
 }
 
-impl Default for ScoreRecipe {
-    fn default() -> Self {
-        Self { held_out: 128 }
-    }
-}
-
 impl Default for FitRecipe {
     fn default() -> Self {
-        Self { ridge: 1e-4, sequential: true }
+        Self {
+            form: Form::Linear,
+            joint: false,
+            collapse: true,
+            ridge: None,
+            sequential: true,
+        }
     }
 }
 
@@ -102,8 +110,10 @@ impl PruneRecipe {
     /// When the file cannot be read, is not JSON, or has an unknown key or a value of the wrong type.
     pub fn read(path: &std::path::Path) -> Result<Self> {
         let name = path.display();
-        let text = std::fs::read(path).with_context(|| format!("--recipe: cannot read `{name}`"))?;
-        serde_json::from_slice(&text).with_context(|| format!("--recipe: `{name}` is not a pruning recipe"))
+        let text =
+            std::fs::read(path).with_context(|| format!("--recipe: cannot read `{name}`"))?;
+        serde_json::from_slice(&text)
+            .with_context(|| format!("--recipe: `{name}` is not a pruning recipe"))
     }
 
     /// Checks the ranges of all numbers.
@@ -117,14 +127,30 @@ impl PruneRecipe {
             "--ratio {}: expected a share of the blocks above 0 and below 1, such as 0.2",
             self.ratio
         );
-        ensure!(c.samples != Some(0), "--samples 0: at least one prompt must be sampled");
-        ensure!(c.steps != Some(0), "--steps 0: at least one step is needed");
-        ensure!(c.draws > 0, "recipe: `calibration.draws` must be at least 1");
-        ensure!(c.batch != Some(0), "recipe: `calibration.batch` must be at least 1");
-        ensure!(self.score.held_out > 0, "recipe: `score.held-out` must be at least 1");
         ensure!(
-            self.fit.ridge.is_finite() && self.fit.ridge >= 0.0,
-            "recipe: `fit.ridge` must be a number of at least 0"
+            c.samples != Some(0),
+            "--samples 0: at least one prompt must be sampled"
+        );
+        ensure!(c.steps != Some(0), "--steps 0: at least one step is needed");
+        ensure!(
+            c.draws > 0,
+            "recipe: `calibration.draws` must be at least 1"
+        );
+        ensure!(
+            c.batch != Some(0),
+            "recipe: `calibration.batch` must be at least 1"
+        );
+        ensure!(
+            self.score.held_out != Some(0),
+            "recipe: `score.held-out` must be at least 1"
+        );
+        ensure!(
+            self.fit.ridge.is_none_or(|r| r.is_finite() && r >= 0.0),
+            "recipe: `fit.ridge` must be a number of at least 0, or null"
+        );
+        ensure!(
+            !(self.fit.joint && self.fit.form == Form::Modulated),
+            "a modulated layer cannot be joint: each stream has a modulation of its own"
         );
         Ok(())
     }

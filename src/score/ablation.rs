@@ -24,16 +24,27 @@ impl HeldOut {
     ///
     /// # Errors
     /// When a forward fails or its result is not finite.
-    pub fn new(flux: &Flux, states: &States, batch: usize, device: &Device, dtype: DType) -> Result<Self> {
+    pub fn new(
+        flux: &Flux,
+        states: &States,
+        batch: usize,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
         let mut batches = Vec::new();
         let mut norm_sq = 0.0;
         for range in states.batches(batch) {
             let batch = states.batch(range, device, dtype)?;
-            let velocity = flux.forward(&batch.inputs(), &mut ())?.to_dtype(DType::F32)?;
+            let velocity = flux
+                .forward(&batch.inputs(), &mut ())?
+                .to_dtype(DType::F32)?;
             norm_sq += sum_sq(&velocity)?;
             batches.push((batch, velocity));
         }
-        ensure!(norm_sq.is_finite() && norm_sq > 0.0, "the unpruned model's velocity is NaN, infinite or zero");
+        ensure!(
+            norm_sq.is_finite() && norm_sq > 0.0,
+            "the unpruned model's velocity is NaN, infinite or zero"
+        );
         Ok(Self { batches, norm_sq })
     }
 
@@ -71,7 +82,12 @@ impl HeldOut {
             for index in 0..trunk.len() {
                 if let Some(block) = candidates.get(&index) {
                     let replaced = block.forward(&prefix, &conditioning)?;
-                    let end = trunk.forward_range(index + 1..trunk.len(), &replaced, &conditioning, &mut ())?;
+                    let end = trunk.forward_range(
+                        index + 1..trunk.len(),
+                        &replaced,
+                        &conditioning,
+                        &mut (),
+                    )?;
                     let got = flux.head(&end, &conditioning)?.to_dtype(DType::F32)?;
                     *errors.entry(index).or_default() += sum_sq(&(got - velocity)?)? / self.norm_sq;
                     progress.inc(1);
@@ -118,22 +134,44 @@ pub fn greedy(
     progress: &ProgressBar,
 ) -> Result<Greedy> {
     let mut trunk = flux.trunk.clone();
-    let index_of: BTreeMap<BlockId, usize> =
-        trunk.entries().iter().enumerate().map(|(index, (spec, _))| (spec.id(), index)).collect();
+    let index_of: BTreeMap<BlockId, usize> = trunk
+        .entries()
+        .iter()
+        .enumerate()
+        .map(|(index, (spec, _))| (spec.id(), index))
+        .collect();
     let mut left = fits.clone();
-    let mut out = Greedy { choices: Vec::new(), alone: BTreeMap::new() };
+    let mut out = Greedy {
+        choices: Vec::new(),
+        alone: BTreeMap::new(),
+    };
     while out.choices.len() < count {
-        let candidates: BTreeMap<usize, Block> =
-            left.iter().filter_map(|(id, block)| Some((*index_of.get(id)?, block.clone()))).collect();
+        let candidates: BTreeMap<usize, Block> = left
+            .iter()
+            .filter_map(|(id, block)| Some((*index_of.get(id)?, block.clone())))
+            .collect();
         let errors = held_out.ablate(flux, &trunk, &candidates, progress)?;
-        let by_id = |index: usize| index_of.iter().find(|(_, i)| **i == index).map(|(id, _)| *id);
+        let by_id = |index: usize| {
+            index_of
+                .iter()
+                .find(|(_, i)| **i == index)
+                .map(|(id, _)| *id)
+        };
         if out.choices.is_empty() {
-            out.alone = errors.iter().filter_map(|(index, error)| Some((by_id(*index)?, *error))).collect();
+            out.alone = errors
+                .iter()
+                .filter_map(|(index, error)| Some((by_id(*index)?, *error)))
+                .collect();
         }
-        let best = errors.into_iter().filter(|(_, e)| e.is_finite()).min_by(|a, b| a.1.total_cmp(&b.1));
+        let best = errors
+            .into_iter()
+            .filter(|(_, e)| e.is_finite())
+            .min_by(|a, b| a.1.total_cmp(&b.1));
         let (index, error) = best.context("every candidate makes the velocity NaN or infinite")?;
         let block = by_id(index).context("a candidate is not in the model")?;
-        let Some(fit) = left.remove(&block) else { break };
+        let Some(fit) = left.remove(&block) else {
+            break;
+        };
         trunk = trunk.with_block(index, fit)?;
         out.choices.push(Choice { block, error });
     }

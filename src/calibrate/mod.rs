@@ -1,0 +1,70 @@
+//! Runs the model on its own pictures and observes its blocks: prompts → pictures → noised states → statistics.
+
+use anyhow::Result;
+use candle::Tensor;
+use indicatif::ProgressBar;
+
+use crate::{
+    device::Runtime,
+    layout::BlockSpec,
+    model::Flux,
+    sample::denoise::{Denoise, Encoded, starting_noise},
+};
+
+pub mod states;
+pub mod stats;
+
+use states::States;
+use stats::CalibrationStats;
+
+/// Samples one picture for each prompt, `batch` at a time; packed latents (prompts, tokens, channels), f32, on the CPU.
+///
+/// Picture i starts from the noise of seed `seed + i`, whatever the batch.
+///
+/// # Errors
+/// When a forward fails or the latents become NaN or infinite.
+pub fn sample(
+    denoise: &Denoise,
+    prompts: &Encoded,
+    channels: usize,
+    batch: usize,
+    seed: u64,
+    progress: &ProgressBar,
+) -> Result<Tensor> {
+    let mut pictures = Vec::new();
+    for start in (0..prompts.len()).step_by(batch) {
+        let range = start..(start + batch).min(prompts.len());
+        let noise = range
+            .clone()
+            .map(|i| starting_noise(seed.wrapping_add(i as u64), 1, channels, denoise.size));
+        let noise = Tensor::cat(&noise.collect::<Result<Vec<_>>>()?, 0)?;
+        let latents = denoise.run(&noise, &prompts.range(range)?, &mut (), &mut || {
+            progress.inc(1)
+        })?;
+        pictures.push(latents.to_device(&candle::Device::Cpu)?);
+    }
+    Ok(Tensor::cat(&pictures, 0)?)
+}
+
+/// Runs the model once on every state and sums what fits and scores need.
+///
+/// # Errors
+/// When a forward fails or activations are NaN or infinite (the message names the block).
+pub fn gather(
+    flux: &Flux,
+    layout: &[BlockSpec],
+    states: &States,
+    batch: usize,
+    runtime: &Runtime,
+    progress: &ProgressBar,
+) -> Result<CalibrationStats> {
+    let mut stats = CalibrationStats::new(layout, true);
+    for range in states.batches(batch) {
+        let batch = states.batch(range, &runtime.device, runtime.dtype)?;
+        let (stream, conditioning) = flux.embed(&batch.inputs())?;
+        flux.trunk
+            .forward_range(0..flux.trunk.len(), &stream, &conditioning, &mut stats)?;
+        progress.inc(1);
+    }
+    Ok(stats)
+}

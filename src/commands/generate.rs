@@ -1,0 +1,250 @@
+//! `generate`: prompts → PNG files.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle::Tensor;
+use serde::Serialize;
+
+use super::{PixelSize, load};
+use crate::{
+    checkpoint::save,
+    cli::GenerateArgs,
+    device::Runtime,
+    pipeline::Pipeline,
+    sample::{
+        denoise::{Denoise, Encoded, starting_noise},
+        png::Picture,
+    },
+    ui,
+};
+
+/// Tokens in one forward: small pictures are drawn several at a time.
+const TOKENS_PER_FORWARD: usize = 1024;
+
+/// One picture to draw.
+#[derive(Clone, Debug, Serialize)]
+struct Job {
+    path: PathBuf,
+    prompt: String,
+    seed: u64,
+    steps: usize,
+    guidance: f64,
+    width: usize,
+    height: usize,
+    /// Which prompt of the list.
+    #[serde(skip)]
+    prompt_index: usize,
+    /// Which picture of the prompt: its place in the noise drawn from the seed.
+    #[serde(skip)]
+    image_index: usize,
+}
+
+pub(super) fn run(args: &GenerateArgs) -> Result<()> {
+    let mut prompts = args.prompt.clone();
+    if let Some(path) = &args.prompt_file {
+        prompts.extend(super::read_prompts("--prompt-file", path)?);
+    }
+    ensure!(
+        args.num_images > 0,
+        "--num-images 0: at least one picture must be drawn"
+    );
+    ensure!(
+        args.steps != Some(0),
+        "--steps 0: at least one step is needed"
+    );
+    ensure!(
+        args.max_sequence_length != Some(0),
+        "--max-sequence-length 0: at least one token is needed"
+    );
+    if let Some(guidance) = args.guidance {
+        ensure!(
+            guidance.is_finite() && guidance >= 0.0,
+            "--guidance {guidance}: expected a number of at least 0"
+        );
+    }
+    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
+    let pipeline = super::open(&args.pipeline.choice())?;
+    let size = super::picture_size(&pipeline, args.width, args.height)?;
+    if args.guidance.is_some() && !pipeline.config.guidance_embed {
+        ui::note(format!(
+            "`{}` has no guidance embedding: --guidance has no effect",
+            pipeline.name
+        ));
+    }
+    let jobs = jobs(args, &pipeline, &prompts, size)?;
+    for job in &jobs {
+        save::check_free(&job.path, args.force)?;
+    }
+    create_folders(&jobs)?;
+    let vae_files = pipeline.vae_files()?;
+    let encoded = load::encode_prompts(&pipeline, &prompts, args.max_sequence_length, &runtime)?;
+    let latents = denoise(&pipeline, &runtime, &jobs, &encoded, size)?;
+    let vae = load::vae(&vae_files, &runtime)?;
+    for (i, job) in jobs.iter().enumerate() {
+        let picture = load::pictures(&vae, &latents.narrow(0, i, 1)?, size.latent(), &runtime)?;
+        let picture = picture.first().context("the VAE gave no picture")?;
+        write(job, picture, &pipeline)?;
+        if !args.json {
+            ui::data(job.path.display().to_string())?;
+        }
+    }
+    if args.json {
+        ui::json(&serde_json::json!({ "model": pipeline.name, "images": jobs }))?;
+    }
+    Ok(())
+}
+
+/// All pictures with their paths; two may not share one.
+fn jobs(
+    args: &GenerateArgs,
+    pipeline: &Pipeline,
+    prompts: &[String],
+    size: PixelSize,
+) -> Result<Vec<Job>> {
+    let several = prompts.len() * args.num_images > 1;
+    let mut jobs = Vec::new();
+    for (prompt_index, prompt) in prompts.iter().enumerate() {
+        for image_index in 0..args.num_images {
+            jobs.push(Job {
+                path: path(&args.output, args.seed, prompt_index, image_index, several)?,
+                prompt: prompt.clone(),
+                seed: args.seed,
+                steps: args.steps.unwrap_or_else(|| pipeline.default_steps()),
+                guidance: args.guidance.unwrap_or_else(|| pipeline.default_guidance()),
+                width: size.width,
+                height: size.height,
+                prompt_index,
+                image_index,
+            });
+        }
+    }
+    let mut paths: Vec<&Path> = jobs.iter().map(|job| job.path.as_path()).collect();
+    paths.sort();
+    if let Some(twice) = paths.windows(2).find(|pair| pair[0] == pair[1]) {
+        bail!(
+            "--output `{}` would be written twice\nhint: use a folder, or a pattern with {{prompt}} and {{image}}",
+            twice[0].display()
+        );
+    }
+    Ok(jobs)
+}
+
+/// The file of one picture: a pattern is filled in, a .png name is taken (numbered where there are several), anything
+/// else is a folder.
+fn path(output: &Path, seed: u64, prompt: usize, image: usize, several: bool) -> Result<PathBuf> {
+    let text = output.to_str().context("--output is not UTF-8")?;
+    let is_png = output
+        .extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("png"));
+    if text.contains('{') && is_png {
+        let filled = text
+            .replace("{prompt}", &format!("{prompt:03}"))
+            .replace("{image}", &format!("{image:02}"));
+        let filled = filled.replace("{seed}", &seed.to_string());
+        ensure!(
+            !filled.contains('{'),
+            "--output `{text}`: only {{prompt}}, {{image}} and {{seed}} are filled in"
+        );
+        return Ok(PathBuf::from(filled));
+    }
+    if is_png && !several {
+        return Ok(output.to_path_buf());
+    }
+    if is_png {
+        let stem = output
+            .file_stem()
+            .and_then(|s| s.to_str())
+            .unwrap_or("image");
+        return Ok(output.with_file_name(format!("{stem}-{prompt:03}-{image:02}.png")));
+    }
+    ensure!(
+        output.extension().is_none() || output.is_dir(),
+        "--output `{text}`: pictures are written as .png, or name a folder"
+    );
+    Ok(output.join(format!("{prompt:03}-{image:02}-seed{seed}.png")))
+}
+
+fn create_folders(jobs: &[Job]) -> Result<()> {
+    for folder in jobs
+        .iter()
+        .filter_map(|job| job.path.parent())
+        .filter(|p| !p.as_os_str().is_empty())
+    {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create `{}`", folder.display()))?;
+    }
+    Ok(())
+}
+
+/// Loads the transformer, denoises all pictures in batches and frees it again; packed latents, one for each job.
+fn denoise(
+    pipeline: &Pipeline,
+    runtime: &Runtime,
+    jobs: &[Job],
+    encoded: &Encoded,
+    size: PixelSize,
+) -> Result<Tensor> {
+    let Some(first) = jobs.first() else {
+        bail!("nothing to draw")
+    };
+    let flux = load::flux(pipeline, runtime)?;
+    let schedule = load::schedule(pipeline)?;
+    let denoise = Denoise {
+        flux: &flux,
+        dtype: runtime.dtype,
+        device: &runtime.device,
+        schedule: &schedule,
+        steps: first.steps,
+        guidance: first.guidance,
+        size: size.latent(),
+    };
+    let channels = pipeline.config.out_channels / 4;
+    ensure!(
+        pipeline.config.in_channels == pipeline.config.out_channels,
+        "`{}` takes {} input channels but predicts {}: models that take a picture as input (Fill, Canny, Depth) cannot draw from a prompt alone",
+        pipeline.name,
+        pipeline.config.in_channels,
+        pipeline.config.out_channels
+    );
+    // diffusers draws all pictures of a prompt from one generator
+    let images = jobs
+        .iter()
+        .map(|job| job.image_index + 1)
+        .max()
+        .unwrap_or(1);
+    let noise = starting_noise(first.seed, images, channels, denoise.size)?;
+    let batch = (TOKENS_PER_FORWARD / (size.tokens() + encoded.txt.dim(1)?)).max(1);
+    let progress = ui::progress(jobs.len().div_ceil(batch) * denoise.steps, "drawing");
+    let mut latents = Vec::new();
+    for jobs in jobs.chunks(batch) {
+        let pick = |f: fn(&Job) -> usize| -> Result<Tensor> {
+            let indices: Vec<u32> = jobs.iter().map(|job| f(job) as u32).collect();
+            Ok(Tensor::new(indices, &candle::Device::Cpu)?)
+        };
+        let prompts = pick(|job| job.prompt_index)?.to_device(encoded.txt.device())?;
+        let prompts = Encoded {
+            txt: encoded.txt.index_select(&prompts, 0)?,
+            vec: encoded.vec.index_select(&prompts, 0)?,
+        };
+        let noise = noise.index_select(&pick(|job| job.image_index)?, 0)?;
+        latents.push(denoise.run(&noise, &prompts, &mut (), &mut || progress.inc(1))?);
+    }
+    progress.finish_and_clear();
+    Ok(Tensor::cat(&latents, 0)?)
+}
+
+fn write(job: &Job, picture: &Picture, pipeline: &Pipeline) -> Result<()> {
+    let size = format!("{}x{}", job.width, job.height);
+    let text = [
+        ("prompt", job.prompt.as_str()),
+        ("seed", &job.seed.to_string()),
+        ("image", &job.image_index.to_string()),
+        ("steps", &job.steps.to_string()),
+        ("guidance", &job.guidance.to_string()),
+        ("size", &size),
+        ("model", &pipeline.locator),
+        ("Software", &load::software()),
+    ];
+    picture.save(&job.path, &text)
+}

@@ -1,0 +1,138 @@
+//! Loads the parts of a pipeline onto the device, with progress and errors that name files.
+
+use anyhow::{Context, Result};
+use candle::{DType, Device, Tensor};
+
+use crate::{
+    device::Runtime,
+    files::Files,
+    model::Flux,
+    pipeline::{Pipeline, VaeFiles},
+    sample::{
+        denoise::{Encoded, LatentSize},
+        latents,
+        png::Picture,
+        schedule::Schedule,
+        text::TextEncoders,
+        vae::Vae,
+    },
+    ui,
+};
+
+/// Prompts in one call of the text encoders.
+const PROMPTS_PER_CALL: usize = 32;
+
+/// The transformer in the runtime's format on its device.
+pub(super) fn flux(pipeline: &Pipeline, runtime: &Runtime) -> Result<Flux> {
+    let vb = pipeline
+        .transformer
+        .var_builder(runtime.dtype, &runtime.device);
+    Flux::new(&pipeline.config, vb)
+        .with_context(|| format!("cannot load the transformer of `{}`", pipeline.name))
+}
+
+/// The scheduler.
+pub(super) fn schedule(pipeline: &Pipeline) -> Result<Schedule> {
+    Schedule::from_json(pipeline.scheduler.to_string().as_bytes())
+        .with_context(|| format!("the scheduler of `{}`", pipeline.name))
+}
+
+/// Both text encoders and their tokenizers; `length` is the T5 length, by default the model's.
+pub(super) fn text_encoders(
+    pipeline: &Pipeline,
+    files: &Files,
+    length: Option<usize>,
+    runtime: &Runtime,
+) -> Result<TextEncoders> {
+    let encoders = TextEncoders::load(
+        files,
+        length,
+        pipeline.default_text_length(),
+        runtime.dtype,
+        &runtime.device,
+    )?;
+    encoders.check_widths(pipeline.config.context_in_dim, pipeline.config.vec_in_dim)?;
+    Ok(encoders)
+}
+
+/// Encodes prompts, a bounded number at a time.
+pub(super) fn encode(encoders: &TextEncoders, prompts: &[String]) -> Result<Encoded> {
+    let progress = ui::progress(prompts.len(), "encoding prompts");
+    let (mut txt, mut vec) = (Vec::new(), Vec::new());
+    for chunk in prompts.chunks(PROMPTS_PER_CALL) {
+        let (t, v) = encoders.encode(chunk)?;
+        txt.push(t);
+        vec.push(v);
+        progress.inc(chunk.len() as u64);
+    }
+    progress.finish_and_clear();
+    Ok(Encoded {
+        txt: Tensor::cat(&txt, 0)?,
+        vec: Tensor::cat(&vec, 0)?,
+    })
+}
+
+/// Loads the text encoders, encodes prompts and frees the encoders again.
+pub(super) fn encode_prompts(
+    pipeline: &Pipeline,
+    prompts: &[String],
+    length: Option<usize>,
+    runtime: &Runtime,
+) -> Result<Encoded> {
+    let encoders = text_encoders(pipeline, &pipeline.text_files()?, length, runtime)?;
+    encode(&encoders, prompts)
+}
+
+/// The VAE.
+pub(super) fn vae(files: &VaeFiles, runtime: &Runtime) -> Result<Vae> {
+    match files {
+        VaeFiles::Folder(folder) => Vae::load_folder(folder, runtime.dtype, &runtime.device),
+        VaeFiles::File(name, blob) => Vae::load_file(name, blob, runtime.dtype, &runtime.device),
+    }
+}
+
+/// Latents (b, c, h, w) → pictures in about \[-1, 1\], f32 on the CPU, one at a time: decoding takes far more memory
+/// than anything else per picture.
+pub(super) fn decode(vae: &Vae, latents: &Tensor, runtime: &Runtime) -> Result<Tensor> {
+    let latents = latents
+        .to_device(&runtime.device)?
+        .to_dtype(runtime.dtype)?;
+    let mut images = Vec::new();
+    for i in 0..latents.dim(0)? {
+        let image = vae.decode(&latents.narrow(0, i, 1)?)?;
+        images.push(image.to_dtype(DType::F32)?.to_device(&Device::Cpu)?);
+    }
+    Ok(Tensor::cat(&images, 0)?)
+}
+
+/// The same from packed latents (b, tokens, 4c).
+pub(super) fn decode_packed(
+    vae: &Vae,
+    packed: &Tensor,
+    size: LatentSize,
+    runtime: &Runtime,
+) -> Result<Tensor> {
+    decode(
+        vae,
+        &latents::unpack(packed, size.height, size.width)?.contiguous()?,
+        runtime,
+    )
+}
+
+/// Packed latents → pictures.
+pub(super) fn pictures(
+    vae: &Vae,
+    packed: &Tensor,
+    size: LatentSize,
+    runtime: &Runtime,
+) -> Result<Vec<Picture>> {
+    let images = decode_packed(vae, packed, size, runtime)?;
+    (0..images.dim(0)?)
+        .map(|i| Picture::from_decoded(&images.get(i)?))
+        .collect()
+}
+
+/// This program, as PNG and metadata name it.
+pub(super) fn software() -> String {
+    concat!("fastflux ", env!("CARGO_PKG_VERSION")).to_owned()
+}

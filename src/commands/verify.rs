@@ -1,0 +1,483 @@
+//! `verify`: a model's own numbers against tensors recorded from diffusers.
+
+use std::{collections::BTreeMap, process::ExitCode};
+
+use anyhow::{Context, Result, ensure};
+use candle::{DType, Device, Tensor};
+use serde::Serialize;
+
+use super::load;
+use crate::{
+    checkpoint::Checkpoint,
+    cli::VerifyArgs,
+    device::Runtime,
+    files::Blob,
+    layout::{BlockKind, BlockSpec},
+    model::{Conditioning, Flux, Inputs, Observer, Stream},
+    pipeline::Pipeline,
+    sample::denoise::{Denoise, Encoded, LatentSize, starting_noise},
+    ui,
+};
+
+/// Relative error allowed of encoders, blocks and velocity in f32.
+const TIGHT: f64 = 1e-5;
+/// Relative error allowed of VAE and final latents in f32, where rounding accumulates.
+const LOOSE: f64 = 1e-4;
+/// Relative error allowed in half precision.
+const HALF: f64 = 2e-2;
+/// Tokens in one forward of a recorded transformer call.
+const TOKENS: usize = 8192;
+
+/// How one tensor compares.
+#[derive(Clone, Debug, Serialize)]
+struct Comparison {
+    name: String,
+    max_abs: f64,
+    relative: f64,
+    ok: bool,
+}
+
+/// A reference file and what it says about how it was recorded.
+struct Reference {
+    tensors: Checkpoint,
+}
+
+pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
+    if let Some(t) = args.tolerance {
+        ensure!(
+            t.is_finite() && t >= 0.0,
+            "--tolerance {t}: expected a number of at least 0"
+        );
+    }
+    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
+    let name = args.reference.display().to_string();
+    let blob = Blob::map(&args.reference).context("--reference")?;
+    let reference = Reference {
+        tensors: Checkpoint::from_blob(&name, &blob)?,
+    };
+    let pipeline = super::open(&args.pipeline.choice())?;
+    let mut check = Check {
+        reference: &reference,
+        pipeline: &pipeline,
+        runtime: &runtime,
+        tolerance: args.tolerance,
+        done: Vec::new(),
+        skipped: Vec::new(),
+    };
+    check.text()?;
+    let flux = check.transformer()?;
+    check.vae()?;
+    check.pipeline(flux)?;
+    ensure!(
+        !check.done.is_empty(),
+        "`{name}` holds no tensor that this model can be compared with\nhint: record one with scripts/make_reference.py"
+    );
+    let ok = check.done.iter().all(|c| c.ok);
+    let first_off = check.done.iter().find(|c| !c.ok).map(|c| c.name.clone());
+    if args.json {
+        ui::json(&serde_json::json!({
+            "ok": ok, "first_off": first_off, "tensors": check.done, "skipped": check.skipped,
+        }))?;
+    } else {
+        let rows: Vec<Vec<String>> = check
+            .done
+            .iter()
+            .map(|c| {
+                let verdict = if c.ok { "ok" } else { "off" };
+                vec![
+                    c.name.clone(),
+                    format!("{:.3e}", c.max_abs),
+                    format!("{:.3e}", c.relative),
+                    verdict.to_owned(),
+                ]
+            })
+            .collect();
+        let mut text = ui::table(&["tensor", "max abs", "relative", ""], &rows, &[1, 2]);
+        for name in &check.skipped {
+            text.push_str(&format!("\nnot compared: {name}"));
+        }
+        ui::data(text)?;
+        match &first_off {
+            None => ui::note(format!(
+                "all {} tensors agree ({runtime})",
+                check.done.len()
+            )),
+            Some(name) => ui::note(format!(
+                "the first component that is off is `{name}` ({runtime})"
+            )),
+        }
+    }
+    Ok(if ok {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(1)
+    })
+}
+
+impl Reference {
+    fn has(&self, name: &str) -> bool {
+        self.tensors.contains(name)
+    }
+
+    /// A recorded tensor, floats in f32, on the CPU.
+    fn get(&self, name: &str) -> Result<Tensor> {
+        let tensor = self.tensors.expect(name)?.tensor(&Device::Cpu)?;
+        Ok(if tensor.dtype().is_float() {
+            tensor.to_dtype(DType::F32)?
+        } else {
+            tensor
+        })
+    }
+
+    /// A number of the metadata.
+    fn number<T: std::str::FromStr>(&self, key: &str) -> Result<T> {
+        let text = self.text(key)?;
+        text.parse().ok().with_context(|| {
+            format!(
+                "`{}`: its metadata says `{key}` = `{text}`, which is not a number",
+                self.tensors.name
+            )
+        })
+    }
+
+    fn text(&self, key: &str) -> Result<&str> {
+        let value = self.tensors.metadata.get(key);
+        value
+            .map(String::as_str)
+            .with_context(|| format!("`{}`: its metadata lacks `{key}`", self.tensors.name))
+    }
+}
+
+/// The comparison under way.
+struct Check<'a> {
+    reference: &'a Reference,
+    pipeline: &'a Pipeline,
+    runtime: &'a Runtime,
+    tolerance: Option<f64>,
+    done: Vec<Comparison>,
+    skipped: Vec<String>,
+}
+
+impl Check<'_> {
+    fn compare(&mut self, name: &str, got: &Tensor, loose: bool) -> Result<()> {
+        let half = self.runtime.dtype != DType::F32;
+        let limit = self.tolerance.unwrap_or(if half {
+            HALF
+        } else if loose {
+            LOOSE
+        } else {
+            TIGHT
+        });
+        let want = self.reference.get(name)?;
+        let (max_abs, relative) = distance(name, got, &want)?;
+        self.done.push(Comparison {
+            name: name.to_owned(),
+            max_abs,
+            relative,
+            ok: relative <= limit,
+        });
+        Ok(())
+    }
+
+    /// Token ids are equal or not.
+    fn compare_ids(&mut self, name: &str, got: &[u32]) -> Result<()> {
+        let want = self
+            .reference
+            .get(name)?
+            .flatten_all()?
+            .to_dtype(DType::U32)?
+            .to_vec1::<u32>()?;
+        let off =
+            want.iter().zip(got).filter(|(a, b)| a != b).count() + want.len().abs_diff(got.len());
+        let relative = off as f64 / want.len().max(1) as f64;
+        let worst = want
+            .iter()
+            .zip(got)
+            .map(|(a, b)| f64::from(a.abs_diff(*b)))
+            .fold(0.0, f64::max);
+        self.done.push(Comparison {
+            name: name.to_owned(),
+            max_abs: worst,
+            relative,
+            ok: off == 0,
+        });
+        Ok(())
+    }
+
+    /// A finished picture in \[0, 1\]: no 8-bit channel may differ by more than 1.
+    fn compare_picture(&mut self, name: &str, got: &Tensor) -> Result<()> {
+        if self.tolerance.is_some() || self.runtime.dtype != DType::F32 {
+            return self.compare(name, got, true);
+        }
+        let want = self.reference.get(name)?;
+        let (max_abs, relative) = distance(name, got, &want)?;
+        let eight = |t: &Tensor| -> Result<Tensor> {
+            Ok(t.to_device(&Device::Cpu)?
+                .to_dtype(DType::F32)?
+                .affine(255.0, 0.0)?
+                .round()?)
+        };
+        let steps = (eight(got)? - eight(&want)?)?
+            .abs()?
+            .max_all()?
+            .to_scalar::<f32>()?;
+        self.done.push(Comparison {
+            name: name.to_owned(),
+            max_abs,
+            relative,
+            ok: steps <= 1.0,
+        });
+        Ok(())
+    }
+
+    fn skip(&mut self, what: &str, error: &anyhow::Error) {
+        self.skipped.push(format!(
+            "{what}: {}",
+            format!("{error:#}").replace('\n', "; ")
+        ));
+    }
+
+    fn text(&mut self) -> Result<()> {
+        let reference = self.reference;
+        if !["clip.input_ids", "clip.pooled", "t5.input_ids", "t5.hidden"]
+            .iter()
+            .any(|n| reference.has(n))
+        {
+            return Ok(());
+        }
+        let files = match self.pipeline.text_files() {
+            Ok(files) => files,
+            Err(error) => {
+                self.skip("text encoders", &error);
+                return Ok(());
+            }
+        };
+        let length = match reference.has("t5.input_ids") {
+            true => reference.tensors.dims::<2>("t5.input_ids")?[1],
+            false => reference.number("t5_len")?,
+        };
+        let encoders = load::text_encoders(self.pipeline, &files, Some(length), self.runtime)?;
+        let prompt = reference.text("prompt")?.to_owned();
+        let (clip, t5) = encoders.tokenize(&prompt)?;
+        let encoded = load::encode(&encoders, &[prompt])?;
+        for (name, ids) in [("clip.input_ids", clip), ("t5.input_ids", t5)] {
+            if reference.has(name) {
+                self.compare_ids(name, &ids)?;
+            }
+        }
+        for (name, got) in [("clip.pooled", &encoded.vec), ("t5.hidden", &encoded.txt)] {
+            if reference.has(name) {
+                self.compare(name, got, false)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares one recorded call, block by block; gives the loaded model back for the pipeline's steps.
+    fn transformer(&mut self) -> Result<Option<Flux>> {
+        let reference = self.reference;
+        if !reference.has("transformer.img") {
+            return Ok(None);
+        }
+        let flux = load::flux(self.pipeline, self.runtime)?;
+        let get = |name: &str| reference.get(&format!("transformer.{name}"));
+        let device = &self.runtime.device;
+        let place = |t: Tensor| -> Result<Tensor> {
+            Ok(t.to_device(device)?.to_dtype(self.runtime.dtype)?)
+        };
+        let (img, txt, vec) = (get("img")?, get("txt")?, get("vec")?);
+        let (timestep, guidance) = (
+            get("timestep")?,
+            reference
+                .has("transformer.guidance")
+                .then(|| get("guidance"))
+                .transpose()?,
+        );
+        let (img_ids, txt_ids) = (
+            get("img_ids")?.to_device(device)?,
+            get("txt_ids")?.to_device(device)?,
+        );
+        let (batch, tokens, _) = img.dims3()?;
+        let chunk = (TOKENS / (tokens + txt.dim(1)?)).clamp(1, batch.max(1));
+        let mut seen = Seen {
+            wanted: reference,
+            parts: BTreeMap::new(),
+            order: Vec::new(),
+        };
+        let mut velocity = Vec::new();
+        for start in (0..batch).step_by(chunk) {
+            let n = chunk.min(batch - start);
+            let cut = |t: &Tensor| -> Result<Tensor> { Ok(t.narrow(0, start, n)?) };
+            let guidance = guidance
+                .as_ref()
+                .map(|g| anyhow::Ok(cut(g)?.to_device(device)?))
+                .transpose()?;
+            let inputs = Inputs {
+                img: &place(cut(&img)?)?,
+                img_ids: &img_ids,
+                txt: &place(cut(&txt)?)?,
+                txt_ids: &txt_ids,
+                timestep: &cut(&timestep)?.to_device(device)?,
+                vec: &place(cut(&vec)?)?,
+                guidance: guidance.as_ref(),
+            };
+            velocity.push(
+                flux.forward(&inputs, &mut seen)?
+                    .to_dtype(DType::F32)?
+                    .to_device(&Device::Cpu)?,
+            );
+        }
+        for name in seen.order {
+            if let Some(parts) = seen.parts.get(&name) {
+                self.compare(&name, &Tensor::cat(parts, 0)?, false)?;
+            }
+        }
+        if reference.has("transformer.velocity") {
+            self.compare("transformer.velocity", &Tensor::cat(&velocity, 0)?, false)?;
+        }
+        Ok(Some(flux))
+    }
+
+    fn vae(&mut self) -> Result<()> {
+        if !self.reference.has("vae.latents") || !self.reference.has("vae.image") {
+            return Ok(());
+        }
+        match self.pipeline.vae_files() {
+            Err(error) => self.skip("VAE", &error),
+            Ok(files) => {
+                let vae = load::vae(&files, self.runtime)?;
+                let image = load::decode(&vae, &self.reference.get("vae.latents")?, self.runtime)?;
+                self.compare("vae.image", &image, true)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The whole pipeline, from prompt and noise to the picture.
+    fn pipeline(&mut self, flux: Option<Flux>) -> Result<()> {
+        let reference = self.reference;
+        if !reference.has("pipeline.latents") {
+            return Ok(());
+        }
+        let size = LatentSize {
+            height: reference.number::<usize>("height")? / 8,
+            width: reference.number::<usize>("width")? / 8,
+        };
+        let steps = reference.number("steps")?;
+        let schedule = load::schedule(self.pipeline)?;
+        if reference.has("pipeline.sigmas") {
+            let sigmas = schedule.sigmas(steps, size.tokens())?;
+            self.compare(
+                "pipeline.sigmas",
+                &Tensor::new(sigmas, &Device::Cpu)?,
+                false,
+            )?;
+        }
+        let (text, vae) = match (self.pipeline.text_files(), self.pipeline.vae_files()) {
+            (Ok(text), Ok(vae)) => (text, vae),
+            (Err(error), _) | (_, Err(error)) => {
+                self.skip("pipeline", &error);
+                return Ok(());
+            }
+        };
+        let encoders = load::text_encoders(
+            self.pipeline,
+            &text,
+            Some(reference.number("t5_len")?),
+            self.runtime,
+        )?;
+        let prompts: Encoded = load::encode(&encoders, &[reference.text("prompt")?.to_owned()])?;
+        drop(encoders);
+        let flux = match flux {
+            Some(flux) => flux,
+            None => load::flux(self.pipeline, self.runtime)?,
+        };
+        let denoise = Denoise {
+            flux: &flux,
+            dtype: self.runtime.dtype,
+            device: &self.runtime.device,
+            schedule: &schedule,
+            steps,
+            guidance: reference.number("guidance")?,
+            size,
+        };
+        let vae = load::vae(&vae, self.runtime)?;
+        let draw = |noise: &Tensor| -> Result<(Tensor, Tensor)> {
+            let latents = denoise.run(noise, &prompts, &mut (), &mut || ())?;
+            let image = load::decode_packed(&vae, &latents, size, self.runtime)?;
+            Ok((latents, (image.clamp(-1.0, 1.0)? * 0.5)?.affine(1.0, 0.5)?))
+        };
+        let (latents, image) = draw(&reference.get("pipeline.latents")?)?;
+        if reference.has("pipeline.final_latents") {
+            self.compare("pipeline.final_latents", &latents, true)?;
+        }
+        if reference.has("pipeline.image") {
+            self.compare_picture("pipeline.image", &image)?;
+        }
+        if reference.has("pipeline.seeded_image") {
+            let channels = self.pipeline.config.out_channels / 4;
+            let noise = starting_noise(reference.number("image_seed")?, 1, channels, size)?;
+            self.compare_picture("pipeline.seeded_image", &draw(&noise)?.1)?;
+        }
+        Ok(())
+    }
+}
+
+/// Largest absolute difference and ‖a − b‖ / ‖b‖.
+fn distance(name: &str, got: &Tensor, want: &Tensor) -> Result<(f64, f64)> {
+    let got = got.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    let want = want.to_dtype(DType::F64)?;
+    ensure!(
+        got.dims() == want.dims(),
+        "`{name}`: computed shape {:?}, recorded shape {:?}: the reference is not of this model",
+        got.dims(),
+        want.dims()
+    );
+    let difference = (got - &want)?;
+    let norm = |t: &Tensor| -> Result<f64> { Ok(t.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt()) };
+    let max_abs = difference.abs()?.max_all()?.to_scalar::<f64>()?;
+    Ok((
+        max_abs,
+        norm(&difference)? / norm(&want)?.max(f64::MIN_POSITIVE),
+    ))
+}
+
+/// Keeps the block outputs that the reference has, under the names it gives them.
+struct Seen<'a> {
+    wanted: &'a Reference,
+    parts: BTreeMap<String, Vec<Tensor>>,
+    order: Vec<String>,
+}
+
+impl Observer for Seen<'_> {
+    fn block(
+        &mut self,
+        _: usize,
+        spec: &BlockSpec,
+        _: &Conditioning,
+        _: &Stream,
+        output: &Stream,
+    ) -> candle::Result<()> {
+        // a run of blocks that collapsed into one gives the output of its last
+        let id = match spec {
+            BlockSpec::Original(id) => *id,
+            BlockSpec::Replaced(r) => r.replaces.last().copied().unwrap_or(spec.id()),
+        };
+        let name = |tail: &str| format!("blocks.{}.{}.{tail}", id.kind.prefix(), id.index);
+        let outputs = match id.kind {
+            BlockKind::Double => vec![(name("txt"), output.txt()?), (name("img"), output.img()?)],
+            BlockKind::Single => vec![(name("x"), output.tokens.clone())],
+        };
+        for (name, tensor) in outputs
+            .into_iter()
+            .filter(|(name, _)| self.wanted.has(name))
+        {
+            if !self.parts.contains_key(&name) {
+                self.order.push(name.clone());
+            }
+            let tensor = tensor.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+            self.parts.entry(name).or_default().push(tensor);
+        }
+        Ok(())
+    }
+}

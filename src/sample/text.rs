@@ -1,0 +1,100 @@
+//! Prompts → what the transformer is told: T5's hidden states and CLIP's pooled output. Finding the files is `text_files.rs`'s business.
+
+use anyhow::{Context as _, Result, ensure};
+use candle::{DType, Tensor};
+
+use super::clip::Clip;
+use super::t5::T5;
+use super::tokenize::PromptTokenizer;
+
+/// Both text encoders with their tokenizers.
+pub struct TextEncoders {
+    pub(super) clip: Clip,
+    pub(super) t5: T5,
+    pub(super) clip_tokenizer: PromptTokenizer,
+    pub(super) t5_tokenizer: PromptTokenizer,
+    /// Number of T5 tokens to which every prompt is cut or padded.
+    pub(super) text_length: usize,
+    /// Format of what [`Self::encode`] returns.
+    pub(super) dtype: DType,
+}
+
+impl TextEncoders {
+    /// Encodes prompts together: T5's hidden states (b, L, d) and CLIP's pooled output (b, c).
+    ///
+    /// T5's layers are read anew in every call, so give it many prompts at once.
+    ///
+    /// # Errors
+    /// When there is no prompt, a token has no embedding, or the device runs out of memory.
+    pub fn encode(&self, prompts: &[String]) -> Result<(Tensor, Tensor)> {
+        ensure!(!prompts.is_empty(), "there is no prompt to encode");
+        let (mut clip, mut t5) = (Vec::new(), Vec::new());
+        for prompt in prompts {
+            let ids = self.tokenize(prompt)?;
+            clip.push(ids.0);
+            t5.push(ids.1);
+        }
+        let vec = self
+            .clip
+            .pooled(&clip)
+            .context("CLIP text encoder")?
+            .to_dtype(self.dtype)?;
+        let txt = self
+            .t5
+            .hidden(&t5)
+            .context("T5 text encoder")?
+            .to_dtype(self.dtype)?;
+        Ok((txt, vec))
+    }
+
+    /// Token ids of a prompt for CLIP and for T5, each cut and padded to its length.
+    ///
+    /// # Errors
+    /// When the text length leaves no room for the tokenizer's special tokens.
+    pub fn tokenize(&self, prompt: &str) -> Result<(Vec<u32>, Vec<u32>)> {
+        let positions = self.clip.max_length();
+        let length = self
+            .clip_tokenizer
+            .model_max_length()
+            .map_or(positions, |n| n.min(positions));
+        let clip = self
+            .clip_tokenizer
+            .encode(prompt, length)
+            .context("CLIP tokenizer")?;
+        let t5 = self
+            .t5_tokenizer
+            .encode(prompt, self.text_length)
+            .context("T5 tokenizer")?;
+        Ok((clip, t5))
+    }
+
+    /// Tokens a prompt has for T5 before it is cut; more than [`Self::text_length`] means that its end is lost.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn t5_token_count(&self, prompt: &str) -> Result<usize> {
+        self.t5_tokenizer.token_count(prompt)
+    }
+
+    /// Number of T5 tokens that every prompt is given.
+    pub fn text_length(&self) -> usize {
+        self.text_length
+    }
+
+    /// Checks that a transformer of these text widths can take what the encoders give.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn check_widths(&self, t5: usize, clip: usize) -> Result<()> {
+        for (name, found, expected) in [
+            ("T5", self.t5.width(), t5),
+            ("CLIP", self.clip.width(), clip),
+        ] {
+            ensure!(
+                found == expected,
+                "the {name} text encoder is {found} wide, but the transformer takes {expected}\nhint: name the model's own text encoders with --text-encoders DIR"
+            );
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,282 @@
+//! Where text encoders and tokenizers are, and what sizes they have: diffusers folders, or single files as ComfyUI keeps them.
+//! Computing with them is `text.rs`'s business.
+
+use anyhow::{Context as _, Result, bail, ensure};
+use candle::{DType, Device};
+
+use super::clip::{Clip, ClipConfig};
+use super::t5::{FeedForward, T5, T5Config};
+use super::text::TextEncoders;
+use super::text_ops::Activation;
+use super::tokenize::{Family, PromptTokenizer, TokenizerFiles};
+use crate::checkpoint::Checkpoint;
+use crate::files::{Blob, Files};
+
+/// FLUX.1's own tokenizers, for text encoders that come without.
+const FLUX1_CLIP: TokenizerFiles = TokenizerFiles {
+    class: None,
+    tokenizer: None,
+    vocab: Some(include_bytes!("../../configs/flux1/tokenizer/vocab.json")),
+    merges: Some(include_bytes!("../../configs/flux1/tokenizer/merges.txt")),
+    config: Some(include_bytes!(
+        "../../configs/flux1/tokenizer/tokenizer_config.json"
+    )),
+    special_tokens_map: Some(include_bytes!(
+        "../../configs/flux1/tokenizer/special_tokens_map.json"
+    )),
+};
+const FLUX1_T5: TokenizerFiles = TokenizerFiles {
+    class: None,
+    tokenizer: Some(include_bytes!(
+        "../../configs/flux1/tokenizer_2/tokenizer.json"
+    )),
+    vocab: None,
+    merges: None,
+    config: Some(include_bytes!(
+        "../../configs/flux1/tokenizer_2/tokenizer_config.json"
+    )),
+    special_tokens_map: Some(include_bytes!(
+        "../../configs/flux1/tokenizer_2/special_tokens_map.json"
+    )),
+};
+
+/// Rows of the embeddings that belong to FLUX.1's tokenizers.
+const FLUX1_CLIP_ROWS: usize = 49408;
+const FLUX1_T5_ROWS: usize = 32128;
+
+impl TextEncoders {
+    /// Opens the text encoders in a pipeline's folder (`text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2`), or the files
+    /// `…clip….safetensors` and `…t5….safetensors` in the folder itself, and checks every tensor's shape.
+    ///
+    /// Prompts are given `length` T5 tokens, by default `default_length` or the tokenizer's own limit where that is smaller.
+    ///
+    /// # Errors
+    /// When files are missing or damaged, or a tensor has another shape than its config says; the message names it.
+    pub fn load(
+        files: &Files,
+        length: Option<usize>,
+        default_length: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let (clip, clip_config) = open(files, Family::Clip)?;
+        let (t5, t5_config) = open(files, Family::T5)?;
+        let clip_config = match clip_config {
+            Some(blob) => clip_from_json(&blob).with_context(|| describe(files, Family::Clip))?,
+            None => infer_clip(&clip)?,
+        };
+        let t5_config: T5Config = match t5_config {
+            Some(blob) => {
+                serde_json::from_slice(&blob).with_context(|| describe(files, Family::T5))?
+            }
+            None => infer_t5(&t5)?,
+        };
+        check(&clip, &clip_config.tensors())?;
+        check(&t5, &t5_config.tensors())?;
+
+        let t5_tokenizer = tokenizer(files, Family::T5, t5_config.vocab_size)?;
+        let limit = t5_tokenizer.model_max_length().unwrap_or(usize::MAX);
+        // half-precision products on the CPU are made of float32 ones
+        let weights = if device.is_cpu() { DType::F32 } else { dtype };
+        Ok(Self {
+            clip_tokenizer: tokenizer(files, Family::Clip, clip_config.vocab_size)?,
+            t5_tokenizer,
+            clip: Clip::new(&clip_config, &clip.var_builder(weights, device))?,
+            t5: T5::new(t5_config, t5.var_builder(weights, device)),
+            text_length: length.unwrap_or(default_length.min(limit)),
+            dtype,
+        })
+    }
+}
+
+/// What a text encoder is called in a pipeline, in a single file's name, and by which tensor it is known.
+fn names(family: Family) -> (&'static str, &'static str, &'static str) {
+    match family {
+        Family::Clip => ("text_encoder", "clip", "embeddings.token_embedding.weight"),
+        Family::T5 => (
+            "text_encoder_2",
+            "t5",
+            "encoder.block.0.layer.0.SelfAttention.q.weight",
+        ),
+    }
+}
+
+fn describe(files: &Files, family: Family) -> String {
+    files.sub(names(family).0).describe("config.json")
+}
+
+/// The weights under the names that the encoders read, and their config where there is one.
+fn open(files: &Files, family: Family) -> Result<(Checkpoint, Option<Blob>)> {
+    let (folder, word, known) = names(family);
+    let sub = files.sub(folder);
+    let (raw, config) = match Checkpoint::open_if_present(&sub, "model")? {
+        Some(raw) => (raw, sub.get("config.json")?),
+        None => (single_file(files, word)?, None),
+    };
+    let prefix = raw
+        .names()
+        .find_map(|name| name.strip_suffix(known))
+        .map(str::to_owned);
+    let prefix = prefix.with_context(|| {
+        format!(
+            "`{}` is no {family:?} text encoder: there is no tensor `…{known}`",
+            raw.name
+        )
+    })?;
+    ensure!(
+        !raw.contains(&format!("{prefix}scaled_fp8")) && !raw.contains("scaled_fp8"),
+        "`{}` holds scaled 8-bit weights, which are not supported\nhint: use the 16-bit file",
+        raw.name
+    );
+    let shared = raw.contains(&format!("{prefix}shared.weight"));
+    let renamed = raw.rename(|name| match name.strip_prefix(&prefix)? {
+        // the same table under two names
+        "encoder.embed_tokens.weight" => (!shared).then(|| "shared.weight".to_owned()),
+        name => Some(name.to_owned()),
+    })?;
+    Ok((renamed, config))
+}
+
+/// The one file of the folder that is named after the encoder.
+fn single_file(files: &Files, word: &str) -> Result<Checkpoint> {
+    let named = |name: &String| {
+        let lower = name.to_lowercase();
+        lower.contains(word) && lower.ends_with(".safetensors") && !lower.contains("vision")
+    };
+    let found: Vec<String> = files.list()?.into_iter().filter(named).collect();
+    match found.as_slice() {
+        [one] => Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
+        [] => bail!(
+            "`{}` holds no `{word}….safetensors` and no folder text_encoder with a model.safetensors in it",
+            files.locator()
+        ),
+        many => bail!(
+            "`{}` holds several {word} text encoders ({}); leave one of them there",
+            files.locator(),
+            many.join(", ")
+        ),
+    }
+}
+
+/// Every tensor is there with the shape that the config says.
+fn check(checkpoint: &Checkpoint, tensors: &[(String, Vec<usize>)]) -> Result<()> {
+    for (name, shape) in tensors {
+        let found = checkpoint.expect(name)?.shape();
+        ensure!(
+            found == shape,
+            "`{}`: tensor `{name}` has shape {found:?}, but its config says {shape:?}",
+            checkpoint.name
+        );
+    }
+    Ok(())
+}
+
+fn clip_from_json(bytes: &[u8]) -> Result<ClipConfig> {
+    let mut json: serde_json::Value = serde_json::from_slice(bytes)?;
+    // the config of a whole CLIP has the text model's inside
+    if let Some(text) = json.get_mut("text_config") {
+        json = text.take();
+    }
+    Ok(serde_json::from_value(json)?)
+}
+
+/// Layers 0, 1, 2, … for which `name` gives a tensor.
+fn count(checkpoint: &Checkpoint, name: impl Fn(usize) -> String) -> usize {
+    (0..).take_while(|i| checkpoint.contains(&name(*i))).count()
+}
+
+/// Sizes of a CLIP text model by its tensors; heads of 64 as in every CLIP.
+fn infer_clip(checkpoint: &Checkpoint) -> Result<ClipConfig> {
+    let [vocab_size, hidden_size] = checkpoint.dims("embeddings.token_embedding.weight")?;
+    let [max_position_embeddings, _] = checkpoint.dims("embeddings.position_embedding.weight")?;
+    let [intermediate_size, _] = checkpoint.dims("encoder.layers.0.mlp.fc1.weight")?;
+    ensure!(
+        vocab_size == FLUX1_CLIP_ROWS && hidden_size % 64 == 0,
+        "`{}` is not the CLIP-L of FLUX.1 ({vocab_size} tokens, width {hidden_size}) and has no config.json",
+        checkpoint.name
+    );
+    Ok(ClipConfig {
+        vocab_size,
+        hidden_size,
+        intermediate_size,
+        num_hidden_layers: count(checkpoint, |i| format!("encoder.layers.{i}.mlp.fc1.weight")),
+        num_attention_heads: hidden_size / 64,
+        max_position_embeddings,
+        hidden_act: Activation::QuickGelu,
+        layer_norm_eps: 1e-5,
+        eos_token_id: 49407,
+    })
+}
+
+/// Sizes of a T5 v1.1 encoder by its tensors.
+fn infer_t5(checkpoint: &Checkpoint) -> Result<T5Config> {
+    let [vocab_size, d_model] = checkpoint.dims("shared.weight")?;
+    let [buckets, num_heads] =
+        checkpoint.dims("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")?;
+    let [inner, _] = checkpoint.dims("encoder.block.0.layer.0.SelfAttention.q.weight")?;
+    let [_, d_ff] = checkpoint.dims("encoder.block.0.layer.1.DenseReluDense.wo.weight")?;
+    ensure!(
+        num_heads > 0 && inner % num_heads == 0,
+        "`{}`: {num_heads} heads do not divide {inner}",
+        checkpoint.name
+    );
+    ensure!(
+        checkpoint.contains("encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
+        "`{}` is not the T5 v1.1 of FLUX.1 (its feed-forward layers are not gated) and has no config.json",
+        checkpoint.name
+    );
+    Ok(T5Config {
+        vocab_size,
+        d_model,
+        d_kv: inner / num_heads,
+        d_ff,
+        num_layers: count(checkpoint, |i| {
+            format!("encoder.block.{i}.layer.0.SelfAttention.q.weight")
+        }),
+        num_heads,
+        relative_attention_num_buckets: buckets,
+        relative_attention_max_distance: 128,
+        layer_norm_epsilon: 1e-6,
+        feed_forward_proj: FeedForward {
+            gated: true,
+            act: Activation::GeluNew,
+        },
+    })
+}
+
+/// The tokenizer in the pipeline's folder, or FLUX.1's where there is none and the embedding has FLUX.1's size.
+fn tokenizer(files: &Files, family: Family, rows: usize) -> Result<PromptTokenizer> {
+    let (folder, flux1, flux1_rows) = match family {
+        Family::Clip => ("tokenizer", FLUX1_CLIP, FLUX1_CLIP_ROWS),
+        Family::T5 => ("tokenizer_2", FLUX1_T5, FLUX1_T5_ROWS),
+    };
+    let sub = files.sub(folder);
+    let (json, vocab, merges) = (
+        sub.get("tokenizer.json")?,
+        sub.get("vocab.json")?,
+        sub.get("merges.txt")?,
+    );
+    if json.is_none() && vocab.is_none() {
+        ensure!(
+            rows == flux1_rows,
+            "`{}` does not exist, and FLUX.1's own tokenizer does not fit {rows} tokens",
+            sub.describe("tokenizer.json")
+        );
+        return PromptTokenizer::new(family, &flux1).context("FLUX.1's own tokenizer");
+    }
+    let (config, map) = (
+        sub.get("tokenizer_config.json")?,
+        sub.get("special_tokens_map.json")?,
+    );
+    let index = files.json("model_index.json")?;
+    let tokenizer = TokenizerFiles {
+        class: index.as_ref().and_then(|index| index[folder][1].as_str()),
+        tokenizer: json.as_deref(),
+        vocab: vocab.as_deref(),
+        merges: merges.as_deref(),
+        config: config.as_deref(),
+        special_tokens_map: map.as_deref(),
+    };
+    PromptTokenizer::new(family, &tokenizer)
+        .with_context(|| format!("tokenizer in `{}`", sub.locator()))
+}

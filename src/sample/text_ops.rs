@@ -1,0 +1,117 @@
+//! What both text encoders compute: attention over heads, and activation functions by transformers' names. No weights' names here.
+
+use candle::{D, DType, Result, Tensor};
+use serde::Deserialize;
+
+/// An activation function under the names of transformers' `ACT2FN`.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Activation {
+    /// max(x, 0)
+    Relu,
+    /// x·Φ(x), with the error function
+    #[serde(alias = "gelu_python")]
+    Gelu,
+    /// x·Φ(x), with tanh
+    #[serde(
+        alias = "gelu_pytorch_tanh",
+        alias = "gelu_fast",
+        alias = "gelu_python_tanh"
+    )]
+    GeluNew,
+    /// x·σ(1.702 x)
+    QuickGelu,
+    /// x·σ(x)
+    #[serde(alias = "swish")]
+    Silu,
+}
+
+impl Activation {
+    pub(super) fn forward(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Relu => x.relu(),
+            Self::Gelu => x.gelu_erf(),
+            Self::GeluNew => x.gelu(),
+            Self::QuickGelu => x * candle_nn::ops::sigmoid(&(x * 1.702)?)?,
+            Self::Silu => x.silu(),
+        }
+    }
+}
+
+/// softmax(q·kᵀ·scale + bias)·v of every head: q, k, v (b, n, heads · d) → (b, n, heads · d). `bias` (1 or b, 1 or heads, n, n) is
+/// float32, and so are the scores.
+pub(super) fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: usize,
+    scale: f64,
+    bias: &Tensor,
+) -> Result<Tensor> {
+    let (b, n, width) = q.dims3()?;
+    let split = |x: &Tensor| {
+        x.reshape((b, n, heads, width / heads))?
+            .transpose(1, 2)?
+            .contiguous()
+    }; // (b, heads, n, d)
+    let (q, k, v) = (split(&(q * scale)?)?, split(k)?, split(v)?);
+    let scores = q
+        .matmul(&k.t()?)?
+        .to_dtype(DType::F32)?
+        .broadcast_add(bias)?; // (b, heads, n, n)
+    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
+    weights.matmul(&v)?.transpose(1, 2)?.reshape((b, n, width))
+}
+
+/// Token ids as a (b, n) tensor; an id for which the embedding has no row is refused.
+pub(super) fn id_tensor(ids: &[Vec<u32>], rows: usize, device: &candle::Device) -> Result<Tensor> {
+    if let Some(id) = ids.iter().flatten().find(|id| **id as usize >= rows) {
+        candle::bail!(
+            "token id {id} is beyond the {rows} rows of the text encoder's embedding: tokenizer and text encoder do not belong together"
+        )
+    }
+    let n = ids.first().map_or(0, Vec::len);
+    if n == 0 || ids.iter().any(|row| row.len() != n) {
+        candle::bail!("prompts of different lengths, or none, cannot be encoded together")
+    }
+    Tensor::from_vec(ids.concat(), (ids.len(), n), device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle::Device;
+
+    #[test]
+    fn activations_have_transformers_values_and_names() -> anyhow::Result<()> {
+        // torch, at x = 1.5 and -0.7
+        let expected = [
+            ("relu", [1.5, 0.0]),
+            ("gelu", [1.399_789_1, -0.169_374_6]),
+            ("gelu_new", [1.399_571_5, -0.169_429_9]),
+            ("quick_gelu", [1.391_662_2, -0.163_106]),
+            ("silu", [1.226_361_6, -0.232_268_6]),
+        ];
+        let x = Tensor::new(&[1.5f32, -0.7], &Device::Cpu)?;
+        for (name, values) in expected {
+            let activation: Activation = serde_json::from_value(name.into())?;
+            let y = activation.forward(&x)?.to_vec1::<f32>()?;
+            assert!(
+                y.iter().zip(values).all(|(a, b)| (a - b).abs() <= 2e-6),
+                "{name}: {y:?}"
+            );
+        }
+        assert!(serde_json::from_value::<Activation>("mish".into()).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn an_id_beyond_the_embedding_is_refused() {
+        let error = id_tensor(&[vec![1, 2], vec![3, 9]], 9, &Device::Cpu)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("token id 9"), "{error}");
+        assert!(id_tensor(&[vec![1, 2], vec![3]], 9, &Device::Cpu).is_err());
+        assert!(id_tensor(&[], 9, &Device::Cpu).is_err());
+    }
+}

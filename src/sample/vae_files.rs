@@ -1,0 +1,83 @@
+//! Opens an autoencoder from a folder in diffusers layout or from one file, with diffusers' or original names.
+
+use anyhow::{Context as _, Result, bail};
+use candle::{DType, Device};
+
+use super::vae::{Vae, VaeConfig};
+use super::vae_keys;
+use crate::checkpoint::Checkpoint;
+use crate::files::{Blob, Files};
+
+impl Vae {
+    /// Opens `diffusion_pytorch_model.safetensors` with `config.json`, or the only `.safetensors` file of a folder.
+    ///
+    /// # Errors
+    /// When files are missing or damaged, or shapes contradict the config; the message names the file.
+    pub fn load_folder(files: &Files, dtype: DType, device: &Device) -> Result<Self> {
+        let raw = match Checkpoint::open_if_present(files, "diffusion_pytorch_model")? {
+            Some(raw) => raw,
+            None => only_file(files)?,
+        };
+        let config = files.get("config.json")?;
+        let config = config
+            .map(|blob| VaeConfig::from_json(&blob))
+            .transpose()
+            .with_context(|| files.describe("config.json"))?;
+        Self::load(&raw, config, dtype, device)
+    }
+
+    /// Opens one file, such as `ae.safetensors`; sizes come from its tensors.
+    ///
+    /// # Errors
+    /// When it is damaged or holds no autoencoder like FLUX.1's.
+    pub fn load_file(name: &str, blob: &Blob, dtype: DType, device: &Device) -> Result<Self> {
+        Self::load(&Checkpoint::from_blob(name, blob)?, None, dtype, device)
+    }
+
+    fn load(
+        raw: &Checkpoint,
+        config: Option<VaeConfig>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let renamed = if vae_keys::is_original(raw.names()) {
+            let levels = vae_keys::levels(raw.names());
+            raw.rename(|name| vae_keys::to_diffusers(name, levels))?
+        } else {
+            raw.clone()
+        };
+        let config = match config {
+            Some(config) => config,
+            None => vae_keys::infer_config(|name| Some(renamed.get(name)?.shape().to_vec()))
+                .with_context(|| format!("`{}`", raw.name))?,
+        };
+        // half-precision convolutions on the CPU are slow, and float16 overflows in this network
+        let dtype = if device.is_cpu() || dtype == DType::F16 {
+            DType::F32
+        } else {
+            dtype
+        };
+        Self::new(&config, &renamed.var_builder(dtype, device))
+            .with_context(|| format!("cannot load the VAE `{}`", raw.name))
+    }
+}
+
+fn only_file(files: &Files) -> Result<Checkpoint> {
+    let weights: Vec<String> = files
+        .list()?
+        .into_iter()
+        .filter(|name| name.ends_with(".safetensors"))
+        .collect();
+    match weights.as_slice() {
+        [one] => Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
+        [] => bail!(
+            "`{}` holds no VAE: there is no .safetensors file",
+            files.locator()
+        ),
+        many => bail!(
+            "`{}` holds several .safetensors files ({}); name the VAE's",
+            files.locator(),
+            many.join(", ")
+        ),
+    }
+}

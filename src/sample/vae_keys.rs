@@ -1,0 +1,216 @@
+//! The original autoencoder's tensor names ⇄ diffusers' ones, and its sizes where no config says them. Values stay as they are: the
+//! attention's 1×1 convolutions are read as matrices by `vae_layers.rs`.
+//!
+//! Source: BFL `src/flux/modules/autoencoder.py`, diffusers `loaders/single_file_utils.py` (`convert_ldm_vae_checkpoint`).
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::vae::VaeConfig;
+
+/// Prefixes under which whole-model files keep an autoencoder.
+const PREFIXES: [&str; 3] = ["first_stage_model.", "vae.", "autoencoder."];
+
+/// Names of one residual block's or attention's parts, original and diffusers'.
+const PARTS: [(&str, &str); 6] = [
+    ("nin_shortcut", "conv_shortcut"),
+    ("norm", "group_norm"),
+    ("q", "to_q"),
+    ("k", "to_k"),
+    ("v", "to_v"),
+    ("proj_out", "to_out.0"),
+];
+
+/// Whether names are the original ones.
+pub fn is_original<'a>(names: impl IntoIterator<Item = &'a str>) -> bool {
+    names
+        .into_iter()
+        .any(|name| name.contains("decoder.mid.block_1."))
+}
+
+/// Number of levels of an autoencoder with original names.
+pub fn levels<'a>(names: impl IntoIterator<Item = &'a str>) -> usize {
+    let level = |name: &str| {
+        let (_, rest) = name.split_once("decoder.up.")?;
+        rest.split('.').next()?.parse::<usize>().ok()
+    };
+    names
+        .into_iter()
+        .filter_map(level)
+        .max()
+        .map_or(0, |last| last + 1)
+}
+
+/// Original name → diffusers' name, for an autoencoder of `levels` levels; `None` for what is no tensor of it.
+pub fn to_diffusers(name: &str, levels: usize) -> Option<String> {
+    let name = PREFIXES
+        .iter()
+        .find_map(|prefix| name.strip_prefix(prefix))
+        .unwrap_or(name);
+    let (half, rest) = name.split_once('.')?;
+    match half {
+        "quant_conv" | "post_quant_conv" => return Some(name.to_owned()),
+        "encoder" | "decoder" => {}
+        _ => return None,
+    }
+    let parts: Vec<&str> = rest.split('.').collect();
+    let rest = match parts.as_slice() {
+        ["conv_in" | "conv_out", _] => rest.to_owned(),
+        ["norm_out", tail] => format!("conv_norm_out.{tail}"),
+        ["mid", "attn_1", part, tail] => format!("mid_block.attentions.0.{}.{tail}", renamed(part)),
+        ["mid", block, part, tail] => {
+            let index = block
+                .strip_prefix("block_")?
+                .parse::<usize>()
+                .ok()?
+                .checked_sub(1)?;
+            format!("mid_block.resnets.{index}.{}.{tail}", part_of_resnet(part))
+        }
+        [way @ ("down" | "up"), level, "block", block, part, tail] => {
+            format!(
+                "{way}_blocks.{}.resnets.{block}.{}.{tail}",
+                turned(way, level, levels)?,
+                part_of_resnet(part)
+            )
+        }
+        ["down", level, "downsample", "conv", tail] => {
+            format!("down_blocks.{level}.downsamplers.0.conv.{tail}")
+        }
+        ["up", level, "upsample", "conv", tail] => format!(
+            "up_blocks.{}.upsamplers.0.conv.{tail}",
+            turned("up", level, levels)?
+        ),
+        _ => return None,
+    };
+    Some(format!("{half}.{rest}"))
+}
+
+/// diffusers' name → original name (without prefix), for an autoencoder of `levels` levels; the inverse of [`to_diffusers`].
+pub fn to_original(name: &str, levels: usize) -> Option<String> {
+    let (half, rest) = name.split_once('.')?;
+    match half {
+        "quant_conv" | "post_quant_conv" => return Some(name.to_owned()),
+        "encoder" | "decoder" => {}
+        _ => return None,
+    }
+    let parts: Vec<&str> = rest.split('.').collect();
+    let resnet = |part: &str| {
+        if part == "conv_shortcut" {
+            "nin_shortcut"
+        } else {
+            part
+        }
+        .to_owned()
+    };
+    let rest = match parts.as_slice() {
+        ["conv_in" | "conv_out", _] => rest.to_owned(),
+        ["conv_norm_out", tail] => format!("norm_out.{tail}"),
+        ["mid_block", "attentions", "0", part @ .., tail] => {
+            let part = part.join(".");
+            format!(
+                "mid.attn_1.{}.{tail}",
+                PARTS.iter().find(|(_, new)| *new == part)?.0
+            )
+        }
+        ["mid_block", "resnets", index, part, tail] => format!(
+            "mid.block_{}.{}.{tail}",
+            index.parse::<usize>().ok()? + 1,
+            resnet(part)
+        ),
+        [
+            way @ ("down_blocks" | "up_blocks"),
+            level,
+            "resnets",
+            block,
+            part,
+            tail,
+        ] => {
+            let way = way.strip_suffix("_blocks")?;
+            format!(
+                "{way}.{}.block.{block}.{}.{tail}",
+                turned(way, level, levels)?,
+                resnet(part)
+            )
+        }
+        ["down_blocks", level, "downsamplers", "0", "conv", tail] => {
+            format!("down.{level}.downsample.conv.{tail}")
+        }
+        ["up_blocks", level, "upsamplers", "0", "conv", tail] => {
+            format!("up.{}.upsample.conv.{tail}", turned("up", level, levels)?)
+        }
+        _ => return None,
+    };
+    Some(format!("{half}.{rest}"))
+}
+
+fn renamed(part: &str) -> &str {
+    PARTS
+        .iter()
+        .find(|(old, _)| *old == part)
+        .map_or(part, |(_, new)| new)
+}
+
+fn part_of_resnet(part: &str) -> &str {
+    if part == "nin_shortcut" {
+        "conv_shortcut"
+    } else {
+        part
+    }
+}
+
+/// The decoder's levels are counted from full size in the original and from the latents in diffusers.
+fn turned(way: &str, level: &str, levels: usize) -> Option<usize> {
+    let level = level.parse::<usize>().ok()?;
+    if way == "up" {
+        levels.checked_sub(level + 1)
+    } else {
+        Some(level)
+    }
+}
+
+/// Sizes of an autoencoder by the shapes of its tensors under diffusers' names; groups, scale and shift are FLUX.1's.
+pub fn infer_config(shape: impl Fn(&str) -> Option<Vec<usize>>) -> Result<VaeConfig> {
+    let rows = |name: &str, axis: usize| -> Result<usize> {
+        let shape = shape(name)
+            .with_context(|| format!("there is no tensor `{name}`, so this is no VAE"))?;
+        shape
+            .get(axis)
+            .copied()
+            .with_context(|| format!("tensor `{name}` has shape {shape:?}"))
+    };
+    let level = |i: usize| format!("decoder.up_blocks.{i}.resnets.0.conv1.weight");
+    let mut block_out_channels = (0..)
+        .take_while(|i| shape(&level(*i)).is_some())
+        .map(|i| rows(&level(i), 0))
+        .collect::<Result<Vec<_>>>()?;
+    block_out_channels.reverse();
+    ensure!(
+        !block_out_channels.is_empty(),
+        "there is no tensor `{}`, so this is no VAE",
+        level(0)
+    );
+    let layers = (0..)
+        .take_while(|j| shape(&format!("decoder.up_blocks.0.resnets.{j}.conv1.weight")).is_some())
+        .count();
+    let config = VaeConfig {
+        in_channels: shape("encoder.conv_in.weight")
+            .map_or(Ok(3), |_| rows("encoder.conv_in.weight", 1))?,
+        out_channels: rows("decoder.conv_out.weight", 0)?,
+        layers_per_block: layers.saturating_sub(1),
+        latent_channels: rows("decoder.conv_in.weight", 1)?,
+        norm_num_groups: 32,
+        scaling_factor: 0.3611,
+        shift_factor: Some(0.1159),
+        mid_block_add_attention: shape("decoder.mid_block.attentions.0.to_q.weight").is_some(),
+        use_quant_conv: shape("quant_conv.weight").is_some(),
+        use_post_quant_conv: shape("post_quant_conv.weight").is_some(),
+        block_out_channels,
+        ..VaeConfig::default()
+    };
+    ensure!(
+        config.latent_channels == 16 && config.block_out_channels.iter().all(|c| c % 32 == 0),
+        "a VAE of {} latent channels and block channels {:?} is not FLUX.1's, so it needs its config.json",
+        config.latent_channels,
+        config.block_out_channels
+    );
+    Ok(config)
+}
