@@ -112,6 +112,10 @@ pub enum Form {
     Remove,
     /// The paper's linear layer: y = x + W x + b (FastFLUX, arXiv 2506.10035).
     Linear,
+    /// y = x + W x + V silu(vec) + b: also sees timestep, guidance and pooled text; nothing more per token.
+    Conditioned,
+    /// y = x + g ⊙ (W (LN(x)(1 + s) + t) + b): keeps the block's own shift t, scale s and gate g around the layer.
+    Modulated,
 }
 
 impl fmt::Display for Form {
@@ -119,6 +123,8 @@ impl fmt::Display for Form {
         f.pad(match self {
             Self::Remove => "remove",
             Self::Linear => "linear",
+            Self::Conditioned => "conditioned",
+            Self::Modulated => "modulated",
         })
     }
 }

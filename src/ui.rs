@@ -37,15 +37,18 @@ pub fn error(error: &anyhow::Error) {
     eprintln!("error: {error:#}");
 }
 
-/// Writes data to stdout, with a newline at the end.
+/// Writes data to stdout, with a newline at the end. A reader that has gone (`fastflux inspect | head`) is no error.
 ///
 /// # Errors
-/// When stdout is closed or full.
+/// When stdout is full or cannot be written.
 pub fn data(text: impl AsRef<str>) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{}", text.as_ref().trim_end_matches('\n'))
-        .and_then(|()| out.flush())
-        .context("cannot write to stdout")
+    let written =
+        writeln!(out, "{}", text.as_ref().trim_end_matches('\n')).and_then(|()| out.flush());
+    match written {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("cannot write to stdout"),
+    }
 }
 
 /// Writes a value to stdout as indented JSON.
@@ -63,6 +66,16 @@ pub fn progress(steps: usize, what: &'static str) -> ProgressBar {
         what,
         "{prefix} {bar:30} {pos}/{len} {msg} [{elapsed} < {eta}]",
     )
+}
+
+/// A progress bar on stderr for a download of `size` bytes of which `done` are there; hidden as [`progress`] is.
+/// Its message is the name, shortened to what the terminal has room for.
+pub fn download(name: &str, size: u64, done: u64) -> ProgressBar {
+    let template = "{wide_msg} {bar:20} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} [{elapsed} < {eta}]";
+    let bar = bar(size, "", template).with_message(name.to_owned());
+    bar.set_position(done);
+    bar.reset_eta(); // what was there before says nothing about the speed now
+    bar
 }
 
 fn bar(len: u64, what: &'static str, template: &str) -> ProgressBar {

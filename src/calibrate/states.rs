@@ -152,6 +152,12 @@ impl States {
         })
     }
 
+    /// The times of the states `range` (fewer where there are fewer).
+    pub fn times(&self, range: std::ops::Range<usize>) -> Vec<f32> {
+        let items = self.items.get(range).unwrap_or_default();
+        items.iter().map(|(_, t, _)| *t).collect()
+    }
+
     /// The ranges of all batches of at most `size` states.
     pub fn batches(
         &self,

@@ -32,13 +32,73 @@ impl Moments {
     }
 }
 
-/// The sums of a least-squares problem y − x ≈ \[x 1\] B over all tokens seen, in f64.
+/// The sums of a least-squares problem R ≈ Z B over all tokens seen, in f64.
 #[derive(Clone, Debug)]
 pub struct Gram {
-    /// \[x 1\]ᵀ\[x 1\], (d + 1, d + 1).
+    /// ZᵀZ, (k, k).
     pub gram: Tensor,
-    /// \[x 1\]ᵀ(y − x), (d + 1, d).
+    /// ZᵀR, (k, d).
     pub cross: Tensor,
+    /// Σ ‖R‖².
+    pub target_sq: f64,
+}
+
+impl Gram {
+    /// The sums of one set of rows: `features` (n, k), `target` (n, d), both in the format to multiply in.
+    ///
+    /// # Errors
+    /// When a product fails.
+    pub fn of(features: &Tensor, target: &Tensor) -> Result<Self> {
+        let transposed = features.t()?;
+        Ok(Self {
+            gram: transposed.matmul(features)?.to_dtype(DType::F64)?,
+            cross: transposed.matmul(target)?.to_dtype(DType::F64)?,
+            target_sq: target.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar()?,
+        })
+    }
+
+    /// The sums over the rows of both.
+    ///
+    /// # Errors
+    /// When they are of different problems.
+    pub fn plus(&self, other: &Self) -> Result<Self> {
+        Ok(Self {
+            gram: (&self.gram + &other.gram)?,
+            cross: (&self.cross + &other.cross)?,
+            target_sq: self.target_sq + other.target_sq,
+        })
+    }
+
+    /// Adds to a sum that may have no share yet.
+    ///
+    /// # Errors
+    /// When they are of different problems.
+    pub fn add_to(self, sum: &mut Option<Self>) -> Result<()> {
+        *sum = Some(match sum.take() {
+            None => self,
+            Some(sum) => sum.plus(&self)?,
+        });
+        Ok(())
+    }
+}
+
+/// The format for products of activations: on the CPU f64 costs little more than f32 and keeps the sums exact; f64
+/// units of GPUs are scarce, so products are f32 there and only sums f64.
+pub fn product_dtype(device: &candle::Device) -> DType {
+    if device.is_cpu() {
+        DType::F64
+    } else {
+        DType::F32
+    }
+}
+
+/// Appends a column of ones, for the bias: (n, k) → (n, k + 1).
+///
+/// # Errors
+/// When memory is short.
+pub fn with_ones(features: &Tensor) -> Result<Tensor> {
+    let ones = Tensor::ones((features.dim(0)?, 1), features.dtype(), features.device())?;
+    Ok(Tensor::cat(&[features, &ones], 1)?)
 }
 
 /// Everything gathered of one stream (text or image tokens) of one block.
@@ -57,12 +117,7 @@ impl StreamStats {
     /// When a value is NaN or infinite, or a product fails.
     pub fn add(&mut self, x: &Tensor, y: &Tensor, with_gram: bool) -> Result<()> {
         let width = x.dim(candle::D::Minus1)?;
-        // On the CPU products in f64 cost little more than in f32 and keep the sums exact; elsewhere f64 units are scarce.
-        let product = if x.device().is_cpu() {
-            DType::F64
-        } else {
-            DType::F32
-        };
+        let product = product_dtype(x.device());
         let x = x.reshape(((), width))?.to_dtype(product)?;
         let y = y.reshape(((), width))?.to_dtype(product)?;
         let change = (&y - &x)?;
@@ -87,25 +142,8 @@ impl StreamStats {
         );
         self.moments.add(&moments);
         if with_gram {
-            let ones = Tensor::ones((tokens, 1), product, x.device())?;
-            let extended = Tensor::cat(&[&x, &ones], 1)?;
-            let transposed = extended.t()?;
-            self.add_gram(&Gram {
-                gram: transposed.matmul(&extended)?.to_dtype(DType::F64)?,
-                cross: transposed.matmul(&change)?.to_dtype(DType::F64)?,
-            })?;
+            Gram::of(&with_ones(&x)?, &change)?.add_to(&mut self.gram)?;
         }
-        Ok(())
-    }
-
-    fn add_gram(&mut self, more: &Gram) -> Result<()> {
-        self.gram = Some(match self.gram.take() {
-            None => more.clone(),
-            Some(sum) => Gram {
-                gram: (sum.gram + &more.gram)?,
-                cross: (sum.cross + &more.cross)?,
-            },
-        });
         Ok(())
     }
 }

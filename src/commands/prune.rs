@@ -10,7 +10,7 @@ use crate::{
     calibrate::{
         self,
         states::States,
-        stats::{BlockStats, CalibrationStats},
+        stats::{BlockStats, CalibrationStats, StreamStats},
     },
     checkpoint::{
         record::{self, Record},
@@ -22,11 +22,11 @@ use crate::{
     model::{Block, Flux, cost},
     pipeline::{PRUNED_STEM, Pipeline},
     prune::{
-        self,
-        apply::{self, Layers},
-        fit,
+        apply, fit,
+        layers::{Fitted, LayerMap, Layers},
         plan::{self, PruningPlan},
         recipe::PruneRecipe,
+        refit::{self, Fitting},
     },
     sample::denoise::{Denoise, Encoded},
     score::ablation::{Greedy, HeldOut, greedy},
@@ -45,6 +45,8 @@ const SAMPLES_LARGE: usize = 32;
 const LARGE: usize = 1024;
 /// Tokens in one forward where the recipe names no batch.
 const TOKENS_PER_FORWARD: usize = 1536;
+/// Ridge of the fits that blocks are compared by.
+const SCORING_RIDGE: f64 = 1e-4;
 /// Tokens of all held-out states where the recipe names no number.
 const HELD_OUT_TOKENS: usize = 131_072;
 
@@ -61,10 +63,10 @@ struct Run<'a> {
 /// What calibration and scoring found.
 struct Found {
     stats: CalibrationStats,
-    fits: BTreeMap<BlockId, Layers>,
+    fits: LayerMap,
     greedy: Greedy,
     plan: PruningPlan,
-    layers: BTreeMap<BlockId, Layers>,
+    layers: LayerMap,
     /// Relative error of the pruned model's velocity on held-out states.
     velocity_error: f64,
 }
@@ -245,13 +247,13 @@ impl Run<'_> {
         )?;
         progress.finish_and_clear();
         let progress = ui::progress(stats.blocks.len(), "fitting");
-        let mut fits = BTreeMap::new();
+        let mut fits = LayerMap::new();
         let mut blocks: BTreeMap<BlockId, Block> = BTreeMap::new();
         for block in &stats.blocks {
             let layers = self.fit(block)?;
             blocks.insert(
                 block.id,
-                prune::block(&layers, &self.runtime.device, self.runtime.dtype)?,
+                layers.block(&self.runtime.device, self.runtime.dtype)?,
             );
             fits.insert(block.id, layers);
             progress.inc(1);
@@ -276,30 +278,26 @@ impl Run<'_> {
             chosen.len(),
             config.original_ids().count()
         );
-        let plan = PruningPlan::linear(source, chosen.clone(), reason);
-
-        let layers = if self.recipe.fit.sequential {
-            let progress =
-                ui::progress(chosen.len() * states.batches(self.batch).len(), "refitting");
-            let ridge = self.recipe.fit.ridge;
-            let layers = prune::fit_sequentially(
-                &self.flux,
-                &states,
-                self.batch,
-                &chosen,
-                ridge,
-                self.runtime,
-                &progress,
-            )?;
-            progress.finish_and_clear();
-            layers
-        } else {
-            fits.iter()
-                .filter(|(id, _)| chosen.contains(id))
-                .map(|(id, l)| (*id, l.clone()))
-                .collect()
+        let f = &self.recipe.fit;
+        let plan = PruningPlan::new(config, source, chosen, f.form, f.joint, f.collapse, reason);
+        let fitting = Fitting {
+            ridge: f.ridge,
+            sequential: f.sequential,
+            batch: self.batch,
         };
-        let velocity_error = held_out.error(&self.flux, &self.pruned(&layers)?.trunk)?;
+        let batches = states.batches(self.batch).len();
+        let progress = ui::progress(plan.replace.len() * batches, "refitting");
+        let layers = refit::fit_layers(
+            &self.flux,
+            &states,
+            &plan.replace,
+            fitting,
+            self.runtime,
+            &progress,
+        )?;
+        progress.finish_and_clear();
+        let pruned = refit::pruned(&self.flux, &plan.replace, &layers, self.runtime)?;
+        let velocity_error = held_out.error(&self.flux, &pruned.trunk)?;
         Ok(Found {
             stats,
             fits,
@@ -310,25 +308,30 @@ impl Run<'_> {
         })
     }
 
+    /// The plain layer of a block from the statistics alone, for choosing blocks.
     fn fit(&self, block: &BlockStats) -> Result<Layers> {
-        let ridge = self.recipe.fit.ridge;
-        let fit = |stats| fit::fit(stats, ridge).with_context(|| format!("block {}", block.id));
-        Ok(Layers {
+        let ridge = self.recipe.fit.ridge.unwrap_or(SCORING_RIDGE);
+        let fit = |stats: &StreamStats| -> Result<Box<Fitted>> {
+            let sums = stats
+                .gram
+                .as_ref()
+                .with_context(|| format!("block {}: no tokens were seen", block.id))?;
+            let solution =
+                fit::solve(sums, ridge).with_context(|| format!("block {}", block.id))?;
+            let width = solution.coefficients.ncols();
+            Ok(Box::new(Fitted {
+                weight: fit::weight(&solution.coefficients, 0..width)?,
+                bias: fit::bias(&solution.coefficients)?,
+                vec: None,
+                modulation: None,
+                error: solution.residual_sq / stats.moments.change_sq.max(f64::MIN_POSITIVE),
+                ridge: solution.ridge,
+            }))
+        };
+        Ok(Layers::Streams {
             txt: fit(&block.txt)?,
             img: fit(&block.img)?,
         })
-    }
-
-    /// The model with fitted layers in place of their blocks; shares all other weights.
-    fn pruned(&self, layers: &BTreeMap<BlockId, Layers>) -> Result<Flux> {
-        let mut flux = self.flux.clone();
-        for (index, (spec, _)) in self.flux.trunk.entries().iter().enumerate() {
-            if let Some(layers) = layers.get(&spec.id()) {
-                let block = prune::block(layers, &self.runtime.device, self.runtime.dtype)?;
-                flux.trunk = flux.trunk.with_block(index, block)?;
-            }
-        }
-        Ok(flux)
     }
 
     /// Draws the last prompts with both models into `before-after.png`: unpruned above, pruned below.
@@ -360,7 +363,10 @@ impl Run<'_> {
         let steps = c.steps.context("steps are resolved")?;
         let progress = ui::progress(2 * steps * count.div_ceil(self.batch), "drawing");
         let mut rows = Vec::new();
-        for flux in [&self.flux, &self.pruned(&found.layers)?] {
+        for flux in [
+            &self.flux,
+            &refit::pruned(&self.flux, &found.plan.replace, &found.layers, self.runtime)?,
+        ] {
             let denoise = Denoise {
                 flux,
                 dtype: self.runtime.dtype,
@@ -455,10 +461,14 @@ fn scores(found: &Found, block: &BlockStats) -> serde_json::Value {
     let both = |f: fn(&crate::calibrate::stats::Moments) -> f64| {
         f(&block.txt.moments) + f(&block.img.moments)
     };
+    // what the plain layer of either stream leaves of ‖y − x‖²
     let residual = found
         .fits
         .get(&block.id)
-        .map(|l| l.txt.residual_sq + l.img.residual_sq);
+        .and_then(Layers::fits)
+        .map(|[txt, img]| {
+            txt.error * block.txt.moments.change_sq + img.error * block.img.moments.change_sq
+        });
     let change = both(|m| m.change_sq);
     json!({
         "block": block.id,

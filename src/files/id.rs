@@ -58,7 +58,8 @@ fn is_part(text: &str) -> bool {
 
 /// Whether `text` may be a branch, a tag, `refs/pr/N` or a commit (the ASCII part of `git check-ref-format`).
 fn is_revision(text: &str) -> bool {
-    text.split('/').all(|part| {
+    let is_lock = text.strip_suffix(".lock").is_some(); // git's own file
+    let is_part = |part: &str| {
         !part.is_empty()
             && !part.starts_with(['.', '-'])
             && !part.ends_with('.')
@@ -66,7 +67,8 @@ fn is_revision(text: &str) -> bool {
             && part
                 .chars()
                 .all(|c| c.is_ascii_alphanumeric() || "-_.+".contains(c))
-    }) && !text.ends_with(".lock")
+    };
+    !is_lock && text.split('/').all(is_part)
 }
 
 #[cfg(test)]

@@ -100,7 +100,13 @@ impl Files {
     /// not-found each say what to do.
     pub fn hub(id: &str, revision: Option<&str>) -> Result<Self> {
         #[cfg(feature = "hub")]
-        return Self::hub_with(&HubSettings::from_env(), id, revision);
+        {
+            let files = Self::hub_with(&HubSettings::from_env(), id, revision)?;
+            if let Some(note) = files.note() {
+                crate::ui::note(note);
+            }
+            Ok(files)
+        }
         #[cfg(not(feature = "hub"))]
         Err(anyhow!(
             "`{id}{}` is a hub id, but this build has no hub support\nhint: build with `--features hub`, or download the files and name the folder",

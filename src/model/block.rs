@@ -5,6 +5,7 @@ use candle_nn::VarBuilder;
 
 use super::double::DoubleBlock;
 use super::linear::Linear;
+use super::modulation::Modulation;
 use super::replacement::ReplacementBlock;
 use super::single::SingleBlock;
 use super::stream::{Conditioning, Stream};
@@ -40,8 +41,28 @@ impl Block {
         match self {
             Self::Double(block) => block.forward(stream, conditioning),
             Self::Single(block) => block.forward(stream, conditioning),
-            Self::Replacement(block) => block.forward(stream),
+            Self::Replacement(block) => block.forward(stream, conditioning),
         }
+    }
+
+    /// Shift, scale and gate of the block's first branch, for its text and its image tokens, as a modulated
+    /// replacement keeps them; `None` for replacements.
+    pub fn modulations(&self) -> Result<Option<[Modulation<3>; 2]>> {
+        let [txt, img] = match self {
+            Self::Double(block) => block.modulations(),
+            Self::Single(block) => block.modulations(),
+            Self::Replacement(_) => return Ok(None),
+        };
+        // the first three parts of three (single) or six (double)
+        let first = |lin: &Linear| -> Result<Modulation<3>> {
+            let rows = 3 * lin.weight().dim(1)?;
+            let weight = lin.weight().narrow(0, 0, rows)?;
+            let bias = lin.bias().map(|b| b.narrow(0, 0, rows)).transpose()?;
+            Ok(Modulation {
+                lin: Linear::new(weight, bias)?,
+            })
+        };
+        Ok(Some([first(txt)?, first(img)?]))
     }
 
     /// Every projection with its canonical name below the block (`img_attn.qkv`, `linear1`, `linear.img`): the one

@@ -86,13 +86,30 @@ pub fn block(config: &FluxConfig, spec: &BlockSpec, img: usize, txt: usize) -> C
                 + Cost::linear(hidden + mlp, hidden, tokens)
                 + attention
         }
-        BlockSpec::Replaced(replacement) => match (replacement.form, replacement.joint) {
-            (Form::Remove, _) => Cost::default(),
-            (Form::Linear, true) => Cost::linear(hidden, hidden, tokens),
-            (Form::Linear, false) => {
-                Cost::linear(hidden, hidden, img) + Cost::linear(hidden, hidden, txt)
+        BlockSpec::Replaced(replacement) => {
+            let layer = |rows| {
+                let linear = Cost::linear(hidden, hidden, rows);
+                match replacement.form {
+                    Form::Remove => Cost::default(),
+                    Form::Linear => linear,
+                    // V has no bias and is applied once, not to every token
+                    Form::Conditioned => {
+                        linear
+                            + Cost {
+                                parameters: (hidden * hidden) as u64,
+                                matmul_flops: 2 * (hidden * hidden) as u64,
+                                attention_flops: 0,
+                            }
+                    }
+                    Form::Modulated => linear + Cost::linear(hidden, 3 * hidden, 1),
+                }
+            };
+            if replacement.joint {
+                layer(tokens)
+            } else {
+                layer(img) + layer(txt)
             }
-        },
+        }
     }
 }
 

@@ -86,6 +86,11 @@ impl DoubleBlock {
         })
     }
 
+    /// The modulation projections of text and image tokens.
+    pub(super) fn modulations(&self) -> [&Linear; 2] {
+        [&self.txt.modulation.lin, &self.img.modulation.lin]
+    }
+
     /// One step of the fold.
     pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
         let Self {

@@ -138,7 +138,7 @@ fn times(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 }
 
 fn times_wide(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    x.to_dtype(weight.dtype())?.matmul(&weight.t()?)
+    ops::product(&x.to_dtype(weight.dtype())?, weight)
 }
 
 #[cfg(test)]

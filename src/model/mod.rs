@@ -25,7 +25,7 @@ pub use double::DoubleBlock;
 pub use embed::Inputs;
 pub use linear::{Linear, Lora};
 pub use modulation::Modulation;
-pub use replacement::ReplacementBlock;
+pub use replacement::{AffineLayer, ReplacementBlock};
 pub use rope::Rope;
 pub use single::SingleBlock;
 pub use stream::{Conditioning, Stream};

@@ -1,13 +1,93 @@
-//! What stands in for removed blocks: nothing, or a linear layer in the residual, y = x + Wx + b.
-//! Fitting W and b is `prune`'s business.
+//! What stands in for removed blocks: nothing, or an affine layer in the residual, in one of several forms behind one
+//! type. Fitting the layers is `prune`'s business.
 
-use candle::Result;
+use candle::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::linear::Linear;
+use super::modulation::Modulation;
 use super::ops::{self, Branch};
-use super::stream::Stream;
+use super::stream::{Conditioning, Stream};
 use crate::layout::{FluxConfig, Form, Replacement};
+
+/// The layer of one stream: y = x + g ⊙ (W z + V silu(vec) + b).
+///
+/// Without modulation z = x and g = 1; with it z = LN(x)(1 + scale) + shift, as in the block it replaces. V is there in
+/// the conditioned form only; it costs one matrix-vector product per step and nothing per token.
+#[derive(Clone, Debug)]
+pub struct AffineLayer {
+    /// W and b, (hidden, hidden) and (hidden).
+    pub linear: Linear,
+    /// V, (hidden, hidden), without bias.
+    pub vec: Option<Linear>,
+    /// The replaced block's own shift, scale and gate.
+    pub modulation: Option<Modulation<3>>,
+}
+
+impl AffineLayer {
+    /// The paper's layer: y = x + W x + b.
+    pub fn plain(linear: Linear) -> Self {
+        Self {
+            linear,
+            vec: None,
+            modulation: None,
+        }
+    }
+
+    fn load(hidden: usize, form: Form, vb: &VarBuilder) -> Result<Self> {
+        let vec = match form {
+            Form::Conditioned => {
+                let weight = vb.pp("vec").get((hidden, hidden), "weight")?;
+                Some(Linear::new(weight, None)?)
+            }
+            _ => None,
+        };
+        let modulation = match form {
+            Form::Modulated => Some(Modulation::new(hidden, &vb.pp("modulation").pp("lin"))?),
+            _ => None,
+        };
+        Ok(Self {
+            linear: Linear::load(hidden, hidden, vb)?,
+            vec,
+            modulation,
+        })
+    }
+
+    /// What W is applied to, (batch, tokens, hidden), and the gate (batch, hidden), `None` where it is 1.
+    pub fn input(
+        &self,
+        x: &Tensor,
+        conditioning: &Conditioning,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        match &self.modulation {
+            None => Ok((x.clone(), None)),
+            Some(modulation) => {
+                let [shift, scale, gate] = modulation.forward(conditioning)?;
+                Ok((ops::norm_modulate(x, &shift, &scale)?, Some(gate)))
+            }
+        }
+    }
+
+    /// W z + V silu(vec), and the gate; the bias is added with the residual.
+    fn product(&self, x: &Tensor, conditioning: &Conditioning) -> Result<(Tensor, Option<Tensor>)> {
+        let (z, gate) = self.input(x, conditioning)?;
+        let y = self.linear.product(&z)?;
+        let y = match &self.vec {
+            None => y,
+            Some(vec) => y.broadcast_add(&vec.product(conditioning.activated())?.unsqueeze(1)?)?,
+        };
+        Ok((y, gate))
+    }
+
+    /// Every projection with its name below `prefix`.
+    fn linears_mut(&mut self, names: [&'static str; 3]) -> Vec<(&'static str, &mut Linear)> {
+        let [linear, vec, modulation] = names;
+        let mut out = vec![(linear, &mut self.linear)];
+        out.extend(self.vec.as_mut().map(|l| (vec, l)));
+        out.extend(self.modulation.as_mut().map(|m| (modulation, &mut m.lin)));
+        out
+    }
+}
 
 /// A replacement of one or several blocks.
 #[derive(Clone, Debug)]
@@ -15,60 +95,61 @@ pub enum ReplacementBlock {
     /// The blocks are gone; the stream passes through.
     Remove,
     /// One layer for text and image tokens alike.
-    Joint(Linear),
+    Joint(AffineLayer),
     /// A layer for each stream.
     Streams {
         /// For the text tokens.
-        txt: Linear,
+        txt: AffineLayer,
         /// For the image tokens.
-        img: Linear,
+        img: AffineLayer,
     },
 }
 
 impl ReplacementBlock {
     /// Reads the layers below `vb`: `linear.weight` where joint, else `linear.img.weight` and `linear.txt.weight`,
-    /// (hidden, hidden), and their biases.
+    /// (hidden, hidden), and their biases; `….vec.weight` and `….modulation.lin.*` where the form has them.
     pub fn new(config: &FluxConfig, replacement: &Replacement, vb: &VarBuilder) -> Result<Self> {
-        let hidden = config.hidden_size;
+        let (hidden, form) = (config.hidden_size, replacement.form);
         let vb = vb.pp("linear");
-        Ok(match (replacement.form, replacement.joint) {
+        Ok(match (form, replacement.joint) {
             (Form::Remove, _) => Self::Remove,
-            (Form::Linear, true) => Self::Joint(Linear::load(hidden, hidden, &vb)?),
-            (Form::Linear, false) => Self::Streams {
-                txt: Linear::load(hidden, hidden, &vb.pp("txt"))?,
-                img: Linear::load(hidden, hidden, &vb.pp("img"))?,
+            (_, true) => Self::Joint(AffineLayer::load(hidden, form, &vb)?),
+            (_, false) => Self::Streams {
+                txt: AffineLayer::load(hidden, form, &vb.pp("txt"))?,
+                img: AffineLayer::load(hidden, form, &vb.pp("img"))?,
             },
         })
     }
 
     /// One step of the fold.
-    pub fn forward(&self, stream: &Stream) -> Result<Stream> {
+    pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
         let tokens = match self {
             Self::Remove => return Ok(stream.clone()),
-            Self::Joint(linear) => {
-                let y = linear.product(&stream.tokens)?;
+            Self::Joint(layer) => {
+                let (y, gate) = layer.product(&stream.tokens, conditioning)?;
                 ops::gated_residual(&[Branch {
                     x: &stream.tokens,
                     y: &y,
-                    bias: linear.bias(),
-                    gate: None,
+                    bias: layer.linear.bias(),
+                    gate: gate.as_ref(),
                 }])?
             }
             Self::Streams { txt, img } => {
                 let (txt_x, img_x) = (stream.txt_view()?, stream.img_view()?);
-                let (txt_y, img_y) = (txt.product(&txt_x)?, img.product(&img_x)?);
+                let (txt_y, txt_gate) = txt.product(&txt_x, conditioning)?;
+                let (img_y, img_gate) = img.product(&img_x, conditioning)?;
                 ops::gated_residual(&[
                     Branch {
                         x: &txt_x,
                         y: &txt_y,
-                        bias: txt.bias(),
-                        gate: None,
+                        bias: txt.linear.bias(),
+                        gate: txt_gate.as_ref(),
                     },
                     Branch {
                         x: &img_x,
                         y: &img_y,
-                        bias: img.bias(),
-                        gate: None,
+                        bias: img.linear.bias(),
+                        gate: img_gate.as_ref(),
                     },
                 ])?
             }
@@ -80,8 +161,19 @@ impl ReplacementBlock {
     pub fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
         match self {
             Self::Remove => vec![],
-            Self::Joint(linear) => vec![("linear", linear)],
-            Self::Streams { txt, img } => vec![("linear.img", img), ("linear.txt", txt)],
+            Self::Joint(layer) => {
+                layer.linears_mut(["linear", "linear.vec", "linear.modulation.lin"])
+            }
+            Self::Streams { txt, img } => {
+                let mut out =
+                    img.linears_mut(["linear.img", "linear.img.vec", "linear.img.modulation.lin"]);
+                out.extend(txt.linears_mut([
+                    "linear.txt",
+                    "linear.txt.vec",
+                    "linear.txt.modulation.lin",
+                ]));
+                out
+            }
         }
     }
 }

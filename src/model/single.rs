@@ -35,6 +35,11 @@ impl SingleBlock {
         })
     }
 
+    /// The modulation projection, for text and image tokens alike.
+    pub(super) fn modulations(&self) -> [&Linear; 2] {
+        [&self.modulation.lin, &self.modulation.lin]
+    }
+
     /// One step of the fold.
     pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
         let x = &stream.tokens;

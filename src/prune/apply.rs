@@ -5,22 +5,13 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use candle::DType;
 
-use super::{fit::Affine, plan::PruningPlan};
+use super::{layers::LayerMap, plan::PruningPlan};
 use crate::{
     checkpoint::{Checkpoint, Source, candle_dtype, keys},
     layout::{BlockId, BlockSpec, FluxConfig},
 };
 
-/// The fitted layers of one replacement.
-#[derive(Clone, Debug)]
-pub struct Layers {
-    /// For the text tokens.
-    pub txt: Affine,
-    /// For the image tokens.
-    pub img: Affine,
-}
-
-/// The pruned checkpoint: kept blocks as they are, replaced ones as `linear.{img,txt}.{weight,bias}` in their slot.
+/// The pruned checkpoint: kept blocks as they are, replaced ones as `linear.*` in their slot.
 ///
 /// No kept tensor is read. The new layers are stored in the number format of the block that they replace.
 ///
@@ -30,7 +21,7 @@ pub fn apply(
     checkpoint: &Checkpoint,
     config: &FluxConfig,
     plan: &PruningPlan,
-    layers: &BTreeMap<BlockId, Layers>,
+    layers: &LayerMap,
 ) -> Result<(Checkpoint, FluxConfig)> {
     plan.validate(config)?;
     let pruned = FluxConfig {
@@ -75,14 +66,10 @@ pub fn apply(
         let prefix = target(&BlockSpec::Replaced(replacement.clone()))
             .context("a replacement has no slot")?;
         let dtype = block_dtype(checkpoint, &old, id);
-        for (stream, affine) in [("img", &layers.img), ("txt", &layers.txt)] {
+        for (name, tensor) in layers.tensors() {
             out.insert(
-                format!("{prefix}.linear.{stream}.weight"),
-                Source::dense(&affine.weight.to_dtype(dtype)?)?,
-            );
-            out.insert(
-                format!("{prefix}.linear.{stream}.bias"),
-                Source::dense(&affine.bias.to_dtype(dtype)?)?,
+                format!("{prefix}.{name}"),
+                Source::dense(&tensor.to_dtype(dtype)?)?,
             );
         }
     }

@@ -1,89 +1,151 @@
-//! Least squares: the linear layer that comes nearest to a block's residual branch (FastFLUX, arXiv 2506.10035, BRLL).
+//! Ridge least squares from sums alone: the affine layer nearest to a block's residual branch (FastFLUX, arXiv
+//! 2506.10035, BRLL). Gathering the sums is `calibrate`'s and `refit`'s business.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use candle::{DType, Device, Tensor};
 use faer::{Mat, Side, linalg::solvers::Solve};
 
-use crate::calibrate::stats::{Gram, StreamStats};
+use crate::calibrate::stats::Gram;
 
-/// An affine map y = x Wᵀ + b with its quality on the pairs it was fitted to.
+/// Ridges that are tried when none is given, relative to the mean diagonal.
+pub const RIDGES: [f64; 6] = [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2];
+
+/// A least-squares solution.
 #[derive(Clone, Debug)]
-pub struct Affine {
-    /// (d, d) in f32, in the (out, in) order of a linear layer.
-    pub weight: Tensor,
-    /// (d) in f32.
-    pub bias: Tensor,
-    /// Σ ‖(y − x) − (W x + b)‖² over the fitted pairs, from the sums alone.
+pub struct Solution {
+    /// B, (k, d).
+    pub coefficients: Mat<f64>,
+    /// The ridge used, relative to the mean diagonal.
+    pub ridge: f64,
+    /// Σ ‖R − Z B‖² over the rows it was fitted to.
     pub residual_sq: f64,
 }
 
-/// How often the ridge is raised tenfold when the Gram matrix is not positive definite.
-const ATTEMPTS: usize = 12;
+/// How often the ridge is raised when the Gram matrix is not positive definite.
+const ATTEMPTS: usize = 14;
 
-/// Fits one stream's layer with ridge `ridge`, relative to the mean of the Gram matrix's diagonal.
+/// Minimises ‖R − Z B‖² + λ‖B‖² with λ = `ridge` × mean diagonal of ZᵀZ; the smallest larger λ where that is singular.
 ///
 /// # Errors
-/// When no statistics for a fit were gathered, or the sums are not finite.
-pub fn fit(stats: &StreamStats, ridge: f64) -> Result<Affine> {
-    let sums = stats.gram.as_ref().context("no tokens were seen")?;
-    let (weight, bias, residual_sq) = solve(sums, stats.moments.change_sq, ridge)?;
-    Ok(Affine {
-        weight,
-        bias,
-        residual_sq,
-    })
+/// When the sums are NaN or infinite, or singular whatever the ridge.
+pub fn solve(sums: &Gram, ridge: f64) -> Result<Solution> {
+    let problem = Problem::new(sums)?;
+    problem.solve(ridge)
 }
 
-/// Solves (G + λI) B = C for B (d + 1, d) by Cholesky and gives (Wᵀ-ordered weight, bias, residual).
-fn solve(sums: &Gram, change_sq: f64, ridge: f64) -> Result<(Tensor, Tensor, f64)> {
-    let gram = to_faer(&sums.gram)?;
-    let cross = to_faer(&sums.cross)?;
-    let (rows, width) = (gram.nrows(), cross.ncols());
-    let mean = (0..rows).map(|i| gram[(i, i)]).sum::<f64>() / rows as f64;
-    ensure!(mean.is_finite(), "the statistics are NaN or infinite");
-    let mut lambda = ridge * mean;
-    let mut solution = None;
-    for _ in 0..ATTEMPTS {
-        let mut damped = gram.clone();
-        for i in 0..rows {
-            damped[(i, i)] += lambda;
+/// Solves with the ridge of [`RIDGES`] whose solution leaves the smallest residual on `held_out`, on both sums together.
+///
+/// # Errors
+/// As [`solve`].
+pub fn solve_with_best_ridge(sums: &Gram, held_out: &Gram) -> Result<Solution> {
+    let problem = Problem::new(sums)?;
+    let unseen = Problem::new(held_out)?;
+    let mut best = (f64::INFINITY, RIDGES[0]);
+    for ridge in RIDGES {
+        let residual = unseen.residual(&problem.solve(ridge)?.coefficients);
+        if residual < best.0 {
+            best = (residual, ridge);
         }
-        if let Ok(cholesky) = damped.llt(Side::Lower) {
-            solution = Some(cholesky.solve(&cross));
-            break;
-        }
-        // too few or degenerate tokens: the smallest ridge that makes the problem definite
-        lambda = (lambda * 10.0).max(mean * 1e-12);
     }
-    let Some(b) = solution else {
+    solve(&sums.plus(held_out)?, best.1)
+}
+
+/// The sums as matrices of the solver.
+struct Problem {
+    gram: Mat<f64>,
+    cross: Mat<f64>,
+    target_sq: f64,
+    mean: f64,
+}
+
+impl Problem {
+    fn new(sums: &Gram) -> Result<Self> {
+        let gram = to_faer(&sums.gram)?;
+        let mean =
+            (0..gram.nrows()).map(|i| gram[(i, i)]).sum::<f64>() / gram.nrows().max(1) as f64;
+        ensure!(
+            mean.is_finite() && sums.target_sq.is_finite(),
+            "the statistics are NaN or infinite"
+        );
+        Ok(Self {
+            gram,
+            cross: to_faer(&sums.cross)?,
+            target_sq: sums.target_sq,
+            mean,
+        })
+    }
+
+    fn solve(&self, ridge: f64) -> Result<Solution> {
+        let mut relative = ridge;
+        for _ in 0..ATTEMPTS {
+            let mut damped = self.gram.clone();
+            for i in 0..damped.nrows() {
+                damped[(i, i)] += relative * self.mean;
+            }
+            if let Ok(cholesky) = damped.llt(Side::Lower) {
+                let coefficients = cholesky.solve(&self.cross);
+                let residual_sq = self.residual(&coefficients);
+                if residual_sq.is_finite() {
+                    return Ok(Solution {
+                        coefficients,
+                        ridge: relative,
+                        residual_sq,
+                    });
+                }
+            }
+            // too few or degenerate rows
+            relative = (relative * 10.0).max(1e-13);
+        }
         bail!("the least-squares problem is singular")
-    };
-    // ‖R − X B‖² = ‖R‖² − 2 tr(Bᵀ C) + tr(Bᵀ G B), where G is the matrix without ridge
-    let gb = &gram * &b;
-    let mut fitted = 0.0;
-    for j in 0..width {
-        for i in 0..rows {
-            fitted += b[(i, j)] * (2.0 * cross[(i, j)] - gb[(i, j)]);
+    }
+
+    /// ‖R − Z B‖² = ‖R‖² − 2 tr(BᵀC) + tr(BᵀGB), with the matrix without ridge.
+    fn residual(&self, b: &Mat<f64>) -> f64 {
+        let product = &self.gram * b;
+        let mut fitted = 0.0;
+        for j in 0..b.ncols() {
+            for i in 0..b.nrows() {
+                fitted += b[(i, j)] * (2.0 * self.cross[(i, j)] - product[(i, j)]);
+            }
         }
+        (self.target_sq - fitted).max(0.0)
     }
-    // faer stores columns, so B's columns in order are exactly the rows of the (out, in) weight
-    let (mut weight, mut bias) = (Vec::with_capacity(width * width), Vec::with_capacity(width));
-    for j in 0..width {
-        weight.extend((0..rows - 1).map(|i| b[(i, j)] as f32));
-        bias.push(b[(rows - 1, j)] as f32);
-    }
+}
+
+/// Rows `rows` of coefficients as a linear layer's weight: (out, in), f32.
+///
+/// # Errors
+/// When a value is not finite.
+pub fn weight(coefficients: &Mat<f64>, rows: std::ops::Range<usize>) -> Result<Tensor> {
+    let (width, inputs) = (coefficients.ncols(), rows.len());
+    let values: Vec<f32> = (0..width)
+        .flat_map(|j| rows.clone().map(move |i| coefficients[(i, j)] as f32))
+        .collect();
     ensure!(
-        weight.iter().chain(&bias).all(|v| v.is_finite()),
+        values.iter().all(|v| v.is_finite()),
         "the least-squares solution is not finite"
     );
-    Ok((
-        Tensor::from_vec(weight, (width, rows - 1), &Device::Cpu)?,
-        Tensor::from_vec(bias, width, &Device::Cpu)?,
-        (change_sq - fitted).max(0.0),
-    ))
+    Ok(Tensor::from_vec(values, (width, inputs), &Device::Cpu)?)
 }
 
-fn to_faer(matrix: &Tensor) -> Result<Mat<f64>> {
+/// The last row of coefficients, the bias, f32.
+///
+/// # Errors
+/// When there is no row.
+pub fn bias(coefficients: &Mat<f64>) -> Result<Tensor> {
+    ensure!(coefficients.nrows() > 0, "there is nothing to fit");
+    let row = coefficients.nrows() - 1;
+    let values: Vec<f32> = (0..coefficients.ncols())
+        .map(|j| coefficients[(row, j)] as f32)
+        .collect();
+    Ok(Tensor::from_vec(
+        values,
+        coefficients.ncols(),
+        &Device::Cpu,
+    )?)
+}
+
+pub(super) fn to_faer(matrix: &Tensor) -> Result<Mat<f64>> {
     let (rows, columns) = matrix.dims2()?;
     let values = matrix
         .to_dtype(DType::F64)?
@@ -96,66 +158,107 @@ fn to_faer(matrix: &Tensor) -> Result<Mat<f64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::calibrate::stats::with_ones;
 
     fn random(rows: usize, columns: usize) -> Tensor {
         Tensor::randn(0f64, 1., (rows, columns), &Device::Cpu).unwrap()
     }
 
+    fn gram(x: &Tensor, target: &Tensor) -> Gram {
+        Gram::of(&with_ones(x).unwrap(), target).unwrap()
+    }
+
     #[test]
     fn a_branch_that_is_linear_is_recovered() {
         let (d, n) = (12, 400);
-        let x = random(n, d);
-        let weight = random(d, d);
-        let bias = random(1, d);
-        let y = (&x
-            + x.matmul(&weight.t().unwrap())
+        let (x, w, b) = (random(n, d), random(d, d), random(1, d));
+        let target = x
+            .matmul(&w.t().unwrap())
+            .unwrap()
+            .broadcast_add(&b)
+            .unwrap();
+        let sums = gram(&x, &target);
+        let solution = solve(&sums, 0.0).unwrap();
+        let difference = (weight(&solution.coefficients, 0..d)
+            .unwrap()
+            .to_dtype(DType::F64)
+            .unwrap()
+            - w)
+            .unwrap();
+        assert!(
+            difference
+                .abs()
                 .unwrap()
-                .broadcast_add(&bias)
-                .unwrap())
-        .unwrap();
-        let mut stats = StreamStats::default();
-        stats.add(&x, &y, true).unwrap();
-        let fit = fit(&stats, 0.0).unwrap();
-        let difference = (fit.weight.to_dtype(DType::F64).unwrap() - weight)
-            .unwrap()
-            .abs()
-            .unwrap();
-        assert!(difference.max_all().unwrap().to_scalar::<f64>().unwrap() < 1e-5);
+                .max_all()
+                .unwrap()
+                .to_scalar::<f64>()
+                .unwrap()
+                < 1e-5
+        );
         assert!(
-            fit.residual_sq < 1e-9 * stats.moments.change_sq,
+            solution.residual_sq < 1e-9 * sums.target_sq,
             "{}",
-            fit.residual_sq
+            solution.residual_sq
         );
     }
 
     #[test]
-    fn the_residual_follows_from_the_sums() {
-        let (x, y) = (random(300, 6), random(300, 6));
-        let mut stats = StreamStats::default();
-        for (part, other) in x.chunk(3, 0).unwrap().iter().zip(y.chunk(3, 0).unwrap()) {
-            stats.add(part, &other, true).unwrap();
-        }
-        let fit = fit(&stats, 1e-3).unwrap();
-        let weight = fit.weight.to_dtype(DType::F64).unwrap();
-        let bias = fit.bias.to_dtype(DType::F64).unwrap();
-        let predicted = x
-            .matmul(&weight.t().unwrap())
+    fn the_solution_is_that_of_a_dense_solve_of_the_same_pairs() {
+        let (x, target) = (random(500, 8), random(500, 5));
+        // in three shares, as calibration adds them
+        let mut sums = None;
+        for (x, t) in x
+            .chunk(3, 0)
             .unwrap()
-            .broadcast_add(&bias)
-            .unwrap();
-        let rest = ((y - x).unwrap() - predicted).unwrap().sqr().unwrap();
-        let direct = rest.sum_all().unwrap().to_scalar::<f64>().unwrap();
+            .iter()
+            .zip(target.chunk(3, 0).unwrap())
+        {
+            gram(x, &t).add_to(&mut sums).unwrap();
+        }
+        let sums = sums.unwrap();
+        let solution = solve(&sums, 0.0).unwrap();
+        let dense = {
+            use faer::linalg::solvers::SolveLstsq;
+            let z = to_faer(&with_ones(&x).unwrap()).unwrap();
+            z.qr().solve_lstsq(to_faer(&target).unwrap())
+        };
+        let difference = (&solution.coefficients - &dense).norm_l2() / dense.norm_l2();
+        assert!(difference < 1e-6, "{difference}");
+        let rest = {
+            let z = to_faer(&with_ones(&x).unwrap()).unwrap();
+            (to_faer(&target).unwrap() - z * &solution.coefficients).squared_norm_l2()
+        };
         assert!(
-            (direct - fit.residual_sq).abs() < 1e-5 * direct,
-            "{direct} {}",
-            fit.residual_sq
+            (rest - solution.residual_sq).abs() < 1e-8 * rest,
+            "{rest} {}",
+            solution.residual_sq
         );
     }
 
     #[test]
-    fn fewer_tokens_than_channels_still_give_a_finite_layer() {
-        let mut stats = StreamStats::default();
-        stats.add(&random(3, 16), &random(3, 16), true).unwrap();
-        fit(&stats, 0.0).unwrap();
+    fn fewer_rows_than_columns_still_give_a_finite_layer() {
+        let solution = solve(&gram(&random(3, 16), &random(3, 16)), 0.0).unwrap();
+        weight(&solution.coefficients, 0..16).unwrap();
+        assert!(solution.ridge > 0.0);
+    }
+
+    #[test]
+    fn the_best_ridge_is_strong_where_rows_are_few_and_noisy() {
+        let noisy = |n| {
+            let x = random(n, 20);
+            (
+                gram(&x, &random(n, 3)),
+                gram(&random(200, 20), &random(200, 3)),
+            )
+        };
+        let (few, unseen) = noisy(24);
+        let free = Problem::new(&few).unwrap().solve(1e-7).unwrap();
+        let chosen = {
+            let problem = Problem::new(&few).unwrap();
+            let unseen = Problem::new(&unseen).unwrap();
+            RIDGES.map(|r| unseen.residual(&problem.solve(r).unwrap().coefficients))
+        };
+        assert!(chosen[5] < chosen[0], "{chosen:?}");
+        assert!(solve_with_best_ridge(&few, &unseen).unwrap().ridge > free.ridge);
     }
 }

@@ -47,17 +47,44 @@ pub struct PruningPlan {
 }
 
 impl PruningPlan {
-    /// A plan that replaces each of `blocks` by a linear layer for each stream.
-    pub fn linear(source: String, mut blocks: Vec<BlockId>, reason: String) -> Self {
+    /// A plan that replaces `blocks`; with `collapse`, neighbours in the model's layout become one layer.
+    ///
+    /// Modulated layers keep their own block's modulation and never collapse; removed blocks need no layer to share.
+    pub fn new(
+        config: &FluxConfig,
+        source: String,
+        mut blocks: Vec<BlockId>,
+        form: Form,
+        joint: bool,
+        collapse: bool,
+        reason: String,
+    ) -> Self {
         blocks.sort();
-        let replace = blocks.into_iter().map(|id| Replacement {
-            replaces: vec![id],
-            form: Form::Linear,
-            joint: false,
-        });
+        let entry = |id: BlockId| {
+            config
+                .layout
+                .iter()
+                .position(|s| *s == BlockSpec::Original(id))
+        };
+        let collapse = collapse && matches!(form, Form::Linear | Form::Conditioned);
+        let mut replace: Vec<Replacement> = Vec::new();
+        for id in blocks {
+            let follows = |r: &Replacement| {
+                let last = r.replaces.last().and_then(|last| entry(*last));
+                last.is_some() && last.map(|i| i + 1) == entry(id)
+            };
+            match replace.last_mut() {
+                Some(run) if collapse && follows(run) => run.replaces.push(id),
+                _ => replace.push(Replacement {
+                    replaces: vec![id],
+                    form,
+                    joint,
+                }),
+            }
+        }
         Self {
             source,
-            replace: replace.collect(),
+            replace,
             reason,
         }
     }
@@ -162,7 +189,16 @@ mod tests {
     }
 
     fn plan(blocks: &[BlockId]) -> PruningPlan {
-        PruningPlan::linear("x".into(), blocks.to_vec(), String::new())
+        let model = config(2, 4);
+        PruningPlan::new(
+            &model,
+            "x".into(),
+            blocks.to_vec(),
+            Form::Linear,
+            false,
+            true,
+            String::new(),
+        )
     }
 
     #[test]
@@ -216,5 +252,19 @@ mod tests {
         assert_eq!(serde_json::from_str::<PruningPlan>(&json).unwrap(), plan);
         let misspelt = json.replace("reason", "raison");
         assert!(serde_json::from_str::<PruningPlan>(&misspelt).is_err());
+    }
+
+    #[test]
+    fn neighbours_collapse_into_one_layer_even_where_the_kinds_meet() {
+        let plan = plan(&[BlockId::single(0), BlockId::double(1), BlockId::single(2)]);
+        let runs: Vec<_> = plan.replace.iter().map(|r| r.replaces.clone()).collect();
+        assert_eq!(
+            runs,
+            [
+                vec![BlockId::double(1), BlockId::single(0)],
+                vec![BlockId::single(2)]
+            ]
+        );
+        assert_eq!(plan.layout(&config(2, 4)).len(), 5);
     }
 }

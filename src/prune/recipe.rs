@@ -3,6 +3,8 @@
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::layout::Form;
+
 /// The recipe of a pruning run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -51,8 +53,14 @@ pub struct ScoreRecipe {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct FitRecipe {
-    /// Ridge, relative to the mean diagonal of the Gram matrix.
-    pub ridge: f64,
+    /// What takes a block's place: `linear`, `conditioned`, `modulated` or `remove`.
+    pub form: Form,
+    /// One layer for text and image tokens together instead of one for each.
+    pub joint: bool,
+    /// Neighbouring replaced blocks become one layer.
+    pub collapse: bool,
+    /// Ridge, relative to the mean diagonal of the Gram matrix; `null`: chosen by the residual on states left out.
+    pub ridge: Option<f64>,
     /// Fit in network order on the activations of the already pruned prefix.
     pub sequential: bool,
 }
@@ -86,7 +94,10 @@ impl Default for CalibrationRecipe {
 impl Default for FitRecipe {
     fn default() -> Self {
         Self {
-            ridge: 1e-4,
+            form: Form::Linear,
+            joint: false,
+            collapse: true,
+            ridge: None,
             sequential: true,
         }
     }
@@ -134,8 +145,12 @@ impl PruneRecipe {
             "recipe: `score.held-out` must be at least 1"
         );
         ensure!(
-            self.fit.ridge.is_finite() && self.fit.ridge >= 0.0,
-            "recipe: `fit.ridge` must be a number of at least 0"
+            self.fit.ridge.is_none_or(|r| r.is_finite() && r >= 0.0),
+            "recipe: `fit.ridge` must be a number of at least 0, or null"
+        );
+        ensure!(
+            !(self.fit.joint && self.fit.form == Form::Modulated),
+            "a modulated layer cannot be joint: each stream has a modulation of its own"
         );
         Ok(())
     }

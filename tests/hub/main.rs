@@ -1,5 +1,6 @@
 //! Models on the hub, against a hub on this machine: downloads, the cache, faults, and every message.
 #![cfg(feature = "hub")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
     fs,
@@ -241,6 +242,18 @@ fn an_unknown_repository_is_not_found() {
             "your token may not see it",
         ],
     );
+}
+
+#[test]
+fn an_endpoint_that_is_no_address_is_named() {
+    let mut setup = Setup::small();
+    for endpoint in ["huggingface.co", "mailto:someone"] {
+        setup.settings.endpoint = endpoint.to_owned();
+        assert_says(
+            setup.open(),
+            &[endpoint, "is not the address", "HF_ENDPOINT"],
+        );
+    }
 }
 
 #[test]

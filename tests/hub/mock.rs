@@ -32,6 +32,7 @@ pub(crate) struct Served {
 
 /// What the hub does wrong.
 #[derive(Default)]
+#[allow(clippy::struct_excessive_bools, reason = "faults are independent")]
 pub(crate) struct Faults {
     /// An answer to every request to the API or for a file: status, error code, message.
     pub(crate) refuse: Option<(u16, &'static str, &'static str)>,

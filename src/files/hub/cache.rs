@@ -8,7 +8,9 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
+
+use super::failure;
 
 /// The part of the cache that holds one model repository.
 #[derive(Debug)]
@@ -109,7 +111,7 @@ impl Cache {
                 result => result,
             }
         };
-        place().with_context(|| format!("cannot write `{}`", pointer.display()))?;
+        place().map_err(|error| failure::unwritable(&self.root, &error))?;
         Ok(pointer)
     }
 
@@ -137,12 +139,7 @@ impl Cache {
             }
             Ok(lock)
         };
-        take().with_context(|| {
-            format!(
-                "cannot write to the hub cache: `{}`\nhint: set HF_HOME to a folder that can be written",
-                file.display()
-            )
-        })
+        take().map_err(|error| failure::unwritable(&self.root, &error))
     }
 }
 
@@ -188,6 +185,7 @@ fn link_file(blob: &Path, _etag: &str, _path: &str, pointer: &Path) -> io::Resul
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
 

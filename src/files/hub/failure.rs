@@ -207,6 +207,14 @@ pub(super) fn full(name: &str, missing: u64, free: Option<u64>, folder: &Path) -
     )
 }
 
+/// A cache that cannot be written to.
+pub(super) fn unwritable(folder: &Path, error: &io::Error) -> Error {
+    anyhow!(
+        "cannot write to the hub cache `{}`: {error}\nhint: set HF_HOME to a folder that can be written",
+        folder.display()
+    )
+}
+
 /// Whether a write failed for want of room.
 pub(super) fn is_full(error: &io::Error) -> bool {
     matches!(

@@ -16,8 +16,9 @@ use anyhow::{Error, Result, anyhow, bail};
 use indicatif::ProgressBar;
 use sha2::{Digest, Sha256};
 
+use crate::ui;
+
 use super::{
-    bar,
     cache::Cache,
     failure,
     remote::{Head, Opened, Remote},
@@ -36,9 +37,9 @@ pub(super) fn fetch(
 ) -> Result<PathBuf> {
     let head = remote.head(commit, path)?;
     let blob = cache.blob(&head.etag)?;
-    let waiting = bar::download(name, head.size, 0);
+    let waiting = ui::download(name, head.size, 0);
     let _lock = cache.lock(&head.etag, || {
-        waiting.set_message(format!("waiting for another process to fetch {name}"));
+        waiting.set_message(format!("waiting for another process: {name}"));
         waiting.tick();
     })?;
     waiting.finish_and_clear();
@@ -92,7 +93,7 @@ impl From<io::Error> for Stop {
 impl Download<'_> {
     /// Brings all bytes to `blob`; false when they are not the announced ones, and nothing is left of them.
     fn run(&mut self, blob: &Path) -> Result<bool> {
-        let fail = |error| self.disk(error, 0);
+        let fail = |error| self.disk(&error, 0);
         fs::create_dir_all(self.folder).map_err(fail)?;
         // our own name: other tools do not write their unfinished files in order, so theirs cannot be continued
         let unfinished = format!("{}.fastflux-part", self.head.etag);
@@ -106,11 +107,11 @@ impl Download<'_> {
             return Err(failure::full(self.name, missing, Some(free), self.folder));
         }
 
-        let bar = bar::download(self.name, self.head.size, part.len);
+        let bar = ui::download(self.name, self.head.size, part.len);
         let filled = self.fill(&mut part, &bar);
         bar.finish_and_clear();
         filled?;
-        let fail = |error| self.disk(error, 0);
+        let fail = |error| self.disk(&error, 0);
         if part.is_intact(self.head.sha256.as_deref()) {
             part.finish(blob).map_err(fail)?;
             return Ok(true);
@@ -129,7 +130,7 @@ impl Download<'_> {
             let before = part.len;
             match self.pump(part, bar) {
                 Ok(()) => {}
-                Err(Stop::Disk(error)) => return Err(self.disk(error, size - part.len)),
+                Err(Stop::Disk(error)) => return Err(self.disk(&error, size - part.len)),
                 Err(Stop::Refused(error)) => return Err(error),
                 Err(Stop::Cut(_)) if part.len > before => {
                     (pause, progress) = (Duration::ZERO, Instant::now());
@@ -190,14 +191,11 @@ impl Download<'_> {
     }
 
     /// A failure to write, with `missing` bytes to go.
-    fn disk(&self, error: io::Error, missing: u64) -> Error {
-        if failure::is_full(&error) {
+    fn disk(&self, error: &io::Error, missing: u64) -> Error {
+        if failure::is_full(error) {
             return failure::full(self.name, missing, None, self.folder);
         }
-        Error::new(error).context(format!(
-            "cannot write to the hub cache `{}`\nhint: set HF_HOME to a folder that can be written",
-            self.folder.display()
-        ))
+        failure::unwritable(self.folder, error)
     }
 }
 

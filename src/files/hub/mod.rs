@@ -7,7 +7,6 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::{Result, anyhow};
 
-mod bar;
 mod cache;
 mod failure;
 mod fetch;

@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, sync::Mutex, time::Duration};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use hf_hub::{HFClient, HFClientSync, repository::RepoTreeEntry};
 use reqwest::{
     Client, Method, Response, StatusCode, Url,
@@ -107,6 +107,10 @@ impl Remote {
     ) -> std::result::Result<(String, BTreeMap<String, u64>), Failure> {
         let asked = self.asked(revision, None);
         let failed = |error| asked.failed(&error);
+        self.url(&[]).map_err(|error| Failure {
+            error,
+            transient: false,
+        })?;
         let mut builder = HFClient::builder()
             .client(self.client.clone())
             .endpoint(&self.settings.endpoint)
@@ -143,7 +147,7 @@ impl Remote {
         let mut url = self.url(&[&self.id, "resolve", commit, path])?;
         // a renamed repository answers with its new address; anything else that redirects is a store
         for _ in 0..5 {
-            let answer = self.send(&asked, &self.plain, Method::HEAD, &url, None)?;
+            let answer = self.send(&asked, &self.plain, &Method::HEAD, &url, None)?;
             let status = answer.status();
             let headers = answer.headers();
             let next = text(headers, header::LOCATION.as_str()).filter(|l| l.starts_with('/'));
@@ -197,7 +201,7 @@ impl Remote {
             };
         }
         let range = (offset > 0).then_some(offset);
-        let answer = self.send(&asked, &self.client, Method::GET, &head.url, range)?;
+        let answer = self.send(&asked, &self.client, &Method::GET, &head.url, range)?;
         match answer.status() {
             StatusCode::PARTIAL_CONTENT => {
                 let start = text(answer.headers(), header::CONTENT_RANGE.as_str())
@@ -255,7 +259,7 @@ impl Remote {
         &self,
         asked: &Asked,
         client: &Client,
-        method: Method,
+        method: &Method,
         url: &Url,
         from: Option<u64>,
     ) -> std::result::Result<Response, Failure> {
@@ -303,10 +307,12 @@ impl Remote {
     /// The address of `parts` at the hub; each part may hold several segments, which are escaped one by one.
     fn url(&self, parts: &[&str]) -> Result<Url> {
         let endpoint = &self.settings.endpoint;
-        let invalid = || format!("`{endpoint}` is no address of a hub\nhint: check HF_ENDPOINT");
-        let mut url = Url::parse(endpoint).with_context(invalid)?;
+        let parsed = Url::parse(endpoint).ok().filter(|u| !u.cannot_be_a_base());
+        let Some(mut url) = parsed else {
+            bail!("`{endpoint}` is not the address of a hub\nhint: check HF_ENDPOINT");
+        };
         url.path_segments_mut()
-            .map_err(|()| anyhow!(invalid()))?
+            .map_err(|()| anyhow!("`{endpoint}` cannot have a path"))?
             .pop_if_empty()
             .extend(parts.iter().flat_map(|part| part.split('/')));
         Ok(url)
@@ -343,8 +349,11 @@ fn client(settings: &HubSettings, policy: Policy) -> Result<Client> {
     if local {
         builder = builder.no_proxy(); // a mirror on this machine is never behind the proxy
     }
-    builder.build().with_context(|| {
-        "cannot set up HTTPS\nhint: install the system's root certificates (package `ca-certificates`)"
+    builder.build().map_err(|error| {
+        anyhow!(
+            "cannot set up HTTPS: {}\nhint: install the system's root certificates (package `ca-certificates`)",
+            cause(&error)
+        )
     })
 }
 

@@ -1,5 +1,7 @@
 //! Softmax attention over all tokens, without a mask, never holding the whole score matrix.
 
+#[cfg(feature = "flash-attn")]
+use candle::DType;
 use candle::{D, Result, Tensor};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -18,6 +20,9 @@ pub fn attention(heads: &Heads) -> Result<Tensor> {
     #[cfg(feature = "flash-attn")]
     if q.device().is_cuda()
         && matches!(q.dtype(), DType::F16 | DType::BF16)
+        // the head sizes that the kernels are made for
+        && q.dim(3)? % 8 == 0
+        && q.dim(3)? <= 256
         && ![q, k, v].iter().any(|x| x.track_op())
     {
         return flash(heads);

@@ -1,4 +1,4 @@
-//! The parts of a block that are not projections: norms, heads, attention, GELU, residuals.
+//! What blocks are made of: products, norms, heads, attention, GELU, residuals.
 //!
 //! Every operation exists twice: a plain composition of candle operations, which is differentiable and runs on every
 //! device, and a fused CPU kernel that does it in one pass. The choice is made by the operands: a kernel runs where all
@@ -7,16 +7,23 @@
 //! Computed in f32 whatever the dtype: norm statistics, the rotation of queries and keys, softmax, gate and residual of
 //! the kernels. Results are rounded to the dtype of the input once.
 
+#![expect(
+    clippy::inline_always,
+    reason = "a kernel's helpers must be compiled with the instruction set of their caller"
+)]
+
 mod attention;
 mod cpu;
 mod heads;
 mod norm;
 mod pointwise;
+mod product;
 
 pub use attention::attention;
 pub use heads::{Heads, Norms, Projected, heads};
 pub use norm::norm_modulate;
 pub use pointwise::{Branch, biased, gated_residual, gelu};
+pub use product::product;
 
 use candle::{DType, Result, Tensor};
 
