@@ -9,8 +9,7 @@ use fastflux::files::{Blob, Files};
 use fastflux::sample::noise::Generator;
 use fastflux::sample::text::TextEncoders;
 use fastflux::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
-use fastflux::sample::vae::Vae;
-use fastflux::sample::vae_keys;
+use fastflux::sample::vae::{Vae, keys};
 
 fn path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(name)
@@ -45,7 +44,10 @@ fn prompts() -> Result<Vec<String>> {
 fn flux1_tokenizers_give_transformers_ids() -> Result<()> {
     let read = |name: &str| std::fs::read(path("configs/flux1").join(name));
     let (vocab, merges) = (read("tokenizer/vocab.json")?, read("tokenizer/merges.txt")?);
-    let (config, map) = (read("tokenizer/tokenizer_config.json")?, read("tokenizer/special_tokens_map.json")?);
+    let (config, map) = (
+        read("tokenizer/tokenizer_config.json")?,
+        read("tokenizer/special_tokens_map.json")?,
+    );
     let files = TokenizerFiles {
         vocab: Some(&vocab),
         merges: Some(&merges),
@@ -54,12 +56,23 @@ fn flux1_tokenizers_give_transformers_ids() -> Result<()> {
         ..TokenizerFiles::default()
     };
     let clip = PromptTokenizer::new(Family::Clip, &files)?;
-    let (json, config) = (read("tokenizer_2/tokenizer.json")?, read("tokenizer_2/tokenizer_config.json")?);
-    let files = TokenizerFiles { tokenizer: Some(&json), config: Some(&config), ..TokenizerFiles::default() };
+    let (json, config) = (
+        read("tokenizer_2/tokenizer.json")?,
+        read("tokenizer_2/tokenizer_config.json")?,
+    );
+    let files = TokenizerFiles {
+        tokenizer: Some(&json),
+        config: Some(&config),
+        ..TokenizerFiles::default()
+    };
     let t5 = PromptTokenizer::new(Family::T5, &files)?;
-    assert_eq!((clip.model_max_length(), t5.model_max_length()), (Some(77), Some(512)));
+    assert_eq!(
+        (clip.model_max_length(), t5.model_max_length()),
+        (Some(77), Some(512))
+    );
 
-    let rows: Vec<serde_json::Value> = serde_json::from_slice(&std::fs::read(path("tests/golden/tokenizer_ids.json"))?)?;
+    let rows: Vec<serde_json::Value> =
+        serde_json::from_slice(&std::fs::read(path("tests/golden/tokenizer_ids.json"))?)?;
     assert!(rows.len() > 40);
     for row in rows {
         let text = row["text"].as_str().context("text")?;
@@ -76,7 +89,10 @@ fn text_encoders_give_transformers_numbers() -> Result<()> {
     for name in ["dev", "schnell"] {
         let encoders = encoders(name, None)?;
         let (txt, vec) = encoders.encode(&prompts()?)?;
-        let (t5, clip) = (&expected[&format!("{name}.t5.hidden")], &expected[&format!("{name}.clip.pooled")]);
+        let (t5, clip) = (
+            &expected[&format!("{name}.t5.hidden")],
+            &expected[&format!("{name}.clip.pooled")],
+        );
         let errors = (relative(&txt, t5)?, relative(&vec, clip)?);
         assert!(errors.0 <= 1e-5 && errors.1 <= 1e-5, "{name}: {errors:?}");
         assert!(encoders.check_widths(t5.dim(2)?, clip.dim(1)?).is_ok());
@@ -105,14 +121,27 @@ fn text_encoders_as_single_files_need_no_config_and_no_tokenizer() -> Result<()>
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::BF16, &Device::Cpu);
     // ComfyUI's names, FLUX.1's vocabularies, hardly any width
     let mut clip = HashMap::new();
-    let mut add = |name: &str, shape: &[usize]| anyhow::Ok(clip.insert(format!("text_model.{name}"), zeros(shape)?));
+    let mut add = |name: &str, shape: &[usize]| {
+        anyhow::Ok(clip.insert(format!("text_model.{name}"), zeros(shape)?))
+    };
     add("embeddings.token_embedding.weight", &[49408, 64])?;
     add("embeddings.position_embedding.weight", &[77, 64])?;
-    for name in ["encoder.layers.0.layer_norm1", "encoder.layers.0.layer_norm2", "final_layer_norm"] {
+    for name in [
+        "encoder.layers.0.layer_norm1",
+        "encoder.layers.0.layer_norm2",
+        "final_layer_norm",
+    ] {
         add(&format!("{name}.weight"), &[64])?;
         add(&format!("{name}.bias"), &[64])?;
     }
-    let linears = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"];
+    let linears = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.out_proj",
+        "mlp.fc1",
+        "mlp.fc2",
+    ];
     for name in linears {
         add(&format!("encoder.layers.0.{name}.weight"), &[64, 64])?;
         add(&format!("encoder.layers.0.{name}.bias"), &[64])?;
@@ -121,12 +150,21 @@ fn text_encoders_as_single_files_need_no_config_and_no_tokenizer() -> Result<()>
     candle::safetensors::save(&clip, folder.path().join("clip_l.safetensors"))?;
 
     let mut t5 = HashMap::new();
-    let mut add = |name: &str, shape: &[usize]| anyhow::Ok(t5.insert(name.to_owned(), zeros(shape)?));
+    let mut add =
+        |name: &str, shape: &[usize]| anyhow::Ok(t5.insert(name.to_owned(), zeros(shape)?));
     add("encoder.embed_tokens.weight", &[32128, 8])?;
     add("encoder.final_layer_norm.weight", &[8])?;
     let block = "encoder.block.0.layer";
-    add(&format!("{block}.0.SelfAttention.relative_attention_bias.weight"), &[32, 2])?;
-    for name in ["0.SelfAttention.q", "0.SelfAttention.k", "0.SelfAttention.v", "0.SelfAttention.o"] {
+    add(
+        &format!("{block}.0.SelfAttention.relative_attention_bias.weight"),
+        &[32, 2],
+    )?;
+    for name in [
+        "0.SelfAttention.q",
+        "0.SelfAttention.k",
+        "0.SelfAttention.v",
+        "0.SelfAttention.o",
+    ] {
         add(&format!("{block}.{name}.weight"), &[8, 8])?;
     }
     add(&format!("{block}.0.layer_norm.weight"), &[8])?;
@@ -136,7 +174,15 @@ fn text_encoders_as_single_files_need_no_config_and_no_tokenizer() -> Result<()>
     }
     candle::safetensors::save(&t5, folder.path().join("t5xxl_fp16.safetensors"))?;
 
-    let load = || TextEncoders::load(&Files::folder(folder.path()), None, 256, DType::F32, &Device::Cpu);
+    let load = || {
+        TextEncoders::load(
+            &Files::folder(folder.path()),
+            None,
+            256,
+            DType::F32,
+            &Device::Cpu,
+        )
+    };
     let encoders = load()?;
     let (clip_ids, t5_ids) = encoders.tokenize("A photo of a cat")?;
     assert_eq!(clip_ids[..7], [49406, 320, 1125, 539, 320, 2368, 49407]);
@@ -145,10 +191,16 @@ fn text_encoders_as_single_files_need_no_config_and_no_tokenizer() -> Result<()>
     assert_eq!((txt.dims(), vec.dims()), (&[1, 256, 8][..], &[1, 64][..]));
 
     t5.remove("encoder.block.0.layer.1.DenseReluDense.wo.weight");
-    t5.insert("encoder.block.0.layer.1.DenseReluDense.wo.weight".into(), zeros(&[9, 8])?);
+    t5.insert(
+        "encoder.block.0.layer.1.DenseReluDense.wo.weight".into(),
+        zeros(&[9, 8])?,
+    );
     candle::safetensors::save(&t5, folder.path().join("t5xxl_fp16.safetensors"))?;
     let error = format!("{:#}", load().err().context("a wrong shape")?);
-    assert!(error.contains("DenseReluDense.wo.weight") && error.contains("t5xxl_fp16"), "{error}");
+    assert!(
+        error.contains("DenseReluDense.wo.weight") && error.contains("t5xxl_fp16"),
+        "{error}"
+    );
     std::fs::remove_file(folder.path().join("t5xxl_fp16.safetensors"))?;
     let error = format!("{:#}", load().err().context("a missing file")?);
     assert!(error.contains("t5….safetensors"), "{error}");
@@ -160,13 +212,23 @@ fn the_vae_gives_diffusers_numbers_both_ways() -> Result<()> {
     let expected = golden("sample.safetensors")?;
     for name in ["dev", "schnell"] {
         let folder = path("tests/golden").join(name);
-        let vae = Vae::load_folder(&Files::folder(folder.join("pipe/vae")), DType::F32, &Device::Cpu)?;
+        let vae = Vae::load_folder(
+            &Files::folder(folder.join("pipe/vae")),
+            DType::F32,
+            &Device::Cpu,
+        )?;
         let mean = vae.encode_mean(&expected[&format!("{name}.vae.picture")])?;
         let reference = golden(&format!("{name}/reference.safetensors"))?;
         let image = vae.decode(&reference["vae.latents"])?;
-        let errors = (relative(&mean, &expected[&format!("{name}.vae.mean")])?, relative(&image, &reference["vae.image"])?);
+        let errors = (
+            relative(&mean, &expected[&format!("{name}.vae.mean")])?,
+            relative(&image, &reference["vae.image"])?,
+        );
         assert!(errors.0 <= 1e-5 && errors.1 <= 1e-5, "{name}: {errors:?}");
-        assert!(vae.encode_mean(&Tensor::zeros((1, 3, 24, 41), DType::F32, &Device::Cpu)?).is_err());
+        assert!(
+            vae.encode_mean(&Tensor::zeros((1, 3, 24, 41), DType::F32, &Device::Cpu)?)
+                .is_err()
+        );
     }
     Ok(())
 }
@@ -175,21 +237,38 @@ fn the_vae_gives_diffusers_numbers_both_ways() -> Result<()> {
 fn a_vae_with_original_names_is_the_same_vae() -> Result<()> {
     let folder = path("tests/golden/dev/pipe/vae");
     let latents = &golden("dev/reference.safetensors")?["vae.latents"];
-    let expected = Vae::load_folder(&Files::folder(&folder), DType::F32, &Device::Cpu)?.decode(latents)?;
+    let expected =
+        Vae::load_folder(&Files::folder(&folder), DType::F32, &Device::Cpu)?.decode(latents)?;
 
     let tensors = golden("dev/pipe/vae/diffusion_pytorch_model.safetensors")?;
     let mut original = HashMap::new();
     for (name, tensor) in &tensors {
-        let name = vae_keys::to_original(name, 4).with_context(|| name.clone())?;
+        let name = keys::to_original(name, 4).with_context(|| name.clone())?;
         // attention as 1×1 convolutions
         let matrix = name.contains("attn_1") && tensor.rank() == 2;
-        original.insert(name, if matrix { tensor.unsqueeze(2)?.unsqueeze(3)? } else { tensor.clone() });
+        original.insert(
+            name,
+            if matrix {
+                tensor.unsqueeze(2)?.unsqueeze(3)?
+            } else {
+                tensor.clone()
+            },
+        );
     }
     let copy = tempfile::tempdir()?;
     candle::safetensors::save(&original, copy.path().join("ae.safetensors"))?;
     let file = copy.path().join("ae.safetensors");
-    let error = Vae::load_file("ae.safetensors", &Blob::map(&file)?, DType::F32, &Device::Cpu).unwrap_err();
-    assert!(format!("{error:#}").contains("config.json"), "channels of 8 do not go with FLUX.1's 32 groups: {error:#}");
+    let error = Vae::load_file(
+        "ae.safetensors",
+        &Blob::map(&file)?,
+        DType::F32,
+        &Device::Cpu,
+    )
+    .unwrap_err();
+    assert!(
+        format!("{error:#}").contains("config.json"),
+        "channels of 8 do not go with FLUX.1's 32 groups: {error:#}"
+    );
 
     std::fs::copy(folder.join("config.json"), copy.path().join("config.json"))?;
     let vae = Vae::load_folder(&Files::folder(copy.path()), DType::F32, &Device::Cpu)?;
@@ -202,7 +281,11 @@ fn noise_is_what_torch_draws() -> Result<()> {
     for (name, expected) in golden("torch_randn.safetensors")? {
         let seed: u64 = name.strip_prefix("seed").context("name")?.parse()?;
         let drawn = Generator::new(seed).randn(expected.shape().clone(), &Device::Cpu)?;
-        let far = (drawn - expected)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+        let far = (drawn - expected)?
+            .abs()?
+            .flatten_all()?
+            .max(0)?
+            .to_scalar::<f32>()?;
         assert!(far <= 1e-6, "{name}: {far}");
     }
     Ok(())

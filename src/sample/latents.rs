@@ -7,7 +7,7 @@ use candle::{Device, Result, Tensor, bail};
 /// Groups 2×2 pixels of a latent picture into one token: (b, c, h, w) → (b, h/2·w/2, 4c). `h` and `w` must be even.
 pub fn pack(latents: &Tensor) -> Result<Tensor> {
     let (b, c, h, w) = latents.dims4()?;
-    if h % 2 != 0 || w % 2 != 0 {
+    if !h.is_multiple_of(2) || !w.is_multiple_of(2) {
         bail!("a latent picture of {h}×{w} cannot be cut into 2×2 patches")
     }
     latents
@@ -19,7 +19,8 @@ pub fn pack(latents: &Tensor) -> Result<Tensor> {
 /// Inverse of [`pack`] for a latent picture of `h`×`w`: (b, h/2·w/2, 4c) → (b, c, h, w).
 pub fn unpack(tokens: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     let (b, n, d) = tokens.dims3()?;
-    if n != h / 2 * (w / 2) || h % 2 != 0 || w % 2 != 0 || d % 4 != 0 {
+    if n != h / 2 * (w / 2) || !h.is_multiple_of(2) || !w.is_multiple_of(2) || !d.is_multiple_of(4)
+    {
         bail!("{n} tokens of width {d} do not make a latent picture of {h}×{w}")
     }
     tokens

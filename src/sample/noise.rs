@@ -42,7 +42,7 @@ impl Generator {
         if !tail.is_empty() {
             // torch draws the last 16 numbers anew, over some that it had finished
             let mut last = [0f32; BLOCK];
-            last.iter_mut().for_each(|v| *v = self.uniform());
+            last.fill_with(|| self.uniform());
             box_muller(&mut last);
             values[n - BLOCK..].copy_from_slice(&last);
         }

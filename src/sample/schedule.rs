@@ -18,6 +18,10 @@ enum ShiftCurve {
 /// A flow-matching noise schedule.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 #[serde(default)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "the fields of diffusers' config"
+)]
 pub struct Schedule {
     num_train_timesteps: u32,
     shift: f64,
@@ -147,14 +151,14 @@ impl Schedule {
                 ShiftCurve::Exponential => mu.exp(),
                 ShiftCurve::Linear => mu,
             } as f32;
-            sigmas
-                .iter_mut()
-                .for_each(|s| *s = top / (top + (1.0 / *s - 1.0)));
+            for s in &mut sigmas {
+                *s = top / (top + (1.0 / *s - 1.0));
+            }
         } else {
             let (shift, more) = (self.shift as f32, (self.shift - 1.0) as f32);
-            sigmas
-                .iter_mut()
-                .for_each(|s| *s = shift * *s / (1.0 + more * *s));
+            for s in &mut sigmas {
+                *s = shift * *s / (1.0 + more * *s);
+            }
         }
         if let Some(end) = self.shift_terminal.filter(|end| *end != 0.0) {
             let scale = (1.0 - sigmas[steps - 1]) / (1.0 - end) as f32;
@@ -163,9 +167,9 @@ impl Schedule {
                 scale != 0.0,
                 "scheduler option `shift_terminal` needs at least two steps"
             );
-            sigmas
-                .iter_mut()
-                .for_each(|s| *s = 1.0 - (1.0 - *s) / scale);
+            for s in &mut sigmas {
+                *s = 1.0 - (1.0 - *s) / scale;
+            }
         }
         let (first, last) = (f64::from(sigmas[0]), f64::from(sigmas[steps - 1]));
         if self.use_karras_sigmas {
@@ -180,7 +184,9 @@ impl Schedule {
                 .collect();
         }
         if self.invert_sigmas {
-            sigmas.iter_mut().for_each(|s| *s = 1.0 - *s);
+            for s in &mut sigmas {
+                *s = 1.0 - *s;
+            }
         }
         sigmas.push(if self.invert_sigmas { 1.0 } else { 0.0 });
         Ok(sigmas)

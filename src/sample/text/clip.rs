@@ -1,4 +1,4 @@
-//! CLIP's text model, as far as its pooled output. Tokenising is `tokenize.rs`'s business.
+//! CLIP's text model, as far as its pooled output. Tokenising is `sample::tokenize`'s business.
 //!
 //! candle-transformers has one too, but with fixed activations and epsilon and without the rule for the pooled token.
 //! Source: transformers `models/clip/modeling_clip.py` (`CLIPTextModel`).
@@ -7,7 +7,7 @@ use candle::{Device, Module as _, Result, Tensor, bail};
 use candle_nn::{Embedding, LayerNorm, Linear, VarBuilder};
 use serde::Deserialize;
 
-use super::text_ops::{Activation, attention, id_tensor};
+use super::ops::{Activation, attention, id_tensor};
 
 /// `text_encoder/config.json`.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
@@ -89,7 +89,7 @@ impl Clip {
     /// Reads the weights; `vb` holds names as transformers 5 writes them (`embeddings.…`, `encoder.…`).
     pub(super) fn new(config: &ClipConfig, vb: &VarBuilder) -> Result<Self> {
         let d = config.hidden_size;
-        if config.num_attention_heads == 0 || d % config.num_attention_heads != 0 {
+        if config.num_attention_heads == 0 || !d.is_multiple_of(config.num_attention_heads) {
             bail!(
                 "CLIP: {} attention heads do not divide `hidden_size` {d}",
                 config.num_attention_heads

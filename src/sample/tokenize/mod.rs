@@ -1,22 +1,14 @@
 //! Prompt → token ids, exactly as transformers' `CLIPTokenizer` and `T5Tokenizer` give them to diffusers. No models here.
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::Value;
 use tokenizers::utils::truncation::TruncationDirection;
-use tokenizers::{AddedToken, PostProcessor as _, Tokenizer};
+use tokenizers::{PostProcessor as _, Tokenizer};
 
-use super::tokenize_build as build;
+use added::AddedTokens;
 
-/// Attributes that name a special token, in the order in which transformers adds them.
-const NAMED: [&str; 7] = [
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-];
+mod added;
+mod build;
 
 /// The contents of a tokenizer's folder, as far as they are there.
 #[derive(Clone, Copy, Debug, Default)]
@@ -75,13 +67,14 @@ impl PromptTokenizer {
             | None => true,
             Some(_) => json.is_null(),
         };
+        let added = AddedTokens::collect(family, native, &config, &special_map, &json)?;
         let mut tokenizer = match (native, family) {
-            (true, Family::Clip) => build::clip(&json, files)?,
+            (true, Family::Clip) => {
+                build::clip(&json, files, added.named("unk_token").unwrap_or_default())?
+            }
             (true, Family::T5) => build::t5(&json)?,
             (false, _) => build::verbatim(files)?,
         };
-
-        let added = AddedTokens::collect(family, native, &config, &special_map, &json)?;
         tokenizer
             .add_tokens(added.tokens.iter().cloned())
             .map_err(|e| anyhow!("adding special tokens: {e}"))?;
@@ -186,122 +179,123 @@ impl PromptTokenizer {
     }
 }
 
-/// Special and added tokens, merged from the config files the way transformers merges them.
-struct AddedTokens {
-    tokens: Vec<AddedToken>,
-    names: Vec<(&'static str, AddedToken)>,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl AddedTokens {
-    fn collect(
-        family: Family,
-        native: bool,
-        config: &Value,
-        special_map: &Value,
-        json: &Value,
-    ) -> Result<Self> {
-        let decoder = config["added_tokens_decoder"].as_object();
-        let mut known: Vec<(u64, AddedToken)> = match decoder {
-            Some(decoder) => decoder
-                .iter()
-                .map(|(id, t)| Ok((id.parse()?, token(t)?)))
-                .collect::<Result<_>>(),
-            None => json["added_tokens"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .map(|t| Ok((t["id"].as_u64().unwrap_or(0), token(t)?)))
-                .collect(),
-        }
-        .context("tokenizer config: `added_tokens_decoder`")?;
-        known.sort_by_key(|(id, _)| *id);
-        let mut tokens: Vec<AddedToken> = known.into_iter().map(|(_, t)| t).collect();
-        let known = tokens.clone();
-        let by_content = |content: &str| known.iter().find(|t| t.content == content).cloned();
+    const T5: &str = r#"{"version": "1.0", "added_tokens": [{"id": 1, "content": "</s>", "single_word": false, "lstrip": false,
+        "rstrip": false, "normalized": false, "special": true}],
+        "normalizer": null, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null, "model":
+        {"type": "Unigram", "unk_id": 2, "vocab": [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁a", -1.0], ["a", -2.0], ["b", -2.0]]}}"#;
+    const CLIP_VOCAB: &str = r#"{"a": 0, "b": 1, "a</w>": 2, "b</w>": 3, "ab</w>": 4, "<|startoftext|>": 5, "<|endoftext|>": 6}"#;
+    const CLIP_MERGES: &str = "#version: 0.2\na b</w>\n";
 
-        let mut names = Vec::new();
-        let mut new = Vec::new();
-        for name in NAMED {
-            // special_tokens_map.json is only read where the config does not list its added tokens
-            let mapped = decoder
-                .is_none()
-                .then(|| &special_map[name])
-                .filter(|v| !v.is_null());
-            let value = mapped.or_else(|| config.get(name).filter(|v| !v.is_null()));
-            let token = match value {
-                Some(Value::String(content)) => AddedToken::from(content.clone(), true),
-                Some(value) => token(value)
-                    .with_context(|| format!("tokenizer config: `{name}`"))?
-                    .special(true),
-                None => match default_token(family, name).filter(|_| native) {
-                    Some(content) => AddedToken::from(content, true),
-                    None => continue,
-                },
-            };
-            if let Some(token) = by_content(&token.content) {
-                names.push((name, token));
-            } else {
-                names.push((name, token.clone()));
-                new.push(token);
-            }
-        }
-        let listed = ["extra_special_tokens", "additional_special_tokens"]
-            .iter()
-            .find_map(|key| config[*key].as_array());
-        match listed {
-            Some(listed) => {
-                for value in listed {
-                    let token = match value {
-                        Value::String(content) => AddedToken::from(content.clone(), true),
-                        value => {
-                            token(value).context("tokenizer config: `extra_special_tokens`")?
-                        }
-                    };
-                    if by_content(&token.content).is_none() {
-                        new.push(token);
-                    }
-                }
-            }
-            None if native && family == Family::T5 => {
-                let extra = (0..config["extra_ids"].as_u64().unwrap_or(100))
-                    .map(|i| AddedToken::from(format!("<extra_id_{i}>"), true));
-                new.extend(extra.filter(|t| by_content(&t.content).is_none()));
-            }
-            None => {}
-        }
-        tokens.extend(new);
-        Ok(Self { tokens, names })
+    fn t5(config: &str) -> Result<PromptTokenizer> {
+        let files = TokenizerFiles {
+            tokenizer: Some(T5.as_bytes()),
+            config: Some(config.as_bytes()),
+            ..TokenizerFiles::default()
+        };
+        PromptTokenizer::new(Family::T5, &files)
     }
 
-    fn named(&self, name: &str) -> Option<String> {
-        self.names
-            .iter()
-            .find(|(n, _)| *n == name)
-            .map(|(_, t)| t.content.clone())
+    fn clip(config: &str) -> Result<PromptTokenizer> {
+        let (vocab, merges, config) = (
+            Some(CLIP_VOCAB.as_bytes()),
+            Some(CLIP_MERGES.as_bytes()),
+            Some(config.as_bytes()),
+        );
+        PromptTokenizer::new(
+            Family::Clip,
+            &TokenizerFiles {
+                vocab,
+                merges,
+                config,
+                ..TokenizerFiles::default()
+            },
+        )
     }
-}
 
-fn default_token(family: Family, name: &str) -> Option<&'static str> {
-    match (family, name) {
-        (Family::Clip, "bos_token") => Some("<|startoftext|>"),
-        (Family::Clip, "eos_token" | "unk_token" | "pad_token") => Some("<|endoftext|>"),
-        (Family::T5, "eos_token") => Some("</s>"),
-        (Family::T5, "unk_token") => Some("<unk>"),
-        (Family::T5, "pad_token") => Some("<pad>"),
-        _ => None,
+    #[test]
+    fn prompts_are_framed_cut_and_padded() -> Result<()> {
+        let clip = clip("{}")?;
+        assert_eq!(clip.encode("A AB b", 8)?, [5, 2, 4, 3, 6, 6, 6, 6]);
+        assert_eq!(clip.encode("A AB b", 4)?, [5, 2, 4, 6]);
+        assert_eq!(clip.encode("", 3)?, [5, 6, 6]);
+        assert_eq!(clip.token_count("A AB b")?, 5);
+        let t5 = t5(r#"{"extra_ids": 0, "model_max_length": 7}"#)?;
+        assert_eq!(t5.encode("a ab", 6)?, [3, 3, 5, 1, 0, 0]);
+        assert_eq!(t5.encode("a ab", 3)?, [3, 3, 1]);
+        assert_eq!(t5.model_max_length(), Some(7));
+        Ok(())
     }
-}
 
-/// An `AddedToken` as the config files write it.
-fn token(value: &Value) -> Result<AddedToken> {
-    let Some(content) = value["content"].as_str() else {
-        bail!("an added token has no `content`: {value}")
-    };
-    let flag = |key: &str| value[key].as_bool();
-    let special = flag("special").unwrap_or(false);
-    Ok(AddedToken::from(content, special)
-        .lstrip(flag("lstrip").unwrap_or(false))
-        .rstrip(flag("rstrip").unwrap_or(false))
-        .single_word(flag("single_word").unwrap_or(false))
-        .normalized(flag("normalized").unwrap_or(!special)))
+    #[test]
+    fn the_config_decides_padding_and_cutting() -> Result<()> {
+        let t5 = t5(
+            r#"{"extra_ids": 0, "padding_side": "left", "truncation_side": "left", "pad_token": "b", "model_max_length": 1e30}"#,
+        )?;
+        assert_eq!(t5.encode("a ab", 6)?, [5, 5, 3, 3, 5, 1]);
+        assert_eq!(t5.encode("a ab", 3)?, [3, 5, 1]);
+        assert_eq!(
+            t5.model_max_length(),
+            None,
+            "transformers' way to say that there is no limit"
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn extra_ids_are_added_as_transformers_adds_them() -> Result<()> {
+        assert_eq!(
+            t5(r#"{"extra_ids": 2}"#)?.encode("<extra_id_1>", 2)?,
+            [7, 1]
+        );
+        assert_eq!(
+            t5(r#"{"extra_special_tokens": ["<x>"]}"#)?.encode("<x>", 2)?,
+            [6, 1]
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn another_class_takes_the_file_as_it_stands() -> Result<()> {
+        // no `▁` before words and no `</s>`: the file's own splitter and post-processor
+        let raw = t5(r#"{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}"#)?;
+        assert_eq!(raw.encode("a b", 3)?, [4, 5, 0]);
+        let files = TokenizerFiles {
+            class: Some("T5TokenizerFast"),
+            tokenizer: Some(T5.as_bytes()),
+            ..TokenizerFiles::default()
+        };
+        assert_eq!(
+            PromptTokenizer::new(Family::T5, &files)?.encode("a", 3)?,
+            [3, 1, 0]
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let error = |result: Result<PromptTokenizer>| format!("{:#}", result.unwrap_err());
+        assert!(
+            error(PromptTokenizer::new(
+                Family::Clip,
+                &TokenizerFiles::default()
+            ))
+            .contains("merges.txt")
+        );
+        assert!(
+            error(PromptTokenizer::new(Family::T5, &TokenizerFiles::default()))
+                .contains("tokenizer.json")
+        );
+        assert!(error(clip("{")).contains("tokenizer_config.json"));
+        let merges = TokenizerFiles {
+            vocab: Some(CLIP_VOCAB.as_bytes()),
+            merges: Some(b"a b c"),
+            ..TokenizerFiles::default()
+        };
+        assert!(error(PromptTokenizer::new(Family::Clip, &merges)).contains("a b c"));
+        assert!(error(clip("{}").and_then(|t| t.encode("a", 1).map(|_| t))).contains("no room"));
+    }
 }

@@ -1,11 +1,11 @@
 //! The original autoencoder's tensor names ⇄ diffusers' ones, and its sizes where no config says them. Values stay as they are: the
-//! attention's 1×1 convolutions are read as matrices by `vae_layers.rs`.
+//! attention's 1×1 convolutions are read as matrices by `layers.rs`.
 //!
 //! Source: BFL `src/flux/modules/autoencoder.py`, diffusers `loaders/single_file_utils.py` (`convert_ldm_vae_checkpoint`).
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::vae::VaeConfig;
+use super::VaeConfig;
 
 /// Prefixes under which whole-model files keep an autoencoder.
 const PREFIXES: [&str; 3] = ["first_stage_model.", "vae.", "autoencoder."];
@@ -188,9 +188,14 @@ pub fn infer_config(shape: impl Fn(&str) -> Option<Vec<usize>>) -> Result<VaeCon
         "there is no tensor `{}`, so this is no VAE",
         level(0)
     );
-    let layers = (0..)
-        .take_while(|j| shape(&format!("decoder.up_blocks.0.resnets.{j}.conv1.weight")).is_some())
-        .count();
+    let mut layers = 0;
+    while shape(&format!(
+        "decoder.up_blocks.0.resnets.{layers}.conv1.weight"
+    ))
+    .is_some()
+    {
+        layers += 1;
+    }
     let config = VaeConfig {
         in_channels: shape("encoder.conv_in.weight")
             .map_or(Ok(3), |_| rows("encoder.conv_in.weight", 1))?,
@@ -213,4 +218,162 @@ pub fn infer_config(shape: impl Fn(&str) -> Option<Vec<usize>>) -> Result<VaeCon
         config.block_out_channels
     );
     Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn original_names_become_diffusers_names_and_back() {
+        let pairs = [
+            ("encoder.conv_in.weight", "encoder.conv_in.weight"),
+            ("encoder.norm_out.bias", "encoder.conv_norm_out.bias"),
+            (
+                "encoder.down.0.block.1.norm1.weight",
+                "encoder.down_blocks.0.resnets.1.norm1.weight",
+            ),
+            (
+                "encoder.down.1.block.0.nin_shortcut.bias",
+                "encoder.down_blocks.1.resnets.0.conv_shortcut.bias",
+            ),
+            (
+                "encoder.down.2.downsample.conv.weight",
+                "encoder.down_blocks.2.downsamplers.0.conv.weight",
+            ),
+            (
+                "encoder.mid.block_1.conv1.weight",
+                "encoder.mid_block.resnets.0.conv1.weight",
+            ),
+            (
+                "decoder.mid.block_2.norm2.bias",
+                "decoder.mid_block.resnets.1.norm2.bias",
+            ),
+            (
+                "decoder.mid.attn_1.norm.weight",
+                "decoder.mid_block.attentions.0.group_norm.weight",
+            ),
+            (
+                "decoder.mid.attn_1.q.weight",
+                "decoder.mid_block.attentions.0.to_q.weight",
+            ),
+            (
+                "decoder.mid.attn_1.proj_out.bias",
+                "decoder.mid_block.attentions.0.to_out.0.bias",
+            ),
+            // the original counts the decoder's levels from full size
+            (
+                "decoder.up.3.block.2.conv2.weight",
+                "decoder.up_blocks.0.resnets.2.conv2.weight",
+            ),
+            (
+                "decoder.up.0.block.0.nin_shortcut.weight",
+                "decoder.up_blocks.3.resnets.0.conv_shortcut.weight",
+            ),
+            (
+                "decoder.up.1.upsample.conv.bias",
+                "decoder.up_blocks.2.upsamplers.0.conv.bias",
+            ),
+            ("post_quant_conv.weight", "post_quant_conv.weight"),
+        ];
+        for (original, diffusers) in pairs {
+            assert_eq!(to_diffusers(original, 4).as_deref(), Some(diffusers));
+            assert_eq!(to_original(diffusers, 4).as_deref(), Some(original));
+            for prefix in PREFIXES {
+                assert_eq!(
+                    to_diffusers(&format!("{prefix}{original}"), 4).as_deref(),
+                    Some(diffusers)
+                );
+            }
+        }
+        for other in [
+            "loss.discriminator.weight",
+            "decoder.up.4.block.0.norm1.weight",
+            "decoder.mid.block_0.norm1.weight",
+            "x",
+        ] {
+            assert_eq!(to_diffusers(other, 4), None);
+        }
+    }
+
+    #[test]
+    fn levels_and_kind_are_read_off_the_names() {
+        let original = [
+            "decoder.mid.block_1.conv1.weight",
+            "vae.decoder.up.2.block.0.conv1.weight",
+            "decoder.up.0.block.0.conv1.weight",
+        ];
+        assert!(is_original(original));
+        assert_eq!(levels(original), 3);
+        assert!(!is_original(["decoder.mid_block.resnets.0.conv1.weight"]));
+    }
+
+    /// The shapes of FLUX.1's autoencoder that matter to the config.
+    fn flux1(name: &str) -> Option<Vec<usize>> {
+        let channels = [512, 512, 256, 128];
+        let shape = match name {
+            "encoder.conv_in.weight" => vec![128, 3, 3, 3],
+            "decoder.conv_in.weight" => vec![512, 16, 3, 3],
+            "decoder.conv_out.weight" => vec![3, 128, 3, 3],
+            "decoder.mid_block.attentions.0.to_q.weight" => vec![512, 512, 1, 1],
+            _ => {
+                let rest = name.strip_prefix("decoder.up_blocks.")?;
+                let (level, rest) = rest.split_once(".resnets.")?;
+                let layer: usize = rest.strip_suffix(".conv1.weight")?.parse().ok()?;
+                let output = *channels.get(level.parse::<usize>().ok()?)?;
+                (layer < 3).then(|| vec![output, output, 3, 3])?
+            }
+        };
+        Some(shape)
+    }
+
+    #[test]
+    fn flux1s_sizes_follow_from_its_tensors() -> Result<()> {
+        let config = infer_config(flux1)?;
+        assert_eq!(config.block_out_channels, [128, 256, 512, 512]);
+        assert_eq!(
+            (
+                config.layers_per_block,
+                config.latent_channels,
+                config.in_channels,
+                config.out_channels
+            ),
+            (2, 16, 3, 3)
+        );
+        assert_eq!(
+            (
+                config.norm_num_groups,
+                config.scaling_factor,
+                config.shift_factor
+            ),
+            (32, 0.3611, Some(0.1159))
+        );
+        assert!(
+            config.mid_block_add_attention && !config.use_quant_conv && !config.use_post_quant_conv
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn another_autoencoder_needs_its_config() {
+        let other = |name: &str| {
+            if name == "decoder.conv_in.weight" {
+                Some(vec![512, 4, 3, 3])
+            } else {
+                flux1(name)
+            }
+        };
+        assert!(
+            infer_config(other)
+                .unwrap_err()
+                .to_string()
+                .contains("config.json")
+        );
+        assert!(
+            infer_config(|_| None)
+                .unwrap_err()
+                .to_string()
+                .contains("no VAE")
+        );
+    }
 }

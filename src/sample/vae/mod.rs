@@ -1,11 +1,17 @@
-//! The autoencoder between latents and pictures (diffusers' `AutoencoderKL`), under diffusers' tensor names. Other names: `vae_keys.rs`.
+//! The autoencoder between latents and pictures (diffusers' `AutoencoderKL`), under diffusers' tensor names. Other names: `keys.rs`.
 
 use anyhow::{Context as _, ensure};
 use candle::{DType, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 
-use super::vae_layers::{Conv2d, Level, Mid, Norm, Turn};
+use layers::{Conv2d, Level, Mid, Norm, Turn};
+
+mod conv;
+pub mod keys;
+mod layers;
+mod norm;
+mod open;
 
 /// `vae/config.json`; what is missing there has the value that diffusers' class gives it.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
@@ -33,9 +39,9 @@ pub struct VaeConfig {
     pub use_quant_conv: bool,
     /// A 1×1 convolution before the decoder.
     pub use_post_quant_conv: bool,
-    pub(super) act_fn: String,
-    pub(super) down_block_types: Vec<String>,
-    pub(super) up_block_types: Vec<String>,
+    act_fn: String,
+    down_block_types: Vec<String>,
+    up_block_types: Vec<String>,
 }
 
 impl Default for VaeConfig {

@@ -1,11 +1,11 @@
-//! The layers an autoencoder is made of: residual block, attention, one level of the pyramid. The whole of it is `vae.rs`'s business.
+//! The layers an autoencoder is made of: residual block, attention, one level of the pyramid. The whole of it is `mod.rs`'s business.
 //!
 //! Source: diffusers `models/resnet.py` (`ResnetBlock2D`), `models/unets/unet_2d_blocks.py`, `models/attention_processor.py`.
 
 use candle::{D, Module as _, Result, Tensor};
 use candle_nn::{Linear, VarBuilder};
 
-use super::vae_ops::{Conv, GroupNorm};
+use super::{conv::Conv, norm::GroupNorm};
 
 /// Epsilon of every group norm in diffusers' autoencoder.
 const EPS: f64 = 1e-6;
@@ -51,12 +51,12 @@ impl Conv2d {
 pub(super) struct Norm {
     weight: Tensor,
     bias: Tensor,
-    norm: GroupNorm,
+    form: GroupNorm,
 }
 
 impl Norm {
     pub(super) fn new(channels: usize, groups: usize, silu: bool, vb: &VarBuilder) -> Result<Self> {
-        let norm = GroupNorm {
+        let form = GroupNorm {
             groups,
             eps: EPS,
             silu,
@@ -64,12 +64,12 @@ impl Norm {
         Ok(Self {
             weight: vb.get(channels, "weight")?,
             bias: vb.get(channels, "bias")?,
-            norm,
+            form,
         })
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.norm.forward(x, &self.weight, &self.bias)
+        self.form.forward(x, &self.weight, &self.bias)
     }
 }
 

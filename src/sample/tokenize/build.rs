@@ -1,4 +1,4 @@
-//! The pipelines (normaliser, splitter, model, post-processor) of the two tokenizers. Special tokens are `tokenize.rs`'s business.
+//! The pipelines (normaliser, splitter, model, post-processor) of the two tokenizers. Special tokens are `mod.rs`'s business.
 //!
 //! Sources: transformers `models/clip/tokenization_clip.py` and `models/t5/tokenization_t5.py`.
 
@@ -19,14 +19,14 @@ use tokenizers::processors::roberta::RobertaProcessing;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
-use super::tokenize::TokenizerFiles;
+use super::TokenizerFiles;
 
 /// How CLIP cuts a text into words.
 const CLIP_WORDS: &str =
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
 /// CLIP's byte-level BPE, from `tokenizer.json` or from `vocab.json` and `merges.txt`.
-pub(super) fn clip(json: &Value, files: &TokenizerFiles) -> Result<Tokenizer> {
+pub(super) fn clip(json: &Value, files: &TokenizerFiles, unknown: String) -> Result<Tokenizer> {
     let (vocab, merges) = if json.is_null() {
         let (Some(vocab), Some(merges)) = (files.vocab, files.merges) else {
             bail!("the CLIP tokenizer needs `tokenizer.json`, or `vocab.json` and `merges.txt`");
@@ -45,7 +45,7 @@ pub(super) fn clip(json: &Value, files: &TokenizerFiles) -> Result<Tokenizer> {
     };
     let bpe = BPE::builder()
         .vocab_and_merges(vocab, merges)
-        .unk_token("<|endoftext|>".into())
+        .unk_token(unknown)
         .continuing_subword_prefix(String::new())
         .end_of_word_suffix("</w>".into())
         .build()

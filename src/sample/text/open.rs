@@ -1,42 +1,47 @@
 //! Where text encoders and tokenizers are, and what sizes they have: diffusers folders, or single files as ComfyUI keeps them.
-//! Computing with them is `text.rs`'s business.
+//! Computing with them is `mod.rs`'s business.
 
 use anyhow::{Context as _, Result, bail, ensure};
 use candle::{DType, Device};
 
+use super::TextEncoders;
 use super::clip::{Clip, ClipConfig};
-use super::t5::{FeedForward, T5, T5Config};
-use super::text::TextEncoders;
-use super::text_ops::Activation;
-use super::tokenize::{Family, PromptTokenizer, TokenizerFiles};
+use super::ops::Activation;
+use super::t5::T5;
+use super::t5_config::{FeedForward, T5Config};
 use crate::checkpoint::Checkpoint;
 use crate::files::{Blob, Files};
+use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
 
 /// FLUX.1's own tokenizers, for text encoders that come without.
 const FLUX1_CLIP: TokenizerFiles = TokenizerFiles {
     class: None,
     tokenizer: None,
-    vocab: Some(include_bytes!("../../configs/flux1/tokenizer/vocab.json")),
-    merges: Some(include_bytes!("../../configs/flux1/tokenizer/merges.txt")),
+    vocab: Some(include_bytes!(
+        "../../../configs/flux1/tokenizer/vocab.json"
+    )),
+    merges: Some(include_bytes!(
+        "../../../configs/flux1/tokenizer/merges.txt"
+    )),
     config: Some(include_bytes!(
-        "../../configs/flux1/tokenizer/tokenizer_config.json"
+        "../../../configs/flux1/tokenizer/tokenizer_config.json"
     )),
     special_tokens_map: Some(include_bytes!(
-        "../../configs/flux1/tokenizer/special_tokens_map.json"
+        "../../../configs/flux1/tokenizer/special_tokens_map.json"
     )),
 };
 const FLUX1_T5: TokenizerFiles = TokenizerFiles {
     class: None,
     tokenizer: Some(include_bytes!(
-        "../../configs/flux1/tokenizer_2/tokenizer.json"
+        "../../../configs/flux1/tokenizer_2/tokenizer.json"
     )),
     vocab: None,
     merges: None,
     config: Some(include_bytes!(
-        "../../configs/flux1/tokenizer_2/tokenizer_config.json"
+        "../../../configs/flux1/tokenizer_2/tokenizer_config.json"
     )),
     special_tokens_map: Some(include_bytes!(
-        "../../configs/flux1/tokenizer_2/special_tokens_map.json"
+        "../../../configs/flux1/tokenizer_2/special_tokens_map.json"
     )),
 };
 
@@ -182,7 +187,11 @@ fn clip_from_json(bytes: &[u8]) -> Result<ClipConfig> {
 
 /// Layers 0, 1, 2, … for which `name` gives a tensor.
 fn count(checkpoint: &Checkpoint, name: impl Fn(usize) -> String) -> usize {
-    (0..).take_while(|i| checkpoint.contains(&name(*i))).count()
+    let mut layers = 0;
+    while checkpoint.contains(&name(layers)) {
+        layers += 1;
+    }
+    layers
 }
 
 /// Sizes of a CLIP text model by its tensors; heads of 64 as in every CLIP.

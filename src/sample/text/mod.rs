@@ -1,22 +1,28 @@
-//! Prompts → what the transformer is told: T5's hidden states and CLIP's pooled output. Finding the files is `text_files.rs`'s business.
+//! Prompts → what the transformer is told: T5's hidden states and CLIP's pooled output. Finding the files is `open.rs`'s business.
 
 use anyhow::{Context as _, Result, ensure};
 use candle::{DType, Tensor};
 
-use super::clip::Clip;
-use super::t5::T5;
 use super::tokenize::PromptTokenizer;
+use clip::Clip;
+use t5::T5;
+
+mod clip;
+mod open;
+mod ops;
+mod t5;
+mod t5_config;
 
 /// Both text encoders with their tokenizers.
 pub struct TextEncoders {
-    pub(super) clip: Clip,
-    pub(super) t5: T5,
-    pub(super) clip_tokenizer: PromptTokenizer,
-    pub(super) t5_tokenizer: PromptTokenizer,
+    clip: Clip,
+    t5: T5,
+    clip_tokenizer: PromptTokenizer,
+    t5_tokenizer: PromptTokenizer,
     /// Number of T5 tokens to which every prompt is cut or padded.
-    pub(super) text_length: usize,
+    text_length: usize,
     /// Format of what [`Self::encode`] returns.
-    pub(super) dtype: DType,
+    dtype: DType,
 }
 
 impl TextEncoders {

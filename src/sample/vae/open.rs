@@ -3,8 +3,7 @@
 use anyhow::{Context as _, Result, bail};
 use candle::{DType, Device};
 
-use super::vae::{Vae, VaeConfig};
-use super::vae_keys;
+use super::{Vae, VaeConfig, keys};
 use crate::checkpoint::Checkpoint;
 use crate::files::{Blob, Files};
 
@@ -40,15 +39,15 @@ impl Vae {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let renamed = if vae_keys::is_original(raw.names()) {
-            let levels = vae_keys::levels(raw.names());
-            raw.rename(|name| vae_keys::to_diffusers(name, levels))?
+        let renamed = if keys::is_original(raw.names()) {
+            let levels = keys::levels(raw.names());
+            raw.rename(|name| keys::to_diffusers(name, levels))?
         } else {
             raw.clone()
         };
         let config = match config {
             Some(config) => config,
-            None => vae_keys::infer_config(|name| Some(renamed.get(name)?.shape().to_vec()))
+            None => keys::infer_config(|name| Some(renamed.get(name)?.shape().to_vec()))
                 .with_context(|| format!("`{}`", raw.name))?,
         };
         // half-precision convolutions on the CPU are slow, and float16 overflows in this network
