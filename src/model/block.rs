@@ -19,7 +19,13 @@ pub enum Block {
     /// All tokens with the same weights.
     Single(Box<SingleBlock>),
     /// What stands in for removed blocks.
-    Replacement(ReplacementBlock),
+    Replacement(Box<ReplacementBlock>),
+}
+
+impl From<ReplacementBlock> for Block {
+    fn from(block: ReplacementBlock) -> Self {
+        Self::Replacement(Box::new(block))
+    }
 }
 
 impl Block {
@@ -31,7 +37,7 @@ impl Block {
                 BlockKind::Single => Self::Single(Box::new(SingleBlock::new(config, vb)?)),
             },
             BlockSpec::Replaced(replacement) => {
-                Self::Replacement(ReplacementBlock::new(config, replacement, vb)?)
+                Self::Replacement(Box::new(ReplacementBlock::new(config, replacement, vb)?))
             }
         })
     }

@@ -238,9 +238,7 @@ mod tests {
         let (stream, conditioning) = flux.embed(&inputs.borrowed())?;
         let run =
             |trunk: &Trunk, range| trunk.forward_range(range, &stream, &conditioning, &mut ());
-        let ablated = flux
-            .trunk
-            .with_block(1, Block::Replacement(ReplacementBlock::Remove))?;
+        let ablated = flux.trunk.with_block(1, ReplacementBlock::Remove.into())?;
         close(
             &run(&ablated, 0..2)?.tokens,
             &run(&flux.trunk, 0..1)?.tokens,
@@ -256,7 +254,7 @@ mod tests {
         );
         assert!(
             flux.trunk
-                .with_block(3, Block::Replacement(ReplacementBlock::Remove))
+                .with_block(3, ReplacementBlock::Remove.into())
                 .is_err()
         );
         Ok(())

@@ -113,7 +113,7 @@ impl Layers {
     /// # Errors
     /// When they do not fit on the device.
     pub fn block(&self, device: &Device, dtype: DType) -> Result<Block> {
-        Ok(Block::Replacement(match self {
+        Ok(Block::from(match self {
             Self::Remove => ReplacementBlock::Remove,
             Self::Joint(layer) => ReplacementBlock::Joint(layer.layer(device, dtype)?),
             Self::Streams { txt, img } => ReplacementBlock::Streams {

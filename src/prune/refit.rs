@@ -175,7 +175,7 @@ pub fn pruned(
         for later in first + 1..first + replacement.replaces.len() {
             out.trunk = out
                 .trunk
-                .with_block(later, Block::Replacement(ReplacementBlock::Remove))?;
+                .with_block(later, ReplacementBlock::Remove.into())?;
         }
     }
     Ok(out)
