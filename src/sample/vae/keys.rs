@@ -188,7 +188,7 @@ pub fn infer_config(shape: impl Fn(&str) -> Option<Vec<usize>>) -> Result<VaeCon
         "there is no tensor `{}`, so this is no VAE",
         level(0)
     );
-    let mut layers = 0;
+    let mut layers = 0usize;
     while shape(&format!(
         "decoder.up_blocks.0.resnets.{layers}.conv1.weight"
     ))
