@@ -47,12 +47,13 @@ done
 say() { echo "build-cuda: $*" >&2; }
 fail() { say "$@" && exit 1; }
 
-# An empty function for every name of the driver's interface: enough to link against, where no driver is installed.
+# For every name of the driver's interface a function that says "no device" (CUDA_ERROR_NO_DEVICE): enough to link
+# against, where no driver is installed.
 driver_stub() {
     local lib=$1/lib/stubs
     mkdir -p "$lib"
     { grep -ohE '\bcu[A-Z][A-Za-z0-9_]+' "$1"/include/cuda.h "$1"/include/cuda*Typedefs.h || true; } |
-        sort -u | awk '{ print "void " $1 "(void) {}" }' |
+        sort -u | awk '{ print "int " $1 "(void) { return 100; }" }' |
         "${CC:-cc}" -x c -shared -fPIC -w -fno-builtin -Wl,-soname,libcuda.so.1 -o "$lib/libcuda.so.1" -
     ln -sf libcuda.so.1 "$lib/libcuda.so"
 }

@@ -78,6 +78,16 @@ pub fn download(name: &str, size: u64, done: u64) -> ProgressBar {
     bar
 }
 
+/// Takes a finished bar away and says how long the work took.
+pub fn done(bar: &ProgressBar, what: impl AsRef<str>) {
+    bar.finish_and_clear();
+    note(format!(
+        "{} ({:.1} s)",
+        what.as_ref(),
+        bar.elapsed().as_secs_f64()
+    ));
+}
+
 fn bar(len: u64, what: &'static str, template: &str) -> ProgressBar {
     let hidden = QUIET.load(Ordering::Relaxed) || !std::io::stderr().is_terminal();
     let target = if hidden {

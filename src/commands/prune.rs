@@ -212,7 +212,7 @@ impl Run<'_> {
         let progress = ui::progress(batches * denoise.steps, "sampling");
         let pictures =
             calibrate::sample(&denoise, encoded, channels, self.batch, c.seed, &progress)?;
-        progress.finish_and_clear();
+        ui::done(&progress, format!("sampled {} pictures", encoded.len()));
 
         let samples = c.samples.context("samples are resolved")?;
         let noised = |range: std::ops::Range<usize>, draws, seed| -> Result<States> {
@@ -245,7 +245,7 @@ impl Run<'_> {
             self.runtime,
             &progress,
         )?;
-        progress.finish_and_clear();
+        ui::done(&progress, format!("calibrated on {} states", states.len()));
         let progress = ui::progress(stats.blocks.len(), "fitting");
         let mut fits = LayerMap::new();
         let mut blocks: BTreeMap<BlockId, Block> = BTreeMap::new();
@@ -258,7 +258,7 @@ impl Run<'_> {
             fits.insert(block.id, layers);
             progress.inc(1);
         }
-        progress.finish_and_clear();
+        ui::done(&progress, "fitted every block");
 
         let held_out = HeldOut::new(
             &self.flux,
@@ -267,10 +267,11 @@ impl Run<'_> {
             &self.runtime.device,
             self.runtime.dtype,
         )?;
-        let evaluations: usize = (0..count).map(|round| blocks.len() - round).sum();
+        // the first round measures every block, later ones a handful
+        let evaluations = blocks.len() + 6 * (count - 1);
         let progress = ui::progress(evaluations * held_out.batches(), "scoring");
         let greedy = greedy(&self.flux, &blocks, &held_out, count, &progress)?;
-        progress.finish_and_clear();
+        ui::done(&progress, "scored and chose blocks");
         let chosen: Vec<BlockId> = greedy.choices.iter().map(|c| c.block).collect();
         let source = record::fingerprint(&self.pipeline.transformer)?;
         let reason = format!(
@@ -295,7 +296,7 @@ impl Run<'_> {
             self.runtime,
             &progress,
         )?;
-        progress.finish_and_clear();
+        ui::done(&progress, "fitted the chosen blocks on the pruned prefix");
         let pruned = refit::pruned(&self.flux, &plan.replace, &layers, self.runtime)?;
         let velocity_error = held_out.error(&self.flux, &pruned.trunk)?;
         Ok(Found {
@@ -382,7 +383,7 @@ impl Run<'_> {
                 calibrate::sample(&denoise, &encoded, channels, self.batch, seed, &progress)?;
             rows.push(load::pictures(&vae, &latents, denoise.size, self.runtime)?);
         }
-        progress.finish_and_clear();
+        ui::done(&progress, "drew before and after");
         let grid = crate::sample::grid::grid(&rows)?;
         let about = format!(
             "above: {}; below: {}% of its blocks replaced",

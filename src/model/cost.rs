@@ -172,8 +172,8 @@ mod tests {
         assert_eq!(double.parameters, 339_831_296);
         assert_eq!(single.parameters, 141_591_808);
         for cost in [double, single] {
-            assert_eq!((cost.matmul_flops as f64 / 1e9).round(), 1044.0);
-            assert_eq!((cost.attention_flops as f64 / 1e9).round(), 261.0);
+            assert_eq!(cost.matmul_flops.div_ceil(1_000_000_000), 1044);
+            assert_eq!(cost.attention_flops.div_ceil(1_000_000_000), 261);
         }
         assert_eq!(model(&config, 4096, 512).parameters, 11_901_408_320);
     }

@@ -1,7 +1,7 @@
 //! Rotary position embedding: the table of angles, in f32 whatever the model's dtype, and the plain rotation.
 //! The fused rotation is in `ops::heads`.
 
-use candle::{D, DType, Device, Result, Tensor};
+use candle::{DType, Device, Result, Tensor};
 
 /// Cosines and sines for the tokens of one image size, text first.
 ///
@@ -29,7 +29,7 @@ impl Rope {
         if axes_dims.iter().any(|d| d % 2 != 0) {
             candle::bail!("rotary axes must have even sizes, found {axes_dims:?}");
         }
-        let pairs = axes_dims.iter().sum::<usize>() / 2;
+        let size = axes_dims.iter().sum::<usize>();
         let frequencies: Vec<(usize, f64)> = axes_dims
             .iter()
             .enumerate()
@@ -37,28 +37,28 @@ impl Rope {
                 (0..dim / 2).map(move |i| (axis, theta.powf(-((2 * i) as f64) / dim as f64)))
             })
             .collect();
-        let mut cos = Vec::with_capacity(tokens * pairs);
-        let mut sin = Vec::with_capacity(tokens * pairs);
+        let mut cos = Vec::with_capacity(tokens * size);
+        let mut sin = Vec::with_capacity(tokens * size);
         for position in ids.to_dtype(DType::F64)?.to_vec2::<f64>()? {
             for &(axis, frequency) in &frequencies {
                 let (s, c) = (position[axis] * frequency).sin_cos();
-                cos.push(c as f32);
-                sin.push(s as f32);
+                cos.extend([c as f32; 2]);
+                sin.extend([-s as f32, s as f32]);
             }
         }
-        let shape = (tokens, pairs);
+        let shape = (tokens, size);
         Ok(Self {
             cos: Tensor::from_vec(cos, shape, device)?,
             sin: Tensor::from_vec(sin, shape, device)?,
         })
     }
 
-    /// Cosines, (tokens, head size / 2), f32.
+    /// Cosines, each twice (both of a pair have the same), (tokens, head size), f32.
     pub fn cos(&self) -> &Tensor {
         &self.cos
     }
 
-    /// Sines, (tokens, head size / 2), f32.
+    /// Sines, each negated for the first of a pair, (tokens, head size), f32.
     pub fn sin(&self) -> &Tensor {
         &self.sin
     }
@@ -70,24 +70,18 @@ impl Rope {
 
     /// Head size.
     pub fn head_dim(&self) -> usize {
-        2 * self.cos.dims()[1]
+        self.cos.dims()[1]
     }
 
     /// Rotates neighbouring pairs (2i, 2i+1) of `x` (batch, heads, tokens, head size), f32 or f64; differentiable.
     pub fn rotate(&self, x: &Tensor) -> Result<Tensor> {
         let (batch, heads, tokens, size) = x.dims4()?;
-        let pairs = x
-            .contiguous()?
-            .reshape((batch, heads, tokens, size / 2, 2))?;
-        let (even, odd) = (
-            pairs.narrow(D::Minus1, 0, 1)?,
-            pairs.narrow(D::Minus1, 1, 1)?,
-        );
-        let cos = self.cos.to_dtype(x.dtype())?.unsqueeze(D::Minus1)?;
-        let sin = self.sin.to_dtype(x.dtype())?.unsqueeze(D::Minus1)?;
-        let real = (even.broadcast_mul(&cos)? - odd.broadcast_mul(&sin)?)?;
-        let imaginary = (odd.broadcast_mul(&cos)? + even.broadcast_mul(&sin)?)?;
-        Tensor::cat(&[real, imaginary], D::Minus1)?.reshape((batch, heads, tokens, size))
+        let x = x.contiguous()?;
+        let pairs = x.reshape((batch, heads, tokens, size / 2, 2))?;
+        let (first, second) = (pairs.narrow(4, 0, 1)?, pairs.narrow(4, 1, 1)?);
+        let exchanged = Tensor::cat(&[second, first], 4)?.reshape((batch, heads, tokens, size))?;
+        let (cos, sin) = (self.cos.to_dtype(x.dtype())?, self.sin.to_dtype(x.dtype())?);
+        x.broadcast_mul(&cos)? + exchanged.broadcast_mul(&sin)?
     }
 }
 

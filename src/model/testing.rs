@@ -86,7 +86,7 @@ impl SimpleBackend for RandomWeights {
         let x = random(name, shape.clone())?;
         let x = match shape.dims() {
             [_, input] => (x * (1.2 / (*input as f64).sqrt()))?,
-            _ if name.ends_with(".scale") => ((x * 0.2)? + 1.0)?,
+            _ if name.contains("_norm.") => ((x * 0.2)? + 1.0)?,
             _ => (x * 0.1)?,
         };
         let x = x.to_dtype(dtype)?.to_device(device)?;

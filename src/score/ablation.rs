@@ -122,7 +122,13 @@ pub struct Greedy {
     pub alone: BTreeMap<BlockId, f64>,
 }
 
+/// Candidates measured at once: they share the computation of their prefixes.
+const AT_ONCE: usize = 4;
+
 /// Chooses `count` blocks one after another, each the one whose replacement costs least given the earlier ones.
+///
+/// Lazily: with more blocks replaced a candidate hardly ever costs less than before, so its last known error is taken
+/// as a lower bound, and only the most promising candidates are measured again until the best is sure.
 ///
 /// # Errors
 /// When a forward fails or every candidate gives a velocity that is not finite.
@@ -134,42 +140,49 @@ pub fn greedy(
     progress: &ProgressBar,
 ) -> Result<Greedy> {
     let mut trunk = flux.trunk.clone();
-    let index_of: BTreeMap<BlockId, usize> = trunk
-        .entries()
-        .iter()
-        .enumerate()
-        .map(|(index, (spec, _))| (spec.id(), index))
+    let entries = trunk.entries().iter().enumerate();
+    // by trunk entry
+    let mut left: BTreeMap<usize, (BlockId, Block)> = entries
+        .filter_map(|(index, (spec, _))| Some((index, (spec.id(), fits.get(&spec.id())?.clone()))))
         .collect();
-    let mut left = fits.clone();
+    let measure = |trunk: &Trunk, indices: &[usize], left: &BTreeMap<usize, (BlockId, Block)>| {
+        let candidates = indices
+            .iter()
+            .filter_map(|index| Some((*index, left.get(index)?.1.clone())))
+            .collect();
+        held_out.ablate(flux, trunk, &candidates, progress)
+    };
+    let all: Vec<usize> = left.keys().copied().collect();
+    let mut bounds = measure(&trunk, &all, &left)?;
+    let alone = bounds
+        .iter()
+        .filter_map(|(index, error)| Some((left.get(index)?.0, *error)));
     let mut out = Greedy {
         choices: Vec::new(),
-        alone: BTreeMap::new(),
+        alone: alone.collect(),
     };
     while out.choices.len() < count {
-        let candidates: BTreeMap<usize, Block> = left
-            .iter()
-            .filter_map(|(id, block)| Some((*index_of.get(id)?, block.clone())))
-            .collect();
-        let errors = held_out.ablate(flux, &trunk, &candidates, progress)?;
-        let by_id = |index: usize| {
-            index_of
-                .iter()
-                .find(|(_, i)| **i == index)
-                .map(|(id, _)| *id)
-        };
-        if out.choices.is_empty() {
-            out.alone = errors
-                .iter()
-                .filter_map(|(index, error)| Some((by_id(*index)?, *error)))
-                .collect();
+        let mut order: Vec<usize> = left.keys().copied().collect();
+        order.sort_by(|a, b| bounds[a].total_cmp(&bounds[b]));
+        let mut best: Option<(usize, f64)> = None;
+        for chunk in order.chunks(AT_ONCE) {
+            if best.is_some_and(|(_, error)| error <= bounds[&chunk[0]]) {
+                break;
+            }
+            let fresh = if out.choices.is_empty() {
+                chunk.iter().map(|index| (*index, bounds[index])).collect()
+            } else {
+                measure(&trunk, chunk, &left)?
+            };
+            for (index, error) in fresh {
+                bounds.insert(index, error);
+                if error.is_finite() && best.is_none_or(|(_, least)| error < least) {
+                    best = Some((index, error));
+                }
+            }
         }
-        let best = errors
-            .into_iter()
-            .filter(|(_, e)| e.is_finite())
-            .min_by(|a, b| a.1.total_cmp(&b.1));
         let (index, error) = best.context("every candidate makes the velocity NaN or infinite")?;
-        let block = by_id(index).context("a candidate is not in the model")?;
-        let Some(fit) = left.remove(&block) else {
+        let Some((block, fit)) = left.remove(&index) else {
             break;
         };
         trunk = trunk.with_block(index, fit)?;

@@ -4,7 +4,7 @@
 use candle::{D, Result, Tensor};
 use rayon::prelude::*;
 
-use super::cpu::{Element, Operand, by_dtype, fusable, sum_map, vectorized};
+use super::cpu::{Element, LANES, Operand, by_dtype, fusable, sum_map, vectorized};
 use super::{biased, wide};
 use crate::model::rope::Rope;
 
@@ -161,7 +161,7 @@ fn fused<T: Element>(streams: &[Projected], num_heads: usize, rope: &Rope) -> Re
                             let column = |which: usize| {
                                 which * hidden + head * size..which * hidden + (head + 1) * size
                             };
-                            // a table of shape (tokens, size/2) is read by its first index
+                            // a table of shape (tokens, head size) is read by its first index
                             let angle = (cos.row(at, 0), sin.row(at, 0));
                             let out = at * size..(at + 1) * size;
                             let load = |which: usize, scratch: &mut [f32]| {
@@ -217,13 +217,25 @@ fn norm_rotate<T: Element>(
     for (x, w) in x.iter_mut().zip(weight) {
         *x *= factor * w.widen();
     }
-    let (pairs, _) = x.as_chunks::<2>();
-    let (out, _) = out.as_chunks_mut::<2>();
-    for (((out, [even, odd]), cos), sin) in out.iter_mut().zip(pairs).zip(cos).zip(sin) {
-        *out = [
-            T::narrow(even * cos - odd * sin),
-            T::narrow(odd * cos + even * sin),
-        ];
+    // whole vectors first; the exchange of neighbours is then one shuffle
+    let whole = x.len() - x.len() % LANES;
+    let chunks = x[..whole]
+        .as_chunks::<LANES>()
+        .0
+        .iter()
+        .zip(out[..whole].as_chunks_mut::<LANES>().0);
+    let tables = cos[..whole]
+        .as_chunks::<LANES>()
+        .0
+        .iter()
+        .zip(sin[..whole].as_chunks::<LANES>().0);
+    for ((x, out), (cos, sin)) in chunks.zip(tables) {
+        for i in 0..LANES {
+            out[i] = T::narrow(x[i] * cos[i] + x[i ^ 1] * sin[i]);
+        }
+    }
+    for i in whole..x.len() {
+        out[i] = T::narrow(x[i] * cos[i] + x[i ^ 1] * sin[i]);
     }
 }
 

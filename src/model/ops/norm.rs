@@ -3,7 +3,7 @@
 
 use candle::{D, Result, Tensor};
 
-use super::cpu::{self, Element, Operand, by_dtype, for_rows, fusable};
+use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, sum_map};
 use super::wide;
 
 /// LayerNorm's epsilon (diffusers `transformer_flux.py`, BFL `layers.py`).
@@ -49,29 +49,8 @@ fn fused<T: Element>(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tenso
             |i, out| {
                 let (b, n) = (i / tokens, i % tokens);
                 let (x, shift, scale) = (x.row(b, n), shift.row(b, 0), scale.row(b, 0));
-                let mut acc = [0f32; cpu::LANES];
-                let (chunks, rest) = x.as_chunks::<{ cpu::LANES }>();
-                for chunk in chunks {
-                    for (a, x) in acc.iter_mut().zip(chunk) {
-                        *a += x.widen();
-                    }
-                }
-                for (a, x) in acc.iter_mut().zip(rest) {
-                    *a += x.widen();
-                }
-                let mean = acc.iter().sum::<f32>() / width as f32;
-                let mut acc = [0f32; cpu::LANES];
-                for chunk in chunks {
-                    for (a, x) in acc.iter_mut().zip(chunk) {
-                        let d = x.widen() - mean;
-                        *a += d * d;
-                    }
-                }
-                for (a, x) in acc.iter_mut().zip(rest) {
-                    let d = x.widen() - mean;
-                    *a += d * d;
-                }
-                let variance = acc.iter().sum::<f32>() / width as f32;
+                let mean = sum_map(x, |x| x) / width as f32;
+                let variance = sum_map(x, |x| (x - mean) * (x - mean)) / width as f32;
                 let factor = 1.0 / (variance + EPS as f32).sqrt();
                 for (((out, x), shift), scale) in out.iter_mut().zip(x).zip(shift).zip(scale) {
                     *out = T::narrow(

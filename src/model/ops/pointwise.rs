@@ -28,7 +28,14 @@ fn gelu_fused<T: Element>(
     beside: Option<&Tensor>,
 ) -> Result<Tensor> {
     let (batch, tokens, width) = x.dims3()?;
+    check_bias(bias, width)?;
     let offset = beside.map_or(Ok(0), |t| t.dim(2))?;
+    if beside.is_some_and(|t| t.dims() != [batch, tokens, offset]) {
+        candle::bail!(
+            "({batch}, {tokens}, any) was expected beside {:?}",
+            x.shape()
+        );
+    }
     let mut out = vec![T::zero(); batch * tokens * (offset + width)];
     {
         let (x, bias, beside) = (
@@ -131,6 +138,7 @@ fn residual_fused<T: Element>(branches: &[Branch]) -> Result<Tensor> {
                 );
             }
         }
+        check_bias(branch.bias, width)?;
         total += tokens;
     }
     let mut out = vec![T::zero(); batch * total * width];
@@ -184,6 +192,16 @@ fn residual_fused<T: Element>(branches: &[Branch]) -> Result<Tensor> {
         );
     }
     Tensor::from_vec(out, (batch, total, width), first.x.device())
+}
+
+/// The kernels walk rows side by side and would stop at the end of a short one.
+fn check_bias(bias: Option<&Tensor>, width: usize) -> Result<()> {
+    match bias {
+        Some(bias) if bias.dims() != [width] => {
+            candle::bail!("a bias of shape {:?} for rows of {width}", bias.shape())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// `x + bias` over the last dimension.

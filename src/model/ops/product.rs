@@ -59,7 +59,7 @@ fn fused(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
                     .par_col_partition_mut(column_parts)
                     .zip(weight.par_col_partition(column_parts));
                 tiles.for_each(|(tile, weight)| {
-                    matmul(tile, Accum::Replace, x, weight, 1.0, Par::Seq)
+                    matmul(tile, Accum::Replace, x, weight, 1.0, Par::Seq);
                 });
             });
         }
