@@ -187,7 +187,7 @@ fn clip_from_json(bytes: &[u8]) -> Result<ClipConfig> {
 
 /// Layers 0, 1, 2, … for which `name` gives a tensor.
 fn count(checkpoint: &Checkpoint, name: impl Fn(usize) -> String) -> usize {
-    let mut layers = 0;
+    let mut layers = 0usize;
     while checkpoint.contains(&name(layers)) {
         layers += 1;
     }

@@ -4,7 +4,7 @@
 //! copies whole rows into strips that stay in the cache, doubles sizes on the way, and multiplies them in place.
 
 use candle::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::{Accum, MatMut, MatRef, Par, prelude::*};
 use rayon::prelude::*;
 
 /// Floats of unfolded input that one matrix product reads: small enough for the second-level cache.
@@ -97,6 +97,7 @@ impl CustomOp3 for Conv {
         let (b, c, h, w) = xl.shape().dims4()?;
         let (o, ci, k, _) = wl.shape().dims4()?;
         if ci != c
+            || c == 0
             || bias.len() != o
             || h + self.before + self.after < k
             || w + self.before + self.after < k
@@ -110,56 +111,52 @@ impl CustomOp3 for Conv {
         let (out_h, out_w) = (self.out(h, k), self.out(w, k));
         let sizes = Sizes { c, h, w, k, out_w };
         let mut out = vec![0f32; b * o * out_h * out_w];
-        let par = if b >= rayon::current_num_threads() {
-            Par::Seq
-        } else {
-            Par::rayon(0)
-        };
         out.par_chunks_mut((o * out_h * out_w).max(1))
             .zip(x.par_chunks((c * h * w).max(1)))
-            .for_each(|(out, x)| {
-                for (row, bias) in out.chunks_mut(out_h * out_w).zip(bias) {
-                    row.fill(*bias);
-                }
-                self.picture(x, weight, out, &sizes, par);
-            });
+            .for_each(|(out, x)| self.picture(x, weight, bias, out, &sizes));
         Ok((CpuStorage::F32(out), Shape::from((b, o, out_h, out_w))))
     }
 }
 
 impl Conv {
-    /// Adds the convolution of one picture (c, h, w) to `out` (o, out_h·out_w).
-    fn picture(self, x: &[f32], weight: &[f32], out: &mut [f32], s: &Sizes, par: Par) {
-        let depth = s.c * s.k * s.k;
-        let o = weight.len() / depth;
+    /// The convolution of one picture (c, h, w) into `out` (o, out_h·out_w), strip by strip of whole rows.
+    fn picture(self, x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32], s: &Sizes) {
+        let (o, depth) = (bias.len(), s.c * s.k * s.k);
         let pixels = out.len() / o;
+        // as many rows as the cache holds, but work for every thread
+        let share = (pixels / s.out_w).div_ceil(rayon::current_num_threads());
+        let strip = (STRIP / (depth * s.out_w)).clamp(1, share) * s.out_w;
+        let mut strips = Vec::new();
+        let mut rest = MatMut::from_row_major_slice_mut(out, o, pixels);
+        while rest.ncols() > strip {
+            let (first, others) = rest.split_at_col_mut(strip);
+            strips.push(first);
+            rest = others;
+        }
+        strips.push(rest);
+
+        let pointwise = s.k == 1 && self == Self::same(1);
         let weight = MatRef::from_row_major_slice(weight, o, depth);
-        if s.k == 1 && self == Self::same(1) {
-            let out = MatMut::from_row_major_slice_mut(out, o, pixels);
-            let x = MatRef::from_row_major_slice(x, depth, pixels);
-            faer::linalg::matmul::matmul(out, Accum::Add, weight, x, 1.0, par);
-            return;
-        }
-        let rows = (STRIP / (depth * s.out_w).max(1)).max(1);
-        let mut unfolded = vec![0f32; depth * (rows * s.out_w).min(pixels)];
-        for start in (0..pixels).step_by(rows * s.out_w) {
-            let n = (rows * s.out_w).min(pixels - start);
-            let strip = &mut unfolded[..depth * n];
-            let fill =
-                |(tap, row): (usize, &mut [f32])| self.unfold(x, row, tap, start / s.out_w, s);
-            if matches!(par, Par::Seq) {
-                strip.chunks_mut(n).enumerate().for_each(fill);
-            } else {
-                strip.par_chunks_mut(n).enumerate().for_each(fill);
-            }
-            let end = (o - 1) * pixels + start + n;
-            // faer 0.24's `from_row_major_slice_with_stride_mut` mixes up its strides and writes out of bounds
-            let out =
-                MatMut::from_column_major_slice_with_stride_mut(&mut out[start..end], n, o, pixels)
-                    .transpose_mut();
-            let strip = MatRef::from_row_major_slice(&*strip, depth, n);
-            faer::linalg::matmul::matmul(out, Accum::Add, weight, strip, 1.0, par);
-        }
+        let room = || vec![0f32; if pointwise { 0 } else { depth * strip }];
+        strips
+            .into_par_iter()
+            .enumerate()
+            .for_each_init(room, |unfolded, (i, mut out)| {
+                for (mut row, bias) in out.rb_mut().row_iter_mut().zip(bias) {
+                    row.fill(*bias);
+                }
+                let n = out.ncols();
+                let input = if pointwise {
+                    MatRef::from_row_major_slice(x, depth, pixels).subcols(i * strip, n)
+                } else {
+                    for (tap, row) in unfolded[..depth * n].chunks_mut(n).enumerate() {
+                        self.unfold(x, row, tap, i * strip / s.out_w, s);
+                    }
+                    MatRef::from_row_major_slice(&unfolded[..depth * n], depth, n)
+                };
+                // faer's own threads spin while they wait for each other, which costs more than it gains here
+                faer::linalg::matmul::matmul(out, Accum::Add, weight, input, 1.0, Par::Seq);
+            });
     }
 
     /// What tap `tap` = (channel, ky, kx) of the kernel sees at the output rows from `first` on.
