@@ -15,6 +15,8 @@ mod generate;
 mod inspect;
 mod load;
 mod prune;
+mod select;
+mod session;
 mod verify;
 
 /// Runs a subcommand.
