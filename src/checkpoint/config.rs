@@ -85,12 +85,11 @@ pub fn infer(
     checkpoint.expect("time_in.in_layer.weight")?;
     checkpoint.expect("final_layer.adaLN_modulation.1.weight")?;
     let layout = layout(checkpoint, record)?;
-    let (head_dim, mlp_size) = match block_sizes(checkpoint, hidden_size)? {
-        Some(sizes) => sizes,
-        None => bail!(
+    let Some((head_dim, mlp_size)) = block_sizes(checkpoint, hidden_size)? else {
+        bail!(
             "`{}` has no original block left to tell the head size from",
             checkpoint.name
-        ),
+        )
     };
     ensure!(
         head_dim > 0 && hidden_size % head_dim == 0,

@@ -261,4 +261,97 @@ mod tests {
             eager.bytes().unwrap()
         );
     }
+
+    /// Anonymous (not file-backed) memory of this process, in bytes.
+    #[cfg(target_os = "linux")]
+    fn anonymous() -> usize {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|l| l.starts_with("RssAnon:")).unwrap();
+        1024 * line
+            .split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<usize>()
+            .unwrap()
+    }
+
+    /// Runs `work` and returns by how much anonymous memory grew at most.
+    #[cfg(target_os = "linux")]
+    fn growth(work: impl FnOnce()) -> usize {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let (before, done) = (anonymous(), AtomicBool::new(false));
+        let peak = std::thread::scope(|scope| {
+            let watch = scope.spawn(|| {
+                let mut peak = before;
+                while !done.load(Ordering::Relaxed) {
+                    peak = peak.max(anonymous());
+                    std::thread::sleep(std::time::Duration::from_millis(2));
+                }
+                peak
+            });
+            work();
+            done.store(true, Ordering::Relaxed);
+            watch.join().unwrap()
+        });
+        peak - before
+    }
+
+    /// `cargo test --release -- --ignored --nocapture wide`; writes thrice 1.6 GB (1 + 2 blocks) into the temporary
+    /// folder, or as much as `FASTFLUX_BLOCKS=double,single` says.
+    #[test]
+    #[ignore = "writes gigabytes"]
+    #[cfg(target_os = "linux")]
+    fn a_wide_model_streams_through_a_small_memory() {
+        let blocks = std::env::var("FASTFLUX_BLOCKS").unwrap_or_else(|_| "1,2".to_owned());
+        let (double, single) = blocks.split_once(',').unwrap();
+        let (double, single): (usize, usize) = (double.parse().unwrap(), single.parse().unwrap());
+        let mut json: Value =
+            serde_json::from_str(include_str!("../../configs/flux1/dev.json")).unwrap();
+        json["num_layers"] = double.into();
+        json["num_single_layers"] = single.into();
+        let name = "config".to_owned();
+        let (config, _) =
+            transformer_json::read(&super::super::config::ConfigFile { name, json }).unwrap();
+        let random = super::super::init::random(&config, 0, safetensors::Dtype::BF16).unwrap();
+        let largest = random.iter().map(|(_, s)| s.byte_len()).max().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let (full, pruned) = (folder.path().join("full"), folder.path().join("pruned"));
+        let report = |what: &str, grown: usize| {
+            crate::ui::data(format!(
+                "{what}: {:.1} MB above the mapped input; the largest tensor has {:.1} MB",
+                grown as f64 / 1e6,
+                largest as f64 / 1e6
+            ))
+            .unwrap();
+            assert!(grown < 2 * largest, "{what}: {grown} bytes");
+        };
+        for (from, to) in [
+            (Format::Original, Format::Diffusers),
+            (Format::Diffusers, Format::Original),
+        ] {
+            report(
+                &format!("init, {from}"),
+                growth(|| write(&full, &random, &config, None, from).unwrap()),
+            );
+            let mut opened = None;
+            report(
+                &format!("open, {from}"),
+                growth(|| opened = Some(open(&full))),
+            );
+            let opened = opened.unwrap();
+            let replaced = vec![BlockId::single(single - 1)];
+            let layers = layers(config.hidden_size, &replaced);
+            let plan = plan(&config, replaced);
+            for format in [from, to] {
+                let work = || {
+                    let (checkpoint, config) =
+                        apply(&opened.transformer, &opened.config, &plan, &layers).unwrap();
+                    write(&pruned, &checkpoint, &config, None, format).unwrap();
+                };
+                report(&format!("prune, {from} to {format}"), growth(work));
+                std::fs::remove_dir_all(&pruned).unwrap();
+            }
+            std::fs::remove_dir_all(&full).unwrap();
+        }
+    }
 }

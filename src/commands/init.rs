@@ -103,3 +103,133 @@ fn read_config(name: &str) -> Result<ConfigFile> {
     }
     .context("--config")
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::{
+        cli::{Cli, Command},
+        pipeline::{ModelChoice, Pipeline},
+    };
+
+    fn init(arguments: &[&str]) -> Result<()> {
+        let config = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/configs/tiny/transformer/config.json"
+        );
+        let fixed = ["fastflux", "init", "--json", "--config", config];
+        let cli = Cli::try_parse_from(fixed.iter().chain(arguments))?;
+        let Command::Init(args) = cli.command else {
+            unreachable!()
+        };
+        run(&args)
+    }
+
+    #[test]
+    fn both_formats_open_as_the_same_model_and_a_seed_is_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let open = |name: &str| {
+            Pipeline::open(&ModelChoice {
+                model: Some(path(name)),
+                ..ModelChoice::default()
+            })
+            .unwrap()
+        };
+        for (name, format) in [
+            ("a/x.safetensors", "original"),
+            ("b/y.safetensors", "diffusers"),
+        ] {
+            init(&["--seed", "3", "--output", &path(name), "--format", format]).unwrap();
+        }
+        let (a, b) = (open("a/x.safetensors"), open("b/y.safetensors"));
+        assert_eq!((a.diffusers, b.diffusers), (false, true));
+        let bundled = Pipeline::open(&ModelChoice::default()).unwrap();
+        assert_eq!(a.config, bundled.config);
+        assert_eq!(b.config, bundled.config);
+        for (name, source) in a.transformer.iter() {
+            let other = b.transformer.get(name).unwrap();
+            assert!(source.bytes().unwrap() == other.bytes().unwrap(), "{name}");
+        }
+        let read = |name: &str| std::fs::read(path(name)).unwrap();
+        let first = read("a/x.safetensors");
+        let output = path("a/x.safetensors");
+        let error = format!("{:#}", init(&["--output", &output]).unwrap_err());
+        assert!(error.contains("--force"), "{error}");
+        init(&["--seed", "3", "--output", &output, "--force"]).unwrap();
+        assert!(read("a/x.safetensors") == first);
+        init(&["--seed", "4", "--output", &output, "--force"]).unwrap();
+        assert!(read("a/x.safetensors") != first);
+    }
+
+    #[test]
+    fn a_dry_run_and_a_refusal_write_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("x/y.safetensors").display().to_string();
+        init(&["--dry-run", "--output", &output]).unwrap();
+        init(&["--dry-run"]).unwrap();
+        let wrong = folder.path().join("x/y.bin").display().to_string();
+        let error = format!("{:#}", init(&["--output", &wrong]).unwrap_err());
+        assert!(error.contains(".safetensors"), "{error}");
+        assert!(init(&[]).is_err());
+        assert!(init(&["--output", &output, "--dtype", "i8"]).is_err());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_pruned_layout_opens_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let bundled = Pipeline::open(&ModelChoice::default()).unwrap();
+        let mut config = bundled.config.clone();
+        let crate::layout::BlockSpec::Original(id) = config.layout[2] else {
+            unreachable!()
+        };
+        config.layout[2] = crate::layout::BlockSpec::Replaced(crate::layout::Replacement {
+            replaces: vec![id],
+            form: crate::layout::Form::Linear,
+            joint: true,
+        });
+        let record = crate::checkpoint::record::Record {
+            version: 1,
+            tool: String::new(),
+            base: bundled.locator.clone(),
+            base_fingerprint: String::new(),
+            layout: config.layout.clone(),
+            axes_dims: config.axes_dims.clone(),
+            theta: config.theta,
+            scheduler: bundled.scheduler.clone(),
+            defaults: json!({}),
+            recipe: json!({}),
+        };
+        let description = folder.path().join("pruned.json");
+        output::write_json(
+            &description,
+            &transformer_json::write(&config, Some(&record)),
+        )
+        .unwrap();
+        let path = folder.path().join("z.safetensors");
+        let arguments = [
+            "fastflux",
+            "init",
+            "--config",
+            &description.display().to_string(),
+            "--output",
+            &path.display().to_string(),
+        ];
+        let Command::Init(args) = Cli::parse_from(arguments).command else {
+            unreachable!()
+        };
+        run(&args).unwrap();
+        let choice = ModelChoice {
+            model: Some(path.display().to_string()),
+            ..ModelChoice::default()
+        };
+        let opened = Pipeline::open(&choice).unwrap();
+        assert_eq!(opened.config, config);
+        assert!(opened.transformer.contains("double_blocks.2.linear.weight"));
+        // the weights are random, whatever the record was copied from
+        assert!(opened.base().is_err());
+    }
+}
