@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use safetensors::Dtype;
+
 use crate::{
+    checkpoint::output::Format,
     device::{DTypeChoice, DeviceChoice},
     layout::Form,
     pipeline::ModelChoice,
@@ -50,6 +53,11 @@ pub enum Command {
         after_help = "Examples:\n  python scripts/make_reference.py PIPELINE reference.safetensors\n  fastflux verify --model PIPELINE --reference reference.safetensors"
     )]
     Verify(VerifyArgs),
+    /// Write a randomly initialised checkpoint of any size, for tests and benchmarks.
+    #[command(
+        after_help = "Examples:\n  fastflux init --config flux1-dev --dry-run\n  fastflux init --config configs/tiny/transformer/config.json --seed 1 --output random/flux.safetensors"
+    )]
+    Init(InitArgs),
 }
 
 /// Which model.
@@ -252,4 +260,42 @@ pub struct VerifyArgs {
     pub json: bool,
     #[command(flatten)]
     pub run: RunArgs,
+}
+
+/// `init`.
+#[derive(Args, Debug)]
+pub struct InitArgs {
+    /// What to make: a diffusers transformer config.json (or one that `prune` wrote), flux1-dev or flux1-schnell.
+    #[arg(long, value_name = "FILE|NAME")]
+    pub config: String,
+    /// The same seed gives the same file, on every machine.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// The .safetensors file to write; a config.json is put beside it.
+    #[arg(long, short, value_name = "FILE", required_unless_present = "dry_run")]
+    pub output: Option<PathBuf>,
+    /// Number format: bf16, f16 or f32.
+    #[arg(long, default_value = "bf16", value_parser = weight_dtype)]
+    pub dtype: Dtype,
+    /// Names of the tensors: original or diffusers.
+    #[arg(long, default_value_t, value_parser = |s: &str| s.parse::<Format>())]
+    pub format: Format,
+    /// Say how large it would be and write nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Overwrite an existing output.
+    #[arg(long)]
+    pub force: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn weight_dtype(text: &str) -> Result<Dtype, String> {
+    match text {
+        "bf16" | "bfloat16" => Ok(Dtype::BF16),
+        "f16" | "float16" => Ok(Dtype::F16),
+        "f32" | "float32" => Ok(Dtype::F32),
+        _ => Err("expected bf16, f16 or f32".to_owned()),
+    }
 }

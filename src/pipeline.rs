@@ -13,16 +13,15 @@ use crate::{
     checkpoint::{
         Checkpoint,
         config::{self, ConfigFile},
+        output::{DIFFUSERS_STEM, ORIGINAL_STEM},
         record::{self, Record},
     },
     files::{BUNDLED, Blob, Files, parse_id},
     layout::{BlockKind, FluxConfig},
 };
 
-/// The stem of a transformer's weight file in diffusers layout.
-const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
 /// The stem of the weight file that `prune` writes.
-pub const PRUNED_STEM: &str = "flux";
+pub const PRUNED_STEM: &str = ORIGINAL_STEM;
 /// The file with a model's own defaults for `generate`.
 const DEFAULTS_FILE: &str = "fastflux.json";
 /// Where text encoders and VAE of a bare FLUX.1 transformer come from: the same files as FLUX.1-dev's, under Apache-2.0.
@@ -124,7 +123,7 @@ impl Pipeline {
         let transformer = config::canonical(&found.raw)?;
         let mut configs = Vec::new();
         if let Some(path) = &choice.config {
-            configs.push(read_config(path)?);
+            configs.push(ConfigFile::read(path).context("--config")?);
         }
         configs.extend(found.configs);
         configs.extend(metadata_config(&found.raw));
@@ -441,15 +440,6 @@ fn config_file(files: &Files, name: &str) -> Result<Vec<ConfigFile>> {
 fn speaks_of_flux(json: &Value) -> bool {
     let class = json.get("_class_name").and_then(Value::as_str);
     class.is_some_and(|c| c.contains("FluxTransformer")) || json.get("axes_dims_rope").is_some()
-}
-
-fn read_config(path: &Path) -> Result<ConfigFile> {
-    let name = path.display().to_string();
-    let text = std::fs::read(path).with_context(|| format!("--config: cannot read `{name}`"))?;
-    let json: Value = serde_json::from_slice(&text)
-        .with_context(|| format!("--config: `{name}` is not valid JSON"))?;
-    ensure!(json.is_object(), "--config: `{name}` is not a JSON object");
-    Ok(ConfigFile { name, json })
 }
 
 /// The `config` that some tools store in a file's metadata.

@@ -1,5 +1,7 @@
 //! A checkpoint's [`FluxConfig`]: sizes from the tensors, rotary numbers from configs, everything cross-checked.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
@@ -7,9 +9,9 @@ use super::{Checkpoint, keys, record::Record};
 use crate::layout::{BlockKind, BlockSpec, FluxConfig, unpruned};
 
 /// FLUX.1's rotary axes (`FluxParams` of every released model); they fit a head size of 128 only.
-const FLUX1_AXES: [usize; 3] = [16, 56, 56];
+pub(super) const FLUX1_AXES: [usize; 3] = [16, 56, 56];
 /// FLUX.1's rotary base, fixed in diffusers' `FluxPosEmbed`.
-const FLUX1_THETA: f64 = 10_000.0;
+pub(super) const FLUX1_THETA: f64 = 10_000.0;
 
 /// A JSON object that may say what tensors cannot, with its name for messages.
 #[derive(Clone, Debug)]
@@ -18,6 +20,21 @@ pub struct ConfigFile {
     pub name: String,
     /// A diffusers transformer config, or an object with some of its keys.
     pub json: Value,
+}
+
+impl ConfigFile {
+    /// Reads a file that a person named.
+    ///
+    /// # Errors
+    /// When it cannot be read or holds no JSON object.
+    pub fn read(path: &Path) -> Result<Self> {
+        let name = path.display().to_string();
+        let text = std::fs::read(path).with_context(|| format!("cannot read `{name}`"))?;
+        let json: Value =
+            serde_json::from_slice(&text).with_context(|| format!("`{name}` is not valid JSON"))?;
+        ensure!(json.is_object(), "`{name}` is not a JSON object");
+        Ok(Self { name, json })
+    }
 }
 
 /// The original names of a FLUX transformer, whatever the file's naming was.
@@ -68,12 +85,11 @@ pub fn infer(
     checkpoint.expect("time_in.in_layer.weight")?;
     checkpoint.expect("final_layer.adaLN_modulation.1.weight")?;
     let layout = layout(checkpoint, record)?;
-    let (head_dim, mlp_size) = match block_sizes(checkpoint, hidden_size)? {
-        Some(sizes) => sizes,
-        None => bail!(
+    let Some((head_dim, mlp_size)) = block_sizes(checkpoint, hidden_size)? else {
+        bail!(
             "`{}` has no original block left to tell the head size from",
             checkpoint.name
-        ),
+        )
     };
     ensure!(
         head_dim > 0 && hidden_size % head_dim == 0,

@@ -87,12 +87,12 @@ const SINGLE_NORMS: [(&str, &str); 2] = [
 /// What stands for a replaced block keeps its name in both namings.
 const REPLACEMENT: &str = "linear.";
 
-fn tables(
-    kind: BlockKind,
-) -> (
-    &'static [(&'static str, &'static [&'static str])],
-    &'static [(&'static str, &'static str)],
-) {
+/// Original modules with the diffusers modules whose rows make them up.
+type Modules = &'static [(&'static str, &'static [&'static str])];
+/// Pairs of names: (original, diffusers).
+type Names = &'static [(&'static str, &'static str)];
+
+fn tables(kind: BlockKind) -> (Modules, Names) {
     match kind {
         BlockKind::Double => (&DOUBLE, &DOUBLE_NORMS),
         BlockKind::Single => (&SINGLE, &SINGLE_NORMS),

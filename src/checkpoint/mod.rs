@@ -13,10 +13,15 @@ use crate::files::{Blob, Files};
 
 pub mod config;
 pub mod diffusers;
+pub mod init;
 pub mod keys;
+pub mod output;
+pub mod random;
 pub mod record;
 pub mod save;
+pub mod shapes;
 mod source;
+pub mod transformer_json;
 
 pub use source::{Source, candle_dtype, safetensors_dtype};
 

@@ -52,6 +52,14 @@ impl Record {
         };
         let value: Value = serde_json::from_str(text)
             .with_context(|| format!("`{name}`: its fastflux metadata is damaged"))?;
+        Self::from_value(name, value).map(Some)
+    }
+
+    /// The record in a JSON value; `name` is the file that holds it.
+    ///
+    /// # Errors
+    /// When it is damaged or of a newer version.
+    pub fn from_value(name: &str, value: Value) -> Result<Self> {
         let version = value.get("version").and_then(Value::as_u64).unwrap_or(0);
         ensure!(
             version <= VERSION as u64,
@@ -65,7 +73,7 @@ impl Record {
             !record.layout.iter().any(empty),
             "`{name}`: its fastflux metadata has a replacement of no block"
         );
-        Ok(Some(record))
+        Ok(record)
     }
 
     /// The record as metadata text.

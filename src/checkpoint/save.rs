@@ -1,60 +1,89 @@
-//! Streamed, atomic writing: one tensor in memory at a time, a temporary sibling, then a rename.
+//! Streamed, atomic writing: a part of one tensor in memory at a time, a temporary sibling, then a rename.
 
 use std::{
-    borrow::Cow,
-    collections::HashMap,
-    io::Write,
+    collections::BTreeMap,
+    io::{BufWriter, Write},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use safetensors::{Dtype, View};
+use serde_json::{Map, Value, json};
 
 use super::{Checkpoint, Source};
 
-/// One tensor as the safetensors writer asks for it.
-struct Lazy<'a>(&'a Source);
-
-impl View for Lazy<'_> {
-    fn dtype(&self) -> Dtype {
-        self.0.dtype()
-    }
-
-    fn shape(&self) -> &[usize] {
-        self.0.shape()
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        // Only a dense tensor can fail here (copy from a device); an empty answer makes the writer's length check fail.
-        self.0.bytes().unwrap_or_default()
-    }
-
-    fn data_len(&self) -> usize {
-        self.0.byte_len()
-    }
-}
-
 /// Writes a checkpoint with its metadata to `path`, which appears whole or not at all.
 ///
-/// Peak memory is one tensor above the mapped input.
+/// Peak memory is a few megabytes above the mapped input, whatever the size of the tensors.
 ///
 /// # Errors
 /// When the folder is not writable or the disk is full; nothing is left behind.
 pub fn write(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
-    let file = sibling(path)?;
-    let metadata: HashMap<String, String> = checkpoint.metadata.clone().into_iter().collect();
-    let metadata = (!metadata.is_empty()).then_some(metadata);
-    let tensors = checkpoint.iter().map(|(name, source)| (name, Lazy(source)));
-    safetensors::serialize_to_file(tensors, metadata, file.path())
+    write_with(checkpoint, path, &mut |_| ())
+}
+
+/// As [`write`]; `written` is told the bytes of each tensor that is done.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_with(
+    checkpoint: &Checkpoint,
+    path: &Path,
+    written: &mut dyn FnMut(usize),
+) -> Result<()> {
+    let mut file = sibling(path)?;
+    stream(checkpoint, file.as_file_mut(), written)
         .with_context(|| format!("cannot write `{}`", path.display()))?;
-    let expected: u64 = checkpoint.bytes() as u64;
-    let written = std::fs::metadata(file.path())?.len();
-    ensure!(
-        written > expected,
-        "cannot write `{}`: {written} of more than {expected} bytes arrived",
-        path.display()
-    );
     persist(file, path)
+}
+
+/// The tensors as a safetensors file holds them: wide number formats first (so that all are aligned), then by name.
+///
+/// The order is that of the safetensors library, so a file that it wrote comes out as it went in.
+fn in_file_order(checkpoint: &Checkpoint) -> Vec<(&str, &Source)> {
+    let mut tensors: Vec<_> = checkpoint.iter().collect();
+    tensors.sort_by(|(a, left), (b, right)| right.dtype().cmp(&left.dtype()).then(a.cmp(b)));
+    tensors
+}
+
+fn header(metadata: &BTreeMap<String, String>, tensors: &[(&str, &Source)]) -> Result<Vec<u8>> {
+    let mut header = Map::new();
+    if !metadata.is_empty() {
+        header.insert("__metadata__".to_owned(), json!(metadata));
+    }
+    let mut at = 0;
+    for (name, source) in tensors {
+        let end = at + source.byte_len();
+        let entry =
+            json!({ "dtype": source.dtype(), "shape": source.shape(), "data_offsets": [at, end] });
+        header.insert((*name).to_owned(), entry);
+        at = end;
+    }
+    let mut bytes = serde_json::to_vec(&Value::Object(header))?;
+    bytes.resize(bytes.len().next_multiple_of(8), b' ');
+    Ok(bytes)
+}
+
+fn stream(
+    checkpoint: &Checkpoint,
+    file: &mut std::fs::File,
+    written: &mut dyn FnMut(usize),
+) -> Result<()> {
+    let tensors = in_file_order(checkpoint);
+    let header = header(&checkpoint.metadata, &tensors)?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    for (name, source) in tensors {
+        source
+            .write_to(&mut out)
+            .with_context(|| format!("tensor `{name}`"))?;
+        written(source.byte_len());
+    }
+    out.flush()?;
+    let expected = (8 + header.len() + checkpoint.bytes()) as u64;
+    let arrived = out.get_ref().metadata()?.len();
+    ensure!(arrived == expected, "{arrived} of {expected} bytes arrived");
+    Ok(())
 }
 
 /// Writes a small file atomically.

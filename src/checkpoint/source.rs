@@ -1,12 +1,16 @@
-//! Where one tensor's bytes come from: ranges of mapped files, or a value we made.
+//! Where one tensor's bytes come from: ranges of mapped files, random numbers, or a value we made.
 
-use std::{borrow::Cow, ops::Range};
+use std::{borrow::Cow, io::Write, ops::Range};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle::{DType, Device, Tensor};
 use safetensors::Dtype;
 
+use super::random::Random;
 use crate::files::Blob;
+
+/// How many bytes of a tensor are made at a time while it is written.
+const STEP: usize = 16 << 20;
 
 /// One named tensor of a checkpoint, not loaded yet. Cloning is cheap.
 #[derive(Clone, Debug)]
@@ -18,16 +22,41 @@ pub struct Source {
 
 #[derive(Clone, Debug)]
 enum Data {
-    /// Byte ranges of mapped files, one after another: a tensor as it lies on disk is one piece, a fused
-    /// qkv made of `to_q`, `to_k`, `to_v` is three.
-    Mapped(Vec<Piece>),
+    /// Byte ranges, one after another: a tensor as it lies on disk is one piece, a fused qkv made of `to_q`, `to_k`,
+    /// `to_v` is three.
+    Pieces(Vec<Piece>),
+    /// A value that is cast to the number format only when it is read.
     Dense(Tensor),
 }
 
 #[derive(Clone, Debug)]
 struct Piece {
-    blob: Blob,
+    of: Whole,
     range: Range<usize>,
+}
+
+#[derive(Clone, Debug)]
+enum Whole {
+    Blob(Blob),
+    Random(Random),
+}
+
+impl Piece {
+    fn bytes(&self) -> Cow<'_, [u8]> {
+        match &self.of {
+            Whole::Blob(blob) => Cow::Borrowed(&blob[self.range.clone()]),
+            Whole::Random(random) => Cow::Owned(random.bytes(self.range.clone())),
+        }
+    }
+
+    fn write_to(&self, out: &mut dyn Write) -> std::io::Result<()> {
+        match &self.of {
+            Whole::Blob(blob) => out.write_all(&blob[self.range.clone()]),
+            Whole::Random(random) => self.range.clone().step_by(STEP).try_for_each(|start| {
+                out.write_all(&random.bytes(start..self.range.end.min(start + STEP)))
+            }),
+        }
+    }
 }
 
 impl Source {
@@ -38,14 +67,20 @@ impl Source {
         dtype: Dtype,
         shape: Vec<usize>,
     ) -> Self {
-        let piece = Piece {
-            blob: blob.clone(),
-            range,
-        };
+        Self::piece(dtype, shape, Whole::Blob(blob.clone()), range)
+    }
+
+    /// Random numbers, made when they are asked for: the same ones for a seed and name, whatever else is asked for.
+    pub fn random(shape: Vec<usize>, random: Random) -> Self {
+        let bytes = shape.iter().product::<usize>() * random.dtype().bitsize() / 8;
+        Self::piece(random.dtype(), shape, Whole::Random(random), 0..bytes)
+    }
+
+    fn piece(dtype: Dtype, shape: Vec<usize>, of: Whole, range: Range<usize>) -> Self {
         Self {
             dtype,
             shape,
-            data: Data::Mapped(vec![piece]),
+            data: Data::Pieces(vec![Piece { of, range }]),
         }
     }
 
@@ -54,8 +89,16 @@ impl Source {
     /// # Errors
     /// When safetensors has no name for its dtype.
     pub fn dense(tensor: &Tensor) -> Result<Self> {
+        Self::dense_as(tensor, tensor.dtype())
+    }
+
+    /// A tensor made in memory that is stored as `dtype`; it is cast a part at a time while it is written.
+    ///
+    /// # Errors
+    /// When safetensors has no name for the dtype.
+    pub fn dense_as(tensor: &Tensor, dtype: DType) -> Result<Self> {
         Ok(Self {
-            dtype: safetensors_dtype(tensor.dtype())?,
+            dtype: safetensors_dtype(dtype)?,
             shape: tensor.dims().to_vec(),
             data: Data::Dense(tensor.clone()),
         })
@@ -100,9 +143,9 @@ impl Source {
         shape[0] = rows.len();
         let data = match &self.data {
             Data::Dense(t) => Data::Dense(t.narrow(0, rows.start, rows.len())?),
-            Data::Mapped(pieces) => {
+            Data::Pieces(pieces) => {
                 let row = self.byte_len() / total.max(1);
-                Data::Mapped(cut(pieces, rows.start * row..rows.end * row))
+                Data::Pieces(cut(pieces, rows.start * row..rows.end * row))
             }
         };
         Ok(Self {
@@ -134,7 +177,7 @@ impl Source {
             );
             shape[0] += part.shape[0];
             match &part.data {
-                Data::Mapped(p) => pieces.extend(p.iter().cloned()),
+                Data::Pieces(p) => pieces.extend(p.iter().cloned()),
                 Data::Dense(_) => {
                     let tensors = parts
                         .iter()
@@ -147,7 +190,7 @@ impl Source {
         Ok(Self {
             dtype: first.dtype,
             shape,
-            data: Data::Mapped(pieces),
+            data: Data::Pieces(pieces),
         })
     }
 
@@ -163,7 +206,7 @@ impl Source {
         );
         let data = match &self.data {
             Data::Dense(t) => Data::Dense(t.reshape(shape)?),
-            mapped @ Data::Mapped(_) => mapped.clone(),
+            pieces @ Data::Pieces(_) => pieces.clone(),
         };
         Ok(Self {
             dtype: self.dtype,
@@ -172,23 +215,38 @@ impl Source {
         })
     }
 
-    /// The bytes in row-major order, as safetensors stores them; borrowed where they lie in one piece.
+    /// The bytes in row-major order, as safetensors stores them; borrowed where they lie in one piece of a file.
     ///
     /// # Errors
-    /// When a dense tensor cannot be copied from its device.
+    /// When a dense tensor cannot be cast or copied from its device.
     pub fn bytes(&self) -> Result<Cow<'_, [u8]>> {
+        if let Data::Pieces(pieces) = &self.data
+            && let [one] = pieces.as_slice()
+        {
+            return Ok(one.bytes());
+        }
+        let mut bytes = Vec::with_capacity(self.byte_len());
+        self.write_to(&mut bytes)?;
+        Ok(Cow::Owned(bytes))
+    }
+
+    /// Writes the bytes in row-major order. Whatever the size, only a few megabytes are in memory at a time.
+    ///
+    /// # Errors
+    /// When `out` takes no more, or a dense tensor cannot be cast or copied from its device.
+    pub fn write_to(&self, out: &mut dyn Write) -> Result<()> {
         match &self.data {
-            Data::Mapped(pieces) => match pieces.as_slice() {
-                [one] => Ok(Cow::Borrowed(&one.blob[one.range.clone()])),
-                many => {
-                    let mut bytes = Vec::with_capacity(self.byte_len());
-                    for piece in many {
-                        bytes.extend_from_slice(&piece.blob[piece.range.clone()]);
-                    }
-                    Ok(Cow::Owned(bytes))
+            Data::Pieces(pieces) => Ok(pieces.iter().try_for_each(|piece| piece.write_to(out))?),
+            Data::Dense(tensor) => {
+                let flat = tensor.flatten_all()?;
+                let dtype = candle_dtype(self.dtype)?;
+                let step = STEP / 8;
+                for start in (0..self.elements()).step_by(step) {
+                    let part = flat.narrow(0, start, step.min(self.elements() - start))?;
+                    out.write_all(&flat_bytes(&part.to_dtype(dtype)?)?)?;
                 }
-            },
-            Data::Dense(tensor) => Ok(Cow::Owned(dense_bytes(tensor)?)),
+                Ok(())
+            }
         }
     }
 
@@ -197,13 +255,11 @@ impl Source {
     /// # Errors
     /// When candle has no such dtype or the device is out of memory.
     pub fn tensor(&self, device: &Device) -> Result<Tensor> {
+        let dtype = candle_dtype(self.dtype)?;
         match &self.data {
-            Data::Dense(tensor) => Ok(tensor.to_device(device)?),
-            Data::Mapped(_) => {
-                let dtype = candle_dtype(self.dtype)?;
-                Tensor::from_raw_buffer(&self.bytes()?, dtype, &self.shape, device)
-                    .context("cannot load the tensor")
-            }
+            Data::Dense(tensor) => Ok(tensor.to_dtype(dtype)?.to_device(device)?),
+            Data::Pieces(_) => Tensor::from_raw_buffer(&self.bytes()?, dtype, &self.shape, device)
+                .context("cannot load the tensor"),
         }
     }
 }
@@ -216,7 +272,7 @@ fn cut(pieces: &[Piece], range: Range<usize>) -> Vec<Piece> {
         let (start, end) = (range.start.max(at), range.end.min(at + piece.range.len()));
         if start < end {
             out.push(Piece {
-                blob: piece.blob.clone(),
+                of: piece.of.clone(),
                 range: piece.range.start + start - at..piece.range.start + end - at,
             });
         }
@@ -225,22 +281,21 @@ fn cut(pieces: &[Piece], range: Range<usize>) -> Vec<Piece> {
     out
 }
 
-fn dense_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+fn flat_bytes(flat: &Tensor) -> Result<Vec<u8>> {
     fn bytes<T: candle::WithDType, const N: usize>(
         flat: &Tensor,
         le: impl Fn(T) -> [u8; N],
     ) -> Result<Vec<u8>> {
         Ok(flat.to_vec1::<T>()?.into_iter().flat_map(le).collect())
     }
-    let flat = tensor.flatten_all()?;
-    match tensor.dtype() {
+    match flat.dtype() {
         DType::U8 => Ok(flat.to_vec1::<u8>()?),
-        DType::U32 => bytes(&flat, u32::to_le_bytes),
-        DType::I64 => bytes(&flat, i64::to_le_bytes),
-        DType::BF16 => bytes(&flat, half::bf16::to_le_bytes),
-        DType::F16 => bytes(&flat, half::f16::to_le_bytes),
-        DType::F32 => bytes(&flat, f32::to_le_bytes),
-        DType::F64 => bytes(&flat, f64::to_le_bytes),
+        DType::U32 => bytes(flat, u32::to_le_bytes),
+        DType::I64 => bytes(flat, i64::to_le_bytes),
+        DType::BF16 => bytes(flat, half::bf16::to_le_bytes),
+        DType::F16 => bytes(flat, half::f16::to_le_bytes),
+        DType::F32 => bytes(flat, f32::to_le_bytes),
+        DType::F64 => bytes(flat, f64::to_le_bytes),
         other => bail!("cannot write tensors of dtype {}", other.as_str()),
     }
 }

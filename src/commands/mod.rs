@@ -12,6 +12,7 @@ use crate::{
 };
 
 mod generate;
+mod init;
 mod inspect;
 mod load;
 mod prune;
@@ -29,6 +30,7 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Prune(args) => prune::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(&args),
+        Command::Init(args) => init::run(&args).map(|()| ExitCode::SUCCESS),
     }
 }
 

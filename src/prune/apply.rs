@@ -69,7 +69,7 @@ pub fn apply(
         for (name, tensor) in layers.tensors() {
             out.insert(
                 format!("{prefix}.{name}"),
-                Source::dense(&tensor.to_dtype(dtype)?)?,
+                Source::dense_as(&tensor, dtype)?,
             );
         }
     }

@@ -1,0 +1,232 @@
+//! A [`FluxConfig`] as diffusers' `transformer/config.json`, both ways, where there are no tensors to ask.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::{
+    config::{ConfigFile, FLUX1_AXES, FLUX1_THETA},
+    record::Record,
+};
+use crate::layout::{BlockKind, FluxConfig, unpruned};
+
+/// Larger sizes are mistakes, and their products would not fit a machine word.
+const LARGEST: usize = 1 << 20;
+/// MLP width over stream width, fixed in diffusers' FLUX blocks.
+const MLP_RATIO: f64 = 4.0;
+
+/// The configuration that a file describes on its own, and the record of a pruned one.
+///
+/// Takes diffusers' keys, and `mlp_ratio` (default 4) and `theta` (default 10000). The `fastflux` object that `prune`
+/// writes gives the layout of a pruned model.
+///
+/// # Errors
+/// When a size is missing, no positive integer, or contradicts another; the message names file and key.
+pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
+    let get = |key: &str| file.json.get(key).filter(|v| !v.is_null());
+    let size = |key: &str, smallest: usize| -> Result<usize> {
+        let value = get(key).with_context(|| format!("`{}` does not say `{key}`", file.name))?;
+        let size = value.as_u64().and_then(|v| usize::try_from(v).ok());
+        size.filter(|v| (smallest..=LARGEST).contains(v))
+            .with_context(|| {
+                format!(
+                    "`{}` says `{key}` = {value}, expected an integer from {smallest} to {LARGEST}",
+                    file.name
+                )
+            })
+    };
+    let number = |key: &str, default: f64| -> Result<f64> {
+        let value = get(key).map_or(Some(default), Value::as_f64);
+        value
+            .filter(|v| v.is_finite() && *v > 0.0 && *v <= LARGEST as f64)
+            .with_context(|| format!("`{}`: `{key}` must be a positive number", file.name))
+    };
+    let (num_heads, head) = (
+        size("num_attention_heads", 1)?,
+        size("attention_head_dim", 1)?,
+    );
+    let hidden_size = num_heads * head;
+    ensure!(
+        hidden_size <= LARGEST,
+        "`{}`: {num_heads} heads of {head} make a stream {hidden_size} wide, the most is {LARGEST}",
+        file.name
+    );
+    ensure!(
+        get("patch_size").is_none_or(|p| p.as_u64() == Some(1)),
+        "`{}`: `patch_size` must be 1, the only one FLUX has",
+        file.name
+    );
+    let in_channels = size("in_channels", 1)?;
+    let (double, single) = (size("num_layers", 0)?, size("num_single_layers", 0)?);
+    let record = get("fastflux")
+        .map(|v| Record::from_value(&file.name, v.clone()))
+        .transpose()?;
+    let guidance_embed = match get("guidance_embeds") {
+        None => false,
+        Some(value) => value
+            .as_bool()
+            .with_context(|| format!("`{}`: `guidance_embeds` must be true or false", file.name))?,
+    };
+    let config = FluxConfig {
+        in_channels,
+        out_channels: get("out_channels").map_or(Ok(in_channels), |_| size("out_channels", 1))?,
+        hidden_size,
+        num_heads,
+        mlp_size: (number("mlp_ratio", MLP_RATIO)? * hidden_size as f64).round() as usize,
+        context_in_dim: size("joint_attention_dim", 1)?,
+        vec_in_dim: size("pooled_projection_dim", 1)?,
+        guidance_embed,
+        axes_dims: axes(file, head)?,
+        theta: number("theta", FLUX1_THETA)?,
+        layout: record
+            .as_ref()
+            .map_or_else(|| unpruned(double, single), |r| r.layout.clone()),
+    };
+    for (key, said) in [("num_layers", double), ("num_single_layers", single)] {
+        let slots = slots(&config, key);
+        ensure!(
+            slots == said,
+            "`{}` says `{key}` = {said}, but its `fastflux` layout has {slots}",
+            file.name
+        );
+    }
+    let kept =
+        |spec: &crate::layout::BlockSpec| matches!(spec, crate::layout::BlockSpec::Original(_));
+    ensure!(
+        config.mlp_size > 0 && config.layout.iter().any(kept),
+        "`{}` describes a transformer without blocks",
+        file.name
+    );
+    Ok((config, record))
+}
+
+fn axes(file: &ConfigFile, head: usize) -> Result<Vec<usize>> {
+    let Some(value) = file.json.get("axes_dims_rope").filter(|v| !v.is_null()) else {
+        ensure!(
+            head == FLUX1_AXES.iter().sum::<usize>(),
+            "`{}` does not say `axes_dims_rope`: how the rotary axes divide the head size {head}",
+            file.name
+        );
+        return Ok(FLUX1_AXES.to_vec());
+    };
+    let dims: Vec<usize> = serde_json::from_value(value.clone()).unwrap_or_default();
+    ensure!(
+        dims.len() == 3
+            && dims.iter().all(|d| d % 2 == 0 && (1..=head).contains(d))
+            && dims.iter().sum::<usize>() == head,
+        "`{}` says `axes_dims_rope` = {value}; expected three even sizes that sum to the head size {head}",
+        file.name
+    );
+    Ok(dims)
+}
+
+/// The file that describes a checkpoint of this configuration to diffusers and to us.
+pub fn write(config: &FluxConfig, record: Option<&Record>) -> Value {
+    let mut json = json!({
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "num_layers": slots(config, "num_layers"),
+        "num_single_layers": slots(config, "num_single_layers"),
+        "attention_head_dim": config.head_dim(),
+        "num_attention_heads": config.num_heads,
+        "joint_attention_dim": config.context_in_dim,
+        "pooled_projection_dim": config.vec_in_dim,
+        "guidance_embeds": config.guidance_embed,
+        "axes_dims_rope": config.axes_dims,
+    });
+    // diffusers has no such keys: its models have these values
+    let ratio = config.mlp_size as f64 / config.hidden_size as f64;
+    if ratio != MLP_RATIO {
+        json["mlp_ratio"] = json!(ratio);
+    }
+    if config.theta != FLUX1_THETA {
+        json["theta"] = json!(config.theta);
+    }
+    if let Some(record) = record {
+        json["fastflux"] = json!(record);
+    }
+    json
+}
+
+/// How many blocks of a kind own tensors.
+fn slots(config: &FluxConfig, key: &str) -> usize {
+    let kind = if key == "num_layers" {
+        BlockKind::Double
+    } else {
+        BlockKind::Single
+    };
+    let owned = |spec: &&crate::layout::BlockSpec| spec.has_tensors() && spec.kind() == kind;
+    config.layout.iter().filter(owned).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::cost;
+
+    fn file(text: &str) -> ConfigFile {
+        ConfigFile {
+            name: "config.json".to_owned(),
+            json: serde_json::from_str(text).unwrap(),
+        }
+    }
+
+    #[test]
+    fn the_shipped_configurations_have_the_published_sizes() {
+        let dev = read(&file(include_str!("../../configs/flux1/dev.json"))).unwrap();
+        assert_eq!(cost::model(&dev.0, 1, 1).parameters, 11_901_408_320);
+        assert_eq!(dev.0.axes_dims, FLUX1_AXES);
+        let schnell = read(&file(include_str!("../../configs/flux1/schnell.json"))).unwrap();
+        assert_eq!(cost::model(&schnell.0, 1, 1).parameters, 11_891_178_560);
+    }
+
+    #[test]
+    fn what_is_written_reads_back() {
+        let tiny = file(include_str!("../../configs/tiny/transformer/config.json"));
+        let (mut config, _) = read(&tiny).unwrap();
+        for (mlp, theta) in [(512, 1e4), (320, 2000.0)] {
+            (config.mlp_size, config.theta) = (mlp, theta);
+            let again = ConfigFile {
+                name: "again".to_owned(),
+                json: write(&config, None),
+            };
+            assert_eq!(read(&again).unwrap(), (config.clone(), None));
+        }
+    }
+
+    #[test]
+    fn a_bad_value_is_named_with_its_file() {
+        let good: Value =
+            serde_json::from_str(include_str!("../../configs/flux1/dev.json")).unwrap();
+        for (key, bad) in [
+            ("num_layers", json!(-1)),
+            ("num_layers", json!(1e30)),
+            ("num_single_layers", json!(null)),
+            ("attention_head_dim", json!(0)),
+            ("num_attention_heads", json!(1_000_000)),
+            ("in_channels", json!("64")),
+            ("axes_dims_rope", json!([16, 56])),
+            ("axes_dims_rope", json!([15, 57, 56])),
+            ("guidance_embeds", json!("yes")),
+            ("theta", json!(-1)),
+            ("mlp_ratio", json!(0)),
+            ("patch_size", json!(2)),
+            ("fastflux", json!({ "version": 1 })),
+        ] {
+            let mut json = good.clone();
+            json[key] = bad;
+            let name = "config.json".to_owned();
+            let error = format!("{:#}", read(&ConfigFile { name, json }).unwrap_err());
+            let named = match key {
+                "num_attention_heads" => "heads",
+                "fastflux" => "fastflux",
+                key => key,
+            };
+            assert!(
+                error.contains("config.json") && error.contains(named),
+                "{error}"
+            );
+        }
+    }
+}
