@@ -87,11 +87,10 @@ impl Runtime {
             DeviceChoice::Auto => automatic(),
         };
         let dtype = match dtype {
-            DTypeChoice::F32 => DType::F32,
-            DTypeChoice::Bf16 => DType::BF16,
             DTypeChoice::F16 => DType::F16,
-            DTypeChoice::Auto if device.is_cpu() => DType::F32,
-            DTypeChoice::Auto => DType::BF16,
+            DTypeChoice::Bf16 => DType::BF16,
+            DTypeChoice::Auto if !device.is_cpu() => DType::BF16,
+            DTypeChoice::F32 | DTypeChoice::Auto => DType::F32,
         };
         Ok(Self { device, dtype })
     }

@@ -427,7 +427,7 @@ fn in_file(path: &Path) -> Result<Found> {
 
 /// A JSON file beside the weights, when it is there and speaks of a FLUX transformer.
 fn config_file(files: &Files, name: &str) -> Result<Vec<ConfigFile>> {
-    let json = files.json(name)?.filter(|json| speaks_of_flux(json));
+    let json = files.json(name)?.filter(speaks_of_flux);
     Ok(json
         .map(|json| ConfigFile {
             name: files.describe(name),

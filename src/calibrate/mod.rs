@@ -39,7 +39,7 @@ pub fn sample(
             .map(|i| starting_noise(seed.wrapping_add(i as u64), 1, channels, denoise.size));
         let noise = Tensor::cat(&noise.collect::<Result<Vec<_>>>()?, 0)?;
         let latents = denoise.run(&noise, &prompts.range(range)?, &mut (), &mut || {
-            progress.inc(1)
+            progress.inc(1);
         })?;
         pictures.push(latents.to_device(&candle::Device::Cpu)?);
     }

@@ -252,9 +252,10 @@ impl Check<'_> {
                 return Ok(());
             }
         };
-        let length = match reference.has("t5.input_ids") {
-            true => reference.tensors.dims::<2>("t5.input_ids")?[1],
-            false => reference.number("t5_len")?,
+        let length = if reference.has("t5.input_ids") {
+            reference.tensors.dims::<2>("t5.input_ids")?[1]
+        } else {
+            reference.number("t5_len")?
         };
         let encoders = load::text_encoders(self.pipeline, &files, Some(length), self.runtime)?;
         let prompt = reference.text("prompt")?.to_owned();

@@ -136,7 +136,7 @@ impl PruningPlan {
             match self.replace.iter().find(|r| r.replaces.contains(id)) {
                 None => layout.push(spec.clone()),
                 Some(r) if r.replaces.first() == Some(id) => {
-                    layout.push(BlockSpec::Replaced(r.clone()))
+                    layout.push(BlockSpec::Replaced(r.clone()));
                 }
                 Some(_) => {} // a later block of a run that collapsed into its first
             }

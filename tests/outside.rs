@@ -1,0 +1,589 @@
+//! The binary from the outside: equality with recordings from diffusers, the main job, and bad input.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot go on fails by panicking"
+)]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use serde_json::Value;
+
+fn golden(path: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(path);
+    path.display().to_string()
+}
+
+/// Runs `fastflux` in `folder`. `FASTFLUX_TEST_DEVICE` runs the same tests on another device.
+fn fastflux(folder: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("fastflux"));
+    command
+        .current_dir(folder)
+        .args(args)
+        .env("HF_HUB_OFFLINE", "1")
+        .env_remove("RUST_BACKTRACE");
+    if let Ok(device) = std::env::var("FASTFLUX_TEST_DEVICE")
+        && args[0] != "inspect"
+        && !args.contains(&"--device")
+    {
+        command.args(["--device", &device]);
+        if !args.contains(&"--dtype") {
+            command.args(["--dtype", "f32"]);
+        }
+    }
+    command.output().unwrap()
+}
+
+fn ok(folder: &Path, args: &[&str]) -> String {
+    let out = fastflux(folder, args);
+    assert!(
+        out.status.success(),
+        "{args:?}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    String::from_utf8(out.stdout).unwrap()
+}
+
+fn json(folder: &Path, args: &[&str]) -> Value {
+    serde_json::from_str(&ok(folder, args)).unwrap()
+}
+
+/// Runs, expects exit code 1 and a message with all of `words`, no panic, and nothing new in the folder.
+fn refused(folder: &Path, args: &[&str], words: &[&str]) {
+    let before = list(folder);
+    let out = fastflux(folder, args);
+    let message = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(1), "{args:?}: {message}");
+    assert!(!message.contains("panicked"), "{args:?}: {message}");
+    for word in words {
+        assert!(
+            message.contains(word),
+            "{args:?}: `{word}` is not in: {message}"
+        );
+    }
+    assert_eq!(list(folder), before, "{args:?} left something behind");
+}
+
+fn list(folder: &Path) -> Vec<PathBuf> {
+    let mut names: Vec<PathBuf> = fs::read_dir(folder)
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .collect();
+    names.sort();
+    names
+}
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// A safetensors file with this header and these bytes of data.
+fn safetensors(path: &Path, header: &str, data: &[u8]) {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.extend(data);
+    fs::write(path, bytes).unwrap();
+}
+
+/// Pruning settings that take a second.
+const QUICK: &str =
+    r#"{"calibration": {"samples": 8, "draws": 4, "steps": 2}, "score": {"held-out": 16}}"#;
+
+fn quick_prune(folder: &Path, output: &str, more: &[&str]) -> Value {
+    fs::write(folder.join("quick.json"), QUICK).unwrap();
+    let args = [
+        "prune",
+        "--recipe",
+        "quick.json",
+        "--output",
+        output,
+        "--json",
+    ];
+    json(folder, &[&args, more].concat())
+}
+
+#[test]
+fn every_component_equals_diffusers() {
+    let work = folder();
+    for (name, tensors) in [("dev", 17), ("schnell", 15)] {
+        let reference = golden(&format!("{name}/reference.safetensors"));
+        let pipe = golden(&format!("{name}/pipe"));
+        let config = golden(&format!("{name}/pipe/transformer/config.json"));
+        let vae = golden(&format!("{name}/pipe/vae"));
+        let original = golden(&format!("{name}/bfl.safetensors"));
+        let folder_layout = vec!["--model", &pipe];
+        let single_file = vec![
+            "--model",
+            &original,
+            "--config",
+            &config,
+            "--text-encoders",
+            &pipe,
+            "--vae",
+            &vae,
+        ];
+        for model in [folder_layout, single_file] {
+            let args = ["verify", "--reference", &reference, "--json"];
+            let out = json(work.path(), &[&args, model.as_slice()].concat());
+            assert_eq!(out["ok"], true);
+            let compared = out["tensors"].as_array().unwrap();
+            assert!(
+                compared.len() >= tensors,
+                "{name}: only {} compared",
+                compared.len()
+            );
+            for tensor in compared {
+                let limit = match tensor["name"].as_str().unwrap() {
+                    ids if ids.ends_with("input_ids") => 0.0,
+                    late if late.starts_with("vae") || late.starts_with("pipeline") => 1e-4,
+                    _ => 1e-5,
+                };
+                assert!(
+                    tensor["relative"].as_f64().unwrap() <= limit,
+                    "{name}: {tensor}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn bfloat16_stays_near() {
+    let work = folder();
+    let (pipe, reference) = (golden("dev/pipe"), golden("dev/reference.safetensors"));
+    let args = [
+        "verify",
+        "--model",
+        &pipe,
+        "--reference",
+        &reference,
+        "--dtype",
+        "bf16",
+        "--json",
+    ];
+    let out = fastflux(work.path(), &args);
+    let out: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let tensors = out["tensors"].as_array().unwrap();
+    let velocity = tensors
+        .iter()
+        .find(|t| t["name"] == "transformer.velocity")
+        .unwrap();
+    let relative = velocity["relative"].as_f64().unwrap();
+    assert!(relative > 0.0 && relative <= 2e-2, "{relative}");
+}
+
+#[test]
+fn another_model_fails_verification_and_the_first_difference_is_named() {
+    let work = folder();
+    // the same pipeline with one weight altered
+    let weights = "transformer/diffusion_pytorch_model.safetensors";
+    copy(Path::new(&golden("dev/pipe")), &work.path().join("pipe"));
+    let path = work.path().join("pipe").join(weights);
+    let mut bytes = fs::read(&path).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = tensors
+        .tensor("single_transformer_blocks.1.proj_out.weight")
+        .unwrap();
+    let start = tensor.data().as_ptr() as usize - bytes.as_ptr() as usize;
+    let end = start + tensor.data().len();
+    bytes[start..end].fill(0);
+    fs::write(&path, bytes).unwrap();
+    let reference = golden("dev/reference.safetensors");
+    let out = fastflux(
+        work.path(),
+        &[
+            "verify",
+            "--model",
+            "pipe",
+            "--reference",
+            &reference,
+            "--json",
+        ],
+    );
+    assert_eq!(out.status.code(), Some(1));
+    let out: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(out["first_off"], "blocks.single_blocks.1.x");
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+#[test]
+fn the_bundled_model_is_pruned_inspected_verified_and_drawn_with() {
+    let work = folder();
+    let out = quick_prune(work.path(), "pruned", &[]);
+    assert_eq!(out["replaced"].as_array().unwrap().len(), 3);
+    assert!(out["after"]["parameters"].as_u64() < out["before"]["parameters"].as_u64());
+    let inspected = json(work.path(), &["inspect", "--model", "pruned", "--json"]);
+    assert_eq!(inspected["replaced_blocks"], 3);
+    assert_eq!(inspected["parameters"], out["after"]["parameters"]);
+    assert_eq!(inspected["blocks"].as_array().unwrap().len(), 15);
+    for file in [
+        "flux.safetensors",
+        "config.json",
+        "plan.json",
+        "scores.json",
+        "before-after.png",
+    ] {
+        assert!(work.path().join("pruned").join(file).is_file(), "{file}");
+    }
+    // from another folder: the base is remembered
+    let elsewhere = folder();
+    let model = work.path().join("pruned").display().to_string();
+    let prompt = "a red circle left of a blue square on a white background";
+    ok(
+        elsewhere.path(),
+        &[
+            "generate", "--model", &model, "--prompt", prompt, "--output", "a.png",
+        ],
+    );
+    assert!(
+        fs::read(elsewhere.path().join("a.png"))
+            .unwrap()
+            .starts_with(b"\x89PNG")
+    );
+    // the same seed gives the same bytes, and the plan replays
+    let again = quick_prune(work.path(), "again", &["--plan", "pruned/plan.json"]);
+    assert_eq!(again["replaced"], out["replaced"]);
+    let bytes = |name: &str| fs::read(work.path().join(name).join("flux.safetensors")).unwrap();
+    let tensors = |bytes: &[u8]| {
+        bytes[8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize..].to_vec()
+    };
+    assert_eq!(tensors(&bytes("pruned")), tensors(&bytes("again")));
+}
+
+#[test]
+fn every_form_can_be_written_and_opened() {
+    let work = folder();
+    for form in ["linear", "conditioned", "modulated", "remove"] {
+        let blocks = "double.01,single.00-01";
+        let out = quick_prune(work.path(), form, &["--blocks", blocks, "--form", form]);
+        assert!(out["velocity_error"].as_f64().unwrap().is_finite());
+        let inspected = json(work.path(), &["inspect", "--model", form, "--json"]);
+        assert_eq!(inspected["replaced_blocks"], 3, "{form}");
+        assert_eq!(
+            inspected["parameters"], out["after"]["parameters"],
+            "{form}"
+        );
+        ok(
+            work.path(),
+            &[
+                "generate",
+                "--model",
+                form,
+                "--prompt",
+                "a red circle",
+                "--steps",
+                "2",
+                "--output",
+                &format!("{form}.png"),
+            ],
+        );
+    }
+}
+
+#[test]
+fn kept_tensors_are_copied_byte_for_byte() {
+    let work = folder();
+    quick_prune(work.path(), "pruned", &["--blocks", "single.03"]);
+    let before = fs::read(
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("configs/tiny/transformer/diffusion_pytorch_model.safetensors"),
+    )
+    .unwrap();
+    let after = fs::read(work.path().join("pruned/flux.safetensors")).unwrap();
+    let (before, after) = (
+        safetensors::SafeTensors::deserialize(&before).unwrap(),
+        safetensors::SafeTensors::deserialize(&after).unwrap(),
+    );
+    let same = |theirs: &str, ours: &str| {
+        assert_eq!(
+            before.tensor(theirs).unwrap().data(),
+            after.tensor(ours).unwrap().data(),
+            "{ours}"
+        );
+    };
+    same("x_embedder.weight", "img_in.weight");
+    same(
+        "single_transformer_blocks.2.proj_out.weight",
+        "single_blocks.2.linear2.weight",
+    );
+    same(
+        "transformer_blocks.4.ff.net.2.bias",
+        "double_blocks.4.img_mlp.2.bias",
+    );
+    assert!(after.tensor("single_blocks.3.linear.img.weight").is_ok());
+    assert!(after.tensor("single_blocks.3.linear1.weight").is_err());
+}
+
+#[test]
+fn pictures_depend_on_the_seed_alone_and_carry_their_settings() {
+    let work = folder();
+    let prompt = "a green cross in the center on a black background";
+    let draw = |name: &str, seed: &str| {
+        ok(
+            work.path(),
+            &[
+                "generate", "--prompt", prompt, "--steps", "3", "--seed", seed, "--output", name,
+            ],
+        );
+        fs::read(work.path().join(name)).unwrap()
+    };
+    let (a, b, c) = (draw("a.png", "7"), draw("b.png", "7"), draw("c.png", "8"));
+    assert_eq!(a, b);
+    assert_ne!(a, c);
+    let has = |text: &str| a.windows(text.len()).any(|w| w == text.as_bytes());
+    assert!(has(prompt) && has("seed\x007") && has("steps\x003") && has("size\x0064x64"));
+    refused(
+        work.path(),
+        &["generate", "--prompt", prompt, "--output", "a.png"],
+        &["a.png", "--force"],
+    );
+    // several at once equal one by one
+    fs::write(
+        work.path().join("prompts.txt"),
+        format!("a red circle\n{prompt}\n"),
+    )
+    .unwrap();
+    ok(
+        work.path(),
+        &[
+            "generate",
+            "--prompt-file",
+            "prompts.txt",
+            "--steps",
+            "3",
+            "--seed",
+            "7",
+            "--output",
+            "many/{prompt}.png",
+        ],
+    );
+    let pixels = |bytes: &[u8]| {
+        let mut reader = png::Decoder::new(std::io::Cursor::new(bytes.to_vec()))
+            .read_info()
+            .unwrap();
+        let mut out = vec![0; reader.output_buffer_size().unwrap()];
+        reader.next_frame(&mut out).unwrap();
+        out
+    };
+    let many = pixels(&fs::read(work.path().join("many/001.png")).unwrap());
+    let furthest = pixels(&a)
+        .iter()
+        .zip(&many)
+        .map(|(a, b)| a.abs_diff(*b))
+        .max()
+        .unwrap();
+    assert!(furthest <= 1, "{furthest}");
+}
+
+#[test]
+fn damaged_files_are_refused_by_name() {
+    let work = folder();
+    let path = |name: &str| work.path().join(name);
+    let whole = fs::read(golden("dev/bfl.safetensors")).unwrap();
+    fs::write(path("empty.safetensors"), b"").unwrap();
+    fs::write(path("cut.safetensors"), &whole[..whole.len() / 2]).unwrap();
+    fs::write(path("short.safetensors"), &whole[..5]).unwrap();
+    fs::write(
+        path("lfs.safetensors"),
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    )
+    .unwrap();
+    let mut lies = whole.clone();
+    lies[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    fs::write(path("lies.safetensors"), lies).unwrap();
+    safetensors(&path("garbage.safetensors"), "not json at all", b"");
+    let overlap = r#"{"img_in.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"txt_in.weight":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#;
+    safetensors(&path("overlap.safetensors"), overlap, &[0; 12]);
+    safetensors(
+        &path("dtype.safetensors"),
+        r#"{"img_in.weight":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}"#,
+        &[0; 8],
+    );
+    safetensors(
+        &path("length.safetensors"),
+        r#"{"img_in.weight":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#,
+        &[0; 8],
+    );
+    safetensors(
+        &path("gpt.safetensors"),
+        r#"{"model.layers.0.mlp.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#,
+        &[0; 8],
+    );
+    for name in [
+        "empty", "cut", "short", "lfs", "lies", "garbage", "overlap", "dtype", "length",
+    ] {
+        let file = format!("{name}.safetensors");
+        refused(work.path(), &["inspect", "--model", &file], &[&file]);
+        refused(
+            work.path(),
+            &[
+                "generate", "--prompt", "x", "--model", &file, "--output", "x.png",
+            ],
+            &[&file],
+        );
+    }
+    refused(
+        work.path(),
+        &["inspect", "--model", "gpt.safetensors"],
+        &[
+            "not a FLUX transformer",
+            "model.layers.0.mlp.weight",
+            "img_in.weight",
+        ],
+    );
+    refused(
+        work.path(),
+        &["inspect", "--model", "nowhere"],
+        &["`nowhere` does not exist"],
+    );
+    let vae = golden("dev/pipe/vae/diffusion_pytorch_model.safetensors");
+    refused(
+        work.path(),
+        &["inspect", "--model", &vae],
+        &["not a FLUX transformer"],
+    );
+}
+
+#[test]
+fn incomplete_and_contradicting_models_are_refused_by_name() {
+    let work = folder();
+    copy(
+        Path::new(&golden("schnell/pipe")),
+        &work.path().join("pipe"),
+    );
+    let shard = work
+        .path()
+        .join("pipe/transformer/diffusion_pytorch_model-00002-of-00004.safetensors");
+    fs::rename(&shard, work.path().join("aside")).unwrap();
+    refused(
+        work.path(),
+        &["inspect", "--model", "pipe"],
+        &[
+            "diffusion_pytorch_model-00002-of-00004.safetensors",
+            "does not exist",
+        ],
+    );
+    fs::rename(work.path().join("aside"), &shard).unwrap();
+    let config = work.path().join("pipe/transformer/config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    let mut json: Value = serde_json::from_str(&text).unwrap();
+    json["num_layers"] = 7.into();
+    fs::write(&config, json.to_string()).unwrap();
+    refused(
+        work.path(),
+        &["inspect", "--model", "pipe"],
+        &["config.json", "num_layers", "7"],
+    );
+    fs::write(&config, text).unwrap();
+    ok(work.path(), &["inspect", "--model", "pipe"]);
+    fs::write(work.path().join("pipe/tokenizer_2/tokenizer.json"), "{}").unwrap();
+    refused(
+        work.path(),
+        &[
+            "generate", "--model", "pipe", "--prompt", "x", "--output", "x.png",
+        ],
+        &["tokenizer"],
+    );
+}
+
+#[test]
+fn bad_arguments_are_refused_before_any_work() {
+    let work = folder();
+    let w = work.path();
+    fs::write(w.join("typo.json"), r#"{"fit": {"rigde": 1}}"#).unwrap();
+    fs::write(w.join("empty.txt"), "\n \n").unwrap();
+    fs::write(w.join("latin1.txt"), [0xe9, 0x0a]).unwrap();
+    fs::write(w.join("file"), "x").unwrap();
+    fs::create_dir(w.join("there")).unwrap();
+    for ratio in ["0", "1", "1.5", "NaN", "0.01"] {
+        refused(
+            w,
+            &["prune", "--ratio", ratio, "--output", "p"],
+            &["--ratio"],
+        );
+    }
+    refused(w, &["prune", "--output", "there"], &["there", "--force"]);
+    refused(w, &["prune", "--output", "file/p"], &["file"]);
+    refused(
+        w,
+        &["prune", "--recipe", "typo.json", "--output", "p"],
+        &["typo.json", "rigde"],
+    );
+    refused(
+        w,
+        &["prune", "--prompts", "empty.txt", "--output", "p"],
+        &["empty.txt", "no prompt"],
+    );
+    refused(
+        w,
+        &["prune", "--prompts", "latin1.txt", "--output", "p"],
+        &["latin1.txt", "UTF-8"],
+    );
+    refused(
+        w,
+        &["prune", "--blocks", "double.09", "--output", "p"],
+        &["--blocks", "double.09"],
+    );
+    refused(
+        w,
+        &[
+            "prune",
+            "--blocks",
+            "double.00-04,single.00-09",
+            "--output",
+            "p",
+        ],
+        &["every block"],
+    );
+    refused(
+        w,
+        &["generate", "--prompt", "x", "--width", "0"],
+        &["--width 0"],
+    );
+    refused(
+        w,
+        &["generate", "--prompt", "x", "--height", "1000000"],
+        &["--height 1000000"],
+    );
+    refused(
+        w,
+        &["generate", "--prompt", "x", "--steps", "0"],
+        &["--steps 0"],
+    );
+    refused(
+        w,
+        &["generate", "--prompt", "x", "--num-images", "0"],
+        &["--num-images 0"],
+    );
+    refused(
+        w,
+        &["generate", "--prompt", "x", "--output", "picture.jpg"],
+        &["picture.jpg"],
+    );
+    #[cfg(not(feature = "cuda"))]
+    refused(
+        w,
+        &["generate", "--prompt", "x", "--device", "cuda"],
+        &["--device cuda", "--features cuda"],
+    );
+    let usage = fastflux(w, &["generate", "--prompt", "x", "--device", "tpu"]);
+    assert_eq!(usage.status.code(), Some(2));
+}
