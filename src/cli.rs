@@ -128,10 +128,10 @@ pub struct RunArgs {
 pub struct InspectArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Picture width that FLOPs are counted for, in pixels. Default: 1024 (64 for the bundled model).
+    /// Picture width that FLOPs are counted for, in pixels. Default: the model's own (FLUX.1: 1024).
     #[arg(long)]
     pub width: Option<usize>,
-    /// Picture height, in pixels. Default: the width.
+    /// Picture height, in pixels. Default: as the width.
     #[arg(long)]
     pub height: Option<usize>,
     /// Text tokens that FLOPs are counted for. Default: what the model is given.

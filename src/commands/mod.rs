@@ -77,8 +77,7 @@ fn picture_size(
     height: Option<usize>,
 ) -> Result<PixelSize> {
     let own = pipeline.default_size()?;
-    let width = width.or(height).unwrap_or(own);
-    let height = height.unwrap_or(width);
+    let (width, height) = (width.unwrap_or(own), height.unwrap_or(own));
     let round = |flag: &str, value: usize| -> Result<usize> {
         ensure!(
             (PixelSize::STEP..=PixelSize::LARGEST).contains(&value),

@@ -33,7 +33,7 @@ pub struct CalibrationRecipe {
     pub guidance: Option<f64>,
     /// Picture width in pixels; `null`: the model's own default.
     pub width: Option<usize>,
-    /// Picture height in pixels; `null`: the width.
+    /// Picture height in pixels; `null`: the model's own default.
     pub height: Option<usize>,
     /// Seed of starting noise and noised states.
     pub seed: u64,
