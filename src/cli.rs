@@ -9,6 +9,7 @@ use safetensors::Dtype;
 use crate::{
     checkpoint::output::Format,
     device::{DTypeChoice, DeviceChoice},
+    layout::Form,
     pipeline::ModelChoice,
 };
 
@@ -63,7 +64,7 @@ pub enum Command {
 #[derive(Args, Clone, Debug, Default)]
 pub struct ModelArgs {
     /// The model: a folder (diffusers layout or fastflux output), a .safetensors file, or a hub id
-    /// (owner/name[@revision]). Default: the bundled tiny model.
+    /// (`owner/name` or `owner/name@revision`). Default: the bundled tiny model.
     #[arg(long, value_name = "PATH|ID")]
     pub model: Option<String>,
     /// JSON with what the tensors cannot tell: axes_dims_rope, theta, scheduler.
@@ -150,6 +151,18 @@ pub struct PruneArgs {
     /// Share of all blocks to replace, above 0 and below 1. Default: 0.2.
     #[arg(long)]
     pub ratio: Option<f64>,
+    /// Carry out this plan (plan.json of an earlier run, or your own) instead of choosing blocks.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["ratio", "blocks", "protect", "form"])]
+    pub plan: Option<PathBuf>,
+    /// Replace just these blocks, such as double.05,single.20-24.
+    #[arg(long, value_name = "LIST", conflicts_with_all = ["ratio", "protect"])]
+    pub blocks: Option<String>,
+    /// Never replace these blocks.
+    #[arg(long, value_name = "LIST")]
+    pub protect: Option<String>,
+    /// What takes a block's place: linear, conditioned, modulated or remove. Default: linear.
+    #[arg(long)]
+    pub form: Option<Form>,
     /// Folder to write; must not exist yet (see --force).
     #[arg(long, short, default_value = "pruned", value_name = "DIR")]
     pub output: PathBuf,

@@ -129,6 +129,21 @@ impl fmt::Display for Form {
     }
 }
 
+impl FromStr for Form {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let forms = [
+            Self::Remove,
+            Self::Linear,
+            Self::Conditioned,
+            Self::Modulated,
+        ];
+        let form = forms.into_iter().find(|form| form.to_string() == text);
+        form.ok_or_else(|| "expected linear, conditioned, modulated or remove".to_owned())
+    }
+}
+
 /// One replacement: the original blocks it stands for and its form.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

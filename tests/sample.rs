@@ -272,7 +272,7 @@ fn a_vae_with_original_names_is_the_same_vae() -> Result<()> {
 
     std::fs::copy(folder.join("config.json"), copy.path().join("config.json"))?;
     let vae = Vae::load_folder(&Files::folder(copy.path()), DType::F32, &Device::Cpu)?;
-    assert_eq!(relative(&vae.decode(latents)?, &expected)?, 0.0);
+    assert!(relative(&vae.decode(latents)?, &expected)? <= 0.0);
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 use crate::{
     device::Runtime,
     layout::BlockSpec,
-    model::Flux,
+    model::{Block, Conditioning, Flux, Observer, Stream, Trunk},
     sample::denoise::{Denoise, Encoded, starting_noise},
 };
 
@@ -46,12 +46,16 @@ pub fn sample(
     Ok(Tensor::cat(&pictures, 0)?)
 }
 
-/// Runs the model once on every state and sums what fits and scores need.
+/// Runs the model once on the states `range` and sums what fits and scores need.
+///
+/// With `pruned`, a trunk of which some entries are replaced, its activations are the inputs and the original's the
+/// targets: what a fit needs that comes after earlier replacements.
 ///
 /// # Errors
 /// When a forward fails or activations are NaN or infinite (the message names the block).
 pub fn gather(
     flux: &Flux,
+    pruned: Option<&Trunk>,
     layout: &[BlockSpec],
     states: &States,
     batch: usize,
@@ -62,9 +66,41 @@ pub fn gather(
     for range in states.batches(batch) {
         let batch = states.batch(range, &runtime.device, runtime.dtype)?;
         let (stream, conditioning) = flux.embed(&batch.inputs())?;
-        flux.trunk
-            .forward_range(0..flux.trunk.len(), &stream, &conditioning, &mut stats)?;
+        match pruned {
+            None => {
+                let all = 0..flux.trunk.len();
+                flux.trunk
+                    .forward_range(all, &stream, &conditioning, &mut stats)?;
+            }
+            Some(pruned) => pairs(flux, pruned, stream, &conditioning, &mut stats)?,
+        }
         progress.inc(1);
     }
     Ok(stats)
+}
+
+/// One batch through both trunks at once; a replaced entry counts for nothing.
+fn pairs(
+    flux: &Flux,
+    pruned: &Trunk,
+    stream: Stream,
+    conditioning: &Conditioning,
+    stats: &mut CalibrationStats,
+) -> Result<()> {
+    let (mut original, mut student) = (stream.clone(), stream);
+    for (index, (spec, _)) in flux.trunk.entries().iter().enumerate() {
+        let step = index..index + 1;
+        original = flux
+            .trunk
+            .forward_range(step.clone(), &original, conditioning, &mut ())?;
+        let replaced = matches!(
+            pruned.entries().get(index),
+            Some((_, Block::Replacement(_)))
+        );
+        if !replaced {
+            stats.block(index, spec, conditioning, &student, &original)?;
+        }
+        student = pruned.forward_range(step, &student, conditioning, &mut ())?;
+    }
+    Ok(())
 }

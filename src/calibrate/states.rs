@@ -97,6 +97,14 @@ impl States {
         })
     }
 
+    /// The first `len` states, or all where there are fewer.
+    #[must_use]
+    pub fn first(&self, len: usize) -> Self {
+        let mut out = self.clone();
+        out.truncate(len);
+        out
+    }
+
     /// Keeps the first `len` states.
     pub fn truncate(&mut self, len: usize) {
         self.items.truncate(len);

@@ -16,6 +16,8 @@ mod init;
 mod inspect;
 mod load;
 mod prune;
+mod select;
+mod session;
 mod verify;
 
 /// Runs a subcommand.

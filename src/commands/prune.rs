@@ -2,34 +2,35 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use serde_json::json;
 
-use super::{PixelSize, load};
+use super::{
+    load,
+    select::{self, Selection},
+    session::Session,
+};
 use crate::{
-    calibrate::{
-        self,
-        states::States,
-        stats::{BlockStats, CalibrationStats, StreamStats},
-    },
+    calibrate::stats::{BlockStats, Moments},
     checkpoint::{
+        Checkpoint,
         record::{self, Record},
         save::{self, OutputFolder},
     },
     cli::PruneArgs,
     device::Runtime,
-    layout::{BlockId, FluxConfig},
-    model::{Block, Flux, cost},
+    files::Files,
+    layout::{BlockId, BlockKind, FluxConfig},
+    model::{Flux, cost},
     pipeline::{PRUNED_STEM, Pipeline},
     prune::{
-        apply, fit,
-        layers::{Fitted, LayerMap, Layers},
+        apply,
+        layers::{LayerMap, Layers},
         plan::{self, PruningPlan},
         recipe::PruneRecipe,
         refit::{self, Fitting},
     },
-    sample::denoise::{Denoise, Encoded},
-    score::ablation::{Greedy, HeldOut, greedy},
+    score::ablation::HeldOut,
     ui,
 };
 
@@ -37,105 +38,50 @@ use crate::{
 const PICTURES: usize = 8;
 /// Larger pictures take minutes each on small machines: draw fewer.
 const PICTURES_LARGE: usize = 2;
-/// Prompts sampled for calibration unless asked otherwise.
-const SAMPLES: usize = 160;
-/// The same for models whose pictures have many tokens: each picture is thousands of rows.
-const SAMPLES_LARGE: usize = 32;
-/// Image tokens from which a picture counts as large.
-const LARGE: usize = 1024;
-/// Tokens in one forward where the recipe names no batch.
-const TOKENS_PER_FORWARD: usize = 1536;
-/// Ridge of the fits that blocks are compared by.
-const SCORING_RIDGE: f64 = 1e-4;
-/// Tokens of all held-out states where the recipe names no number.
-const HELD_OUT_TOKENS: usize = 131_072;
 
-/// A run with everything resolved.
-struct Run<'a> {
-    pipeline: &'a Pipeline,
-    runtime: &'a Runtime,
-    recipe: PruneRecipe,
-    size: PixelSize,
-    flux: Flux,
-    batch: usize,
-}
-
-/// What calibration and scoring found.
+/// What a run found.
 struct Found {
-    stats: CalibrationStats,
-    fits: LayerMap,
-    greedy: Greedy,
+    /// `None` where the plan was given, so that no block was scored.
+    selection: Option<Selection>,
     plan: PruningPlan,
     layers: LayerMap,
-    /// Relative error of the pruned model's velocity on held-out states.
+    /// The model with the layers in place.
+    pruned: Flux,
+    /// Relative mean squared error of its velocity on held-out states.
     velocity_error: f64,
 }
 
 pub(super) fn run(args: &PruneArgs) -> Result<()> {
     let recipe = recipe(args)?;
     save::check_free(&args.output, args.force)?;
+    let given = args.plan.as_deref().map(PruningPlan::read).transpose()?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
-    let count = plan::blocks_of_ratio(recipe.ratio, &pipeline.config)?;
-    let size = super::picture_size(
-        &pipeline,
-        recipe.calibration.width,
-        recipe.calibration.height,
-    )?;
-    let (recipe, prompts) = resolve(recipe, args, &pipeline, size)?;
+    let wanted = Wanted::new(args, &recipe, &pipeline, given)?;
+    let prompts = match &args.prompts {
+        Some(path) => super::read_prompts("--prompts", path)?,
+        None => super::bundled_prompts(&pipeline),
+    };
     // the output's place is taken now, so that an unwritable folder is found before the long part
     let output = OutputFolder::create(&args.output, args.force)?;
 
-    let encoded = load::encode_prompts(&pipeline, &prompts, None, &runtime)?;
-    let flux = load::flux(&pipeline, &runtime)?;
-    let tokens = size.tokens() + encoded.txt.dim(1)?;
-    let batch = recipe
-        .calibration
-        .batch
-        .unwrap_or((TOKENS_PER_FORWARD / tokens).max(1));
-    let run = Run {
-        pipeline: &pipeline,
-        runtime: &runtime,
-        recipe,
-        size,
-        flux,
-        batch,
-    };
-    let found = run.find(&encoded, count)?;
-
+    let session = Session::open(&pipeline, &runtime, recipe, prompts)?;
+    let found = find(&session, wanted)?;
     let (checkpoint, config) = apply::apply(
         &pipeline.transformer,
         &pipeline.config,
         &found.plan,
         &found.layers,
     )?;
-    let recipe = serde_json::to_value(&run.recipe)?;
-    let record = Record {
-        version: record::VERSION,
-        tool: concat!("fastflux ", env!("CARGO_PKG_VERSION")).to_owned(),
-        base: pipeline
-            .record
-            .as_ref()
-            .map_or_else(|| pipeline.locator.clone(), |r| r.base.clone()),
-        base_fingerprint: pipeline
-            .record
-            .as_ref()
-            .map_or_else(|| found.plan.source.clone(), |r| r.base_fingerprint.clone()),
-        layout: config.layout.clone(),
-        axes_dims: config.axes_dims.clone(),
-        theta: config.theta,
-        scheduler: pipeline.scheduler.clone(),
-        defaults: serde_json::to_value(&pipeline.defaults)?,
-        recipe,
-    };
+    let record = record(&session, &found, &config)?;
     write(output.path(), checkpoint, &config, &record, &found)?;
-    let drawn = run.draw_before_and_after(&found, &encoded, &prompts, output.path())?;
-    let report = report(&run, &found, &config, output.path(), args, drawn)?;
+    let drawn = draw_before_and_after(&session, &found, output.path())?;
+    let report = report(&session, &found, &config, output.path(), args, drawn)?;
     output.finish()?;
     if args.json {
-        ui::json(&report)?
+        ui::json(&report)?;
     } else {
-        ui::data(text(&run, &found, &report))?
+        ui::data(text(&session, &found, &report))?;
     }
     ui::note(format!("wrote `{}`", args.output.display()));
     Ok(())
@@ -154,256 +100,191 @@ fn recipe(args: &PruneArgs) -> Result<PruneRecipe> {
     c.height = args.height.or(c.height);
     c.seed = args.seed.unwrap_or(c.seed);
     recipe.ratio = args.ratio.unwrap_or(recipe.ratio);
+    recipe.fit.form = args.form.unwrap_or(recipe.fit.form);
     recipe.validate()?;
     Ok(recipe)
 }
 
-/// Fills what the recipe left to the model, and takes the prompts: first those to fit on, then the held-out ones.
-fn resolve(
-    mut recipe: PruneRecipe,
-    args: &PruneArgs,
-    pipeline: &Pipeline,
-    size: PixelSize,
-) -> Result<(PruneRecipe, Vec<String>)> {
-    let mut prompts = match &args.prompts {
-        Some(path) => super::read_prompts("--prompts", path)?,
-        None => super::bundled_prompts(pipeline),
-    };
-    let large = size.tokens() >= LARGE;
-    let c = &mut recipe.calibration;
-    c.steps.get_or_insert(pipeline.default_steps());
-    c.guidance.get_or_insert(pipeline.default_guidance());
-    (c.width, c.height) = (Some(size.width), Some(size.height));
-    let held_out = recipe
-        .score
-        .held_out
-        .unwrap_or((HELD_OUT_TOKENS / size.tokens()).clamp(8, 128));
-    recipe.score.held_out = Some(held_out);
-    let held_out_pictures = held_out.div_ceil(c.draws);
-    let wanted = c
-        .samples
-        .unwrap_or(if large { SAMPLES_LARGE } else { SAMPLES });
-    // a short list is drawn from again, with other noise
-    let total = wanted + held_out_pictures;
-    if prompts.len() < total {
-        prompts = prompts.iter().cycle().take(total).cloned().collect();
-    }
-    prompts.truncate(total);
-    c.samples = Some(wanted);
-    Ok((recipe, prompts))
+/// What to replace: a plan, or a number of blocks to choose.
+enum Wanted {
+    Plan(PruningPlan),
+    Choose { count: usize, protect: Vec<BlockId> },
 }
 
-impl Run<'_> {
-    /// Calibrates, scores, chooses and fits.
-    fn find(&self, encoded: &Encoded, count: usize) -> Result<Found> {
-        let c = &self.recipe.calibration;
-        let schedule = load::schedule(self.pipeline)?;
-        let denoise = Denoise {
-            flux: &self.flux,
-            dtype: self.runtime.dtype,
-            device: &self.runtime.device,
-            schedule: &schedule,
-            steps: c.steps.context("steps are resolved")?,
-            guidance: c.guidance.context("guidance is resolved")?,
-            size: self.size.latent(),
-        };
-        let channels = self.pipeline.config.out_channels / 4;
-        let batches = encoded.len().div_ceil(self.batch);
-        let progress = ui::progress(batches * denoise.steps, "sampling");
-        let pictures =
-            calibrate::sample(&denoise, encoded, channels, self.batch, c.seed, &progress)?;
-        ui::done(&progress, format!("sampled {} pictures", encoded.len()));
-
-        let samples = c.samples.context("samples are resolved")?;
-        let noised = |range: std::ops::Range<usize>, draws, seed| -> Result<States> {
-            let part = pictures.narrow(0, range.start, range.len())?;
-            States::noised(
-                part,
-                encoded.range(range)?,
-                denoise.size,
-                denoise.guidance,
-                draws,
-                seed,
-            )
-        };
-        let states = noised(0..samples, c.draws, c.seed.wrapping_add(1))?;
-        let mut held_out = noised(samples..encoded.len(), c.draws, c.seed.wrapping_add(2))?;
-        held_out.truncate(
-            self.recipe
-                .score
-                .held_out
-                .context("held-out states are resolved")?,
-        );
-
-        let config = &self.pipeline.config;
-        let progress = ui::progress(states.batches(self.batch).len(), "calibrating");
-        let stats = calibrate::gather(
-            &self.flux,
-            &config.layout,
-            &states,
-            self.batch,
-            self.runtime,
-            &progress,
-        )?;
-        ui::done(&progress, format!("calibrated on {} states", states.len()));
-        let progress = ui::progress(stats.blocks.len(), "fitting");
-        let mut fits = LayerMap::new();
-        let mut blocks: BTreeMap<BlockId, Block> = BTreeMap::new();
-        for block in &stats.blocks {
-            let layers = self.fit(block)?;
-            blocks.insert(
-                block.id,
-                layers.block(&self.runtime.device, self.runtime.dtype)?,
+impl Wanted {
+    fn new(
+        args: &PruneArgs,
+        recipe: &PruneRecipe,
+        pipeline: &Pipeline,
+        given: Option<PruningPlan>,
+    ) -> Result<Self> {
+        let config = &pipeline.config;
+        let source = || record::fingerprint(&pipeline.transformer);
+        if let Some(plan) = given {
+            plan.validate(config)?;
+            let found = source()?;
+            ensure!(
+                plan.source.is_empty() || plan.source == found,
+                "--plan: the plan was made for another model (fingerprint {}, this one has {found})\nhint: empty its `source` to use it all the same",
+                plan.source
             );
-            fits.insert(block.id, layers);
-            progress.inc(1);
+            return Ok(Self::Plan(PruningPlan {
+                source: found,
+                ..plan
+            }));
         }
-        ui::done(&progress, "fitted every block");
-
-        let held_out = HeldOut::new(
-            &self.flux,
-            &held_out,
-            self.batch,
-            &self.runtime.device,
-            self.runtime.dtype,
-        )?;
-        // the first round measures every block, later ones a handful
-        let evaluations = blocks.len() + 6 * (count - 1);
-        let progress = ui::progress(evaluations * held_out.batches(), "scoring");
-        let greedy = greedy(&self.flux, &blocks, &held_out, count, &progress)?;
-        ui::done(&progress, "scored and chose blocks");
-        let chosen: Vec<BlockId> = greedy.choices.iter().map(|c| c.block).collect();
-        let source = record::fingerprint(&self.pipeline.transformer)?;
-        let reason = format!(
-            "greedy: {} of {} blocks, each the one whose replacement by its linear fit costs the final velocity least",
-            chosen.len(),
-            config.original_ids().count()
+        if let Some(text) = &args.blocks {
+            let blocks = plan::parse_blocks("--blocks", text, config)?;
+            let f = &recipe.fit;
+            let reason = format!("--blocks {text}");
+            let plan = PruningPlan::new(
+                config,
+                source()?,
+                blocks,
+                f.form,
+                f.joint,
+                f.collapse,
+                reason,
+            );
+            plan.validate(config)?;
+            return Ok(Self::Plan(plan));
+        }
+        let count = plan::blocks_of_ratio(recipe.ratio, config)?;
+        let protect = args
+            .protect
+            .as_deref()
+            .map(|text| plan::parse_blocks("--protect", text, config));
+        let protect = protect.transpose()?.unwrap_or_default();
+        let free = plan::originals(config)
+            .iter()
+            .filter(|id| !protect.contains(id))
+            .count();
+        ensure!(
+            count <= free,
+            "--ratio {} asks for {count} blocks, but --protect leaves {free} to choose from",
+            recipe.ratio
         );
-        let f = &self.recipe.fit;
-        let plan = PruningPlan::new(config, source, chosen, f.form, f.joint, f.collapse, reason);
-        let fitting = Fitting {
-            ridge: f.ridge,
-            sequential: f.sequential,
-            batch: self.batch,
-        };
-        let batches = states.batches(self.batch).len();
-        let progress = ui::progress(plan.replace.len() * batches, "refitting");
-        let layers = refit::fit_layers(
-            &self.flux,
-            &states,
-            &plan.replace,
-            fitting,
-            self.runtime,
-            &progress,
-        )?;
-        ui::done(&progress, "fitted the chosen blocks on the pruned prefix");
-        let pruned = refit::pruned(&self.flux, &plan.replace, &layers, self.runtime)?;
-        let velocity_error = held_out.error(&self.flux, &pruned.trunk)?;
-        Ok(Found {
-            stats,
-            fits,
-            greedy,
-            plan,
-            layers,
-            velocity_error,
-        })
+        Ok(Self::Choose { count, protect })
     }
+}
 
-    /// The plain layer of a block from the statistics alone, for choosing blocks.
-    fn fit(&self, block: &BlockStats) -> Result<Layers> {
-        let ridge = self.recipe.fit.ridge.unwrap_or(SCORING_RIDGE);
-        let fit = |stats: &StreamStats| -> Result<Box<Fitted>> {
-            let sums = stats
-                .gram
-                .as_ref()
-                .with_context(|| format!("block {}: no tokens were seen", block.id))?;
-            let solution =
-                fit::solve(sums, ridge).with_context(|| format!("block {}", block.id))?;
-            let width = solution.coefficients.ncols();
-            Ok(Box::new(Fitted {
-                weight: fit::weight(&solution.coefficients, 0..width)?,
-                bias: fit::bias(&solution.coefficients)?,
-                vec: None,
-                modulation: None,
-                error: solution.residual_sq / stats.moments.change_sq.max(f64::MIN_POSITIVE),
-                ridge: solution.ridge,
-            }))
-        };
-        Ok(Layers::Streams {
-            txt: fit(&block.txt)?,
-            img: fit(&block.img)?,
-        })
-    }
+/// Calibrates, scores, chooses and fits.
+fn find(session: &Session, wanted: Wanted) -> Result<Found> {
+    let states = session.states()?;
+    let (device, dtype) = (&session.runtime.device, session.runtime.dtype);
+    let held_out = HeldOut::new(
+        &session.flux,
+        &states.held_out,
+        session.batch,
+        device,
+        dtype,
+    )?;
+    let f = &session.recipe.fit;
+    let (selection, plan) = match wanted {
+        Wanted::Plan(plan) => (None, plan),
+        Wanted::Choose { count, protect } => {
+            let selection = select::select(session, &states, &held_out, count, &protect)?;
+            let chosen: Vec<BlockId> = selection.greedy.choices.iter().map(|c| c.block).collect();
+            let config = &session.pipeline.config;
+            let reason = format!(
+                "greedy: {} of {} blocks, each the one whose replacement by its linear fit costs the final velocity least",
+                chosen.len(),
+                config.original_ids().count()
+            );
+            let source = record::fingerprint(&session.pipeline.transformer)?;
+            let plan =
+                PruningPlan::new(config, source, chosen, f.form, f.joint, f.collapse, reason);
+            (Some(selection), plan)
+        }
+    };
+    let fitting = Fitting {
+        ridge: f.ridge,
+        sequential: f.sequential,
+        batch: session.batch,
+    };
+    let batches = states.fit.batches(session.batch).len();
+    let progress = ui::progress(plan.replace.len() * batches, "fitting");
+    let layers = refit::fit_layers(
+        &session.flux,
+        &states.fit,
+        &plan.replace,
+        fitting,
+        session.runtime,
+        &progress,
+    )?;
+    ui::done(
+        &progress,
+        format!("fitted {} layers on the pruned prefix", plan.replace.len()),
+    );
+    let pruned = refit::pruned(&session.flux, &plan.replace, &layers, session.runtime)?;
+    let velocity_error = held_out.error(&session.flux, &pruned.trunk)?;
+    ensure!(
+        velocity_error.is_finite(),
+        "the pruned model's velocity is NaN or infinite"
+    );
+    Ok(Found {
+        selection,
+        plan,
+        layers,
+        pruned,
+        velocity_error,
+    })
+}
 
-    /// Draws the last prompts with both models into `before-after.png`: unpruned above, pruned below.
-    fn draw_before_and_after(
-        &self,
-        found: &Found,
-        encoded: &Encoded,
-        prompts: &[String],
-        folder: &Path,
-    ) -> Result<bool> {
-        let files = match self.pipeline.vae_files() {
-            Ok(files) => files,
-            Err(error) => {
-                ui::note(format!("no picture before and after: {error}"));
-                return Ok(false);
-            }
-        };
-        let count = if self.size.tokens() >= LARGE {
-            PICTURES_LARGE
-        } else {
-            PICTURES
+fn record(session: &Session, found: &Found, config: &FluxConfig) -> Result<Record> {
+    let pipeline = session.pipeline;
+    let before = pipeline.record.as_ref();
+    Ok(Record {
+        version: record::VERSION,
+        tool: load::software(),
+        base: before.map_or_else(|| pipeline.locator.clone(), |r| r.base.clone()),
+        base_fingerprint: before
+            .map_or_else(|| found.plan.source.clone(), |r| r.base_fingerprint.clone()),
+        layout: config.layout.clone(),
+        axes_dims: config.axes_dims.clone(),
+        theta: config.theta,
+        scheduler: pipeline.scheduler.clone(),
+        defaults: serde_json::to_value(&pipeline.defaults)?,
+        recipe: json!({ "prune": session.recipe, "plan": found.plan }),
+    })
+}
+
+/// Draws the last prompts with both models into `before-after.png`: unpruned above, pruned below.
+fn draw_before_and_after(session: &Session, found: &Found, folder: &Path) -> Result<bool> {
+    let files = match session.pipeline.vae_files() {
+        Ok(files) => files,
+        Err(error) => {
+            ui::note(format!("no picture before and after: {error}"));
+            return Ok(false);
         }
-        .min(encoded.len());
-        let encoded = encoded.range(encoded.len() - count..encoded.len())?;
-        let prompts = &prompts[prompts.len() - count..];
-        let schedule = load::schedule(self.pipeline)?;
-        let c = &self.recipe.calibration;
-        let vae = load::vae(&files, self.runtime)?;
-        let steps = c.steps.context("steps are resolved")?;
-        let progress = ui::progress(2 * steps * count.div_ceil(self.batch), "drawing");
-        let mut rows = Vec::new();
-        for flux in [
-            &self.flux,
-            &refit::pruned(&self.flux, &found.plan.replace, &found.layers, self.runtime)?,
-        ] {
-            let denoise = Denoise {
-                flux,
-                dtype: self.runtime.dtype,
-                device: &self.runtime.device,
-                schedule: &schedule,
-                steps,
-                guidance: c.guidance.context("guidance is resolved")?,
-                size: self.size.latent(),
-            };
-            let channels = self.pipeline.config.out_channels / 4;
-            let seed = c.seed.wrapping_add(1000);
-            let latents =
-                calibrate::sample(&denoise, &encoded, channels, self.batch, seed, &progress)?;
-            rows.push(load::pictures(&vae, &latents, denoise.size, self.runtime)?);
-        }
-        ui::done(&progress, "drew before and after");
-        let grid = crate::sample::grid::grid(&rows)?;
-        let about = format!(
-            "above: {}; below: {}% of its blocks replaced",
-            self.pipeline.name,
-            (100.0 * self.recipe.ratio).round()
-        );
-        let text = [
-            ("Title", about.as_str()),
-            ("prompts", &prompts.join("\n")),
-            ("Software", &load::software()),
-        ];
-        grid.save(&folder.join("before-after.png"), &text)?;
-        Ok(true)
-    }
+    };
+    let vae = load::vae(&files, session.runtime)?;
+    let count = if session.large() {
+        PICTURES_LARGE
+    } else {
+        PICTURES
+    };
+    let (rows, prompts) = session.draw(&vae, &[&session.flux, &found.pruned], count)?;
+    let grid = crate::sample::grid::grid(&rows)?;
+    let title = format!(
+        "above: {}; below: {} of {} blocks replaced",
+        session.pipeline.name,
+        found.plan.blocks().count(),
+        session.pipeline.config.original_ids().count()
+    );
+    let text = [
+        ("Title", title.as_str()),
+        ("prompts", &prompts.join("\n")),
+        ("Software", &load::software()),
+    ];
+    grid.save(&folder.join("before-after.png"), &text)?;
+    Ok(true)
 }
 
 /// Writes checkpoint, configuration, plan and scores.
 fn write(
     folder: &Path,
-    mut checkpoint: crate::checkpoint::Checkpoint,
+    mut checkpoint: Checkpoint,
     config: &FluxConfig,
     record: &Record,
     found: &Found,
@@ -430,8 +311,8 @@ fn write(
         "patch_size": 1,
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
-        "num_layers": slots(crate::layout::BlockKind::Double),
-        "num_single_layers": slots(crate::layout::BlockKind::Single),
+        "num_layers": slots(BlockKind::Double),
+        "num_single_layers": slots(BlockKind::Single),
         "attention_head_dim": config.head_dim(),
         "num_attention_heads": config.num_heads,
         "joint_attention_dim": config.context_in_dim,
@@ -445,25 +326,25 @@ fn write(
         &folder.join("plan.json"),
         pretty(&serde_json::to_value(&found.plan)?)?.as_bytes(),
     )?;
-    let scores: Vec<_> = found
-        .stats
-        .blocks
-        .iter()
-        .map(|block| scores(found, block))
-        .collect();
+    let Some(selection) = &found.selection else {
+        return Ok(());
+    };
     save::write_bytes(
         &folder.join("scores.json"),
-        pretty(&json!({ "blocks": scores }))?.as_bytes(),
+        pretty(&json!({ "blocks": scores(selection, &found.plan) }))?.as_bytes(),
     )
 }
 
-/// All that is known of one block.
-fn scores(found: &Found, block: &BlockStats) -> serde_json::Value {
-    let both = |f: fn(&crate::calibrate::stats::Moments) -> f64| {
-        f(&block.txt.moments) + f(&block.img.moments)
-    };
+/// All that is known of every block.
+fn scores(selection: &Selection, plan: &PruningPlan) -> Vec<serde_json::Value> {
+    let blocks = selection.stats.blocks.iter();
+    blocks.map(|block| score(selection, plan, block)).collect()
+}
+
+fn score(selection: &Selection, plan: &PruningPlan, block: &BlockStats) -> serde_json::Value {
+    let both = |f: fn(&Moments) -> f64| f(&block.txt.moments) + f(&block.img.moments);
     // what the plain layer of either stream leaves of ‖y − x‖²
-    let residual = found
+    let residual = selection
         .fits
         .get(&block.id)
         .and_then(Layers::fits)
@@ -473,93 +354,121 @@ fn scores(found: &Found, block: &BlockStats) -> serde_json::Value {
     let change = both(|m| m.change_sq);
     json!({
         "block": block.id,
-        "ablation": found.greedy.alone.get(&block.id),
+        "ablation": selection.greedy.alone.get(&block.id),
         "relative_change": (change / both(|m| m.input_sq)).sqrt(),
         "cosine": 1.0 - both(|m| m.cosine) / both(|m| m.tokens),
         "fit_residual": residual.map(|r| r / both(|m| m.tokens)),
         "fit_error": residual.map(|r| r / change),
-        "replaced": found.plan.blocks().any(|id| id == block.id),
+        "replaced": plan.blocks().any(|id| id == block.id),
     })
 }
 
 /// The numbers of the run, as `--json` prints them.
 fn report(
-    run: &Run,
+    session: &Session,
     found: &Found,
     pruned: &FluxConfig,
     folder: &Path,
     args: &PruneArgs,
     drawn: bool,
 ) -> Result<serde_json::Value> {
-    let image = run.size.tokens();
-    let text = run.pipeline.default_text_length();
-    let side = |config: &FluxConfig, parameters: usize, bytes: usize| json!({ "parameters": parameters, "bytes": bytes, "flops_per_step": cost::model(config, image, text).flops() });
-    let written =
-        crate::checkpoint::Checkpoint::open(&crate::files::Files::folder(folder), PRUNED_STEM)?;
-    let blocks: Vec<_> = found
-        .stats
-        .blocks
+    let pipeline = session.pipeline;
+    let (image, text) = (session.size.tokens(), session.text_tokens()?);
+    let side = |config: &FluxConfig, checkpoint: &Checkpoint| {
+        json!({
+            "parameters": checkpoint.parameters(),
+            "bytes": checkpoint.bytes(),
+            "flops_per_step": cost::model(config, image, text).flops(),
+        })
+    };
+    let written = Checkpoint::open(&Files::folder(folder), PRUNED_STEM)?;
+    let layers: Vec<_> = found
+        .plan
+        .replace
         .iter()
-        .map(|block| scores(found, block))
+        .map(|r| {
+            let fits = r
+                .replaces
+                .first()
+                .and_then(|id| found.layers.get(id))
+                .and_then(Layers::fits);
+            json!({
+                "replaces": r.replaces,
+                "form": r.form,
+                "fit_error": fits.map(|[txt, img]| json!({ "txt": txt.error, "img": img.error })),
+                "ridge": fits.map(|[txt, img]| json!({ "txt": txt.ridge, "img": img.ridge })),
+            })
+        })
         .collect();
-    ensure!(
-        found.velocity_error.is_finite(),
-        "the pruned model's velocity is NaN or infinite"
-    );
     Ok(json!({
         "output": args.output,
-        "model": run.pipeline.name,
-        "ratio": run.recipe.ratio,
+        "model": pipeline.name,
         "replaced": found.plan.blocks().collect::<Vec<_>>(),
         "velocity_error": found.velocity_error,
-        "before": side(&run.pipeline.config, run.pipeline.transformer.parameters(), run.pipeline.transformer.bytes()),
-        "after": side(pruned, written.parameters(), written.bytes()),
-        "blocks": blocks,
+        "before": side(&pipeline.config, &pipeline.transformer),
+        "after": side(pruned, &written),
+        "layers": layers,
+        "blocks": found.selection.as_ref().map(|selection| scores(selection, &found.plan)),
         "picture": drawn.then_some("before-after.png"),
-        "recipe": run.recipe,
+        "recipe": session.recipe,
     }))
 }
 
-fn text(run: &Run, found: &Found, report: &serde_json::Value) -> String {
+/// The same as tables.
+fn text(session: &Session, found: &Found, report: &serde_json::Value) -> String {
     let number = |value: &serde_json::Value| {
         value
             .as_f64()
             .map_or_else(|| "-".to_owned(), |v| format!("{v:.4}"))
     };
-    let rows: Vec<Vec<String>> = found
-        .stats
-        .blocks
-        .iter()
-        .map(|block| {
-            let scores = scores(found, block);
-            let replaced = scores["replaced"] == true;
+    let fit_error = |id: BlockId| {
+        let run = found.plan.replace.iter().find(|r| r.replaces.contains(&id));
+        let fits = run
+            .and_then(|r| r.replaces.first())
+            .and_then(|first| found.layers.get(first));
+        let [txt, img] = fits.and_then(Layers::fits)?;
+        Some(format!("{:.3} / {:.3}", txt.error, img.error))
+    };
+    let state = |id: BlockId| {
+        let run = found.plan.replace.iter().find(|r| r.replaces.contains(&id));
+        run.map_or_else(|| "kept".to_owned(), |r| r.form.to_string())
+    };
+    let scored = found
+        .selection
+        .as_ref()
+        .map(|selection| scores(selection, &found.plan))
+        .unwrap_or_default();
+    let rows: Vec<Vec<String>> = plan::originals(&session.pipeline.config)
+        .into_iter()
+        .map(|id| {
+            let name = id.to_string();
+            let score = scored
+                .iter()
+                .find(|s| s["block"] == name.as_str())
+                .cloned()
+                .unwrap_or_default();
             vec![
-                block.id.to_string(),
-                number(&scores["ablation"]),
-                number(&scores["relative_change"]),
-                if replaced { "replaced" } else { "kept" }.to_owned(),
-                if replaced {
-                    number(&scores["fit_error"])
-                } else {
-                    String::new()
-                },
+                name,
+                number(&score["ablation"]),
+                number(&score["relative_change"]),
+                state(id),
+                fit_error(id).unwrap_or_default(),
             ]
         })
         .collect();
-    let mut out = ui::table(
-        &["block", "importance", "‖y−x‖/‖x‖", "", "fit error"],
-        &rows,
-        &[1, 2, 4],
-    );
+    let header = [
+        "block",
+        "importance",
+        "‖y−x‖/‖x‖",
+        "",
+        "fit error, text / image",
+    ];
+    let mut out = ui::table(&header, &rows, &[1, 2]);
     let get = |side: &str, what: &str| report[side][what].as_f64().unwrap_or_default();
     let row = |what: &str, key: &str, unit: fn(f64) -> String| {
         let (before, after) = (get("before", key), get("after", key));
-        vec![
-            what.to_owned(),
-            unit(before),
-            unit(after),
-            format!("{:+.1} %", 100.0 * (after / before - 1.0)),
-        ]
+        let change = format!("{:+.1} %", 100.0 * (after / before - 1.0));
+        vec![what.to_owned(), unit(before), unit(after), change]
     };
     let totals = [
         row("parameters", "parameters", ui::count),
@@ -575,7 +484,7 @@ fn text(run: &Run, found: &Found, report: &serde_json::Value) -> String {
     out.push_str(&format!(
         "\n\n{} of {} blocks replaced; the velocity of the pruned model is off by {:.4} (relative MSE, held-out states)",
         found.plan.blocks().count(),
-        run.pipeline.config.original_ids().count(),
+        session.pipeline.config.original_ids().count(),
         found.velocity_error
     ));
     out

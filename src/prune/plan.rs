@@ -1,6 +1,6 @@
 //! Which blocks give way to what: a plan is data that a person can read, edit, commit and replay.
 
-use anyhow::Result;
+use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
 use crate::layout::{BlockId, BlockSpec, FluxConfig, Form, Replacement};
@@ -89,6 +89,16 @@ impl PruningPlan {
         }
     }
 
+    /// Reads a plan.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is not JSON, or has an unknown key or block name.
+    pub fn read(path: &std::path::Path) -> anyhow::Result<Self> {
+        let name = path.display();
+        let text = std::fs::read(path).with_context(|| format!("--plan: cannot read `{name}`"))?;
+        serde_json::from_slice(&text).with_context(|| format!("--plan: `{name}` is not a plan"))
+    }
+
     /// The blocks it replaces.
     pub fn blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
         self.replace.iter().flat_map(|r| r.replaces.iter().copied())
@@ -142,6 +152,48 @@ pub fn originals(config: &FluxConfig) -> Vec<BlockId> {
         BlockSpec::Replaced(_) => None,
     });
     ids.collect()
+}
+
+/// The blocks of a list such as `double.05,single.20-24`.
+///
+/// # Errors
+/// When a name is no block, a range runs backwards, or the model has no such block left; the message names `flag`.
+pub fn parse_blocks(flag: &str, text: &str, config: &FluxConfig) -> anyhow::Result<Vec<BlockId>> {
+    let known = originals(config);
+    let mut out = Vec::new();
+    for part in text
+        .split(',')
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+    {
+        let (first, last) = match part.split_once('-') {
+            None => (part, None),
+            Some((first, last)) => (first, Some(last)),
+        };
+        let first: BlockId = first.parse().with_context(|| format!("{flag} `{text}`"))?;
+        let last = match last {
+            None => first.index,
+            Some(last) => last
+                .parse()
+                .ok()
+                .filter(|last| *last >= first.index)
+                .with_context(|| {
+                    format!("{flag} `{text}`: `{part}` is not a range such as single.20-24")
+                })?,
+        };
+        for index in first.index..=last {
+            let id = BlockId { index, ..first };
+            anyhow::ensure!(
+                known.contains(&id),
+                "{flag} `{text}`: the model has no block {id} (or has replaced it already)"
+            );
+            if !out.contains(&id) {
+                out.push(id);
+            }
+        }
+    }
+    anyhow::ensure!(!out.is_empty(), "{flag} `{text}` names no block");
+    Ok(out)
 }
 
 /// How many blocks a share of all blocks of the unpruned model is, rounded (0.2 of 57 = 11).

@@ -100,24 +100,14 @@ mod tests {
     fn few_numbers_come_in_pairs_of_doubles() {
         // seed 7: three, two, seventeen and one number; the one left over of the first three comes first in the second draw
         let mut generator = Generator::new(7);
-        assert_eq!(
-            off(
-                &generator.normal(3),
-                &[
-                    -0.146_795_094_013_214_1,
-                    0.786_141_276_359_558_1,
-                    0.946_821_630_001_068_1
-                ]
-            ),
-            0.0
-        );
-        assert_eq!(
-            off(
-                &generator.normal(2),
-                &[-1.114_344_000_816_345_2, 1.690_790_176_391_601_6]
-            ),
-            0.0
-        );
+        let torch = [
+            -0.146_795_094_013_214_1,
+            0.786_141_276_359_558_1,
+            0.946_821_630_001_068_1,
+        ];
+        assert!(off(&generator.normal(3), &torch) <= 0.0);
+        let torch = [-1.114_344_000_816_345_2, 1.690_790_176_391_601_6];
+        assert!(off(&generator.normal(2), &torch) <= 0.0);
         let seventeen = [
             0.609_473_466_873_169_1,
             0.087_478_376_924_991_61,
@@ -126,7 +116,7 @@ mod tests {
             -0.083_528_228_104_114_53,
             -0.023_477_932_438_254_356,
             0.174_375_355_243_682_86,
-            2.298_342_704_772_949_2,
+            2.298_342_704_772_949,
             0.957_102_179_527_282_7,
             0.482_354_164_123_535_16,
             1.398_918_390_274_047_9,
@@ -138,7 +128,7 @@ mod tests {
             -0.261_586_725_711_822_5,
         ];
         assert!(off(&generator.normal(17), &seventeen) <= 1e-6);
-        assert_eq!(off(&generator.normal(1), &[-0.894_827_902_317_047_1]), 0.0);
+        assert!(off(&generator.normal(1), &[-0.894_827_902_317_047_1]) <= 0.0);
     }
 
     #[test]
@@ -167,7 +157,7 @@ mod tests {
     #[test]
     fn a_long_seed_keeps_its_lower_half() {
         let torch = [-0.486_780_762_672_424_3, -0.603_821_575_641_632_1];
-        assert_eq!(off(&Generator::new((1 << 40) + 5).normal(2), &torch), 0.0);
+        assert!(off(&Generator::new((1 << 40) + 5).normal(2), &torch) <= 0.0);
     }
 
     #[test]

@@ -125,6 +125,16 @@ pub struct Greedy {
 /// Candidates measured at once: they share the computation of their prefixes.
 const AT_ONCE: usize = 4;
 
+/// Gives the candidates of one round: a replacement for each trunk entry that may still be given up, fitted for the
+/// trunk as it stands.
+pub trait Candidates {
+    /// Trunk entry → its replacement, for the trunk with all earlier choices replaced.
+    ///
+    /// # Errors
+    /// When a forward or a fit fails.
+    fn fit(&mut self, trunk: &Trunk, chosen: &[BlockId]) -> Result<BTreeMap<usize, Block>>;
+}
+
 /// Chooses `count` blocks one after another, each the one whose replacement costs least given the earlier ones.
 ///
 /// Lazily: with more blocks replaced a candidate hardly ever costs less than before, so its last known error is taken
@@ -134,34 +144,28 @@ const AT_ONCE: usize = 4;
 /// When a forward fails or every candidate gives a velocity that is not finite.
 pub fn greedy(
     flux: &Flux,
-    fits: &BTreeMap<BlockId, Block>,
+    candidates: &mut dyn Candidates,
     held_out: &HeldOut,
     count: usize,
     progress: &ProgressBar,
 ) -> Result<Greedy> {
     let mut trunk = flux.trunk.clone();
-    let entries = trunk.entries().iter().enumerate();
-    // by trunk entry
-    let mut left: BTreeMap<usize, (BlockId, Block)> = entries
-        .filter_map(|(index, (spec, _))| Some((index, (spec.id(), fits.get(&spec.id())?.clone()))))
-        .collect();
-    let measure = |trunk: &Trunk, indices: &[usize], left: &BTreeMap<usize, (BlockId, Block)>| {
-        let candidates = indices
-            .iter()
-            .filter_map(|index| Some((*index, left.get(index)?.1.clone())))
-            .collect();
-        held_out.ablate(flux, trunk, &candidates, progress)
-    };
-    let all: Vec<usize> = left.keys().copied().collect();
-    let mut bounds = measure(&trunk, &all, &left)?;
+    let id = |index: usize| flux.trunk.entries().get(index).map(|(spec, _)| spec.id());
+    let mut chosen: Vec<BlockId> = Vec::new();
+    let mut left = candidates.fit(&trunk, &chosen)?;
+    let mut bounds = held_out.ablate(flux, &trunk, &left, progress)?;
     let alone = bounds
         .iter()
-        .filter_map(|(index, error)| Some((left.get(index)?.0, *error)));
+        .filter_map(|(index, error)| Some((id(*index)?, *error)));
     let mut out = Greedy {
         choices: Vec::new(),
         alone: alone.collect(),
     };
     while out.choices.len() < count {
+        let first = out.choices.is_empty();
+        if !first {
+            left = candidates.fit(&trunk, &chosen)?;
+        }
         let mut order: Vec<usize> = left.keys().copied().collect();
         order.sort_by(|a, b| bounds[a].total_cmp(&bounds[b]));
         let mut best: Option<(usize, f64)> = None;
@@ -169,10 +173,13 @@ pub fn greedy(
             if best.is_some_and(|(_, error)| error <= bounds[&chunk[0]]) {
                 break;
             }
-            let fresh = if out.choices.is_empty() {
+            let fresh = if first {
                 chunk.iter().map(|index| (*index, bounds[index])).collect()
             } else {
-                measure(&trunk, chunk, &left)?
+                let some = chunk
+                    .iter()
+                    .filter_map(|k| Some((*k, left.get(k)?.clone())));
+                held_out.ablate(flux, &trunk, &some.collect(), progress)?
             };
             for (index, error) in fresh {
                 bounds.insert(index, error);
@@ -182,10 +189,11 @@ pub fn greedy(
             }
         }
         let (index, error) = best.context("every candidate makes the velocity NaN or infinite")?;
-        let Some((block, fit)) = left.remove(&index) else {
+        let (Some(block), Some(fit)) = (id(index), left.remove(&index)) else {
             break;
         };
         trunk = trunk.with_block(index, fit)?;
+        chosen.push(block);
         out.choices.push(Choice { block, error });
     }
     Ok(out)
