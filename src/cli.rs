@@ -187,6 +187,9 @@ pub struct PruneArgs {
     /// Seed of calibration.
     #[arg(long)]
     pub seed: Option<u64>,
+    /// Names and places of what is written: original (flux.safetensors) or diffusers (a transformer folder).
+    #[arg(long, default_value_t, value_parser = |s: &str| s.parse::<Format>())]
+    pub format: Format,
     /// Overwrite an existing output.
     #[arg(long)]
     pub force: bool,

@@ -336,7 +336,7 @@ mod tests {
             report(
                 &format!("init, {from}"),
                 growth(before, || {
-                    write(&full, &random, &config, None, from).unwrap()
+                    write(&full, &random, &config, None, from).unwrap();
                 }),
             );
             let mut opened = None;

@@ -1,6 +1,6 @@
 //! `prune`: calibrate, score, plan, fit, write, and draw before and after.
 
-use std::{collections::BTreeMap, path::Path};
+use std::path::Path;
 
 use anyhow::{Result, ensure};
 use serde_json::json;
@@ -13,16 +13,15 @@ use super::{
 use crate::{
     calibrate::stats::{BlockStats, Moments},
     checkpoint::{
-        Checkpoint,
+        Checkpoint, output,
         record::{self, Record},
         save::{self, OutputFolder},
     },
     cli::PruneArgs,
     device::Runtime,
-    files::Files,
-    layout::{BlockId, BlockKind, FluxConfig},
+    layout::{BlockId, FluxConfig},
     model::{Flux, cost},
-    pipeline::{PRUNED_STEM, Pipeline},
+    pipeline::Pipeline,
     prune::{
         apply,
         layers::{LayerMap, Layers},
@@ -74,9 +73,16 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
         &found.layers,
     )?;
     let record = record(&session, &found, &config)?;
-    write(output.path(), checkpoint, &config, &record, &found)?;
+    output::write(
+        output.path(),
+        &checkpoint,
+        &config,
+        Some(&record),
+        args.format,
+    )?;
+    write(output.path(), &found)?;
     let drawn = draw_before_and_after(&session, &found, output.path())?;
-    let report = report(&session, &found, &config, output.path(), args, drawn)?;
+    let report = report(&session, &found, &config, &checkpoint, args, drawn)?;
     output.finish()?;
     if args.json {
         ui::json(&report)?;
@@ -281,57 +287,18 @@ fn draw_before_and_after(session: &Session, found: &Found, folder: &Path) -> Res
     Ok(true)
 }
 
-/// Writes checkpoint, configuration, plan and scores.
-fn write(
-    folder: &Path,
-    mut checkpoint: Checkpoint,
-    config: &FluxConfig,
-    record: &Record,
-    found: &Found,
-) -> Result<()> {
-    checkpoint.metadata = BTreeMap::from([
-        ("format".to_owned(), "pt".to_owned()),
-        (record::KEY.to_owned(), record.to_text()?),
-    ]);
-    save::write(
-        &checkpoint,
-        &folder.join(format!("{PRUNED_STEM}.safetensors")),
-    )?;
-    let pretty =
-        |value: &serde_json::Value| anyhow::Ok(serde_json::to_string_pretty(value)? + "\n");
-    let slots = |kind| {
-        config
-            .slots()
-            .iter()
-            .filter(|(s, p)| p.is_some() && s.kind() == kind)
-            .count()
-    };
-    let json = json!({
-        "_class_name": "FluxTransformer2DModel",
-        "patch_size": 1,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "num_layers": slots(BlockKind::Double),
-        "num_single_layers": slots(BlockKind::Single),
-        "attention_head_dim": config.head_dim(),
-        "num_attention_heads": config.num_heads,
-        "joint_attention_dim": config.context_in_dim,
-        "pooled_projection_dim": config.vec_in_dim,
-        "guidance_embeds": config.guidance_embed,
-        "axes_dims_rope": config.axes_dims,
-        "fastflux": record,
-    });
-    save::write_bytes(&folder.join("config.json"), pretty(&json)?.as_bytes())?;
-    save::write_bytes(
+/// Writes plan and scores.
+fn write(folder: &Path, found: &Found) -> Result<()> {
+    output::write_json(
         &folder.join("plan.json"),
-        pretty(&serde_json::to_value(&found.plan)?)?.as_bytes(),
+        &serde_json::to_value(&found.plan)?,
     )?;
     let Some(selection) = &found.selection else {
         return Ok(());
     };
-    save::write_bytes(
+    output::write_json(
         &folder.join("scores.json"),
-        pretty(&json!({ "blocks": scores(selection, &found.plan) }))?.as_bytes(),
+        &json!({ "blocks": scores(selection, &found.plan) }),
     )
 }
 
@@ -368,7 +335,7 @@ fn report(
     session: &Session,
     found: &Found,
     pruned: &FluxConfig,
-    folder: &Path,
+    written: &Checkpoint,
     args: &PruneArgs,
     drawn: bool,
 ) -> Result<serde_json::Value> {
@@ -381,7 +348,6 @@ fn report(
             "flops_per_step": cost::model(config, image, text).flops(),
         })
     };
-    let written = Checkpoint::open(&Files::folder(folder), PRUNED_STEM)?;
     let layers: Vec<_> = found
         .plan
         .replace
@@ -406,7 +372,7 @@ fn report(
         "replaced": found.plan.blocks().collect::<Vec<_>>(),
         "velocity_error": found.velocity_error,
         "before": side(&pipeline.config, &pipeline.transformer),
-        "after": side(pruned, &written),
+        "after": side(pruned, written),
         "layers": layers,
         "blocks": found.selection.as_ref().map(|selection| scores(selection, &found.plan)),
         "picture": drawn.then_some("before-after.png"),
