@@ -21,10 +21,10 @@ pub fn write(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
     write_with(checkpoint, path, &mut |_| ())
 }
 
-/// As [`write`]; `written` is told the bytes of each tensor that is done.
+/// As [`write()`]; `written` is told the bytes of each tensor that is done.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_with(
     checkpoint: &Checkpoint,
     path: &Path,
