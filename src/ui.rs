@@ -32,9 +32,41 @@ pub fn warn(text: impl AsRef<str>) {
     eprintln!("warning: {}", text.as_ref());
 }
 
-/// Prints an error and its causes, once, at the end of `main`.
+/// Prints an error and its causes in one line, once, at the end of `main`; hints follow on lines of their own.
 pub fn error(error: &anyhow::Error) {
-    eprintln!("error: {error:#}");
+    let (message, hints) = message(error);
+    eprintln!("error: {message}");
+    for hint in hints {
+        eprintln!("{hint}");
+    }
+}
+
+/// The causes of an error joined by colons, and the `hint:` lines among them.
+fn message(error: &anyhow::Error) -> (String, Vec<String>) {
+    let (mut causes, mut hints) = (Vec::new(), Vec::new());
+    for cause in error.chain() {
+        let text = cause.to_string();
+        let mut lines = Vec::new();
+        for line in text.lines() {
+            if line.starts_with("hint:") {
+                hints.push(line.to_owned());
+            } else if is_frame(line) {
+                break; // candle appends its backtrace to the text of its errors
+            } else {
+                lines.push(line);
+            }
+        }
+        causes.push(lines.join("\n"));
+    }
+    causes.dedup();
+    (causes.join(": "), hints)
+}
+
+/// Whether a line is the first of a backtrace: `   0: core::fmt::…`.
+fn is_frame(line: &str) -> bool {
+    line.trim_start()
+        .strip_prefix("0: ")
+        .is_some_and(|rest| rest.contains("::"))
 }
 
 /// Writes data to stdout, with a newline at the end. A reader that has gone (`fastflux inspect | head`) is no error.
@@ -182,6 +214,17 @@ mod tests {
             text,
             "block      score\n---------  -----\ndouble.00    1.5\nx          10.25"
         );
+    }
+
+    #[test]
+    fn hints_come_last_and_backtraces_not_at_all() {
+        let cause = anyhow::anyhow!("no driver\n   0: candle_core::error::bt\n   1: main");
+        let error = cause.context("cannot use the GPU\nhint: use the CPU");
+        let expected = (
+            "cannot use the GPU: no driver".to_owned(),
+            vec!["hint: use the CPU".to_owned()],
+        );
+        assert_eq!(message(&error), expected);
     }
 
     #[test]

@@ -587,3 +587,34 @@ fn bad_arguments_are_refused_before_any_work() {
     let usage = fastflux(w, &["generate", "--prompt", "x", "--device", "tpu"]);
     assert_eq!(usage.status.code(), Some(2));
 }
+
+#[test]
+fn a_weight_that_is_not_a_number_is_traced_to_its_block() {
+    let work = folder();
+    copy(Path::new(&golden("dev/pipe")), &work.path().join("pipe"));
+    let path = work
+        .path()
+        .join("pipe/transformer/diffusion_pytorch_model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let data = tensors
+        .tensor("single_transformer_blocks.1.proj_out.weight")
+        .unwrap()
+        .data();
+    let start = data.as_ptr() as usize - bytes.as_ptr() as usize;
+    // all bits set is NaN in every float format
+    bytes[start..start + 4].fill(0xff);
+    fs::write(&path, bytes).unwrap();
+    refused(
+        work.path(),
+        &["prune", "--model", "pipe", "--output", "p"],
+        &["single.01", "NaN"],
+    );
+    refused(
+        work.path(),
+        &[
+            "generate", "--model", "pipe", "--prompt", "x", "--output", "x.png",
+        ],
+        &["NaN"],
+    );
+}

@@ -46,6 +46,27 @@ pub fn sample(
     Ok(Tensor::cat(&pictures, 0)?)
 }
 
+/// Fails at the first block whose output is NaN or infinite, and names it.
+#[derive(Debug)]
+pub struct FiniteCheck;
+
+impl Observer for FiniteCheck {
+    fn block(
+        &mut self,
+        _: usize,
+        spec: &BlockSpec,
+        _: &Conditioning,
+        _: &Stream,
+        output: &Stream,
+    ) -> candle::Result<()> {
+        let sum = output.tokens.to_dtype(candle::DType::F32)?.sum_all()?;
+        if !sum.to_scalar::<f32>()?.is_finite() {
+            candle::bail!("block {}: activations are NaN or infinite", spec.id());
+        }
+        Ok(())
+    }
+}
+
 /// Runs the model once on the states `range` and sums what fits and scores need.
 ///
 /// With `pruned`, a trunk of which some entries are replaced, its activations are the inputs and the original's the

@@ -210,6 +210,22 @@ impl OutputFolder {
     }
 }
 
+/// Fails when nothing could be written at `path`, without leaving anything there: to be asked before long work.
+///
+/// # Errors
+/// When the nearest folder above `path` that exists is not writable, or is no folder.
+pub fn check_writable(path: &Path) -> Result<()> {
+    let mut folder = parent(path);
+    while !folder.exists() {
+        folder = parent(&folder);
+    }
+    tempfile::Builder::new()
+        .prefix(".fastflux-")
+        .tempdir_in(&folder)
+        .map(drop)
+        .with_context(|| format!("cannot write into `{}`", folder.display()))
+}
+
 /// Fails when an output exists already and may not be overwritten.
 ///
 /// # Errors

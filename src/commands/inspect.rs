@@ -25,9 +25,10 @@ struct Row {
 pub(super) fn run(args: &InspectArgs) -> Result<()> {
     let pipeline = super::open(&args.model.choice())?;
     let size = super::picture_size(&pipeline, args.width, args.height)?;
-    let text = args
-        .text_tokens
-        .unwrap_or_else(|| pipeline.default_text_length());
+    let text = match args.text_tokens {
+        Some(tokens) => tokens,
+        None => pipeline.default_text_length()?,
+    };
     ensure!(text > 0, "--text-tokens must be at least 1");
     let image = size.tokens();
     let rows = rows(&pipeline, image, text);

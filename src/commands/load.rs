@@ -47,7 +47,7 @@ pub(super) fn text_encoders(
     let encoders = TextEncoders::load(
         files,
         length,
-        pipeline.default_text_length(),
+        pipeline.default_text_length()?,
         runtime.dtype,
         &runtime.device,
     )?;

@@ -61,8 +61,7 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
         Some(path) => super::read_prompts("--prompts", path)?,
         None => super::bundled_prompts(&pipeline),
     };
-    // the output's place is taken now, so that an unwritable folder is found before the long part
-    let output = OutputFolder::create(&args.output, args.force)?;
+    save::check_writable(&args.output)?;
 
     let session = Session::open(&pipeline, &runtime, recipe, prompts)?;
     let found = find(&session, wanted)?;
@@ -73,6 +72,7 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
         &found.layers,
     )?;
     let record = record(&session, &found, &config)?;
+    let output = OutputFolder::create(&args.output, args.force)?;
     output::write(
         output.path(),
         &checkpoint,

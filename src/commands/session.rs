@@ -5,13 +5,13 @@ use candle::Tensor;
 
 use super::{PixelSize, load};
 use crate::{
-    calibrate::{self, states::States},
+    calibrate::{self, FiniteCheck, states::States},
     device::Runtime,
     model::Flux,
     pipeline::Pipeline,
     prune::recipe::PruneRecipe,
     sample::{
-        denoise::{Denoise, Encoded},
+        denoise::{Denoise, Encoded, starting_noise},
         png::Picture,
         schedule::Schedule,
         vae::Vae,
@@ -130,6 +130,18 @@ impl<'a> Session<'a> {
         let denoise = self.denoise(&self.flux)?;
         let c = &self.recipe.calibration;
         let channels = self.pipeline.config.out_channels / 4;
+        // one step first: a damaged model is named by its block before hours are spent on it
+        let probe = Denoise {
+            steps: 1,
+            ..denoise.clone()
+        };
+        let noise = starting_noise(c.seed, 1, channels, denoise.size)?;
+        probe.run(
+            &noise,
+            &self.encoded.range(0..1)?,
+            &mut FiniteCheck,
+            &mut || (),
+        )?;
         let forwards = self.encoded.len().div_ceil(self.batch) * denoise.steps;
         let progress = ui::progress(forwards, "sampling");
         let pictures = calibrate::sample(

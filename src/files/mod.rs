@@ -264,7 +264,7 @@ impl Files {
                     .to_string()
             }
             #[cfg(feature = "hub")]
-            Root::Hub(repo) => repo.name(),
+            Root::Hub(repo) => repo.resolved(),
         }
     }
 }

@@ -21,7 +21,7 @@ fn files_are_fetched_when_read_and_then_come_from_the_cache() {
         ["config.json", "model.safetensors"]
     );
     assert_eq!(files.list().unwrap(), ["README.md", "transformer"]);
-    assert_eq!(files.locator(), ID);
+    assert_eq!(files.locator(), format!("{ID}@{COMMIT}"));
     assert_eq!(files.resolved(), Some(format!("{ID}@{COMMIT}")));
     assert_eq!(files.note(), None);
     assert_eq!(setup.hub.count("resolve"), 0);
@@ -55,7 +55,7 @@ fn a_revision_opens_and_is_part_of_the_name() {
     let setup = Setup::small();
     for revision in ["refs/pr/1", COMMIT] {
         let files = Files::hub_with(&setup.settings, ID, Some(revision)).unwrap();
-        assert_eq!(files.locator(), format!("{ID}@{revision}"));
+        assert_eq!(files.describe("README.md"), format!("{ID}@{revision}:README.md"));
         assert_eq!(files.read("README.md").unwrap().len(), 6);
     }
     let unknown = Files::hub_with(&setup.settings, ID, Some("v9"));

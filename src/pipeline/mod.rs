@@ -3,7 +3,7 @@
 //!
 //! Resolves names and reads headers and configs; loading weights is left to `model` and `sample`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -13,15 +13,16 @@ use crate::{
     checkpoint::{
         Checkpoint,
         config::{self, ConfigFile},
-        output::{DIFFUSERS_STEM, ORIGINAL_STEM},
         record::{self, Record},
     },
-    files::{BUNDLED, Blob, Files, parse_id},
+    files::{BUNDLED, Blob, Files},
     layout::{BlockKind, FluxConfig},
 };
 
-/// The stem of the weight file that `prune` writes.
-pub const PRUNED_STEM: &str = ORIGINAL_STEM;
+mod locate;
+
+use locate::{locate, speaks_of_flux};
+
 /// The file with a model's own defaults for `generate`.
 const DEFAULTS_FILE: &str = "fastflux.json";
 /// Where text encoders and VAE of a bare FLUX.1 transformer come from: the same files as FLUX.1-dev's, under Apache-2.0.
@@ -99,16 +100,6 @@ struct Parts {
     own: Option<Files>,
     base: Option<String>,
     flux1: bool,
-}
-
-/// A transformer as found on disk, before anything is known about it.
-struct Found {
-    raw: Checkpoint,
-    locator: String,
-    /// Config files beside the weights.
-    configs: Vec<ConfigFile>,
-    /// The folder of the whole pipeline, when there is one.
-    pipeline: Option<Files>,
 }
 
 impl Pipeline {
@@ -237,11 +228,23 @@ impl Pipeline {
         Ok(size.map_or(1024, |size| size as usize))
     }
 
-    /// The longest text the T5 encoder is given by default, in tokens; a tokenizer's own shorter limit wins.
-    pub fn default_text_length(&self) -> usize {
-        self.defaults
-            .text_length
-            .unwrap_or(if self.config.guidance_embed { 512 } else { 256 })
+    /// The longest text the T5 encoder is given by default, in tokens: 512 with guidance embedding (dev), 256 without
+    /// (schnell), or the limit of the model's own tokenizer where that is smaller.
+    ///
+    /// # Errors
+    /// When the tokenizer's configuration is damaged.
+    pub fn default_text_length(&self) -> Result<usize> {
+        if let Some(length) = self.defaults.text_length {
+            return Ok(length);
+        }
+        let family = if self.config.guidance_embed { 512 } else { 256 };
+        let Some(own) = &self.parts.own else {
+            return Ok(family);
+        };
+        let tokenizer = own.sub("tokenizer_2").json("tokenizer_config.json")?;
+        // tokenizers without a limit give a huge float
+        let limit = tokenizer.and_then(|json| json.get("model_max_length")?.as_u64());
+        Ok(limit.map_or(family, |limit| family.min(limit as usize)))
     }
 
     /// The folder with text encoders and tokenizers.
@@ -317,129 +320,6 @@ impl Pipeline {
             self.name
         )
     }
-}
-
-/// Finds the transformer that a `--model` value names.
-fn locate(model: Option<&str>) -> Result<Found> {
-    let Some(model) = model.filter(|m| *m != BUNDLED) else {
-        return in_pipeline(Files::bundled());
-    };
-    let path = Path::new(model);
-    if path.is_dir() {
-        return in_folder(path);
-    }
-    if path.is_file() {
-        return in_file(path);
-    }
-    match parse_id(model) {
-        Some((repo, revision)) if !model.starts_with(['.', '/', '~']) => {
-            let files = Files::hub(&repo, revision.as_deref())?;
-            in_pipeline_or_bare(&files)?.with_context(|| {
-                format!(
-                    "the hub repository `{model}` holds no FLUX transformer in diffusers layout"
-                )
-            })
-        }
-        _ => bail!(
-            "`{model}` does not exist\nhint: name a folder, a .safetensors file, or a hub id such as black-forest-labs/FLUX.1-dev"
-        ),
-    }
-}
-
-fn in_folder(path: &Path) -> Result<Found> {
-    let files = Files::folder(path);
-    if let Some(found) = in_pipeline_or_bare(&files)? {
-        return Ok(found);
-    }
-    let is_weights = |name: &String| {
-        Path::new(name)
-            .extension()
-            .is_some_and(|e| e == "safetensors")
-    };
-    let weights: Vec<String> = files.list()?.into_iter().filter(is_weights).collect();
-    match weights.as_slice() {
-        [one] => in_file(&path.join(one)),
-        [] => bail!(
-            "`{}` holds no FLUX model: there is no transformer/ folder and no .safetensors file",
-            path.display()
-        ),
-        many => bail!(
-            "`{}` holds several .safetensors files ({}); name one of them",
-            path.display(),
-            many.join(", ")
-        ),
-    }
-}
-
-/// A whole pipeline, or a bare transformer folder; `None` when it is neither.
-fn in_pipeline_or_bare(files: &Files) -> Result<Option<Found>> {
-    if !files.sub("transformer").list()?.is_empty() {
-        return in_pipeline(files.clone()).map(Some);
-    }
-    let stems = [DIFFUSERS_STEM, PRUNED_STEM];
-    for stem in stems {
-        if let Some(raw) = Checkpoint::open_if_present(files, stem)? {
-            return Ok(Some(Found {
-                raw,
-                locator: files.locator(),
-                configs: config_file(files, "config.json")?,
-                pipeline: Some(files.clone()),
-            }));
-        }
-    }
-    Ok(None)
-}
-
-fn in_pipeline(files: Files) -> Result<Found> {
-    let transformer = files.sub("transformer");
-    let raw = Checkpoint::open(&transformer, DIFFUSERS_STEM)?;
-    Ok(Found {
-        raw,
-        locator: files.locator(),
-        configs: config_file(&transformer, "config.json")?,
-        pipeline: Some(files),
-    })
-}
-
-fn in_file(path: &Path) -> Result<Found> {
-    let folder = path
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let files = Files::folder(folder);
-    let name = path
-        .file_name()
-        .and_then(|n| n.to_str())
-        .context("the file name is not UTF-8")?;
-    let raw = if name.ends_with(".index.json") {
-        Checkpoint::open_index(&files, name)?
-    } else {
-        Checkpoint::from_blob(&path.display().to_string(), &Blob::map(path)?)?
-    };
-    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
-    Ok(Found {
-        raw,
-        locator: absolute.display().to_string(),
-        configs: config_file(&files, "config.json")?,
-        pipeline: Some(files),
-    })
-}
-
-/// A JSON file beside the weights, when it is there and speaks of a FLUX transformer.
-fn config_file(files: &Files, name: &str) -> Result<Vec<ConfigFile>> {
-    let json = files.json(name)?.filter(speaks_of_flux);
-    Ok(json
-        .map(|json| ConfigFile {
-            name: files.describe(name),
-            json,
-        })
-        .into_iter()
-        .collect())
-}
-
-fn speaks_of_flux(json: &Value) -> bool {
-    let class = json.get("_class_name").and_then(Value::as_str);
-    class.is_some_and(|c| c.contains("FluxTransformer")) || json.get("axes_dims_rope").is_some()
 }
 
 /// The `config` that some tools store in a file's metadata.

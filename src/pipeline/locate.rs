@@ -1,0 +1,148 @@
+//! Finds the transformer that a `--model` value names: bundled, folder, file or hub.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::{
+    checkpoint::{
+        Checkpoint,
+        config::ConfigFile,
+        output::{DIFFUSERS_STEM, ORIGINAL_STEM},
+    },
+    files::{BUNDLED, Blob, Files, parse_id},
+};
+
+/// A transformer as found on disk, before anything is known about it.
+pub(super) struct Found {
+    pub(super) raw: Checkpoint,
+    pub(super) locator: String,
+    /// Config files beside the weights.
+    pub(super) configs: Vec<ConfigFile>,
+    /// The folder of the whole pipeline, when there is one.
+    pub(super) pipeline: Option<Files>,
+}
+
+/// Finds the transformer that a `--model` value names.
+pub(super) fn locate(model: Option<&str>) -> Result<Found> {
+    let Some(model) = model.filter(|m| *m != BUNDLED) else {
+        return in_pipeline(Files::bundled());
+    };
+    let path = Path::new(model);
+    if path.is_dir() {
+        return in_folder(path);
+    }
+    if path.is_file() {
+        return in_file(path);
+    }
+    match parse_id(model) {
+        Some((repo, revision)) if !model.starts_with(['.', '/', '~']) => {
+            let files = Files::hub(&repo, revision.as_deref())?;
+            in_pipeline_or_bare(&files)?.with_context(|| {
+                format!(
+                    "the hub repository `{model}` holds no FLUX transformer in diffusers layout"
+                )
+            })
+        }
+        _ => bail!(
+            "`{model}` does not exist\nhint: name a folder, a .safetensors file, or a hub id such as black-forest-labs/FLUX.1-dev"
+        ),
+    }
+}
+
+fn in_folder(path: &Path) -> Result<Found> {
+    let files = Files::folder(path);
+    if let Some(found) = in_pipeline_or_bare(&files)? {
+        return Ok(found);
+    }
+    let is_weights = |name: &String| {
+        Path::new(name)
+            .extension()
+            .is_some_and(|e| e == "safetensors")
+    };
+    let weights: Vec<String> = files.list()?.into_iter().filter(is_weights).collect();
+    match weights.as_slice() {
+        [one] => in_file(&path.join(one)),
+        [] => bail!(
+            "`{}` holds no FLUX model: there is no transformer/ folder and no .safetensors file",
+            path.display()
+        ),
+        many => bail!(
+            "`{}` holds several .safetensors files ({}); name one of them",
+            path.display(),
+            many.join(", ")
+        ),
+    }
+}
+
+/// A whole pipeline, or a bare transformer folder; `None` when it is neither.
+fn in_pipeline_or_bare(files: &Files) -> Result<Option<Found>> {
+    if !files.sub("transformer").list()?.is_empty() {
+        return in_pipeline(files.clone()).map(Some);
+    }
+    let stems = [DIFFUSERS_STEM, ORIGINAL_STEM];
+    for stem in stems {
+        if let Some(raw) = Checkpoint::open_if_present(files, stem)? {
+            return Ok(Some(Found {
+                raw,
+                locator: files.locator(),
+                configs: config_file(files, "config.json")?,
+                pipeline: Some(files.clone()),
+            }));
+        }
+    }
+    Ok(None)
+}
+
+fn in_pipeline(files: Files) -> Result<Found> {
+    let transformer = files.sub("transformer");
+    let raw = Checkpoint::open(&transformer, DIFFUSERS_STEM)?;
+    Ok(Found {
+        raw,
+        locator: files.locator(),
+        configs: config_file(&transformer, "config.json")?,
+        pipeline: Some(files),
+    })
+}
+
+fn in_file(path: &Path) -> Result<Found> {
+    let folder = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let files = Files::folder(folder);
+    let name = path
+        .file_name()
+        .and_then(|n| n.to_str())
+        .context("the file name is not UTF-8")?;
+    let raw = if name.ends_with(".index.json") {
+        Checkpoint::open_index(&files, name)?
+    } else {
+        Checkpoint::from_blob(&path.display().to_string(), &Blob::map(path)?)?
+    };
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    Ok(Found {
+        raw,
+        locator: absolute.display().to_string(),
+        configs: config_file(&files, "config.json")?,
+        pipeline: Some(files),
+    })
+}
+
+/// A JSON file beside the weights, when it is there and speaks of a FLUX transformer.
+fn config_file(files: &Files, name: &str) -> Result<Vec<ConfigFile>> {
+    let json = files.json(name)?.filter(speaks_of_flux);
+    Ok(json
+        .map(|json| ConfigFile {
+            name: files.describe(name),
+            json,
+        })
+        .into_iter()
+        .collect())
+}
+
+pub(super) fn speaks_of_flux(json: &Value) -> bool {
+    let class = json.get("_class_name").and_then(Value::as_str);
+    class.is_some_and(|c| c.contains("FluxTransformer")) || json.get("axes_dims_rope").is_some()
+}
