@@ -618,3 +618,49 @@ fn a_weight_that_is_not_a_number_is_traced_to_its_block() {
         &["NaN"],
     );
 }
+
+#[test]
+fn missing_and_misshapen_tensors_are_named_from_the_header() {
+    let work = folder();
+    let config = golden("dev/pipe/transformer/config.json");
+    let whole = fs::read(golden("dev/bfl.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&whole).unwrap();
+    for name in [
+        "time_in.out_layer.bias",
+        "double_blocks.1.txt_mod.lin.weight",
+        "single_blocks.2.modulation.lin.bias",
+    ] {
+        let kept = tensors.iter().filter(|(n, _)| !n.ends_with(name));
+        safetensors::serialize_to_file(kept, None, &work.path().join("lacking.safetensors"))
+            .unwrap();
+        let args = [
+            "inspect",
+            "--model",
+            "lacking.safetensors",
+            "--config",
+            &config,
+        ];
+        refused(work.path(), &args, &["lacking.safetensors", name]);
+    }
+    let name = "double_blocks.0.img_mlp.2.weight";
+    let bent = tensors.iter().map(|(n, t)| {
+        let shape = if n.ends_with(name) {
+            t.shape().iter().rev().copied().collect()
+        } else {
+            t.shape().to_vec()
+        };
+        (
+            n,
+            safetensors::tensor::TensorView::new(t.dtype(), shape, t.data()).unwrap(),
+        )
+    });
+    safetensors::serialize_to_file(bent, None, &work.path().join("bent.safetensors")).unwrap();
+    let args = [
+        "inspect",
+        "--model",
+        "bent.safetensors",
+        "--config",
+        &config,
+    ];
+    refused(work.path(), &args, &["bent.safetensors", name, "expected"]);
+}

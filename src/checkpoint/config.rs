@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::{Checkpoint, keys, record::Record};
+use super::{Checkpoint, keys, record::Record, shapes};
 use crate::layout::{BlockKind, BlockSpec, FluxConfig, unpruned};
 
 /// FLUX.1's rotary axes (`FluxParams` of every released model); they fit a head size of 128 only.
@@ -113,6 +113,15 @@ pub fn infer(
         agree(&config, file, &checkpoint.name)?;
     }
     (config.axes_dims, config.theta) = rotary(&config, record, configs, &checkpoint.name)?;
+    // every tensor now, from the header: not after an hour of work
+    for (name, shape) in shapes::tensors(&config) {
+        let found = checkpoint.expect(&name)?.shape();
+        ensure!(
+            found == shape,
+            "`{}`: tensor `{name}` has shape {found:?}, expected {shape:?}",
+            checkpoint.name
+        );
+    }
     Ok(config)
 }
 

@@ -55,7 +55,10 @@ fn a_revision_opens_and_is_part_of_the_name() {
     let setup = Setup::small();
     for revision in ["refs/pr/1", COMMIT] {
         let files = Files::hub_with(&setup.settings, ID, Some(revision)).unwrap();
-        assert_eq!(files.describe("README.md"), format!("{ID}@{revision}:README.md"));
+        assert_eq!(
+            files.describe("README.md"),
+            format!("{ID}@{revision}:README.md")
+        );
         assert_eq!(files.read("README.md").unwrap().len(), 6);
     }
     let unknown = Files::hub_with(&setup.settings, ID, Some("v9"));
