@@ -568,6 +568,13 @@ fn bad_arguments_are_refused_before_any_work() {
         &["generate", "--prompt", "x", "--steps", "0"],
         &["--steps 0"],
     );
+    for flag in ["--steps", "--num-images", "--max-sequence-length"] {
+        refused(
+            w,
+            &["generate", "--prompt", "x", flag, "1000000000"],
+            &[flag, "1000000000"],
+        );
+    }
     refused(
         w,
         &["generate", "--prompt", "x", "--num-images", "0"],

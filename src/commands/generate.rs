@@ -22,6 +22,11 @@ use crate::{
 /// Tokens in one forward: small pictures are drawn several at a time.
 const TOKENS_PER_FORWARD: usize = 1024;
 
+/// Beyond these a number is a slip of the finger, and would take for ever or all memory.
+const MOST_STEPS: usize = 10_000;
+const MOST_IMAGES: usize = 10_000;
+const MOST_TEXT: usize = 8_192;
+
 /// One picture to draw.
 #[derive(Clone, Debug, Serialize)]
 struct Job {
@@ -45,18 +50,20 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     if let Some(path) = &args.prompt_file {
         prompts.extend(super::read_prompts("--prompt-file", path)?);
     }
-    ensure!(
-        args.num_images > 0,
-        "--num-images 0: at least one picture must be drawn"
-    );
-    ensure!(
-        args.steps != Some(0),
-        "--steps 0: at least one step is needed"
-    );
-    ensure!(
-        args.max_sequence_length != Some(0),
-        "--max-sequence-length 0: at least one token is needed"
-    );
+    let in_range = |flag: &str, value: usize, most: usize| -> Result<()> {
+        ensure!(
+            (1..=most).contains(&value),
+            "{flag} {value}: expected a number from 1 to {most}"
+        );
+        Ok(())
+    };
+    in_range("--num-images", args.num_images, MOST_IMAGES)?;
+    in_range("--steps", args.steps.unwrap_or(1), MOST_STEPS)?;
+    in_range(
+        "--max-sequence-length",
+        args.max_sequence_length.unwrap_or(1),
+        MOST_TEXT,
+    )?;
     if let Some(guidance) = args.guidance {
         ensure!(
             guidance.is_finite() && guidance >= 0.0,
