@@ -58,7 +58,8 @@ impl Candidates for Refits<'_> {
         let mut blocks = BTreeMap::new();
         for (index, (spec, _)) in trunk.entries().iter().enumerate() {
             let id = spec.id();
-            let Some(block) = stats.get(id).filter(|_| !chosen.contains(&id)) else {
+            let block = stats.get(id).filter(|block| block.img.gram.is_some());
+            let Some(block) = block.filter(|_| !chosen.contains(&id)) else {
                 continue;
             };
             let layers = plain_fit(block, self.recipe.fit.ridge)?;
@@ -91,10 +92,10 @@ impl Refits<'_> {
         let states = self.states.fit.first(rows.div_ceil(fewest.max(1)));
         let batch = session.settings.batch;
         let progress = ui::progress(states.batches(batch).len(), "calibrating");
-        let stats = calibrate::gather(
+        let stats = calibrate::gather_behind(
             &session.flux,
-            Some(trunk),
-            &session.pipeline.config.layout,
+            trunk,
+            self.empty(),
             &states,
             batch,
             session.runtime,
@@ -102,6 +103,13 @@ impl Refits<'_> {
         )?;
         progress.finish_and_clear();
         Ok(stats)
+    }
+
+    /// Empty sums for the candidates: the blocks whose sums were kept in the first round.
+    fn empty(&self) -> CalibrationStats {
+        let candidates = self.first.iter().flat_map(|(_, fits)| fits.keys().copied());
+        CalibrationStats::new(&self.session.pipeline.config.layout, true)
+            .with_products_of(candidates)
     }
 }
 

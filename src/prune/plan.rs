@@ -21,7 +21,9 @@ pub enum PlanError {
     #[error("the plan replaces {0} and {1} by one layer, but they are not neighbours")]
     NotNeighbours(BlockId, BlockId),
     /// A modulated layer for several blocks or both streams.
-    #[error("the plan: a modulated layer at {0} keeps one block's modulation and one stream's, it cannot stand for more")]
+    #[error(
+        "the plan: a modulated layer at {0} keeps one block's modulation and one stream's, it cannot stand for more"
+    )]
     Modulated(BlockId),
     /// Nothing would be left to tell the model's sizes from.
     #[error("the plan replaces every block; at least one must stay")]
