@@ -23,8 +23,11 @@ pub struct PruneRecipe {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct ScoreRecipe {
-    /// Held-out states that blocks are compared on; `null`: 128, or fewer where pictures are large.
+    /// Held-out states that blocks are compared on; `null`: 256, or fewer where pictures are large.
     pub held_out: Option<usize>,
+    /// Fit all candidates anew behind each choice before they are compared; `null`: for models up to 1,024 wide, where
+    /// that costs seconds. Otherwise they are compared by their fits on the original's activations.
+    pub refit: Option<bool>,
 }
 
 /// Ridge least squares.
@@ -91,8 +94,10 @@ impl PruneRecipe {
         );
         self.calibration.validate()?;
         ensure!(
-            self.score.held_out != Some(0),
-            "recipe: `score.held-out` must be at least 1"
+            self.score
+                .held_out
+                .is_none_or(|n| (1..=1_000_000).contains(&n)),
+            "recipe: `score.held-out` must be 1 to 1000000"
         );
         ensure!(
             self.fit.ridge.is_none_or(|r| r.is_finite() && r >= 0.0),
