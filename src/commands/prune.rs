@@ -24,10 +24,11 @@ use crate::{
     pipeline::Pipeline,
     prune::{
         apply,
-        layers::{LayerMap, Layers},
+        layers::Layers,
+        outputs,
         plan::{self, PruningPlan},
         recipe::PruneRecipe,
-        refit::{self, Fitting},
+        refit::{self, Fits, Fitting},
     },
     score::ablation::HeldOut,
     ui,
@@ -43,7 +44,7 @@ struct Found {
     /// `None` where the plan was given, so that no block was scored.
     selection: Option<Selection>,
     plan: PruningPlan,
-    layers: LayerMap,
+    fits: Fits,
     /// The model with the layers in place.
     pruned: Flux,
     /// Relative mean squared error of its velocity on held-out states.
@@ -65,12 +66,13 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
 
     let session = Session::open(&pipeline, &runtime, recipe, prompts)?;
     let found = find(&session, wanted)?;
-    let (checkpoint, config) = apply::apply(
+    let (mut checkpoint, config) = apply::apply(
         &pipeline.transformer,
         &pipeline.config,
         &found.plan,
-        &found.layers,
+        &found.fits.layers,
     )?;
+    apply::put_outputs(&mut checkpoint, &config, &found.fits.outputs)?;
     let record = record(&session, &found, &config)?;
     let output = OutputFolder::create(&args.output, args.force)?;
     output::write(
@@ -206,11 +208,14 @@ fn find(session: &Session, wanted: Wanted) -> Result<Found> {
     let fitting = Fitting {
         ridge: f.ridge,
         sequential: f.sequential,
+        refit: f.refit,
         batch: session.batch,
+        tokens: None,
     };
     let batches = states.fit.batches(session.batch).len();
-    let progress = ui::progress(plan.replace.len() * batches, "fitting");
-    let layers = refit::fit_layers(
+    let steps = refit::steps(&session.flux.trunk, batches, &plan.replace, f.refit);
+    let progress = ui::progress(steps, "fitting");
+    let fits = refit::fit_layers(
         &session.flux,
         &states.fit,
         &plan.replace,
@@ -222,7 +227,8 @@ fn find(session: &Session, wanted: Wanted) -> Result<Found> {
         &progress,
         format!("fitted {} layers on the pruned prefix", plan.replace.len()),
     );
-    let pruned = refit::pruned(&session.flux, &plan.replace, &layers, session.runtime)?;
+    let mut pruned = refit::pruned(&session.flux, &plan.replace, &fits.layers, session.runtime)?;
+    outputs::put(&mut pruned, &fits.outputs, session.runtime)?;
     let velocity_error = held_out.error(&session.flux, &pruned.trunk)?;
     ensure!(
         velocity_error.is_finite(),
@@ -231,7 +237,7 @@ fn find(session: &Session, wanted: Wanted) -> Result<Found> {
     Ok(Found {
         selection,
         plan,
-        layers,
+        fits,
         pruned,
         velocity_error,
     })
@@ -356,7 +362,7 @@ fn report(
             let fits = r
                 .replaces
                 .first()
-                .and_then(|id| found.layers.get(id))
+                .and_then(|id| found.fits.layers.get(id))
                 .and_then(Layers::fits);
             json!({
                 "replaces": r.replaces,
@@ -391,7 +397,7 @@ fn text(session: &Session, found: &Found, report: &serde_json::Value) -> String 
         let run = found.plan.replace.iter().find(|r| r.replaces.contains(&id));
         let fits = run
             .and_then(|r| r.replaces.first())
-            .and_then(|first| found.layers.get(first));
+            .and_then(|first| found.fits.layers.get(first));
         let [txt, img] = fits.and_then(Layers::fits)?;
         Some(format!("{:.3} / {:.3}", txt.error, img.error))
     };

@@ -11,7 +11,10 @@ use anyhow::{Result, bail, ensure};
 use candle::{DType, Tensor};
 use faer::{Mat, Side, linalg::solvers::Solve};
 
-use super::fit::{Solution, to_faer};
+use super::{
+    fit::{Solution, to_faer},
+    sums::{of_samples, pick, square, with_bias},
+};
 
 /// Timestep buckets; each holds one Gram matrix.
 pub const BUCKETS: usize = 8;
@@ -39,42 +42,48 @@ struct Bucket {
 }
 
 impl GatedGram {
-    /// Adds the rows of one sample: `features` (n, k), `target` (n, d), its `gate` (d), at time `t` in \[0, 1\].
+    /// Adds samples: `z` (b, n, k − 1), to which a one is added for the bias, `target` (b, n, d), their `gate` (b, d) and
+    /// times in \[0, 1\].
     ///
     /// # Errors
     /// When a product fails.
-    pub fn add(&mut self, features: &Tensor, target: &Tensor, gate: &Tensor, t: f64) -> Result<()> {
+    pub fn add(&mut self, z: &Tensor, target: &Tensor, gate: &Tensor, times: &[f32]) -> Result<()> {
         self.buckets.resize(BUCKETS, None);
-        let index = ((t * BUCKETS as f64) as usize).min(BUCKETS - 1);
-        let rows = features.dim(0)? as f64;
-        let transposed = features.t()?;
-        let gram = transposed.matmul(features)?.to_dtype(DType::F64)?;
-        let cross = transposed
-            .matmul(&target.broadcast_mul(gate)?)?
-            .to_dtype(DType::F64)?;
-        let gate_sq = (gate.to_dtype(DType::F64)?.sqr()? * rows)?;
-        let slot = &mut self.buckets[index];
-        *slot = Some(match slot.take() {
-            None => Bucket {
-                gram,
-                gate_sq,
-                rows,
-            },
-            Some(b) => Bucket {
-                gram: (b.gram + gram)?,
-                gate_sq: (b.gate_sq + gate_sq)?,
-                rows: b.rows + rows,
-            },
-        });
-        self.cross = Some(match self.cross.take() {
-            None => cross,
-            Some(sum) => (sum + cross)?,
-        });
-        self.target_sq += target
-            .sqr()?
-            .sum_all()?
-            .to_dtype(DType::F64)?
-            .to_scalar::<f64>()?;
+        let ones = with_bias(None, z)?;
+        let mut members = vec![Vec::new(); BUCKETS];
+        for (sample, t) in (0u32..).zip(times) {
+            let index = (f64::from(*t) * BUCKETS as f64) as usize;
+            members[index.min(BUCKETS - 1)].push(sample);
+        }
+        for (slot, members) in self.buckets.iter_mut().zip(members) {
+            if members.is_empty() {
+                continue;
+            }
+            let rows = (members.len() * z.dim(1)?) as f64;
+            let members = Tensor::new(members, z.device())?;
+            let take = |t: &Tensor| pick(t, Some(&members), None);
+            let gate = take(gate)?;
+            let gated = take(target)?.broadcast_mul(&gate.unsqueeze(1)?)?;
+            let sums = of_samples(&take(z)?, &take(&ones)?, &gated)?;
+            let gate_sq = (gate.to_dtype(DType::F64)?.sqr()?.sum(0)? * z.dim(1)? as f64)?;
+            *slot = Some(match slot.take() {
+                None => Bucket {
+                    gram: sums.gram,
+                    gate_sq,
+                    rows,
+                },
+                Some(b) => Bucket {
+                    gram: (b.gram + sums.gram)?,
+                    gate_sq: (b.gate_sq + gate_sq)?,
+                    rows: b.rows + rows,
+                },
+            });
+            self.cross = Some(match self.cross.take() {
+                None => sums.cross,
+                Some(sum) => (sum + sums.cross)?,
+            });
+        }
+        self.target_sq += square(target)?;
         Ok(())
     }
 
@@ -213,16 +222,13 @@ mod tests {
             .map(|_| random((1, d)).squeeze(0).unwrap())
             .collect();
         for sample in 0..4 * BUCKETS {
-            let bucket = sample % BUCKETS;
-            let z = with_ones(&random((20, d))).unwrap();
-            let target = z.matmul(&b).unwrap().broadcast_mul(&gates[bucket]).unwrap();
-            sums.add(
-                &z,
-                &target,
-                &gates[bucket],
-                (bucket as f64 + 0.5) / BUCKETS as f64,
-            )
-            .unwrap();
+            let gate = &gates[sample % BUCKETS];
+            let z = random((20, d));
+            let target = with_ones(&z).unwrap().matmul(&b).unwrap();
+            let target = target.broadcast_mul(gate).unwrap();
+            let t = ((sample % BUCKETS) as f32 + 0.5) / BUCKETS as f32;
+            let one = |t: &Tensor| t.unsqueeze(0).unwrap();
+            sums.add(&one(&z), &one(&target), &one(gate), &[t]).unwrap();
         }
         let solution = sums.solve(0.0).unwrap();
         let difference = (&solution.coefficients - to_faer(&b).unwrap()).norm_l2();

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::outputs::Refit;
 use crate::layout::Form;
 
 /// The recipe of a pruning run.
@@ -63,6 +64,8 @@ pub struct FitRecipe {
     pub ridge: Option<f64>,
     /// Fit in network order on the activations of the already pruned prefix.
     pub sequential: bool,
+    /// Output projections of what is kept that are fitted anew: `none`, `head`, or `all` (also of kept blocks).
+    pub refit: Refit,
 }
 
 impl Default for PruneRecipe {
@@ -99,6 +102,7 @@ impl Default for FitRecipe {
             collapse: true,
             ridge: None,
             sequential: true,
+            refit: Refit::default(),
         }
     }
 }
