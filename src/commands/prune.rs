@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use super::{
@@ -205,15 +205,16 @@ fn find(session: &Session, wanted: Wanted) -> Result<Found> {
             (Some(selection), plan)
         }
     };
+    let refit = f.refit.context("what to refit is resolved")?;
     let fitting = Fitting {
         ridge: f.ridge,
         sequential: f.sequential,
-        refit: f.refit,
+        refit,
         batch: session.batch,
         tokens: None,
     };
     let batches = states.fit.batches(session.batch).len();
-    let steps = refit::steps(&session.flux.trunk, batches, &plan.replace, f.refit);
+    let steps = refit::steps(&session.flux.trunk, batches, &plan.replace, refit);
     let progress = ui::progress(steps, "fitting");
     let fits = refit::fit_layers(
         &session.flux,

@@ -9,7 +9,7 @@ use crate::{
     device::Runtime,
     model::Flux,
     pipeline::Pipeline,
-    prune::recipe::PruneRecipe,
+    prune::{outputs::Refit, recipe::PruneRecipe},
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
         png::Picture,
@@ -66,6 +66,8 @@ impl<'a> Session<'a> {
             recipe.calibration.width,
             recipe.calibration.height,
         )?;
+        let hidden = pipeline.config.hidden_size;
+        recipe.fit.refit.get_or_insert(Refit::usual(hidden));
         let c = &mut recipe.calibration;
         c.steps.get_or_insert(pipeline.default_steps());
         c.guidance.get_or_insert(pipeline.default_guidance());

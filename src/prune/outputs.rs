@@ -25,16 +25,29 @@ use crate::{
 };
 
 /// Which output projections of what is kept are fitted anew.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Refit {
     /// None: kept weights stay as they are.
     None,
     /// The head's projection to the velocity.
-    #[default]
     Head,
     /// Also the last projection of every kept block behind a replaced one.
     All,
+}
+
+/// Width up to which refitting all outputs takes seconds: its matrices are five times as wide.
+const NARROW: usize = 1024;
+
+impl Refit {
+    /// What a model `hidden` wide is given where the recipe does not say.
+    pub fn usual(hidden: usize) -> Self {
+        if hidden <= NARROW {
+            Self::All
+        } else {
+            Self::Head
+        }
+    }
 }
 
 /// Ridges tried for changes, relative to the mean diagonal. Strong ones: the change has as many parameters as the

@@ -64,8 +64,9 @@ pub struct FitRecipe {
     pub ridge: Option<f64>,
     /// Fit in network order on the activations of the already pruned prefix.
     pub sequential: bool,
-    /// Output projections of what is kept that are fitted anew: `none`, `head`, or `all` (also of kept blocks).
-    pub refit: Refit,
+    /// Output projections of what is kept that are fitted anew: `none`, `head`, or `all` (also of kept blocks behind a
+    /// replaced one); `null`: `all` up to a width of 1,024, where that takes seconds, and `head` above.
+    pub refit: Option<Refit>,
 }
 
 impl Default for PruneRecipe {
@@ -102,7 +103,7 @@ impl Default for FitRecipe {
             collapse: true,
             ridge: None,
             sequential: true,
-            refit: Refit::default(),
+            refit: None,
         }
     }
 }
