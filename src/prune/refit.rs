@@ -62,8 +62,6 @@ struct Passing {
 
 /// Which rows of a batch go where.
 pub(super) struct Rows {
-    /// Time of each sample.
-    pub(super) times: Vec<f32>,
     /// Samples to fit on, and those left out to choose the ridge.
     pub(super) parts: [Tensor; 2],
     /// Number of the batch.
@@ -159,7 +157,6 @@ impl<'a> Walk<'a> {
                 Tensor::from_vec(samples, len, &runtime.device)
             };
             let rows = Rows {
-                times: states.times(range.clone()),
                 parts: [place(fit)?, place(left_out)?],
                 batch: index,
                 limit: fitting.tokens,
@@ -226,6 +223,7 @@ impl<'a> Walk<'a> {
             .context("a replacement of no block")?;
         let block = self.block(first)?;
         let mut sums = Sums::new(replacement, block)?;
+        let mut inputs = Vec::new();
         for batch in &mut self.batches {
             let (before, pruned) = batch.load(&self.runtime.device)?;
             let conditioning = &batch.conditioning;
@@ -238,11 +236,21 @@ impl<'a> Walk<'a> {
             };
             sums.add(input, &after, conditioning, &batch.rows)
                 .with_context(|| format!("block {id}"))?;
+            if sums.revisits() {
+                inputs.push(moved(input, &self.park)?);
+            }
             batch.store(&after, &pruned, &self.park)?;
             self.progress.inc(1);
         }
+        let revisit = |visit: &mut dyn FnMut(&Stream, &Conditioning, &Rows) -> Result<()>| {
+            let mut pairs = inputs.iter().zip(&self.batches);
+            pairs.try_for_each(|(input, batch)| {
+                let input = moved(input, &self.runtime.device)?;
+                visit(&input, &batch.conditioning, &batch.rows)
+            })
+        };
         let layers = sums
-            .solve(self.fitting.ridge)
+            .solve(self.fitting.ridge, &revisit)
             .with_context(|| format!("block {id}"))?;
         self.pass(&layers.block(&self.runtime.device, self.runtime.dtype)?)?;
         self.out.layers.insert(id, layers);

@@ -5,7 +5,7 @@ use candle::Tensor;
 
 use super::{
     fit::{self, Solution},
-    gated::GatedGram,
+    gated::{GatedGram, normal_product},
     layers::{Fitted, Layers},
     refit::Rows,
     sums::{self, of_samples, pick, with_bias},
@@ -76,7 +76,8 @@ impl<'a> Sums<'a> {
             ensure!(change.is_finite(), "activations are NaN or infinite");
             stream.change_sq += change;
             if let Some(modulation) = &stream.modulation {
-                stream.add_gated(modulation.clone(), &x, &target, conditioning, &rows.times)?;
+                let (z, gate) = gated_input(modulation, &x, conditioning)?;
+                stream.gated.add(&z, &target, &gate)?;
                 continue;
             }
             let x = x.to_dtype(wide)?;
@@ -96,13 +97,29 @@ impl<'a> Sums<'a> {
         Ok(())
     }
 
-    /// The layers.
-    pub(super) fn solve(self, ridge: Option<f64>) -> Result<Layers> {
+    /// Whether [`Self::solve`] looks at all pairs again, through `inputs`.
+    pub(super) fn revisits(&self) -> bool {
+        self.replacement.form == Form::Modulated
+    }
+
+    /// The layers. `inputs` calls its argument with every batch that was added; only a gated solve does so, a few tens
+    /// of times.
+    pub(super) fn solve(self, ridge: Option<f64>, inputs: &Inputs) -> Result<Layers> {
         let [txt, img] = self.streams;
         Ok(match (self.replacement.form, self.replacement.joint) {
             (Form::Remove, _) => Layers::Remove,
             (Form::Modulated, true) => bail!("a modulated layer cannot be joint"),
             (form, true) => Layers::Joint(Box::new(txt.merge(img)?.solve(form, ridge)?)),
+            (Form::Modulated, false) => Layers::Streams {
+                txt: Box::new(
+                    txt.solve_gated(ridge, inputs, true)
+                        .context("text tokens")?,
+                ),
+                img: Box::new(
+                    img.solve_gated(ridge, inputs, false)
+                        .context("image tokens")?,
+                ),
+            },
             (form, false) => Layers::Streams {
                 txt: Box::new(txt.solve(form, ridge).context("text tokens")?),
                 img: Box::new(img.solve(form, ridge).context("image tokens")?),
@@ -111,29 +128,29 @@ impl<'a> Sums<'a> {
     }
 }
 
-impl StreamSums {
-    fn add_gated(
-        &mut self,
-        modulation: Modulation<3>,
-        x: &Tensor,
-        target: &Tensor,
-        conditioning: &Conditioning,
-        times: &[f32],
-    ) -> Result<()> {
-        let wide = product_dtype(x.device());
-        let linear = Linear::new(Tensor::zeros((1, x.dim(2)?), x.dtype(), x.device())?, None)?;
-        let layer = AffineLayer {
-            linear,
-            vec: None,
-            modulation: Some(modulation),
-        };
-        let (z, gate) = layer.input(x, conditioning)?;
-        let gate = gate
-            .context("a modulated layer has a gate")?
-            .to_dtype(wide)?;
-        self.gated.add(&z.to_dtype(wide)?, target, &gate, times)
-    }
+/// Calls its argument with each batch: what the layer will see, what all blocks share, and which rows count.
+pub(super) type Inputs<'a> =
+    dyn Fn(&mut dyn FnMut(&Stream, &Conditioning, &Rows) -> Result<()>) -> Result<()> + 'a;
 
+/// What W of a modulated layer is applied to, (b, n, d), and its gate, (b, d).
+fn gated_input(
+    modulation: &Modulation<3>,
+    x: &Tensor,
+    conditioning: &Conditioning,
+) -> Result<(Tensor, Tensor)> {
+    let wide = product_dtype(x.device());
+    let linear = Linear::new(Tensor::zeros((1, x.dim(2)?), x.dtype(), x.device())?, None)?;
+    let layer = AffineLayer {
+        linear,
+        vec: None,
+        modulation: Some(modulation.clone()),
+    };
+    let (z, gate) = layer.input(x, conditioning)?;
+    let gate = gate.context("a modulated layer has a gate")?;
+    Ok((z.to_dtype(wide)?, gate.to_dtype(wide)?))
+}
+
+impl StreamSums {
     /// The sums of both streams as one problem.
     fn merge(self, other: Self) -> Result<Self> {
         let mut out = Self {
@@ -150,31 +167,51 @@ impl StreamSums {
     }
 
     fn solve(self, form: Form, ridge: Option<f64>) -> Result<Fitted> {
-        let solution = match form {
-            Form::Modulated => self.gated.solve(ridge.unwrap_or(fit::DEFAULT_RIDGE))?,
-            _ => fit::solve_split(self.fitted, self.left_out, ridge, &fit::RIDGES)?,
-        };
-        let Solution {
-            coefficients: b,
-            residual_sq,
-            ridge,
-        } = solution;
-        let width = b.ncols();
-        Ok(Fitted {
-            weight: fit::weight(&b, 0..width)?,
-            bias: fit::bias(&b)?,
-            vec: (form == Form::Conditioned)
-                .then(|| fit::weight(&b, width..2 * width))
-                .transpose()?,
-            modulation: match self.modulation {
-                None => None,
-                Some(m) => {
-                    let bias = m.lin.bias().context("the modulation has no bias")?;
-                    Some((m.lin.weight().clone(), bias.clone()))
-                }
-            },
-            error: residual_sq / self.change_sq.max(f64::MIN_POSITIVE),
-            ridge,
-        })
+        let solution = fit::solve_split(self.fitted, self.left_out, ridge, &fit::RIDGES)?;
+        let width = solution.coefficients.ncols();
+        let vec = (form == Form::Conditioned)
+            .then(|| fit::weight(&solution.coefficients, width..2 * width))
+            .transpose()?;
+        fitted(&solution, vec, None, self.change_sq)
     }
+
+    fn solve_gated(self, ridge: Option<f64>, inputs: &Inputs, txt: bool) -> Result<Fitted> {
+        let modulation = self.modulation.context("a modulated layer has one")?;
+        let ridge = ridge.unwrap_or(fit::DEFAULT_RIDGE);
+        let device = modulation.lin.weight().device().clone();
+        let solution = self.gated.solve(ridge, &device, &mut |b| {
+            let mut out = b.zeros_like()?;
+            inputs(&mut |stream, conditioning, rows| {
+                let x = if txt { stream.txt()? } else { stream.img()? };
+                let x = pick(&x, None, rows.tokens(&x)?.as_ref())?;
+                let (z, gate) = gated_input(&modulation, &x, conditioning)?;
+                out = (&out + normal_product(&z, &gate, b)?)?;
+                Ok(())
+            })?;
+            Ok(out)
+        })?;
+        let bias = modulation
+            .lin
+            .bias()
+            .context("the modulation has no bias")?;
+        let kept = (modulation.lin.weight().clone(), bias.clone());
+        fitted(&solution, None, Some(kept), self.change_sq)
+    }
+}
+
+fn fitted(
+    solution: &Solution,
+    vec: Option<Tensor>,
+    modulation: Option<(Tensor, Tensor)>,
+    change_sq: f64,
+) -> Result<Fitted> {
+    let b = &solution.coefficients;
+    Ok(Fitted {
+        weight: fit::weight(b, 0..b.ncols())?,
+        bias: fit::bias(b)?,
+        vec,
+        modulation,
+        error: solution.residual_sq / change_sq.max(f64::MIN_POSITIVE),
+        ridge: solution.ridge,
+    })
 }
