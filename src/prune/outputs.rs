@@ -211,3 +211,66 @@ pub fn put(flux: &mut Flux, outputs: &Outputs, runtime: &Runtime) -> Result<()> 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(shape: &[usize]) -> Tensor {
+        Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap()
+    }
+
+    fn off(got: &Tensor, want: &Tensor) -> f64 {
+        let rest = sums::square(&(got - want).unwrap()).unwrap();
+        (rest / sums::square(want).unwrap()).sqrt()
+    }
+
+    fn before() -> Linear {
+        Linear::new(random(&[4, 6]), Some(random(&[4]))).unwrap()
+    }
+
+    #[test]
+    fn what_a_projection_lacks_is_found_behind_a_gate_and_without() {
+        let (before, change, shift) = (before(), random(&[4, 6]), random(&[4]));
+        for gated in [false, true] {
+            let mut sums = OutputSums::default();
+            for part in 0..8 {
+                let z = random(&[10, 5, 6]);
+                let lack = z
+                    .broadcast_matmul(&change.t().unwrap())
+                    .unwrap()
+                    .broadcast_add(&shift)
+                    .unwrap();
+                // of rank one, with either sign: then nothing is approximate
+                let (samples, columns) = (
+                    random(&[10, 1]),
+                    Tensor::new(&[[3f32, -1., 0.1, 2.]], &Device::Cpu),
+                );
+                let gate = samples.broadcast_mul(&columns.unwrap()).unwrap();
+                let gate = gated.then_some(gate);
+                let rest = match &gate {
+                    None => lack,
+                    Some(gate) => lack.broadcast_mul(&gate.unsqueeze(1).unwrap()).unwrap(),
+                };
+                sums.add(&z, &rest, gate.as_ref(), part == 7).unwrap();
+            }
+            let got = sums.solve(&before, Some(0.0)).unwrap();
+            let want = (before.weight() + &change).unwrap();
+            assert!(off(&got.weight, &want) < 1e-4, "{gated}");
+            let want = (before.bias().unwrap() + &shift).unwrap();
+            assert!(off(&got.bias, &want) < 1e-4, "{gated}");
+        }
+    }
+
+    #[test]
+    fn a_projection_that_lacks_nothing_stays() {
+        let before = before();
+        let mut sums = OutputSums::default();
+        let zeros = Tensor::zeros((8, 3, 4), DType::F32, &Device::Cpu).unwrap();
+        sums.add(&random(&[8, 3, 6]), &zeros, Some(&random(&[8, 4])), false)
+            .unwrap();
+        let got = sums.solve(&before, None).unwrap();
+        assert_eq!(off(&got.weight, before.weight()), 0.0);
+        assert_eq!(off(&got.bias, before.bias().unwrap()), 0.0);
+    }
+}
