@@ -207,13 +207,10 @@ mod tests {
     fn solved(z: &Tensor, target: &Tensor, gate: &Tensor, ridge: f64) -> Solution {
         let mut sums = GatedGram::default();
         // in two shares, as batches come
-        let halves: Vec<_> = [z, target, gate]
-            .iter()
-            .map(|t| t.chunk(2, 0).unwrap())
-            .collect();
-        for half in 0..2 {
-            let [z, target, gate] = [0, 1, 2].map(|i: usize| &halves[i][half]);
-            sums.add(z, target, gate).unwrap();
+        let half = z.dim(0).unwrap() / 2;
+        for start in [0, half] {
+            let part = |t: &Tensor| t.narrow(0, start, half).unwrap();
+            sums.add(&part(z), &part(target), &part(gate)).unwrap();
         }
         let mut normal = |b: &Tensor| normal_product(z, gate, b);
         sums.solve(ridge, &Device::Cpu, &mut normal).unwrap()

@@ -7,6 +7,7 @@ pub mod fit;
 pub mod gated;
 pub mod layers;
 pub mod outputs;
+mod passing;
 pub mod plan;
 pub mod recipe;
 pub mod refit;

@@ -12,6 +12,7 @@ use indicatif::ProgressBar;
 use super::{
     layers::LayerMap,
     outputs::{self, OutputSums, Outputs, Refit},
+    passing::{Passing, Rows, moved},
     replaced::Sums,
     sums,
 };
@@ -51,31 +52,6 @@ const LEFT_OUT: u32 = 8;
 /// Bytes of token streams that may stay on a device of its own memory; more are held in the host's and visit the device
 /// a batch at a time.
 const ON_DEVICE: usize = 2 << 30;
-
-/// The streams of one batch, both just before the block at hand.
-struct Passing {
-    original: Stream,
-    pruned: Stream,
-    conditioning: Conditioning,
-    rows: Rows,
-}
-
-/// Which rows of a batch go where.
-pub(super) struct Rows {
-    /// Samples to fit on, and those left out to choose the ridge.
-    pub(super) parts: [Tensor; 2],
-    /// Number of the batch.
-    batch: usize,
-    /// Tokens of one forward that sums are made of.
-    limit: Option<usize>,
-}
-
-impl Rows {
-    /// The tokens of `x` (b, n, …) that sums are made of; all where `None`.
-    pub(super) fn tokens(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        sums::tokens(x.dim(0)?, x.dim(1)?, self.limit, self.batch, x.device())
-    }
-}
 
 /// Both models on their way through the network.
 struct Walk<'a> {
@@ -147,10 +123,12 @@ impl<'a> Walk<'a> {
         for (index, range) in states.batches(fitting.batch).enumerate() {
             let (mut fit, mut left_out) = (Vec::new(), Vec::new());
             for (sample, picture) in (0u32..).zip(states.pictures(range.clone())) {
-                match picture % LEFT_OUT == LEFT_OUT - 1 {
-                    true => left_out.push(sample),
-                    false => fit.push(sample),
-                }
+                let part = if picture % LEFT_OUT == LEFT_OUT - 1 {
+                    &mut left_out
+                } else {
+                    &mut fit
+                };
+                part.push(sample);
             }
             let place = |samples: Vec<u32>| {
                 let len = samples.len();
@@ -203,9 +181,10 @@ impl<'a> Walk<'a> {
                 // the same stream until something is replaced
                 let run = |s| trunk.forward_range(range.clone(), s, &batch.conditioning, &mut ());
                 let after = run(&original)?;
-                let pruned = match self.out.layers.is_empty() {
-                    true => after.clone(),
-                    false => run(&pruned)?,
+                let pruned = if self.out.layers.is_empty() {
+                    after.clone()
+                } else {
+                    run(&pruned)?
                 };
                 batch.store(&after, &pruned, &self.park)?;
             }
@@ -351,26 +330,6 @@ impl<'a> Walk<'a> {
     }
 }
 
-impl Passing {
-    /// Both streams, the original's first, on the device.
-    fn load(&self, device: &Device) -> Result<(Stream, Stream)> {
-        Ok((moved(&self.original, device)?, moved(&self.pruned, device)?))
-    }
-
-    fn store(&mut self, original: &Stream, pruned: &Stream, park: &Device) -> Result<()> {
-        self.original = moved(original, park)?;
-        self.pruned = moved(pruned, park)?;
-        Ok(())
-    }
-}
-
-fn moved(stream: &Stream, device: &Device) -> Result<Stream> {
-    Ok(Stream {
-        tokens: stream.tokens.to_device(device)?,
-        txt_len: stream.txt_len,
-    })
-}
-
 /// The replacements in network order with the trunk entry each starts at.
 fn runs<'a>(trunk: &Trunk, replace: &'a [Replacement]) -> Result<Vec<(usize, &'a Replacement)>> {
     let index = |id| trunk.entries().iter().position(|(spec, _)| spec.id() == id);
@@ -422,126 +381,4 @@ pub fn pruned(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        layout::{BlockId, Form},
-        model::AffineLayer,
-        pipeline::{ModelChoice, Pipeline},
-        sample::denoise::{Encoded, LatentSize},
-        ui,
-    };
-
-    fn runtime() -> Runtime {
-        Runtime {
-            device: Device::Cpu,
-            dtype: DType::F32,
-        }
-    }
-
-    fn random(scale: f32, shape: &[usize]) -> Tensor {
-        Tensor::randn(0f32, scale, shape, &Device::Cpu).unwrap()
-    }
-
-    /// The bundled model, and states of random latents and prompts.
-    fn bundled(pictures: usize) -> (Flux, States) {
-        let pipeline = Pipeline::open(&ModelChoice::default()).unwrap();
-        let vb = pipeline.transformer.var_builder(DType::F32, &Device::Cpu);
-        let c = &pipeline.config;
-        let prompts = Encoded {
-            txt: random(1.0, &[pictures, 12, c.context_in_dim]),
-            vec: random(1.0, &[pictures, c.vec_in_dim]),
-        };
-        let size = LatentSize {
-            height: 8,
-            width: 8,
-        };
-        let latents = random(1.0, &[pictures, 16, c.out_channels]);
-        let states = States::noised(latents, prompts, size, 3.5, 4, 1).unwrap();
-        (Flux::new(c, vb).unwrap(), states)
-    }
-
-    fn replace(id: BlockId, form: Form, joint: bool) -> Replacement {
-        Replacement {
-            replaces: vec![id],
-            form,
-            joint,
-        }
-    }
-
-    fn fit(flux: &Flux, states: &States, replace: &[Replacement], refit: Refit) -> Flux {
-        let fitting = Fitting {
-            ridge: None,
-            sequential: true,
-            refit,
-            batch: 48,
-            tokens: None,
-        };
-        let bar = ui::progress(1, "");
-        let fits = fit_layers(flux, states, replace, fitting, &runtime(), &bar).unwrap();
-        let mut out = pruned(flux, replace, &fits.layers, &runtime()).unwrap();
-        outputs::put(&mut out, &fits.outputs, &runtime()).unwrap();
-        out
-    }
-
-    /// ‖velocity of `got` − velocity of `want`‖² / ‖velocity of `want`‖² on all states.
-    fn off(got: &Flux, want: &Flux, states: &States) -> f64 {
-        let batch = states
-            .batch(0..states.len(), &Device::Cpu, DType::F32)
-            .unwrap();
-        let velocity = |flux: &Flux| flux.forward(&batch.inputs(), &mut ()).unwrap();
-        let (got, want) = (velocity(got), velocity(want));
-        sums::square(&(got - &want).unwrap()).unwrap() / sums::square(&want).unwrap()
-    }
-
-    #[test]
-    fn a_block_that_is_a_layer_of_the_form_is_recovered() {
-        let (flux, states) = bundled(48);
-        let layer = |vec: bool| AffineLayer {
-            linear: Linear::new(random(0.02, &[128, 128]), Some(random(0.1, &[128]))).unwrap(),
-            vec: vec.then(|| Linear::new(random(0.02, &[128, 128]), None).unwrap()),
-            modulation: None,
-        };
-        for (form, joint) in [
-            (Form::Linear, false),
-            (Form::Linear, true),
-            (Form::Conditioned, false),
-            (Form::Conditioned, true),
-        ] {
-            let known = match joint {
-                true => ReplacementBlock::Joint(layer(form == Form::Conditioned)),
-                false => ReplacementBlock::Streams {
-                    txt: layer(form == Form::Conditioned),
-                    img: layer(form == Form::Conditioned),
-                },
-            };
-            let mut known_flux = flux.clone();
-            known_flux.trunk = flux.trunk.with_block(7, known.into()).unwrap();
-            let replace = [replace(BlockId::single(2), form, joint)];
-            let fitted = fit(&known_flux, &states, &replace, Refit::All);
-            let off = off(&fitted, &known_flux, &states).sqrt();
-            assert!(off < 1e-5, "{form} joint {joint}: {off}");
-        }
-    }
-
-    #[test]
-    fn each_further_refit_brings_the_velocity_nearer() {
-        let (flux, states) = bundled(40);
-        let replace = [
-            replace(BlockId::double(1), Form::Linear, false),
-            replace(BlockId::single(4), Form::Modulated, false),
-        ];
-        let [none, head, all] = [Refit::None, Refit::Head, Refit::All]
-            .map(|refit| off(&fit(&flux, &states, &replace, refit), &flux, &states));
-        assert!(all < head && head < none, "{none} {head} {all}");
-    }
-
-    #[test]
-    fn nothing_is_refitted_where_nothing_is_replaced() {
-        let (flux, states) = bundled(2);
-        assert_eq!(
-            off(&fit(&flux, &states, &[], Refit::All), &flux, &states),
-            0.0
-        );
-    }
-}
+mod tests;

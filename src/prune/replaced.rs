@@ -7,7 +7,7 @@ use super::{
     fit::{self, Solution},
     gated::{GatedGram, normal_product},
     layers::{Fitted, Layers},
-    refit::Rows,
+    passing::Rows,
     sums::{self, of_samples, pick, with_bias},
 };
 use crate::{
