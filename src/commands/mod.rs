@@ -11,14 +11,21 @@ use crate::{
     ui,
 };
 
+mod calibrate;
+mod choose;
+mod gather;
 mod generate;
 mod init;
 mod inspect;
 mod load;
+mod plan;
 mod prune;
+mod score;
 mod select;
 mod session;
 mod verify;
+
+pub use gather::Shard;
 
 /// Runs a subcommand.
 ///
@@ -27,6 +34,10 @@ mod verify;
 pub fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Calibrate(args) => calibrate::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::MergeStats(args) => calibrate::merge(&args).map(|()| ExitCode::SUCCESS),
+        Command::Score(args) => score::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Plan(args) => plan::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Prune(args) => prune::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(&args),
