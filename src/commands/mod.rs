@@ -25,8 +25,6 @@ mod select;
 mod session;
 mod verify;
 
-pub use gather::Shard;
-
 /// Runs a subcommand.
 ///
 /// # Errors

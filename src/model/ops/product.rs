@@ -70,7 +70,7 @@ fn fused(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 /// Into how many bands of rows and of columns to cut a product: enough tasks for all threads, none too small to be
 /// worth waking one, rows first.
 fn parts(rows: usize, input: usize, columns: usize, threads: usize) -> (usize, usize) {
-    if threads == 1 {
+    if threads == 1 || rows == 0 || columns == 0 {
         return (1, 1);
     }
     let tasks = (rows * input * columns / TASK).clamp(1, 4 * threads);
@@ -91,6 +91,7 @@ mod tests {
     #[test]
     fn fused_equals_plain_however_it_is_cut() -> Result<()> {
         for (rows, input, columns) in [
+            (0, 8, 3),
             (1, 8, 3),
             (1, 128, 768),
             (28, 128, 896),
@@ -107,6 +108,7 @@ mod tests {
 
     #[test]
     fn products_are_cut_into_enough_pieces_and_no_crumbs() {
+        assert_eq!(parts(0, 128, 768, 2), (1, 1));
         assert_eq!(parts(1, 128, 768, 2), (1, 1));
         assert_eq!(parts(1344, 128, 896, 2), (8, 1));
         assert_eq!(parts(28, 3072, 3072, 2), (1, 8));
