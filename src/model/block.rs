@@ -182,6 +182,27 @@ mod tests {
         Ok(())
     }
 
+    /// In f64 the backward passes are composed of candle operations, in f32 they are kernels.
+    #[test]
+    fn fused_gradients_are_the_composed_ones() -> Result<()> {
+        let inputs = SmallInputs::new(&small_config(), 3)?;
+        let gradients = |dtype| -> Result<Vec<(String, Tensor)>> {
+            let mut flux = all_kinds(dtype)?;
+            let vars = trainables(&mut flux)?;
+            let mut gradients = loss(&flux, &inputs)?.backward()?;
+            let each = vars.into_iter().map(|(name, var)| {
+                let gradient = gradients.remove(&var).expect("every trainable has one");
+                (name, gradient)
+            });
+            Ok(each.collect())
+        };
+        let (fused, composed) = (gradients(DType::F32)?, gradients(DType::F64)?);
+        for ((name, fused), (_, composed)) in fused.iter().zip(&composed) {
+            close(fused, composed, 2e-5).map_err(|e| candle::Error::Msg(format!("{name}: {e}")))?;
+        }
+        Ok(())
+    }
+
     #[test]
     fn training_computes_what_inference_computes() -> Result<()> {
         for (dtype, tolerance) in [(DType::F32, 3e-6), (DType::BF16, 3e-2)] {

@@ -103,8 +103,8 @@ impl Linear {
         let x = x.reshape(((), input))?;
         let mut y = times(&x, &self.weight)?;
         if let Some(Lora { a, b, scale }) = &self.lora {
-            let low = (times_wide(&x, a)? * *scale)?;
-            y = (y + times_wide(&low, b)?.to_dtype(x.dtype())?)?;
+            let low = ops::low_rank_product(&x.to_dtype(a.dtype())?, a, b, *scale)?;
+            y = (y + low.to_dtype(x.dtype())?)?;
         }
         y.reshape(shape)
     }
@@ -134,11 +134,7 @@ impl Linear {
 
 /// `x·weightᵀ` in the weight's dtype, back in the dtype of `x`.
 fn times(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    times_wide(x, weight)?.to_dtype(x.dtype())
-}
-
-fn times_wide(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    ops::product(&x.to_dtype(weight.dtype())?, weight)
+    ops::product(&x.to_dtype(weight.dtype())?, weight)?.to_dtype(x.dtype())
 }
 
 #[cfg(test)]

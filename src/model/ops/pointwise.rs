@@ -1,17 +1,98 @@
 //! GELU and the gated residual sum, each with the bias of the projection before it folded in.
 
-use candle::{Result, Tensor};
+use candle::{DType, Result, Tensor};
+use rayon::prelude::*;
 
-use super::cpu::{Element, Operand, by_dtype, exp, for_rows, fusable};
+use super::cpu::{Element, Operand, by_dtype, exp, for_rows, fusable, vectorized};
+use super::function::{by_recomputing, function};
+use super::wide;
+
+const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+/// Of the tanh approximation of GELU.
+const CUBIC: f32 = 0.044_715;
 
 /// `a ‖ gelu(x + bias)` along the last dimension, with the tanh approximation of GELU.
 ///
 /// `x` (batch, tokens, width), may be a narrowed view; `bias` (width,); `beside` (batch, tokens, any), put in front.
 pub fn gelu(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Result<Tensor> {
-    match fusable([x].into_iter().chain(bias).chain(beside)) {
-        Some(dtype) => by_dtype!(dtype, gelu_fused(x, bias, beside)),
-        None => gelu_plain(x, bias, beside),
+    if bias.is_some_and(Tensor::track_op) {
+        return gelu_plain(x, bias, beside);
     }
+    let (data, bias) = (x.detach(), bias.cloned());
+    let beside_data = beside.map(Tensor::detach);
+    let operands = [&data].into_iter().chain(&bias).chain(&beside_data);
+    let y = match fusable(operands) {
+        Some(dtype) => by_dtype!(
+            dtype,
+            gelu_fused(&data, bias.as_ref(), beside_data.as_ref())
+        ),
+        None => gelu_plain(&data, bias.as_ref(), beside_data.as_ref()),
+    }?;
+    let inputs: Vec<&Tensor> = [x].into_iter().chain(beside).collect();
+    let front = beside.map_or(Ok(0), |t| t.dim(2))?;
+    function(&inputs, y, move |grad| {
+        let (width, own) = (data.dim(2)?, grad.narrow(2, front, data.dim(2)?)?);
+        let mut out = if fusable([&data].into_iter().chain(&bias)) == Some(DType::F32) {
+            vec![Some(gelu_backward(&data, bias.as_ref(), &own)?)]
+        } else {
+            by_recomputing(&[&data], &own, |t| gelu_plain(&t[0], bias.as_ref(), None))?
+        };
+        if grad.dim(2)? > width {
+            out.push(Some(grad.narrow(2, 0, front)?.contiguous()?));
+        }
+        Ok(out)
+    })
+}
+
+/// The gradient of x from that of gelu(x + bias), f32 on the CPU; both may be narrowed views.
+fn gelu_backward(x: &Tensor, bias: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
+    let (batch, tokens, width) = x.dims3()?;
+    let mut out = vec![0f32; batch * tokens * width];
+    {
+        let (x, bias, grad) = (Operand::new(x), bias.map(Operand::new), Operand::new(grad));
+        let (x, grad) = (x.rows::<f32>()?, grad.rows::<f32>()?);
+        let bias = bias.as_ref().map(Operand::rows::<f32>).transpose()?;
+        for_rows(
+            &mut out,
+            width,
+            #[inline(always)]
+            |i, out| {
+                let (b, n) = (i / tokens, i % tokens);
+                gelu_backward_row(
+                    x.row(b, n),
+                    bias.map(|bias| bias.row(0, 0)),
+                    grad.row(b, n),
+                    out,
+                );
+            },
+        );
+    }
+    Tensor::from_vec(out, (batch, tokens, width), x.device())
+}
+
+/// out = grad · gelu'(x + bias) for one row.
+#[inline(always)]
+pub(super) fn gelu_backward_row(x: &[f32], bias: Option<&[f32]>, grad: &[f32], out: &mut [f32]) {
+    match bias {
+        Some(bias) => {
+            for (((out, x), bias), grad) in out.iter_mut().zip(x).zip(bias).zip(grad) {
+                *out = grad * gelu_slope(x + bias);
+            }
+        }
+        None => {
+            for ((out, x), grad) in out.iter_mut().zip(x).zip(grad) {
+                *out = grad * gelu_slope(*x);
+            }
+        }
+    }
+}
+
+/// The derivative of [`gelu_of`]: s + 2x·s(1 − s)·du/dx with s = sigmoid(2u).
+#[inline(always)]
+fn gelu_slope(x: f32) -> f32 {
+    let u = SQRT_2_OVER_PI * x * (1.0 + CUBIC * x * x);
+    let s = 1.0 / (1.0 + exp(-2.0 * u));
+    s + 2.0 * x * s * (1.0 - s) * SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x)
 }
 
 fn gelu_plain(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Result<Tensor> {
@@ -78,8 +159,7 @@ fn gelu_fused<T: Element>(
 /// ½x(1 + tanh u) = x·sigmoid(2u) with u = √(2/π)(x + 0.044715x³).
 #[inline(always)]
 fn gelu_of(x: f32) -> f32 {
-    const SQRT_2_OVER_PI: f32 = 0.797_884_6;
-    let u = SQRT_2_OVER_PI * x * (1.0 + 0.044_715 * x * x);
+    let u = SQRT_2_OVER_PI * x * (1.0 + CUBIC * x * x);
     x / (1.0 + exp(-2.0 * u))
 }
 
@@ -101,10 +181,110 @@ pub fn gated_residual(branches: &[Branch]) -> Result<Tensor> {
         .iter()
         .flat_map(|b| [Some(b.x), Some(b.y), b.bias, b.gate])
         .flatten();
-    match fusable(operands) {
+    let mut tracked = operands.clone().filter(|x| x.track_op());
+    match fusable(operands.clone()) {
         Some(dtype) => by_dtype!(dtype, residual_fused(branches)),
-        None => residual_plain(branches),
+        None if tracked.next().is_none() => residual_plain(branches),
+        None => {
+            let sums = branches.iter().map(residual_tracked);
+            match sums.collect::<Result<Vec<_>>>()?.as_slice() {
+                [one] => Ok(one.clone()),
+                many => Tensor::cat(many, 1),
+            }
+        }
     }
+}
+
+/// One branch as a node of the graph.
+fn residual_tracked(branch: &Branch) -> Result<Tensor> {
+    let (batch, _, width) = branch.x.dims3()?;
+    // a trainable bias (of a replacement's layer) is added by candle
+    let frozen = branch.bias.filter(|bias| !bias.track_op()).cloned();
+    let y = match (&frozen, branch.bias) {
+        (None, Some(bias)) => biased(branch.y, Some(bias))?,
+        _ => branch.y.clone(),
+    };
+    let gate = branch.gate.map(|gate| match gate.dims2()? {
+        (rows, _) if rows == batch => Ok(gate.clone()),
+        _ => gate.broadcast_as((batch, width)),
+    });
+    let gate = gate.transpose()?;
+    let (x_data, y_data) = (branch.x.detach(), y.detach());
+    let gate_data = gate.as_ref().map(Tensor::detach);
+    let sum = gated_residual(&[Branch {
+        x: &x_data,
+        y: &y_data,
+        bias: frozen.as_ref(),
+        gate: gate_data.as_ref(),
+    }])?;
+    let inputs: Vec<&Tensor> = [branch.x, &y].into_iter().chain(&gate).collect();
+    function(&inputs, sum, move |grad| {
+        let dx = Some(grad.clone());
+        let Some(gate) = &gate_data else {
+            return Ok(vec![dx.clone(), dx]);
+        };
+        let operands = [&y_data, gate].into_iter().chain(&frozen);
+        if fusable(operands) == Some(DType::F32) {
+            let (dy, dgate) = gate_backward(&y_data, frozen.as_ref(), gate, &grad.contiguous()?)?;
+            return Ok(vec![dx, Some(dy), Some(dgate)]);
+        }
+        let dtype = y_data.dtype();
+        let (wide_grad, wide_gate) = (wide(grad)?, wide(gate)?);
+        let dy = wide_grad.broadcast_mul(&wide_gate.unsqueeze(1)?)?;
+        let y = wide(&biased(&y_data, frozen.as_ref())?)?;
+        let dgate = (wide_grad * y)?.sum(1)?;
+        Ok(vec![
+            dx,
+            Some(dy.to_dtype(dtype)?),
+            Some(dgate.to_dtype(gate.dtype())?),
+        ])
+    })
+}
+
+/// Gradients of y and gate from that of x + gate · (y + bias), f32 on the CPU.
+fn gate_backward(
+    y: &Tensor,
+    bias: Option<&Tensor>,
+    gate: &Tensor,
+    grad: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let (batch, tokens, width) = y.dims3()?;
+    let mut dy = vec![0f32; batch * tokens * width];
+    let mut dgate = vec![0f32; batch * width];
+    {
+        let (y, bias) = (Operand::new(y), bias.map(Operand::new));
+        let (gate, grad) = (Operand::new(gate), Operand::new(grad));
+        let (y, gate, grad) = (y.rows::<f32>()?, gate.rows::<f32>()?, grad.rows::<f32>()?);
+        let bias = bias.as_ref().map(Operand::rows::<f32>).transpose()?;
+        let zeros = vec![0f32; width];
+        dy.par_chunks_mut((tokens * width).max(1))
+            .zip(dgate.par_chunks_mut(width.max(1)))
+            .enumerate()
+            .for_each(|(b, (dy, dgate))| {
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        let gate = gate.row(b, 0);
+                        let bias = bias.map_or(zeros.as_slice(), |bias| bias.row(0, 0));
+                        for (n, dy) in dy.chunks_exact_mut(width).enumerate() {
+                            let (y, grad) = (y.row(b, n), grad.row(b, n));
+                            for ((dy, gate), grad) in dy.iter_mut().zip(gate).zip(grad) {
+                                *dy = grad * gate;
+                            }
+                            let sums = dgate.iter_mut().zip(grad);
+                            for (((dgate, grad), y), bias) in sums.zip(y).zip(bias) {
+                                *dgate += grad * (y + bias);
+                            }
+                        }
+                    },
+                );
+            });
+    }
+    let device = grad.device();
+    Ok((
+        Tensor::from_vec(dy, (batch, tokens, width), device)?,
+        Tensor::from_vec(dgate, (batch, width), device)?,
+    ))
 }
 
 fn residual_plain(branches: &[Branch]) -> Result<Tensor> {
@@ -214,8 +394,6 @@ pub fn biased(x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use candle::DType;
-
     use super::*;
     use crate::model::testing::{close, random};
 

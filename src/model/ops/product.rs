@@ -1,4 +1,4 @@
-//! The matrix product of a projection.
+//! The matrix products of projections, forward and backward.
 
 use candle::{Result, Tensor};
 use faer::linalg::matmul::matmul;
@@ -6,6 +6,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::cpu::Operand;
+use super::function::function;
 
 /// Multiply-adds worth a task of their own: some 40 µs.
 const TASK: usize = 1 << 21;
@@ -14,52 +15,116 @@ const MAX_TILE: usize = 1024;
 
 /// `x·weightᵀ`: `x` (rows, in), `weight` (out, in) to (rows, out), all of one dtype.
 ///
-/// On the CPU in f32 and outside of a gradient graph through `faer`, otherwise through candle, whose product reads
-/// `/proc/cpuinfo` on every call to count threads, and packs small operands at a loss.
+/// On the CPU in f32 through `faer`, otherwise through candle, whose product reads `/proc/cpuinfo` on every call to count
+/// threads, and packs small operands at a loss. Differentiable; the gradient of a weight that is not tracked is not formed.
 pub fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let tracked = x.track_op() || weight.track_op();
-    let f32 = x.dtype() == candle::DType::F32 && weight.dtype() == candle::DType::F32;
-    if f32 && !tracked && x.device().is_cpu() && weight.device().is_cpu() {
-        fused(x, weight)
+    let (tracked_x, tracked_weight) = (x.track_op(), weight.track_op());
+    let (x_data, weight_data) = (x.detach(), weight.detach());
+    let y = times_transposed(&x_data, &weight_data)?;
+    if !tracked_x && !tracked_weight {
+        return Ok(y);
+    }
+    function(&[x, weight], y, move |grad| {
+        let dx = tracked_x.then(|| times(grad, &weight_data)).transpose()?;
+        let dw = tracked_weight
+            .then(|| transposed_times(grad, &x_data))
+            .transpose()?;
+        Ok(vec![dx, dw])
+    })
+}
+
+/// `scale·(x·aᵀ)·bᵀ`: `x` (rows, in), `a` (rank, in), `b` (out, rank) to (rows, out), all of one dtype. Differentiable.
+pub fn low_rank_product(x: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+    let tracked = [x.track_op(), a.track_op(), b.track_op()];
+    let (x_data, a_data, b_data) = (x.detach(), a.detach(), b.detach());
+    let low = (times_transposed(&x_data, &a_data)? * scale)?;
+    let y = times_transposed(&low, &b_data)?;
+    if tracked == [false; 3] {
+        return Ok(y);
+    }
+    function(&[x, a, b], y, move |grad| {
+        let db = tracked[2]
+            .then(|| transposed_times(grad, &low))
+            .transpose()?;
+        let dlow = (times(grad, &b_data)? * scale)?;
+        let dx = tracked[0].then(|| times(&dlow, &a_data)).transpose()?;
+        let da = tracked[1]
+            .then(|| transposed_times(&dlow, &x_data))
+            .transpose()?;
+        Ok(vec![dx, da, db])
+    })
+}
+
+fn fusable(a: &Tensor, b: &Tensor) -> bool {
+    [a, b]
+        .iter()
+        .all(|x| x.dtype() == candle::DType::F32 && x.device().is_cpu())
+}
+
+/// `a·bᵀ`: (m, k), (n, k) to (m, n).
+fn times_transposed(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if fusable(a, b) {
+        fused(a, false, b, true)
     } else {
-        plain(x, weight)
+        a.matmul(&b.t()?)
     }
 }
 
+/// `a·b`: (m, k), (k, n) to (m, n).
+fn times(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if fusable(a, b) {
+        fused(a, false, b, false)
+    } else {
+        a.matmul(b)
+    }
+}
+
+/// `aᵀ·b`: (k, m), (k, n) to (m, n).
+fn transposed_times(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if fusable(a, b) {
+        fused(a, true, b, false)
+    } else {
+        a.t()?.matmul(b)
+    }
+}
+
+#[cfg(test)]
 fn plain(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)
 }
 
-fn fused(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let ((rows, input), (columns, weight_input)) = (x.dims2()?, weight.dims2()?);
-    if input != weight_input {
+/// The product of two matrices, each transposed first where asked for.
+fn fused(a: &Tensor, transpose_a: bool, b: &Tensor, transpose_b: bool) -> Result<Tensor> {
+    let (a_shape, b_shape) = (a.dims2()?, b.dims2()?);
+    let (a, b) = (a.contiguous()?, b.contiguous()?);
+    let (a, b) = (Operand::new(&a), Operand::new(&b));
+    let a = MatRef::from_row_major_slice(a.slice::<f32>()?, a_shape.0, a_shape.1);
+    let b = MatRef::from_row_major_slice(b.slice::<f32>()?, b_shape.0, b_shape.1);
+    let a = if transpose_a { a.transpose() } else { a };
+    let b = if transpose_b { b.transpose() } else { b };
+    let (rows, inner, columns) = (a.nrows(), a.ncols(), b.ncols());
+    if inner != b.nrows() {
         candle::bail!(
-            "a product of {:?} with the transpose of {:?}",
-            x.shape(),
-            weight.shape()
+            "a product of ({rows}, {inner}) with ({}, {columns})",
+            b.nrows()
         );
     }
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     let mut out = vec![0f32; rows * columns];
     {
-        let (x, weight) = (Operand::new(&x), Operand::new(&weight));
-        let x = MatRef::from_row_major_slice(x.slice::<f32>()?, rows, input);
-        let weight =
-            MatRef::from_row_major_slice(weight.slice::<f32>()?, columns, input).transpose();
         let out = MatMut::from_row_major_slice_mut(&mut out, rows, columns);
-        let (row_parts, column_parts) = parts(rows, input, columns, rayon::current_num_threads());
+        let (row_parts, column_parts) = parts(rows, inner, columns, rayon::current_num_threads());
         if row_parts * column_parts == 1 {
-            matmul(out, Accum::Replace, x, weight, 1.0, Par::Seq);
+            matmul(out, Accum::Replace, a, b, 1.0, Par::Seq);
         } else {
             let bands = out
                 .par_row_partition_mut(row_parts)
-                .zip(x.par_row_partition(row_parts));
-            bands.for_each(|(band, x)| {
+                .zip(a.par_row_partition(row_parts));
+            bands.for_each(|(band, a)| {
                 let tiles = band
                     .par_col_partition_mut(column_parts)
-                    .zip(weight.par_col_partition(column_parts));
-                tiles.for_each(|(tile, weight)| {
-                    matmul(tile, Accum::Replace, x, weight, 1.0, Par::Seq);
+                    .zip(b.par_col_partition(column_parts));
+                tiles.for_each(|(tile, b)| {
+                    matmul(tile, Accum::Replace, a, b, 1.0, Par::Seq);
                 });
             });
         }
