@@ -18,6 +18,8 @@ mod load;
 mod prune;
 mod select;
 mod session;
+mod train;
+mod train_sandwich;
 mod verify;
 
 /// Runs a subcommand.
@@ -28,6 +30,7 @@ pub fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Prune(args) => prune::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::TrainSandwich(args) => train_sandwich::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(&args),
         Command::Init(args) => init::run(&args).map(|()| ExitCode::SUCCESS),

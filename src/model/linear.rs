@@ -87,6 +87,21 @@ impl Linear {
         Ok(())
     }
 
+    /// The same projection outside of any gradient graph, sharing the storage of its tensors.
+    #[must_use]
+    pub fn detached(&self) -> Self {
+        let lora = self.lora.as_ref().map(|Lora { a, b, scale }| Lora {
+            a: a.detach(),
+            b: b.detach(),
+            scale: *scale,
+        });
+        Self {
+            weight: self.weight.detach(),
+            bias: self.bias.as_ref().map(Tensor::detach),
+            lora,
+        }
+    }
+
     /// The product without the bias, for the operation that folds it in: `x` (…, in) to (…, out), in the dtype of `x`.
     pub fn product(&self, x: &Tensor) -> Result<Tensor> {
         let (output, input) = self.weight.dims2()?;

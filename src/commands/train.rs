@@ -1,0 +1,345 @@
+//! What `train-sandwich` opens: the pruned model, its teacher, prompts, the teacher's pictures.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use candle::{Device, Tensor};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::{PixelSize, load};
+use crate::{
+    calibrate,
+    checkpoint::{Checkpoint, Source, keys, record, save},
+    cli::TrainArgs,
+    device::Runtime,
+    files::Files,
+    layout::{BlockSpec, FluxConfig},
+    model::{Block, Flux, Trunk},
+    pipeline::{ModelChoice, Pipeline},
+    sample::{
+        denoise::{Denoise, Encoded},
+        schedule::Schedule,
+    },
+    train::{data::Pictures, recipe::SandwichRecipe},
+    ui,
+};
+
+/// Prompts to sample unless asked otherwise, where pictures have many tokens.
+const SAMPLES_LARGE: usize = 36;
+/// Share of the pictures that is held out.
+const HELD_OUT_SHARE: usize = 8;
+/// Image tokens from which a picture counts as large.
+const LARGE: usize = 1024;
+/// Tokens in one forward where the recipe names no batch.
+const TOKENS_PER_FORWARD: usize = 1344;
+/// Tokens in one forward of sampling.
+const TOKENS_PER_SAMPLING: usize = 1536;
+/// Image tokens of all held-out states where the recipe names no number, within bounds.
+const HELD_OUT_TOKENS: usize = 65_536;
+
+/// A pruned model and the model it was pruned from, checked against each other.
+pub(super) struct Pair {
+    pub(super) pruned: Pipeline,
+    pub(super) teacher: Pipeline,
+    pub(super) fingerprints: [String; 2],
+}
+
+impl Pair {
+    /// Opens both; only headers and samples of tensors are read.
+    pub(super) fn open(args: &TrainArgs, pruned: Pipeline) -> Result<Self> {
+        let Some(record) = pruned.record.clone() else {
+            bail!(
+                "`{}` has nothing replaced, so there is nothing to train\nhint: make a pruned model with `fastflux prune`",
+                pruned.name
+            )
+        };
+        ensure!(
+            pruned.config.replaced().next().is_some(),
+            "`{}` has nothing replaced, so there is nothing to train\nhint: make a pruned model with `fastflux prune`",
+            pruned.name
+        );
+        let teacher = match &args.teacher {
+            None => pruned
+                .base()
+                .context("the teacher\nhint: name the original model with --teacher")?,
+            Some(name) => Pipeline::open(&ModelChoice {
+                model: Some(name.clone()),
+                ..args.pipeline.choice()
+            })
+            .context("--teacher")?,
+        };
+        let found = record::fingerprint(&teacher.transformer)?;
+        ensure!(
+            found == record.base_fingerprint,
+            "`{}` is not the model that `{}` was pruned from (fingerprint {found}, expected {})\nhint: --teacher names the original model",
+            teacher.name,
+            pruned.name,
+            record.base_fingerprint
+        );
+        let sizes = |config: &FluxConfig| FluxConfig {
+            layout: Vec::new(),
+            ..config.clone()
+        };
+        ensure!(
+            sizes(&teacher.config) == sizes(&pruned.config)
+                && teacher
+                    .config
+                    .original_ids()
+                    .eq(pruned.config.original_ids()),
+            "`{}` and `{}` have different sizes or blocks",
+            teacher.name,
+            pruned.name
+        );
+        let fingerprints = [record::fingerprint(&pruned.transformer)?, found];
+        Ok(Self {
+            pruned,
+            teacher,
+            fingerprints,
+        })
+    }
+
+    /// The blocks of the pruned model: the teacher's where the file holds the same bytes, and how many of them there
+    /// are before the first other one.
+    pub(super) fn student(&self, flux: &Flux, runtime: &Runtime) -> Result<(Trunk, usize)> {
+        let (ours, theirs) = (&self.pruned.transformer, &self.teacher.transformer);
+        for (name, source) in ours.iter().filter(|(name, _)| keys::parse(name).is_none()) {
+            ensure!(
+                theirs
+                    .get(name)
+                    .is_some_and(|other| same(source, other).unwrap_or(false)),
+                "`{}` and `{}` differ in the tensor `{name}`, which pruning leaves alone\nhint: --teacher names the original model",
+                self.pruned.name,
+                self.teacher.name
+            );
+        }
+        let vb = ours.var_builder(runtime.dtype, &runtime.device);
+        let config = &self.pruned.config;
+        let (mut entries, mut shared, mut alike) = (Vec::new(), 0, true);
+        for (spec, prefix) in config.slots() {
+            let teachers = match spec {
+                BlockSpec::Original(_) => self.teachers(spec, prefix.as_deref(), flux)?,
+                BlockSpec::Replaced(_) => None,
+            };
+            alike &= teachers.is_some();
+            shared += usize::from(alike);
+            let block = match (teachers, &prefix) {
+                (Some(block), _) => block,
+                (None, Some(prefix)) => Block::new(config, spec, &vb.pp(prefix))?,
+                (None, None) => Block::new(config, spec, &vb)?,
+            };
+            entries.push((spec.clone(), block));
+        }
+        Ok((Trunk::new(entries), shared))
+    }
+
+    /// The teacher's block of `spec`, when the pruned file holds the same weights at `prefix`.
+    fn teachers(
+        &self,
+        spec: &BlockSpec,
+        prefix: Option<&str>,
+        flux: &Flux,
+    ) -> Result<Option<Block>> {
+        let slots = self.teacher.config.slots();
+        let entry = slots.iter().position(|(other, _)| *other == spec);
+        let (Some(entry), Some(prefix)) = (entry, prefix) else {
+            return Ok(None);
+        };
+        let Some(theirs) = &slots[entry].1 else {
+            return Ok(None);
+        };
+        let prefix = format!("{prefix}.");
+        for (name, source) in self.pruned.transformer.iter() {
+            let Some(tail) = name.strip_prefix(&prefix) else {
+                continue;
+            };
+            let other = self.teacher.transformer.get(&format!("{theirs}.{tail}"));
+            if !other.map_or(Ok(false), |other| same(source, other))? {
+                return Ok(None);
+            }
+        }
+        Ok(flux.trunk.entries().get(entry).map(|(_, b)| b.clone()))
+    }
+}
+
+/// Bytes at each end by which tensors are compared: weights that were trained differ everywhere.
+const COMPARED: usize = 4096;
+
+fn same(a: &Source, b: &Source) -> Result<bool> {
+    if a.dtype() != b.dtype() || a.shape() != b.shape() {
+        return Ok(false);
+    }
+    let ends = |source: &Source| -> Result<[Vec<u8>; 2]> {
+        let flat = source.reshape(&[source.elements()])?;
+        let count = (COMPARED * 8 / source.dtype().bitsize().max(1)).min(source.elements());
+        let first = flat.rows(0..count)?.bytes()?.into_owned();
+        let end = flat.rows(source.elements() - count..source.elements())?;
+        let last = end.bytes()?.into_owned();
+        Ok([first, last])
+    };
+    Ok(ends(a)? == ends(b)?)
+}
+
+/// What the recipe left open, filled in.
+pub(super) struct Resolved {
+    pub(super) recipe: SandwichRecipe,
+    pub(super) size: PixelSize,
+    pub(super) prompts: Vec<String>,
+    pub(super) batch: usize,
+    pub(super) held_out: usize,
+    pub(super) text_tokens: usize,
+}
+
+/// The recipe with flags laid over it and everything filled in that it left open.
+pub(super) fn resolve(args: &TrainArgs, teacher: &Pipeline) -> Result<Resolved> {
+    let mut recipe = match &args.recipe {
+        Some(path) => SandwichRecipe::read(path)?,
+        None => SandwichRecipe::default(),
+    };
+    recipe.seed = args.seed.unwrap_or(recipe.seed);
+    recipe.steps = args.steps.unwrap_or(recipe.steps);
+    recipe.finish.steps = args.finish.unwrap_or(recipe.finish.steps);
+    recipe.optimiser.lr = args.lr.unwrap_or(recipe.optimiser.lr);
+    recipe.lora.rank = args.rank.or(recipe.lora.rank).filter(|_| !args.no_lora);
+    recipe.lora.alpha = args.alpha.or(recipe.lora.alpha);
+    let d = &mut recipe.data;
+    d.samples = args.samples.or(d.samples);
+    d.batch = args.batch.or(d.batch);
+    d.accumulate = args.accumulate.unwrap_or(d.accumulate);
+    d.cache = args.cache.unwrap_or(d.cache);
+    d.width = args.width.or(d.width);
+    d.height = args.height.or(d.height);
+    recipe.validate(teacher.config.hidden_size)?;
+    let prompts = match &args.prompts {
+        Some(path) => super::read_prompts("--prompts", path)?,
+        None => super::bundled_prompts(teacher),
+    };
+    let size = super::picture_size(teacher, recipe.data.width, recipe.data.height)?;
+    let large = size.tokens() >= LARGE;
+    let d = &mut recipe.data;
+    (d.width, d.height) = (Some(size.width), Some(size.height));
+    d.steps.get_or_insert(teacher.default_steps());
+    d.guidance.get_or_insert(teacher.default_guidance());
+    let usual = if large { SAMPLES_LARGE } else { prompts.len() };
+    let samples = *d.samples.get_or_insert(usual.max(2));
+    ensure!(
+        samples >= 2,
+        "--samples {samples}: at least two prompts are needed, one of them to be held out"
+    );
+    // a short list is drawn from again, with other noise
+    let prompts: Vec<String> = prompts.iter().cycle().take(samples).cloned().collect();
+    let text_tokens = teacher.default_text_length()?;
+    let tokens = size.tokens() + text_tokens;
+    let batch = *d.batch.get_or_insert((TOKENS_PER_FORWARD / tokens).max(1));
+    let held_out = (HELD_OUT_TOKENS / size.tokens()).clamp(8, 192);
+    let held_out = *d.held_out.get_or_insert(held_out);
+    Ok(Resolved {
+        recipe,
+        size,
+        prompts,
+        batch,
+        held_out,
+        text_tokens,
+    })
+}
+
+/// Everything that must stay the same for a saved run to go on.
+pub(super) fn settings(pair: &Pair, resolved: &Resolved, runtime: &Runtime) -> Value {
+    let mut hash = Sha256::new();
+    for prompt in &resolved.prompts {
+        hash.update(prompt);
+        hash.update("\n");
+    }
+    let prompts: String = hash
+        .finalize()
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    json!({
+        "version": load::software(),
+        "model": pair.fingerprints[0],
+        "teacher": pair.fingerprints[1],
+        "prompts": prompts,
+        "recipe": resolved.recipe,
+        "runtime": runtime.to_string(),
+    })
+}
+
+/// Where the teacher's pictures are kept, so that a run that goes on need not draw them again.
+const PICTURES_STEM: &str = "pictures";
+const PICTURES_KEY: &str = "fastflux-pictures";
+
+/// The teacher's pictures of all prompts: as saved in `folder` by a run of the same settings, or drawn and saved there.
+pub(super) fn pictures(
+    folder: &Path,
+    pair: &Pair,
+    resolved: &Resolved,
+    flux: &Flux,
+    settings: &Value,
+    runtime: &Runtime,
+) -> Result<Pictures> {
+    let data = &resolved.recipe.data;
+    let guidance = data.guidance.context("guidance is resolved")?;
+    let new = |latents: Tensor, prompts: Encoded| {
+        Pictures::new(latents, prompts, resolved.size.latent(), guidance, runtime)
+    };
+    let key = settings.to_string();
+    let files = Files::folder(folder);
+    let path = folder.join(format!("{PICTURES_STEM}.safetensors"));
+    if path.exists()
+        && let Some(found) = Checkpoint::open_if_present(&files, PICTURES_STEM)?
+        && found.metadata.get(PICTURES_KEY) == Some(&key)
+    {
+        let tensor = |name: &str| -> Result<Tensor> {
+            Ok(found.expect(name)?.tensor(&Device::Cpu)?.copy()?)
+        };
+        let prompts = Encoded {
+            txt: tensor("txt")?,
+            vec: tensor("vec")?,
+        };
+        return new(tensor("latents")?, prompts);
+    }
+    let teacher = &pair.teacher;
+    let encoded = load::encode_prompts(teacher, &resolved.prompts, None, runtime)?;
+    let schedule: Schedule = load::schedule(teacher)?;
+    let denoise = Denoise {
+        flux,
+        dtype: runtime.dtype,
+        device: &runtime.device,
+        schedule: &schedule,
+        steps: data.steps.context("steps are resolved")?,
+        guidance,
+        size: resolved.size.latent(),
+    };
+    let tokens = resolved.size.tokens() + encoded.txt.dim(1)?;
+    let batch = (TOKENS_PER_SAMPLING / tokens).max(1);
+    let progress = ui::progress(encoded.len().div_ceil(batch) * denoise.steps, "sampling");
+    let channels = teacher.config.out_channels / 4;
+    let seed = resolved.recipe.seed;
+    let latents = calibrate::sample(&denoise, &encoded, channels, batch, seed, &progress)?;
+    ui::done(&progress, format!("sampled {} pictures", encoded.len()));
+    let mut checkpoint = Checkpoint::default();
+    for (name, tensor) in [
+        ("latents", &latents),
+        ("txt", &encoded.txt),
+        ("vec", &encoded.vec),
+    ] {
+        checkpoint.insert(name, Source::dense(&tensor.to_device(&Device::Cpu)?)?);
+    }
+    checkpoint.metadata.insert(PICTURES_KEY.to_owned(), key);
+    std::fs::create_dir_all(folder)
+        .with_context(|| format!("cannot create `{}`", folder.display()))?;
+    save::write(&checkpoint, &path)?;
+    new(latents, encoded)
+}
+
+/// How many of all pictures are held out.
+pub(super) fn held_out_pictures(all: usize) -> usize {
+    (all / HELD_OUT_SHARE).max(1)
+}
+
+/// Whether pictures have so many tokens that activations are computed again rather than kept.
+pub(super) fn large(resolved: &Resolved) -> bool {
+    resolved.size.tokens() >= LARGE
+}
