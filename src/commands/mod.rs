@@ -19,6 +19,7 @@ mod prune;
 mod select;
 mod session;
 mod train;
+mod train_output;
 mod train_sandwich;
 mod verify;
 

@@ -187,7 +187,6 @@ pub(super) struct Resolved {
     pub(super) prompts: Vec<String>,
     pub(super) batch: usize,
     pub(super) held_out: usize,
-    pub(super) text_tokens: usize,
 }
 
 /// The recipe with flags laid over it and everything filled in that it left open.
@@ -239,7 +238,6 @@ pub(super) fn resolve(args: &TrainArgs, teacher: &Pipeline) -> Result<Resolved> 
         prompts,
         batch,
         held_out,
-        text_tokens,
     })
 }
 
@@ -284,7 +282,17 @@ pub(super) fn pictures(
     let new = |latents: Tensor, prompts: Encoded| {
         Pictures::new(latents, prompts, resolved.size.latent(), guidance, runtime)
     };
-    let key = settings.to_string();
+    // what the pictures depend on, and nothing else
+    let key = json!({
+        "teacher": settings["teacher"],
+        "prompts": settings["prompts"],
+        "runtime": settings["runtime"],
+        "seed": resolved.recipe.seed,
+        "steps": data.steps,
+        "guidance": guidance,
+        "size": [resolved.size.width, resolved.size.height],
+    })
+    .to_string();
     let files = Files::folder(folder);
     let path = folder.join(format!("{PICTURES_STEM}.safetensors"));
     if path.exists()

@@ -11,7 +11,10 @@ use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
-use super::train::{self, Pair, Resolved};
+use super::{
+    train::{self, Pair, Resolved},
+    train_output,
+};
 use crate::{
     checkpoint::save,
     cli::TrainArgs,
@@ -81,11 +84,13 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         "seconds": start.elapsed().as_secs_f64(),
         "recipe": resolved.recipe,
     });
+    train_output::write(args, &pair, &training.student, &done, &report)?;
     if args.json {
         ui::json(&report)?;
     } else {
         ui::data(text(&done, before, after))?;
     }
+    ui::note(format!("wrote `{}`", args.output.display()));
     state.remove()
 }
 

@@ -116,11 +116,8 @@ impl Linear {
         }
         // one matrix product over all rows; on three dimensions candle would repeat the weight for every sample
         let x = x.reshape(((), input))?;
-        let mut y = times(&x, &self.weight)?;
-        if let Some(Lora { a, b, scale }) = &self.lora {
-            let low = ops::low_rank_product(&x.to_dtype(a.dtype())?, a, b, *scale)?;
-            y = (y + low.to_dtype(x.dtype())?)?;
-        }
+        let low_rank = self.lora.as_ref().map(|l| (&l.a, &l.b, l.scale));
+        let y = ops::product(&x, &self.weight, low_rank)?;
         y.reshape(shape)
     }
 
@@ -145,11 +142,6 @@ impl Linear {
         };
         Self::new(weight, self.bias.clone())
     }
-}
-
-/// `x·weightᵀ` in the weight's dtype, back in the dtype of `x`.
-fn times(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    ops::product(&x.to_dtype(weight.dtype())?, weight)?.to_dtype(x.dtype())
 }
 
 #[cfg(test)]

@@ -5,8 +5,10 @@
 
 pub mod adamw;
 pub mod backward;
+pub mod chart;
 pub mod data;
 pub mod loss;
+pub mod peft;
 pub mod recipe;
 mod run;
 pub mod sandwich;

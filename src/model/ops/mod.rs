@@ -28,7 +28,7 @@ pub use attend::{attend, attend_beside_gelu};
 pub use heads::{Norms, Projected};
 pub use norm::norm_modulate;
 pub use pointwise::{Branch, biased, gated_residual, gelu};
-pub use product::{low_rank_product, product};
+pub use product::product;
 
 use candle::{DType, Result, Tensor};
 
