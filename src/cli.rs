@@ -13,8 +13,12 @@ use crate::{
     pipeline::ModelChoice,
 };
 
+mod calibrate;
+mod score;
 mod train;
 
+pub use calibrate::{CALIBRATION, CalibrateArgs, CalibrationArgs, MergeStatsArgs};
+pub use score::{GoalArgs, PlanArgs, ScoreArgs};
 pub use train::TrainArgs;
 
 /// Prune FLUX.1: replace its least important transformer blocks by linear layers and draw with what is left.
@@ -42,6 +46,26 @@ pub enum Command {
         after_help = "Examples:\n  fastflux inspect\n  fastflux inspect --model flux1-dev.safetensors --width 1024 --height 1024\n  fastflux inspect --model pruned --json"
     )]
     Inspect(InspectArgs),
+    /// Run the model on prompts and gather the sums that scores and fits follow from.
+    #[command(
+        after_help = "Examples:\n  fastflux calibrate --output stats.safetensors\n  fastflux calibrate --model flux1-dev.safetensors --text-encoders encoders --dry-run\n  fastflux calibrate --shard 2/8 --output stats-2.safetensors\n  fastflux calibrate --images photos --output stats.safetensors"
+    )]
+    Calibrate(CalibrateArgs),
+    /// Add up the statistics files of shards.
+    #[command(
+        after_help = "Example:\n  fastflux merge-stats stats-*.safetensors --output stats.safetensors"
+    )]
+    MergeStats(MergeStatsArgs),
+    /// Score every block: how much it matters, by several criteria; as a file, a table and a chart.
+    #[command(
+        after_help = "Examples:\n  fastflux score --output scores.json\n  fastflux score --stats stats.safetensors --metric fit-residual"
+    )]
+    Score(ScoreArgs),
+    /// Choose the blocks to replace and say what that will save, without writing a model.
+    #[command(
+        after_help = "Examples:\n  fastflux plan --ratio 0.2 --output plan.json\n  fastflux plan --scores scores.json --budget-params 9.5B --protect double.00,single.37\n  fastflux plan --model flux1-dev.safetensors --stats stats.safetensors --target-speedup 1.2"
+    )]
+    Plan(PlanArgs),
     /// Replace the least important blocks by linear layers and write a pruned checkpoint.
     #[command(
         after_help = "Examples:\n  fastflux prune --ratio 0.2 --output pruned\n  fastflux prune --model black-forest-labs/FLUX.1-schnell --ratio 0.2 --prompts prompts.txt --output schnell-20"
@@ -157,45 +181,22 @@ pub struct InspectArgs {
 pub struct PruneArgs {
     #[command(flatten)]
     pub pipeline: PipelineArgs,
-    /// Share of all blocks to replace, above 0 and below 1. Default: 0.2.
-    #[arg(long)]
-    pub ratio: Option<f64>,
-    /// Carry out this plan (plan.json of an earlier run, or your own) instead of choosing blocks.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["ratio", "blocks", "protect", "form"])]
+    #[command(flatten)]
+    pub goal: GoalArgs,
+    /// Carry out this plan (made by `plan`, an earlier run or yourself) instead of choosing blocks.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["goal", "protect", "form"])]
     pub plan: Option<PathBuf>,
-    /// Replace just these blocks, such as double.05,single.20-24.
-    #[arg(long, value_name = "LIST", conflicts_with_all = ["ratio", "protect"])]
-    pub blocks: Option<String>,
-    /// Never replace these blocks.
-    #[arg(long, value_name = "LIST")]
-    pub protect: Option<String>,
     /// What takes a block's place: linear, conditioned, modulated or remove. Default: linear.
     #[arg(long)]
     pub form: Option<Form>,
     /// Folder to write; must not exist yet (see --force).
     #[arg(long, short, default_value = "pruned", value_name = "DIR")]
     pub output: PathBuf,
-    /// Recipe (JSON, see configs/prune.json); flags win over it.
-    #[arg(long, value_name = "FILE")]
-    pub recipe: Option<PathBuf>,
-    /// Prompts to calibrate with, one a line. Default: a bundled list.
-    #[arg(long, value_name = "FILE")]
-    pub prompts: Option<PathBuf>,
-    /// How many prompts to sample for calibration.
-    #[arg(long)]
-    pub samples: Option<usize>,
-    /// Sampling steps of calibration. Default: the model's own.
-    #[arg(long)]
-    pub steps: Option<usize>,
-    /// Picture width of calibration, in pixels.
-    #[arg(long)]
-    pub width: Option<usize>,
-    /// Picture height of calibration, in pixels.
-    #[arg(long)]
-    pub height: Option<usize>,
-    /// Seed of calibration.
-    #[arg(long)]
-    pub seed: Option<u64>,
+    /// Calibrate with these statistics, made by `calibrate`, instead of sampling.
+    #[arg(long, value_name = "FILE", conflicts_with_all = CALIBRATION)]
+    pub stats: Option<PathBuf>,
+    #[command(flatten)]
+    pub calibration: CalibrationArgs,
     /// Names and places of what is written: original (flux.safetensors) or diffusers (a transformer folder).
     #[arg(long, default_value_t, value_parser = |s: &str| s.parse::<Format>())]
     pub format: Format,
@@ -309,5 +310,65 @@ fn weight_dtype(text: &str) -> Result<Dtype, String> {
         "f16" | "float16" => Ok(Dtype::F16),
         "f32" | "float32" => Ok(Dtype::F32),
         _ => Err("expected bf16, f16 or f32".to_owned()),
+    }
+}
+
+/// Bytes: `8GiB`, `500MB` or a plain number.
+fn bytes(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, f64); 8] = [
+        ("KiB", 1024.0),
+        ("MiB", 1_048_576.0),
+        ("GiB", 1_073_741_824.0),
+        ("KB", 1e3),
+        ("MB", 1e6),
+        ("GB", 1e9),
+        ("G", 1_073_741_824.0),
+        ("B", 1.0),
+    ];
+    let text = text.trim();
+    let split = UNITS
+        .iter()
+        .find_map(|(unit, size)| Some((text.strip_suffix(unit)?, *size)));
+    let (number, size) = split.unwrap_or((text, 1.0));
+    let number: Option<f64> = number.trim().parse().ok();
+    let number = number.filter(|n| n.is_finite() && *n > 0.0);
+    let number = number.ok_or("expected a size such as 16GiB or 500MB")?;
+    Ok((number * size) as u64)
+}
+
+/// A number of things: `9.5B`, `800M` or a plain number.
+fn count(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let units = [("K", 1e3), ("M", 1e6), ("B", 1e9)];
+    let split = units
+        .iter()
+        .find_map(|(unit, size)| Some((text.strip_suffix(unit)?, *size)));
+    let (number, size) = split.unwrap_or((text, 1.0));
+    let number: Option<f64> = number.trim().parse().ok();
+    let number = number.filter(|n| n.is_finite() && *n > 0.0);
+    let number = number.ok_or("expected a number such as 9.5B or 800M")?;
+    Ok((number * size) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_and_counts_read_as_people_write_them() {
+        assert_eq!(bytes("16GiB"), Ok(16 << 30));
+        assert_eq!(bytes("1.5 MB"), Ok(1_500_000));
+        assert_eq!(bytes("42"), Ok(42));
+        assert_eq!(count("9.5B"), Ok(9_500_000_000));
+        assert_eq!(count("800M"), Ok(800_000_000));
+        for bad in ["", "B", "-1", "nan", "infGB", "1e400", "3 apples"] {
+            assert!(bytes(bad).is_err() && count(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -94,6 +94,34 @@ impl Runtime {
         };
         Ok(Self { device, dtype })
     }
+
+    /// Memory of the device that is free right now, in bytes; `None` where nobody says.
+    pub fn free_memory(&self) -> Option<u64> {
+        match &self.device {
+            Device::Cpu => free_host_memory(),
+            Device::Cuda(_) => free_cuda_memory(),
+            Device::Metal(_) => None,
+        }
+    }
+}
+
+/// What Linux says programs may still take without swapping.
+fn free_host_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
+#[cfg(feature = "cuda")]
+fn free_cuda_memory() -> Option<u64> {
+    let (free, _) = candle::cuda_backend::cudarc::driver::result::mem_get_info().ok()?;
+    Some(free as u64)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn free_cuda_memory() -> Option<u64> {
+    None
 }
 
 impl fmt::Display for Runtime {

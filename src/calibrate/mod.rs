@@ -11,6 +11,10 @@ use crate::{
     sample::denoise::{Denoise, Encoded, starting_noise},
 };
 
+pub mod file;
+pub mod pass;
+pub mod recipe;
+mod rows;
 pub mod states;
 pub mod stats;
 

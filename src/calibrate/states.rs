@@ -52,6 +52,17 @@ impl Batch {
     }
 }
 
+/// Which of all pictures a share holds.
+#[derive(Clone, Copy, Debug)]
+pub struct Share {
+    /// Index of the share's first picture.
+    pub first: usize,
+    /// Number of all pictures.
+    pub of: usize,
+    /// Number of states of all pictures together.
+    pub states: usize,
+}
+
 /// Times keep this far from 0 and 1, where the velocity is trivial.
 const MARGIN: f64 = 0.01;
 /// The golden ratio's fractional part: its multiples fill an interval evenly.
@@ -70,23 +81,48 @@ impl States {
         draws: usize,
         seed: u64,
     ) -> Result<Self> {
+        let of = prompts.len();
+        let share = Share {
+            first: 0,
+            of,
+            states: of * draws,
+        };
+        Self::share(pictures, prompts, share, size, guidance, seed)
+    }
+
+    /// The states of a share of the pictures: those that [`States::noised`] of all would have of them.
+    ///
+    /// # Errors
+    /// When pictures and prompts differ in number.
+    pub fn share(
+        pictures: Tensor,
+        prompts: Encoded,
+        share: Share,
+        size: LatentSize,
+        guidance: f64,
+        seed: u64,
+    ) -> Result<Self> {
         let count = pictures.dim(0)?;
         ensure!(
             count == prompts.len(),
             "{count} pictures of {} prompts",
             prompts.len()
         );
-        let total = count * draws;
-        let items = (0..total).map(|i| {
+        let pictures_of_share = share.first..share.first + count;
+        let items = (0..share.states).filter_map(|i| {
             // pictures take turns, so that every stretch of states has all times and many prompts
+            let picture = i % share.of;
+            if !pictures_of_share.contains(&picture) {
+                return None;
+            }
             let even = (i as f64 + 0.5) * GOLDEN % 1.0;
             let t = MARGIN + (1.0 - 2.0 * MARGIN) * even;
-            (
-                (i % count) as u32,
+            let seed = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+            Some((
+                (picture - share.first) as u32,
                 t as f32,
-                seed.wrapping_mul(0x9E37_79B9_7F4A_7C15)
-                    .wrapping_add(i as u64),
-            )
+                seed.wrapping_add(i as u64),
+            ))
         });
         Ok(Self {
             items: items.collect(),

@@ -1,13 +1,24 @@
 //! The sums that every score and every least-squares fit follows from, gathered in one pass without storing
 //! activations. Solving with them is `prune::fit`'s business.
 
-use anyhow::{Result, ensure};
+use std::collections::BTreeSet;
+
+use anyhow::{Result, bail};
 use candle::{DType, Tensor};
 
+use super::rows;
 use crate::{
     layout::{BlockId, BlockSpec},
     model::{Conditioning, Observer, Stream},
 };
+
+/// Timestep buckets of the scalar sums: \[0, 0.1), \[0.1, 0.2), … of the noise level.
+pub const BUCKETS: usize = 10;
+
+/// The bucket of noise level `t`.
+pub fn bucket(t: f32) -> usize {
+    ((t * BUCKETS as f32) as usize).min(BUCKETS - 1)
+}
 
 /// Scalar sums over tokens of one stream of one block; x is the block's input, y its output.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -49,10 +60,10 @@ impl Gram {
     /// # Errors
     /// When a product fails.
     pub fn of(features: &Tensor, target: &Tensor) -> Result<Self> {
-        let transposed = features.t()?;
+        let (gram, cross) = rows::products(features, target)?;
         Ok(Self {
-            gram: transposed.matmul(features)?.to_dtype(DType::F64)?,
-            cross: transposed.matmul(target)?.to_dtype(DType::F64)?,
+            gram,
+            cross,
             target_sq: target.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar()?,
         })
     }
@@ -104,47 +115,87 @@ pub fn with_ones(features: &Tensor) -> Result<Tensor> {
 /// Everything gathered of one stream (text or image tokens) of one block.
 #[derive(Clone, Debug, Default)]
 pub struct StreamStats {
-    /// Scalar sums over all tokens.
-    pub moments: Moments,
+    /// Scalar sums over all tokens, by [`bucket`] of their timestep.
+    pub buckets: [Moments; BUCKETS],
     /// Sums for the fit; `None` until tokens were seen, or where only scalars were asked for.
     pub gram: Option<Gram>,
+    /// Tokens in [`Self::gram`]: all, or those that subsampling chose.
+    pub rows: f64,
 }
 
 impl StreamStats {
-    /// Adds the tokens `x` → `y`, both (…, d).
+    /// Scalar sums over all tokens, whatever their timestep.
+    pub fn moments(&self) -> Moments {
+        let mut all = Moments::default();
+        self.buckets.iter().for_each(|share| all.add(share));
+        all
+    }
+
+    /// Adds another share of the same sums.
     ///
     /// # Errors
-    /// When a value is NaN or infinite, or a product fails.
-    pub fn add(&mut self, x: &Tensor, y: &Tensor, with_gram: bool) -> Result<()> {
-        let width = x.dim(candle::D::Minus1)?;
-        let product = product_dtype(x.device());
-        let x = x.reshape(((), width))?.to_dtype(product)?;
-        let y = y.reshape(((), width))?.to_dtype(product)?;
-        let change = (&y - &x)?;
-        let tokens = x.dim(0)?;
-        let row_sums = |t: Tensor| -> Result<Tensor> { Ok(t.sum(1)?.to_dtype(DType::F64)?) };
-        let (xx, yy, xy) = (
-            row_sums(x.sqr()?)?,
-            row_sums(y.sqr()?)?,
-            row_sums((&x * &y)?)?,
-        );
-        let cosine = (xy / (&xx * yy)?.sqrt()?.maximum(f64::MIN_POSITIVE)?)?;
-        let total = |t: &Tensor| -> Result<f64> { Ok(t.sum_all()?.to_scalar::<f64>()?) };
-        let moments = Moments {
-            tokens: tokens as f64,
-            input_sq: total(&xx)?,
-            change_sq: total(&row_sums(change.sqr()?)?)?,
-            cosine: total(&cosine)?,
-        };
-        ensure!(
-            moments.input_sq.is_finite() && moments.change_sq.is_finite(),
-            "activations are NaN or infinite"
-        );
-        self.moments.add(&moments);
-        if with_gram {
-            Gram::of(&with_ones(&x)?, &change)?.add_to(&mut self.gram)?;
+    /// When they are of different problems.
+    pub fn add(&mut self, other: Self) -> Result<()> {
+        for (sum, share) in self.buckets.iter_mut().zip(&other.buckets) {
+            sum.add(share);
+        }
+        self.rows += other.rows;
+        other
+            .gram
+            .map_or(Ok(()), |gram| gram.add_to(&mut self.gram))
+    }
+
+    /// Adds the tokens `x` → `y`, both (batch, tokens, d), of samples at `times`.
+    fn see(&mut self, x: &Tensor, y: &Tensor, times: &[f32]) -> Result<()> {
+        let tokens = x.dim(1)? as f64;
+        for ([input_sq, change_sq, cosine], t) in rows::sample_sums(x, y)?.into_iter().zip(times) {
+            if !(input_sq.is_finite() && change_sq.is_finite()) {
+                bail!("activations are NaN or infinite at timestep {t:.3}");
+            }
+            self.buckets[bucket(*t)].add(&Moments {
+                tokens,
+                input_sq,
+                change_sq,
+                cosine,
+            });
         }
         Ok(())
+    }
+
+    /// Adds the products of the tokens `x` → `y`, both (batch, tokens, d), or of at most `limit` of them.
+    fn multiply(&mut self, x: &Tensor, y: &Tensor, choice: &Rows) -> Result<()> {
+        let width = x.dim(candle::D::Minus1)?;
+        let product = product_dtype(x.device());
+        let (x, y) = (x.reshape(((), width))?, y.reshape(((), width))?);
+        let (x, y) = match choice.of(x.dim(0)?) {
+            None => (x, y),
+            Some(rows) => {
+                let rows = Tensor::new(rows, x.device())?;
+                (x.index_select(&rows, 0)?, y.index_select(&rows, 0)?)
+            }
+        };
+        self.rows += x.dim(0)? as f64;
+        let (x, y) = (x.to_dtype(product)?, y.to_dtype(product)?);
+        Gram::of(&with_ones(&x)?, &(y - &x)?)?.add_to(&mut self.gram)
+    }
+}
+
+/// Which tokens of a forward enter the products: all, or a number of them spread evenly, others in every forward.
+#[derive(Clone, Copy, Debug, Default)]
+struct Rows {
+    limit: Option<usize>,
+    forward: u64,
+}
+
+impl Rows {
+    /// `None` where all `n` tokens are taken.
+    fn of(&self, n: usize) -> Option<Vec<u32>> {
+        const GOLDEN: f64 = 0.618_033_988_749_894_9;
+        let limit = self.limit.filter(|limit| *limit < n)?;
+        let stride = n as f64 / limit as f64;
+        let shift = (self.forward as f64 * GOLDEN) % 1.0;
+        let row = |i| (((i as f64 + shift) * stride) as u32).min(n as u32 - 1);
+        Some((0..limit).map(row).collect())
     }
 }
 
@@ -159,34 +210,96 @@ pub struct BlockStats {
     pub img: StreamStats,
 }
 
+impl BlockStats {
+    /// Scalar sums of both streams.
+    pub fn moments(&self) -> Moments {
+        let mut all = self.txt.moments();
+        all.add(&self.img.moments());
+        all
+    }
+}
+
 /// Gathers statistics of every original block: an [`Observer`] for calibration passes.
 #[derive(Clone, Debug)]
 pub struct CalibrationStats {
     /// One entry for each original block, in network order.
     pub blocks: Vec<BlockStats>,
-    with_gram: bool,
+    /// Blocks whose products are gathered; of others only scalars.
+    products: BTreeSet<BlockId>,
+    rows: Rows,
 }
 
 impl CalibrationStats {
-    /// Empty sums for the original blocks of `layout`; `with_gram` gathers what fits need, not only scalars.
-    pub fn new(layout: &[BlockSpec], with_gram: bool) -> Self {
-        let blocks = layout.iter().filter_map(|spec| match spec {
-            BlockSpec::Original(id) => Some(BlockStats {
-                id: *id,
-                txt: StreamStats::default(),
-                img: StreamStats::default(),
-            }),
+    /// Empty sums for the original blocks of `layout`; with `products` what fits need, otherwise scalars only.
+    pub fn new(layout: &[BlockSpec], products: bool) -> Self {
+        let ids = layout.iter().filter_map(|spec| match spec {
+            BlockSpec::Original(id) => Some(*id),
             BlockSpec::Replaced(_) => None,
+        });
+        let ids: Vec<BlockId> = ids.collect();
+        let blocks = ids.iter().map(|id| BlockStats {
+            id: *id,
+            txt: StreamStats::default(),
+            img: StreamStats::default(),
         });
         Self {
             blocks: blocks.collect(),
-            with_gram,
+            products: ids.iter().copied().filter(|_| products).collect(),
+            rows: Rows::default(),
         }
+    }
+
+    /// Gathers products of `blocks` only.
+    #[must_use]
+    pub fn with_products_of(mut self, blocks: impl IntoIterator<Item = BlockId>) -> Self {
+        self.products = blocks.into_iter().collect();
+        self
+    }
+
+    /// Takes at most `limit` tokens of each stream into the products of one forward.
+    #[must_use]
+    pub fn with_tokens_per_forward(mut self, limit: Option<usize>) -> Self {
+        self.rows.limit = limit;
+        self
+    }
+
+    /// Says which forward comes next, for a choice of tokens that does not depend on how the work is divided.
+    pub fn start_forward(&mut self, index: u64) {
+        self.rows.forward = index;
     }
 
     /// The statistics of one block.
     pub fn get(&self, id: BlockId) -> Option<&BlockStats> {
         self.blocks.iter().find(|block| block.id == id)
+    }
+
+    /// Fewest tokens in the products of any stream of any block, 0 where none were gathered.
+    pub fn fewest_rows(&self) -> f64 {
+        let blocks = self.blocks.iter().filter(|b| self.products.contains(&b.id));
+        let rows = blocks.flat_map(|b| [b.txt.rows, b.img.rows]);
+        rows.reduce(f64::min).unwrap_or(0.0)
+    }
+
+    /// Adds another share of the same sums.
+    ///
+    /// # Errors
+    /// When they are of other blocks or widths.
+    pub fn add(&mut self, other: Self) -> Result<()> {
+        if self.blocks.len() != other.blocks.len() {
+            bail!(
+                "statistics of {} and of {} blocks",
+                self.blocks.len(),
+                other.blocks.len()
+            );
+        }
+        for (sum, share) in self.blocks.iter_mut().zip(other.blocks) {
+            if sum.id != share.id {
+                bail!("statistics of {} and of {}", sum.id, share.id);
+            }
+            sum.txt.add(share.txt)?;
+            sum.img.add(share.img)?;
+        }
+        Ok(())
     }
 }
 
@@ -195,7 +308,7 @@ impl Observer for CalibrationStats {
         &mut self,
         _: usize,
         spec: &BlockSpec,
-        _: &Conditioning,
+        conditioning: &Conditioning,
         input: &Stream,
         output: &Stream,
     ) -> candle::Result<()> {
@@ -205,13 +318,53 @@ impl Observer for CalibrationStats {
         let Some(block) = self.blocks.iter_mut().find(|block| block.id == *id) else {
             return Ok(());
         };
-        let with_gram = self.with_gram;
+        let times = conditioning.timestep.to_dtype(DType::F32)?.to_vec1()?;
+        let (products, choice) = (self.products.contains(id), self.rows);
         let add = |stats: &mut StreamStats, x: Tensor, y: Tensor| {
             stats
-                .add(&x, &y, with_gram)
+                .see(&x, &y, &times)
+                .and_then(|()| {
+                    if products {
+                        stats.multiply(&x, &y, &choice)
+                    } else {
+                        Ok(())
+                    }
+                })
                 .map_err(|e| candle::Error::Msg(format!("block {id}: {e:#}")))
         };
         add(&mut block.txt, input.txt()?, output.txt()?)?;
         add(&mut block.img, input.img()?, output.img()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chosen_tokens_are_spread_evenly_and_differ_between_forwards() {
+        let rows = |forward| {
+            Rows {
+                limit: Some(4),
+                forward,
+            }
+            .of(12)
+            .unwrap()
+        };
+        assert_eq!(rows(0), [0, 3, 6, 9]);
+        assert_eq!(rows(1), [1, 4, 7, 10]);
+        assert!((0..100).flat_map(rows).all(|row| row < 12));
+        let seen: BTreeSet<u32> = (0..10).flat_map(rows).collect();
+        assert_eq!(seen.len(), 12, "every token gets its turn");
+        let all = Rows {
+            limit: Some(12),
+            forward: 3,
+        };
+        assert_eq!(all.of(12), None);
+    }
+
+    #[test]
+    fn buckets_cover_all_noise_levels() {
+        assert_eq!([0.0, 0.05, 0.1, 0.95, 1.0].map(bucket), [0, 0, 1, 9, 9]);
     }
 }

@@ -36,6 +36,29 @@ pub fn write_with(
     persist(file, path)
 }
 
+/// As [`write()`], through a temporary sibling of a fixed name: a run that is killed while it saves leaves at most that
+/// one file, which the next save takes over. For files that one run writes again and again.
+///
+/// # Errors
+/// As [`write()`].
+pub fn write_again(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".tmp");
+    let temporary = PathBuf::from(name);
+    let context = || format!("cannot write `{}`", path.display());
+    let written = std::fs::File::create(&temporary)
+        .map_err(anyhow::Error::from)
+        .and_then(|mut file| {
+            stream(checkpoint, &mut file, &mut |_| ())?;
+            Ok(file.sync_all()?)
+        })
+        .and_then(|()| Ok(std::fs::rename(&temporary, path)?));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written.with_context(context)
+}
+
 /// The tensors as a safetensors file holds them: wide number formats first (so that all are aligned), then by name.
 ///
 /// The order is that of the safetensors library, so a file that it wrote comes out as it went in.

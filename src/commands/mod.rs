@@ -11,17 +11,24 @@ use crate::{
     ui,
 };
 
+mod calibrate;
+mod choose;
+mod gather;
 mod generate;
 mod init;
 mod inspect;
 mod load;
+mod plan;
 mod prune;
+mod score;
 mod select;
 mod session;
 mod train;
 mod train_output;
 mod train_sandwich;
 mod verify;
+
+pub use gather::Shard;
 
 /// Runs a subcommand.
 ///
@@ -30,6 +37,10 @@ mod verify;
 pub fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Calibrate(args) => calibrate::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::MergeStats(args) => calibrate::merge(&args).map(|()| ExitCode::SUCCESS),
+        Command::Score(args) => score::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Plan(args) => plan::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Prune(args) => prune::run(&args).map(|()| ExitCode::SUCCESS),
         Command::TrainSandwich(args) => train_sandwich::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(&args).map(|()| ExitCode::SUCCESS),

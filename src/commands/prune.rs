@@ -1,17 +1,19 @@
 //! `prune`: calibrate, score, plan, fit, write, and draw before and after.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Result, ensure};
 use serde_json::json;
 
 use super::{
-    load,
-    select::{self, Selection},
+    calibrate,
+    choose::{self, Wanted},
+    gather, load, score,
+    select::Selection,
     session::Session,
 };
 use crate::{
-    calibrate::stats::{BlockStats, Moments},
+    calibrate::file::Calibration,
     checkpoint::{
         Checkpoint, output,
         record::{self, Record},
@@ -21,7 +23,6 @@ use crate::{
     device::Runtime,
     layout::{BlockId, FluxConfig},
     model::{Flux, cost},
-    pipeline::Pipeline,
     prune::{
         apply,
         layers::{LayerMap, Layers},
@@ -29,7 +30,7 @@ use crate::{
         recipe::PruneRecipe,
         refit::{self, Fitting},
     },
-    score::ablation::HeldOut,
+    score::{BlockScore, Metric, Scores, ablation::HeldOut},
     ui,
 };
 
@@ -51,27 +52,48 @@ struct Found {
 }
 
 pub(super) fn run(args: &PruneArgs) -> Result<()> {
-    let recipe = recipe(args)?;
+    let (report, text) = make(args)?;
+    if args.json {
+        ui::json(&report)?;
+    } else {
+        ui::data(text)?;
+    }
+    ui::note(format!("wrote `{}`", args.output.display()));
+    Ok(())
+}
+
+/// Does everything but print; returns what to print.
+pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
+    let mut recipe = recipe(args)?;
     save::check_free(&args.output, args.force)?;
     let given = args.plan.as_deref().map(PruningPlan::read).transpose()?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
-    let wanted = Wanted::new(args, &recipe, &pipeline, given)?;
-    let prompts = match &args.prompts {
-        Some(path) => super::read_prompts("--prompts", path)?,
-        None => super::bundled_prompts(&pipeline),
-    };
+    let wanted = Wanted::new(&args.goal, &recipe, &pipeline, given)?;
+    let (settings, images) = calibrate::settings(
+        &args.calibration,
+        args.stats.as_deref(),
+        &mut recipe,
+        &pipeline,
+    )?;
+    let situation = choose::situation(&pipeline, &runtime, &settings);
+    if let Wanted::Choose { goal, protect } = &wanted {
+        choose::budget(&pipeline, situation, &recipe, *goal, protect)?; // before the long part
+    }
     save::check_writable(&args.output)?;
 
-    let session = Session::open(&pipeline, &runtime, recipe, prompts)?;
-    let found = find(&session, wanted)?;
+    let session = Session::open(&pipeline, &runtime, settings, images.as_deref())?;
+    let sums = matches!(wanted, Wanted::Choose { .. });
+    let gathering = calibrate::gathering(&args.calibration, &args.output, sums);
+    let calibration = gather::obtain(&session, args.stats.as_deref(), &gathering)?;
+    let found = find(&session, &recipe, calibration, wanted)?;
     let (checkpoint, config) = apply::apply(
         &pipeline.transformer,
         &pipeline.config,
         &found.plan,
         &found.layers,
     )?;
-    let record = record(&session, &found, &config)?;
+    let record = record(&session, &recipe, &found, &config)?;
     let output = OutputFolder::create(&args.output, args.force)?;
     output::write(
         output.path(),
@@ -80,135 +102,59 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
         Some(&record),
         args.format,
     )?;
-    write(output.path(), &found)?;
+    write(&session, output.path(), &found)?;
     let drawn = draw_before_and_after(&session, &found, output.path())?;
-    let report = report(&session, &found, &config, &checkpoint, args, drawn)?;
+    let report = report(&session, &recipe, &found, &config, &checkpoint, args, drawn);
     output.finish()?;
-    if args.json {
-        ui::json(&report)?;
-    } else {
-        ui::data(text(&session, &found, &report))?;
-    }
-    ui::note(format!("wrote `{}`", args.output.display()));
-    Ok(())
+    calibrate::remove_partial(&gathering.partial)?;
+    let text = text(&session, &found, &report);
+    Ok((report, text))
 }
 
 /// The recipe with flags laid over it.
 fn recipe(args: &PruneArgs) -> Result<PruneRecipe> {
-    let mut recipe = match &args.recipe {
-        Some(path) => PruneRecipe::read(path)?,
-        None => PruneRecipe::default(),
-    };
-    let c = &mut recipe.calibration;
-    c.samples = args.samples.or(c.samples);
-    c.steps = args.steps.or(c.steps);
-    c.width = args.width.or(c.width);
-    c.height = args.height.or(c.height);
-    c.seed = args.seed.unwrap_or(c.seed);
-    recipe.ratio = args.ratio.unwrap_or(recipe.ratio);
+    let mut recipe = calibrate::recipe(&args.calibration)?;
+    recipe.ratio = args.goal.ratio.unwrap_or(recipe.ratio);
     recipe.fit.form = args.form.unwrap_or(recipe.fit.form);
     recipe.validate()?;
     Ok(recipe)
 }
 
-/// What to replace: a plan, or a number of blocks to choose.
-enum Wanted {
-    Plan(PruningPlan),
-    Choose { count: usize, protect: Vec<BlockId> },
-}
-
-impl Wanted {
-    fn new(
-        args: &PruneArgs,
-        recipe: &PruneRecipe,
-        pipeline: &Pipeline,
-        given: Option<PruningPlan>,
-    ) -> Result<Self> {
-        let config = &pipeline.config;
-        let source = || record::fingerprint(&pipeline.transformer);
-        if let Some(plan) = given {
-            plan.validate(config)?;
-            let found = source()?;
-            ensure!(
-                plan.source.is_empty() || plan.source == found,
-                "--plan: the plan was made for another model (fingerprint {}, this one has {found})\nhint: empty its `source` to use it all the same",
-                plan.source
-            );
-            return Ok(Self::Plan(PruningPlan {
-                source: found,
-                ..plan
-            }));
-        }
-        if let Some(text) = &args.blocks {
-            let blocks = plan::parse_blocks("--blocks", text, config)?;
-            let f = &recipe.fit;
-            let reason = format!("--blocks {text}");
-            let plan = PruningPlan::new(
-                config,
-                source()?,
-                blocks,
-                f.form,
-                f.joint,
-                f.collapse,
-                reason,
-            );
-            plan.validate(config)?;
-            return Ok(Self::Plan(plan));
-        }
-        let count = plan::blocks_of_ratio(recipe.ratio, config)?;
-        let protect = args
-            .protect
-            .as_deref()
-            .map(|text| plan::parse_blocks("--protect", text, config));
-        let protect = protect.transpose()?.unwrap_or_default();
-        let free = plan::originals(config)
-            .iter()
-            .filter(|id| !protect.contains(id))
-            .count();
-        ensure!(
-            count <= free,
-            "--ratio {} asks for {count} blocks, but --protect leaves {free} to choose from",
-            recipe.ratio
-        );
-        Ok(Self::Choose { count, protect })
-    }
-}
-
 /// Calibrates, scores, chooses and fits.
-fn find(session: &Session, wanted: Wanted) -> Result<Found> {
-    let states = session.states()?;
+fn find(
+    session: &Session,
+    recipe: &PruneRecipe,
+    calibration: Calibration,
+    wanted: Wanted,
+) -> Result<Found> {
+    let states = session.states(&calibration)?;
     let (device, dtype) = (&session.runtime.device, session.runtime.dtype);
     let held_out = HeldOut::new(
         &session.flux,
         &states.held_out,
-        session.batch,
+        session.settings.batch,
         device,
         dtype,
     )?;
-    let f = &session.recipe.fit;
+    let f = &recipe.fit;
     let (selection, plan) = match wanted {
         Wanted::Plan(plan) => (None, plan),
-        Wanted::Choose { count, protect } => {
-            let selection = select::select(session, &states, &held_out, count, &protect)?;
-            let chosen: Vec<BlockId> = selection.greedy.choices.iter().map(|c| c.block).collect();
-            let config = &session.pipeline.config;
-            let reason = format!(
-                "greedy: {} of {} blocks, each the one whose replacement by its linear fit costs the final velocity least",
-                chosen.len(),
-                config.original_ids().count()
-            );
-            let source = record::fingerprint(&session.pipeline.transformer)?;
-            let plan =
-                PruningPlan::new(config, source, chosen, f.form, f.joint, f.collapse, reason);
+        Wanted::Choose { goal, protect } => {
+            let situation = choose::situation(session.pipeline, session.runtime, &session.settings);
+            let budget = choose::budget(session.pipeline, situation, recipe, goal, &protect)?;
+            let stats = calibration.stats;
+            let (selection, plan) = choose::choose(
+                session, recipe, stats, &states, &held_out, &budget, &protect,
+            )?;
             (Some(selection), plan)
         }
     };
     let fitting = Fitting {
         ridge: f.ridge,
         sequential: f.sequential,
-        batch: session.batch,
+        batch: session.settings.batch,
     };
-    let batches = states.fit.batches(session.batch).len();
+    let batches = states.fit.batches(session.settings.batch).len();
     let progress = ui::progress(plan.replace.len() * batches, "fitting");
     let layers = refit::fit_layers(
         &session.flux,
@@ -237,7 +183,12 @@ fn find(session: &Session, wanted: Wanted) -> Result<Found> {
     })
 }
 
-fn record(session: &Session, found: &Found, config: &FluxConfig) -> Result<Record> {
+fn record(
+    session: &Session,
+    recipe: &PruneRecipe,
+    found: &Found,
+    config: &FluxConfig,
+) -> Result<Record> {
     let pipeline = session.pipeline;
     let before = pipeline.record.as_ref();
     Ok(Record {
@@ -251,7 +202,7 @@ fn record(session: &Session, found: &Found, config: &FluxConfig) -> Result<Recor
         theta: config.theta,
         scheduler: pipeline.scheduler.clone(),
         defaults: serde_json::to_value(&pipeline.defaults)?,
-        recipe: json!({ "prune": session.recipe, "plan": found.plan }),
+        recipe: json!({ "prune": recipe, "plan": found.plan }),
     })
 }
 
@@ -265,7 +216,7 @@ fn draw_before_and_after(session: &Session, found: &Found, folder: &Path) -> Res
         }
     };
     let vae = load::vae(&files, session.runtime)?;
-    let count = if session.large() {
+    let count = if session.settings.large() {
         PICTURES_LARGE
     } else {
         PICTURES
@@ -287,8 +238,8 @@ fn draw_before_and_after(session: &Session, found: &Found, folder: &Path) -> Res
     Ok(true)
 }
 
-/// Writes plan and scores.
-fn write(folder: &Path, found: &Found) -> Result<()> {
+/// Writes plan, scores and their chart.
+fn write(session: &Session, folder: &Path, found: &Found) -> Result<()> {
     output::write_json(
         &folder.join("plan.json"),
         &serde_json::to_value(&found.plan)?,
@@ -296,51 +247,34 @@ fn write(folder: &Path, found: &Found) -> Result<()> {
     let Some(selection) = &found.selection else {
         return Ok(());
     };
-    output::write_json(
-        &folder.join("scores.json"),
-        &json!({ "blocks": scores(selection, &found.plan) }),
-    )
+    let scores = Scores {
+        model: session.pipeline.name.clone(),
+        source: found.plan.source.clone(),
+        metric: Metric::Ablation,
+        blocks: scores(selection),
+    };
+    let path = folder.join("scores.json");
+    score::write(&scores, &path, &path.with_extension("svg"))
 }
 
 /// All that is known of every block.
-fn scores(selection: &Selection, plan: &PruningPlan) -> Vec<serde_json::Value> {
-    let blocks = selection.stats.blocks.iter();
-    blocks.map(|block| score(selection, plan, block)).collect()
-}
-
-fn score(selection: &Selection, plan: &PruningPlan, block: &BlockStats) -> serde_json::Value {
-    let both = |f: fn(&Moments) -> f64| f(&block.txt.moments) + f(&block.img.moments);
-    // what the plain layer of either stream leaves of ‖y − x‖²
-    let residual = selection
-        .fits
-        .get(&block.id)
-        .and_then(Layers::fits)
-        .map(|[txt, img]| {
-            txt.error * block.txt.moments.change_sq + img.error * block.img.moments.change_sq
-        });
-    let change = both(|m| m.change_sq);
-    json!({
-        "block": block.id,
-        "ablation": selection.greedy.alone.get(&block.id),
-        "relative_change": (change / both(|m| m.input_sq)).sqrt(),
-        "cosine": 1.0 - both(|m| m.cosine) / both(|m| m.tokens),
-        "fit_residual": residual.map(|r| r / both(|m| m.tokens)),
-        "fit_error": residual.map(|r| r / change),
-        "replaced": plan.blocks().any(|id| id == block.id),
-    })
+fn scores(selection: &Selection) -> Vec<BlockScore> {
+    let measured = BTreeMap::from([(Metric::Ablation, selection.greedy.alone.clone())]);
+    score::of_blocks(&selection.stats, &selection.fits, &measured)
 }
 
 /// The numbers of the run, as `--json` prints them.
 fn report(
     session: &Session,
+    recipe: &PruneRecipe,
     found: &Found,
     pruned: &FluxConfig,
     written: &Checkpoint,
     args: &PruneArgs,
     drawn: bool,
-) -> Result<serde_json::Value> {
+) -> serde_json::Value {
     let pipeline = session.pipeline;
-    let (image, text) = (session.size.tokens(), session.text_tokens()?);
+    let (image, text) = (session.settings.size.tokens(), session.settings.text_tokens);
     let side = |config: &FluxConfig, checkpoint: &Checkpoint| {
         json!({
             "parameters": checkpoint.parameters(),
@@ -366,7 +300,7 @@ fn report(
             })
         })
         .collect();
-    Ok(json!({
+    json!({
         "output": args.output,
         "model": pipeline.name,
         "replaced": found.plan.blocks().collect::<Vec<_>>(),
@@ -374,19 +308,15 @@ fn report(
         "before": side(&pipeline.config, &pipeline.transformer),
         "after": side(pruned, written),
         "layers": layers,
-        "blocks": found.selection.as_ref().map(|selection| scores(selection, &found.plan)),
+        "blocks": found.selection.as_ref().map(scores),
         "picture": drawn.then_some("before-after.png"),
-        "recipe": session.recipe,
-    }))
+        "recipe": recipe,
+    })
 }
 
 /// The same as tables.
 fn text(session: &Session, found: &Found, report: &serde_json::Value) -> String {
-    let number = |value: &serde_json::Value| {
-        value
-            .as_f64()
-            .map_or_else(|| "-".to_owned(), |v| format!("{v:.4}"))
-    };
+    let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |v| format!("{v:.4}"));
     let fit_error = |id: BlockId| {
         let run = found.plan.replace.iter().find(|r| r.replaces.contains(&id));
         let fits = run
@@ -399,24 +329,17 @@ fn text(session: &Session, found: &Found, report: &serde_json::Value) -> String 
         let run = found.plan.replace.iter().find(|r| r.replaces.contains(&id));
         run.map_or_else(|| "kept".to_owned(), |r| r.form.to_string())
     };
-    let scored = found
-        .selection
-        .as_ref()
-        .map(|selection| scores(selection, &found.plan))
-        .unwrap_or_default();
+    let scored = found.selection.as_ref().map(scores).unwrap_or_default();
     let rows: Vec<Vec<String>> = plan::originals(&session.pipeline.config)
         .into_iter()
         .map(|id| {
             let name = id.to_string();
-            let score = scored
-                .iter()
-                .find(|s| s["block"] == name.as_str())
-                .cloned()
-                .unwrap_or_default();
+            let score = scored.iter().find(|s| s.block == id);
+            let value = |metric| score.and_then(|s| s.scores.get(&metric).copied());
             vec![
                 name,
-                number(&score["ablation"]),
-                number(&score["relative_change"]),
+                number(value(Metric::Ablation)),
+                number(value(Metric::RelativeChange)),
                 state(id),
                 fit_error(id).unwrap_or_default(),
             ]

@@ -10,11 +10,13 @@ use crate::{
         self,
         stats::{BlockStats, CalibrationStats, StreamStats},
     },
-    layout::BlockId,
+    layout::{BlockId, BlockSpec},
     model::{Block, Trunk},
     prune::{
+        budget::{Budget, Goal},
         fit,
         layers::{Fitted, LayerMap, Layers},
+        recipe::PruneRecipe,
     },
     score::ablation::{Candidates, Greedy, HeldOut, greedy},
     ui,
@@ -37,41 +39,21 @@ pub(super) struct Selection {
 /// Fits every block anew in each round, on the activations of the trunk with the earlier choices replaced.
 struct Refits<'a> {
     session: &'a Session<'a>,
+    recipe: &'a PruneRecipe,
     states: &'a AllStates,
     protect: &'a [BlockId],
+    /// The original's own statistics, until the first round has used them.
+    stats: Option<CalibrationStats>,
     first: Option<(CalibrationStats, LayerMap)>,
 }
 
 impl Candidates for Refits<'_> {
     fn fit(&mut self, trunk: &Trunk, chosen: &[BlockId]) -> Result<BTreeMap<usize, Block>> {
         let session = self.session;
-        let first = self.first.is_none();
-        let width = session.pipeline.config.hidden_size;
-        let fewest = session.size.tokens().min(session.text_tokens()?).max(1);
-        let states = if first {
-            self.states.fit.clone()
-        } else {
-            self.states
-                .fit
-                .first((ROWS_PER_CHANNEL * width).div_ceil(fewest))
+        let (first, stats) = match self.stats.take() {
+            Some(stats) => (true, stats),
+            None => (false, self.gather_behind(trunk)?),
         };
-        let layout = &session.pipeline.config.layout;
-        let progress = ui::progress(states.batches(session.batch).len(), "calibrating");
-        let pruned = (!first).then_some(trunk);
-        let stats = calibrate::gather(
-            &session.flux,
-            pruned,
-            layout,
-            &states,
-            session.batch,
-            session.runtime,
-            &progress,
-        )?;
-        if first {
-            ui::done(&progress, format!("calibrated on {} states", states.len()));
-        } else {
-            progress.finish_and_clear();
-        }
         let mut fits = LayerMap::new();
         let mut blocks = BTreeMap::new();
         for (index, (spec, _)) in trunk.entries().iter().enumerate() {
@@ -79,7 +61,7 @@ impl Candidates for Refits<'_> {
             let Some(block) = stats.get(id).filter(|_| !chosen.contains(&id)) else {
                 continue;
             };
-            let layers = plain_fit(block, session.recipe.fit.ridge)?;
+            let layers = plain_fit(block, self.recipe.fit.ridge)?;
             if !self.protect.contains(&id) {
                 blocks.insert(
                     index,
@@ -95,27 +77,61 @@ impl Candidates for Refits<'_> {
     }
 }
 
-/// Calibrates, scores all blocks and chooses `count` of those that are not protected.
+impl Refits<'_> {
+    /// The statistics behind the earlier choices, from part of the states.
+    fn gather_behind(&self, trunk: &Trunk) -> Result<CalibrationStats> {
+        let session = self.session;
+        let width = session.pipeline.config.hidden_size;
+        let fewest = session
+            .settings
+            .size
+            .tokens()
+            .min(session.settings.text_tokens);
+        let rows = ROWS_PER_CHANNEL * width;
+        let states = self.states.fit.first(rows.div_ceil(fewest.max(1)));
+        let batch = session.settings.batch;
+        let progress = ui::progress(states.batches(batch).len(), "calibrating");
+        let stats = calibrate::gather(
+            &session.flux,
+            Some(trunk),
+            &session.pipeline.config.layout,
+            &states,
+            batch,
+            session.runtime,
+            &progress,
+        )?;
+        progress.finish_and_clear();
+        Ok(stats)
+    }
+}
+
+/// Scores all blocks and chooses among those that are not protected until the budget is reached.
 pub(super) fn select(
     session: &Session,
+    recipe: &PruneRecipe,
+    stats: CalibrationStats,
     states: &AllStates,
     held_out: &HeldOut,
-    count: usize,
+    budget: &Budget,
     protect: &[BlockId],
 ) -> Result<Selection> {
     let mut refits = Refits {
         session,
+        recipe,
         states,
         protect,
+        stats: Some(stats),
         first: None,
     };
     let blocks = session.flux.trunk.len();
     // the first round measures every block, later ones a handful
-    let progress = ui::progress(
-        (blocks + 6 * count.saturating_sub(1)) * held_out.batches(),
-        "scoring",
-    );
-    let greedy = greedy(&session.flux, &mut refits, held_out, count, &progress)?;
+    let rounds = match budget.goal {
+        Goal::Blocks(count) => count,
+        _ => blocks / 5,
+    };
+    let steps = (blocks + 6 * rounds.saturating_sub(1)) * held_out.batches();
+    let progress = ui::progress(steps, "scoring");
+    let greedy = greedy(&session.flux, &mut refits, held_out, budget, &progress)?;
     ui::done(&progress, "scored and chose blocks");
     let (stats, fits) = refits.first.context("no block was scored")?;
     Ok(Selection {
@@ -125,8 +141,13 @@ pub(super) fn select(
     })
 }
 
+/// Whether an entry of the layout is a block of the original model.
+pub(super) fn is_original(spec: &BlockSpec) -> bool {
+    matches!(spec, BlockSpec::Original(_))
+}
+
 /// The plain layers of a block from its statistics alone.
-fn plain_fit(block: &BlockStats, ridge: Option<f64>) -> Result<Layers> {
+pub(super) fn plain_fit(block: &BlockStats, ridge: Option<f64>) -> Result<Layers> {
     let fit = |stats: &StreamStats| -> Result<Box<Fitted>> {
         let sums = stats
             .gram
@@ -140,7 +161,7 @@ fn plain_fit(block: &BlockStats, ridge: Option<f64>) -> Result<Layers> {
             bias: fit::bias(&solution.coefficients)?,
             vec: None,
             modulation: None,
-            error: solution.residual_sq / stats.moments.change_sq.max(f64::MIN_POSITIVE),
+            error: solution.residual_sq / sums.target_sq.max(f64::MIN_POSITIVE),
             ridge: solution.ridge,
         }))
     };

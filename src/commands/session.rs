@@ -1,17 +1,25 @@
 //! A model loaded for calibration: prompts encoded, transformer on the device, everything the recipe left open filled in.
 
-use anyhow::{Context, Result};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
 use candle::Tensor;
 
 use super::{PixelSize, load};
 use crate::{
-    calibrate::{self, FiniteCheck, states::States},
+    calibrate::{
+        FiniteCheck,
+        file::{Calibration, Header},
+        pass::Pass,
+        recipe::{CalibrationRecipe, StateSource},
+        states::States,
+    },
     device::Runtime,
     model::Flux,
     pipeline::Pipeline,
-    prune::recipe::PruneRecipe,
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
+        image, latents,
         png::Picture,
         schedule::Schedule,
         vae::Vae,
@@ -29,23 +37,127 @@ const LARGE: usize = 1024;
 const TOKENS_PER_FORWARD: usize = 1536;
 /// Image tokens of all held-out states where the recipe names no number, within bounds.
 const HELD_OUT_TOKENS: usize = 131_072;
+/// Noised states of a picture that later stages look at: sequential fits and comparisons on held-out pictures.
+const DRAWS_LATER: usize = 8;
+
+/// Everything a calibration needs to know before anything is loaded.
+#[derive(Clone, Debug)]
+pub(super) struct Settings {
+    /// Nothing left open.
+    pub(super) recipe: CalibrationRecipe,
+    pub(super) size: PixelSize,
+    /// Prompts to gather statistics of, then those held out.
+    pub(super) prompts: Vec<String>,
+    /// How many of the prompts are for statistics.
+    pub(super) samples: usize,
+    /// Held-out states that blocks are compared on.
+    pub(super) held_out: usize,
+    /// States in one forward.
+    pub(super) batch: usize,
+    /// Text tokens the model is given.
+    pub(super) text_tokens: usize,
+}
+
+impl Settings {
+    /// Fills in what `recipe` leaves open. `given` is the number of pictures where they are given with their captions.
+    pub(super) fn resolve(
+        pipeline: &Pipeline,
+        mut recipe: CalibrationRecipe,
+        held_out: Option<usize>,
+        prompts: Vec<String>,
+        given: Option<usize>,
+    ) -> Result<Self> {
+        recipe.validate()?;
+        let size = super::picture_size(pipeline, recipe.width, recipe.height)?;
+        (recipe.width, recipe.height) = (Some(size.width), Some(size.height));
+        let steps = *recipe.steps.get_or_insert(pipeline.default_steps());
+        recipe.guidance.get_or_insert(pipeline.default_guidance());
+        let usual = (HELD_OUT_TOKENS / size.tokens()).clamp(16, 256);
+        let held_out = held_out.unwrap_or(usual);
+        let draws = match recipe.source {
+            StateSource::Latents => steps as f64 / 5.0,
+            StateSource::Trajectory => steps as f64,
+            StateSource::Images => 4.0,
+        };
+        recipe.draws.get_or_insert(draws);
+        let held_out_prompts = held_out.div_ceil(DRAWS_LATER);
+        let (samples, total) = match given {
+            None => {
+                let usual = if size.tokens() >= LARGE {
+                    SAMPLES_LARGE
+                } else {
+                    SAMPLES
+                };
+                let samples = recipe.samples.unwrap_or(usual);
+                (samples, samples + held_out_prompts)
+            }
+            // an eighth of the pictures is kept for comparing
+            Some(given) => {
+                let samples = given - (given / 8).clamp(1, held_out_prompts);
+                let samples = samples.min(recipe.samples.unwrap_or(samples));
+                ensure!(
+                    samples > 0,
+                    "--images: at least two pictures are needed, one to fit on and one to compare by"
+                );
+                (samples, given.min(samples + held_out_prompts))
+            }
+        };
+        recipe.samples = Some(samples);
+        let text_tokens = pipeline.default_text_length()?;
+        let usual = (TOKENS_PER_FORWARD / (size.tokens() + text_tokens)).max(1);
+        let batch = *recipe.batch.get_or_insert(usual);
+        Ok(Self {
+            recipe,
+            size,
+            // a short list is drawn from again, with other noise
+            prompts: prompts.iter().cycle().take(total).cloned().collect(),
+            samples,
+            held_out,
+            batch,
+            text_tokens,
+        })
+    }
+
+    /// Those of a calibration that was made before.
+    pub(super) fn of(
+        pipeline: &Pipeline,
+        header: &Header,
+        held_out: Option<usize>,
+    ) -> Result<Self> {
+        let recipe = &header.recipe;
+        let size = super::picture_size(pipeline, recipe.width, recipe.height)?;
+        let kept = (header.prompts.len() - header.samples) * DRAWS_LATER;
+        let usual = (HELD_OUT_TOKENS / size.tokens()).clamp(16, 256);
+        Ok(Self {
+            recipe: recipe.clone(),
+            size,
+            prompts: header.prompts.clone(),
+            samples: header.samples,
+            held_out: held_out.unwrap_or(usual).min(kept),
+            batch: recipe.batch.context("the statistics name no batch")?,
+            text_tokens: pipeline.default_text_length()?,
+        })
+    }
+
+    /// Whether pictures take long to draw.
+    pub(super) fn large(&self) -> bool {
+        self.size.tokens() >= LARGE
+    }
+}
 
 /// See the module.
 pub(super) struct Session<'a> {
     pub(super) pipeline: &'a Pipeline,
     pub(super) runtime: &'a Runtime,
-    pub(super) recipe: PruneRecipe,
-    pub(super) size: PixelSize,
+    pub(super) settings: Settings,
     pub(super) flux: Flux,
-    /// States in one forward.
-    pub(super) batch: usize,
-    /// Those to fit on first, then those held out.
-    prompts: Vec<String>,
     encoded: Encoded,
     schedule: Schedule,
+    /// Given pictures as packed latents, (prompts, tokens, 4 · channels).
+    images: Option<Tensor>,
 }
 
-/// Noised states of the model's own pictures.
+/// Noised states of the calibration's pictures.
 pub(super) struct AllStates {
     /// To fit on.
     pub(super) fit: States,
@@ -54,123 +166,97 @@ pub(super) struct AllStates {
 }
 
 impl<'a> Session<'a> {
-    /// Resolves `recipe`, encodes the prompts and loads the transformer.
+    /// Encodes the prompts (and `images`, one for each, where pictures are given) and loads the transformer.
     pub(super) fn open(
         pipeline: &'a Pipeline,
         runtime: &'a Runtime,
-        mut recipe: PruneRecipe,
-        prompts: Vec<String>,
+        settings: Settings,
+        images: Option<&[PathBuf]>,
     ) -> Result<Self> {
-        let size = super::picture_size(
-            pipeline,
-            recipe.calibration.width,
-            recipe.calibration.height,
-        )?;
-        let c = &mut recipe.calibration;
-        c.steps.get_or_insert(pipeline.default_steps());
-        c.guidance.get_or_insert(pipeline.default_guidance());
-        (c.width, c.height) = (Some(size.width), Some(size.height));
-        let held_out = (HELD_OUT_TOKENS / size.tokens()).clamp(16, 256);
-        let held_out = *recipe.score.held_out.get_or_insert(held_out);
-        let usual = if size.tokens() >= LARGE {
-            SAMPLES_LARGE
-        } else {
-            SAMPLES
-        };
-        let samples = *c.samples.get_or_insert(usual);
-        // a short list is drawn from again, with other noise
-        let total = samples + held_out.div_ceil(c.draws);
-        let prompts: Vec<String> = prompts.iter().cycle().take(total).cloned().collect();
-        let encoded = load::encode_prompts(pipeline, &prompts, None, runtime)?;
-        let flux = load::flux(pipeline, runtime)?;
-        let tokens = size.tokens() + encoded.txt.dim(1)?;
-        let batch = recipe
-            .calibration
-            .batch
-            .unwrap_or((TOKENS_PER_FORWARD / tokens).max(1));
         let schedule = load::schedule(pipeline)?;
+        let images = images
+            .map(|images| encode_images(pipeline, runtime, settings.size, images))
+            .transpose()?;
+        let encoded = load::encode_prompts(pipeline, &settings.prompts, None, runtime)?;
+        let flux = load::flux(pipeline, runtime)?;
         Ok(Self {
             pipeline,
             runtime,
-            recipe,
-            size,
+            settings,
             flux,
-            batch,
-            prompts,
             encoded,
             schedule,
+            images,
         })
     }
 
-    /// Whether pictures take long to draw.
-    pub(super) fn large(&self) -> bool {
-        self.size.tokens() >= LARGE
-    }
-
-    /// Text tokens the model is given.
-    pub(super) fn text_tokens(&self) -> Result<usize> {
-        Ok(self.encoded.txt.dim(1)?)
-    }
-
-    fn denoise<'b>(&'b self, flux: &'b Flux) -> Result<Denoise<'b>> {
-        let c = &self.recipe.calibration;
+    pub(super) fn denoise<'b>(&'b self, flux: &'b Flux) -> Result<Denoise<'b>> {
+        let recipe = &self.settings.recipe;
         Ok(Denoise {
             flux,
             dtype: self.runtime.dtype,
             device: &self.runtime.device,
             schedule: &self.schedule,
-            steps: c.steps.context("steps are resolved")?,
-            guidance: c.guidance.context("guidance is resolved")?,
-            size: self.size.latent(),
+            steps: recipe.steps.context("steps are resolved")?,
+            guidance: recipe.guidance.context("guidance is resolved")?,
+            size: self.settings.size.latent(),
         })
     }
 
-    /// Samples every prompt and noises the latents anew.
-    pub(super) fn states(&self) -> Result<AllStates> {
-        let denoise = self.denoise(&self.flux)?;
-        let c = &self.recipe.calibration;
-        let channels = self.pipeline.config.out_channels / 4;
-        // one step first: a damaged model is named by its block before hours are spent on it
+    fn channels(&self) -> usize {
+        self.pipeline.config.out_channels / 4
+    }
+
+    /// The pass that gathers this session's calibration.
+    pub(super) fn pass(&self) -> Result<Pass<'_>> {
+        let recipe = &self.settings.recipe;
+        Ok(Pass {
+            denoise: self.denoise(&self.flux)?,
+            prompts: &self.encoded,
+            samples: self.settings.samples,
+            source: recipe.source,
+            draws: recipe.draws.context("draws are resolved")?,
+            batch: self.settings.batch,
+            channels: self.channels(),
+            seed: recipe.seed,
+            images: self.images.as_ref(),
+        })
+    }
+
+    /// One step of one picture: a damaged model is named by its block before hours are spent on it.
+    pub(super) fn probe(&self) -> Result<()> {
         let probe = Denoise {
             steps: 1,
-            ..denoise.clone()
+            ..self.denoise(&self.flux)?
         };
-        let noise = starting_noise(c.seed, 1, channels, denoise.size)?;
-        probe.run(
-            &noise,
-            &self.encoded.range(0..1)?,
-            &mut FiniteCheck,
-            &mut || (),
-        )?;
-        let forwards = self.encoded.len().div_ceil(self.batch) * denoise.steps;
-        let progress = ui::progress(forwards, "sampling");
-        let pictures = calibrate::sample(
-            &denoise,
-            &self.encoded,
-            channels,
-            self.batch,
-            c.seed,
-            &progress,
-        )?;
-        ui::done(
-            &progress,
-            format!("sampled {} pictures", self.encoded.len()),
-        );
+        let noise = starting_noise(self.settings.recipe.seed, 1, self.channels(), probe.size)?;
+        let prompt = self.encoded.range(0..1)?;
+        probe.run(&noise, &prompt, &mut FiniteCheck, &mut || ())?;
+        Ok(())
+    }
+
+    /// The calibration's pictures noised anew, for fits and comparisons.
+    pub(super) fn states(&self, calibration: &Calibration) -> Result<AllStates> {
+        let pictures = calibration.all_pictures()?;
+        let denoise = self.denoise(&self.flux)?;
+        let seed = self.settings.recipe.seed;
         let noised = |range: std::ops::Range<usize>, seed| -> Result<States> {
             let part: Tensor = pictures.narrow(0, range.start, range.len())?;
             let prompts = self.encoded.range(range)?;
-            States::noised(part, prompts, denoise.size, denoise.guidance, c.draws, seed)
+            States::noised(
+                part,
+                prompts,
+                denoise.size,
+                denoise.guidance,
+                DRAWS_LATER,
+                seed,
+            )
         };
-        let samples = c.samples.context("samples are resolved")?;
-        let held_out = noised(samples..self.encoded.len(), c.seed.wrapping_add(2))?;
+        let samples = self.settings.samples;
+        let held_out = noised(samples..self.encoded.len(), seed.wrapping_add(2))?;
         Ok(AllStates {
-            fit: noised(0..samples, c.seed.wrapping_add(1))?,
-            held_out: held_out.first(
-                self.recipe
-                    .score
-                    .held_out
-                    .context("held-out states are resolved")?,
-            ),
+            fit: noised(0..samples, seed.wrapping_add(1))?,
+            held_out: held_out.first(self.settings.held_out),
         })
     }
 
@@ -184,26 +270,51 @@ impl<'a> Session<'a> {
         let count = count.min(self.encoded.len());
         let last = self.encoded.len() - count..self.encoded.len();
         let encoded = self.encoded.range(last.clone())?;
-        let steps = self
-            .recipe
-            .calibration
-            .steps
-            .context("steps are resolved")?;
-        let progress = ui::progress(models.len() * steps * count.div_ceil(self.batch), "drawing");
+        let batch = self.settings.batch;
+        let steps = self.denoise(&self.flux)?.steps;
+        let progress = ui::progress(models.len() * steps * count.div_ceil(batch), "drawing");
         let mut rows = Vec::new();
         for flux in models {
             let denoise = self.denoise(flux)?;
-            let channels = self.pipeline.config.out_channels / 4;
             // other noise than in calibration
-            let seed = self.recipe.calibration.seed.wrapping_add(1000);
-            let latents =
-                calibrate::sample(&denoise, &encoded, channels, self.batch, seed, &progress)?;
+            let seed = self.settings.recipe.seed.wrapping_add(1000);
+            let latents = crate::calibrate::sample(
+                &denoise,
+                &encoded,
+                self.channels(),
+                batch,
+                seed,
+                &progress,
+            )?;
             rows.push(load::pictures(vae, &latents, denoise.size, self.runtime)?);
         }
         ui::done(
             &progress,
             format!("drew {count} prompts with {} models", models.len()),
         );
-        Ok((rows, &self.prompts[last]))
+        Ok((rows, &self.settings.prompts[last]))
     }
+}
+
+/// Picture files → packed latents (pictures, tokens, 4 · channels), f32 on the CPU; one picture in memory at a time.
+fn encode_images(
+    pipeline: &Pipeline,
+    runtime: &Runtime,
+    size: PixelSize,
+    images: &[PathBuf],
+) -> Result<Tensor> {
+    let vae = load::vae(&pipeline.vae_files()?, runtime)?;
+    let progress = ui::progress(images.len(), "encoding pictures");
+    let mut out = Vec::new();
+    for path in images {
+        let picture = image::read(path).context("--images")?;
+        let picture = image::covering(&picture, size.width, size.height)?.unsqueeze(0)?;
+        let picture = picture.to_device(&runtime.device)?;
+        let latents = vae.encode(&picture.to_dtype(runtime.dtype)?)?;
+        let packed = latents::pack(&latents.to_dtype(candle::DType::F32)?)?;
+        out.push(packed.to_device(&candle::Device::Cpu)?);
+        progress.inc(1);
+    }
+    ui::done(&progress, format!("encoded {} pictures", images.len()));
+    Ok(Tensor::cat(&out, 0)?)
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle::{Device, Tensor};
+use clap::Parser;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -11,7 +12,7 @@ use super::{PixelSize, load};
 use crate::{
     calibrate,
     checkpoint::{Checkpoint, Source, keys, record, save},
-    cli::TrainArgs,
+    cli::{Cli, Command, PruneArgs, TrainArgs},
     device::Runtime,
     files::Files,
     layout::{BlockSpec, FluxConfig},
@@ -99,11 +100,12 @@ impl Pair {
         })
     }
 
-    /// The blocks of the pruned model: the teacher's where the file holds the same bytes, and how many of them there
-    /// are before the first other one.
-    pub(super) fn student(&self, flux: &Flux, runtime: &Runtime) -> Result<(Trunk, usize)> {
+    /// The pruned model: the teacher's blocks where the file holds the same bytes, and how many of them there are
+    /// before the first other one.
+    pub(super) fn student(&self, flux: &Flux, runtime: &Runtime) -> Result<(Flux, usize)> {
         let (ours, theirs) = (&self.pruned.transformer, &self.teacher.transformer);
-        for (name, source) in ours.iter().filter(|(name, _)| keys::parse(name).is_none()) {
+        let outside = |name: &str| keys::parse(name).is_none() && !name.starts_with("final_layer.");
+        for (name, source) in ours.iter().filter(|(name, _)| outside(name)) {
             ensure!(
                 theirs
                     .get(name)
@@ -130,7 +132,8 @@ impl Pair {
             };
             entries.push((spec.clone(), block));
         }
-        Ok((Trunk::new(entries), shared))
+        let student = flux.with_trunk_and_head(config, Trunk::new(entries), &vb)?;
+        Ok((student, shared))
     }
 
     /// The teacher's block of `spec`, when the pruned file holds the same weights at `prefix`.
@@ -160,6 +163,27 @@ impl Pair {
         }
         Ok(flux.trunk.entries().get(entry).map(|(_, b)| b.clone()))
     }
+}
+
+/// Prunes the bundled model at 20 % into `folder`, as `prune` does, unless an earlier run has done so.
+pub(super) fn prune_bundled(args: &TrainArgs, folder: &Path) -> Result<ModelChoice> {
+    if !folder.exists() {
+        ui::note("pruning the bundled tiny model at 20 % first; --model names a pruned model");
+        let output = folder.display().to_string();
+        let words = ["fastflux", "prune", "--ratio", "0.2", "--output", &output];
+        let cli = Cli::try_parse_from(words).context("cannot prune the bundled model")?;
+        let Command::Prune(prune) = cli.command else {
+            bail!("cannot prune the bundled model")
+        };
+        super::prune::make(&PruneArgs {
+            run: args.run,
+            ..prune
+        })?;
+    }
+    Ok(ModelChoice {
+        model: Some(folder.display().to_string()),
+        ..args.pipeline.choice()
+    })
 }
 
 /// Bytes at each end by which tensors are compared: weights that were trained differ everywhere.

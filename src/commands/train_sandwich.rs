@@ -19,6 +19,7 @@ use crate::{
     checkpoint::save,
     cli::TrainArgs,
     device::Runtime,
+    pipeline::Pipeline,
     train::{
         Entry, Training, Watch, sandwich,
         state::{Saved, StateFile},
@@ -30,16 +31,20 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     save::check_free(&args.output, args.force)?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let folder = state_folder(&args.output);
-    let pruned = super::open(&args.pipeline.choice())?;
+    if args.restart && !args.dry_run && folder.exists() {
+        std::fs::remove_dir_all(&folder)
+            .with_context(|| format!("--restart: cannot remove `{}`", folder.display()))?;
+    }
+    let pruned = match args.pipeline.model.model {
+        Some(_) => super::open(&args.pipeline.choice())?,
+        None => Pipeline::open(&train::prune_bundled(args, &folder.join("pruned"))?)?,
+    };
     let pair = Pair::open(args, pruned)?;
     let resolved = train::resolve(args, &pair.teacher)?;
     save::check_writable(&args.output)?;
 
     let settings = train::settings(&pair, &resolved, &runtime);
     let state = StateFile::new(&folder, settings.clone());
-    if args.restart {
-        state.remove()?;
-    }
     let saved = state.load()?;
     if let Some(saved) = &saved {
         ui::note(format!(
@@ -84,7 +89,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         "seconds": start.elapsed().as_secs_f64(),
         "recipe": resolved.recipe,
     });
-    train_output::write(args, &pair, &training.student, &done, &report)?;
+    train_output::write(args, &pair, &training.student.trunk, &done, &report)?;
     if args.json {
         ui::json(&report)?;
     } else {

@@ -116,7 +116,8 @@ impl Embedder {
                 rope.tokens()
             );
         }
-        Ok((stream, Conditioning::new(vec, rope)?))
+        let timestep = inputs.timestep.clone();
+        Ok((stream, Conditioning::new(vec, timestep, rope)?))
     }
 
     fn sinusoid(&self, x: &Tensor) -> Result<Tensor> {

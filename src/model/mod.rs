@@ -74,6 +74,22 @@ impl Flux {
         })
     }
 
+    /// The same embeddings with other blocks, and the head read from `vb`: a pruned model that shares what it can.
+    ///
+    /// Fails where a tensor of the head is missing or has another shape than `config` says.
+    pub fn with_trunk_and_head(
+        &self,
+        config: &FluxConfig,
+        trunk: Trunk,
+        vb: &VarBuilder,
+    ) -> Result<Self> {
+        Ok(Self {
+            embedder: self.embedder.clone(),
+            trunk,
+            head: Head::new(config, &vb.pp("final_layer"))?,
+        })
+    }
+
     /// Tokens before the first block and what all blocks share.
     pub fn embed(&self, inputs: &Inputs) -> Result<(Stream, Conditioning)> {
         self.embedder.forward(inputs)

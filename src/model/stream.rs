@@ -53,17 +53,20 @@ impl Stream {
 pub struct Conditioning {
     /// Sum of the embeddings of timestep, guidance and pooled text, (batch, hidden). Set through [`Self::new`].
     pub vec: Tensor,
+    /// Noise level of each sample in [0, 1], (batch,): what observers sort by; no block reads it.
+    pub timestep: Tensor,
     /// Rotary table of text and image tokens.
     pub rope: Rope,
     activated: Tensor,
 }
 
 impl Conditioning {
-    /// From `vec` (batch, hidden).
-    pub fn new(vec: Tensor, rope: Rope) -> Result<Self> {
+    /// From `vec` (batch, hidden) and `timestep` (batch,).
+    pub fn new(vec: Tensor, timestep: Tensor, rope: Rope) -> Result<Self> {
         let activated = vec.silu()?;
         Ok(Self {
             vec,
+            timestep,
             rope,
             activated,
         })

@@ -3,7 +3,9 @@
 //! Choosing blocks is `score`'s business, running the model `calibrate`'s; files are written by `commands`.
 
 pub mod apply;
+pub mod budget;
 pub mod fit;
+pub mod forecast;
 pub mod gated;
 pub mod layers;
 pub mod plan;

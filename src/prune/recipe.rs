@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::layout::Form;
+use crate::{calibrate::recipe::CalibrationRecipe, layout::Form};
 
 /// The recipe of a pruning run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -17,28 +17,6 @@ pub struct PruneRecipe {
     pub score: ScoreRecipe,
     /// How layers are fitted.
     pub fit: FitRecipe,
-}
-
-/// Pairs: prompts are sampled by the model itself, its final latents noised anew.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
-pub struct CalibrationRecipe {
-    /// Prompts to sample; `null`: all of the list, up to 160 for the bundled model and 32 for others.
-    pub samples: Option<usize>,
-    /// Noised states of each sampled latent.
-    pub draws: usize,
-    /// Sampling steps; `null`: the model's own default.
-    pub steps: Option<usize>,
-    /// Guidance; `null`: the model's own default.
-    pub guidance: Option<f64>,
-    /// Picture width in pixels; `null`: the model's own default.
-    pub width: Option<usize>,
-    /// Picture height in pixels; `null`: the model's own default.
-    pub height: Option<usize>,
-    /// Seed of starting noise and noised states.
-    pub seed: u64,
-    /// States in one forward; `null`: as many as make some 4,096 tokens.
-    pub batch: Option<usize>,
 }
 
 /// Greedy choice by the error of the final velocity.
@@ -76,21 +54,6 @@ impl Default for PruneRecipe {
     }
 }
 
-impl Default for CalibrationRecipe {
-    fn default() -> Self {
-        Self {
-            samples: None,
-            draws: 8,
-            steps: None,
-            guidance: None,
-            width: None,
-            height: None,
-            seed: 0,
-            batch: None,
-        }
-    }
-}
-
 impl Default for FitRecipe {
     fn default() -> Self {
         Self {
@@ -121,25 +84,12 @@ impl PruneRecipe {
     /// # Errors
     /// When one is out of range; the message names it and the range.
     pub fn validate(&self) -> Result<()> {
-        let c = &self.calibration;
         ensure!(
             self.ratio > 0.0 && self.ratio < 1.0,
             "--ratio {}: expected a share of the blocks above 0 and below 1, such as 0.2",
             self.ratio
         );
-        ensure!(
-            c.samples != Some(0),
-            "--samples 0: at least one prompt must be sampled"
-        );
-        ensure!(c.steps != Some(0), "--steps 0: at least one step is needed");
-        ensure!(
-            c.draws > 0,
-            "recipe: `calibration.draws` must be at least 1"
-        );
-        ensure!(
-            c.batch != Some(0),
-            "recipe: `calibration.batch` must be at least 1"
-        );
+        self.calibration.validate()?;
         ensure!(
             self.score.held_out != Some(0),
             "recipe: `score.held-out` must be at least 1"

@@ -2,6 +2,7 @@
 
 pub mod denoise;
 pub mod grid;
+pub mod image;
 pub mod latents;
 pub mod noise;
 pub mod png;

@@ -135,7 +135,16 @@ pub trait Candidates {
     fn fit(&mut self, trunk: &Trunk, chosen: &[BlockId]) -> Result<BTreeMap<usize, Block>>;
 }
 
-/// Chooses `count` blocks one after another, each the one whose replacement costs least given the earlier ones.
+/// When to stop giving up blocks, and what giving one up is worth.
+pub trait Goal {
+    /// Whether these blocks are enough.
+    fn is_reached(&self, chosen: &[BlockId]) -> bool;
+    /// What a block brings towards the goal; the same for all where only their number counts.
+    fn worth(&self, block: BlockId) -> f64;
+}
+
+/// Chooses blocks one after another until `goal` is reached: each the one whose replacement costs least error, given the
+/// earlier ones, for what it is worth.
 ///
 /// Lazily: with more blocks replaced a candidate hardly ever costs less than before, so its last known error is taken
 /// as a lower bound, and only the most promising candidates are measured again until the best is sure.
@@ -146,7 +155,7 @@ pub fn greedy(
     flux: &Flux,
     candidates: &mut dyn Candidates,
     held_out: &HeldOut,
-    count: usize,
+    goal: &dyn Goal,
     progress: &ProgressBar,
 ) -> Result<Greedy> {
     let mut trunk = flux.trunk.clone();
@@ -161,16 +170,23 @@ pub fn greedy(
         choices: Vec::new(),
         alone: alone.collect(),
     };
-    while out.choices.len() < count {
+    let mut current = 0.0;
+    while !goal.is_reached(&chosen) {
         let first = out.choices.is_empty();
         if !first {
             left = candidates.fit(&trunk, &chosen)?;
         }
+        // added error for what the block is worth
+        let price = |index: usize, error: f64| {
+            let worth = id(index).map_or(1.0, |id| goal.worth(id));
+            (error - current) / worth
+        };
         let mut order: Vec<usize> = left.keys().copied().collect();
-        order.sort_by(|a, b| bounds[a].total_cmp(&bounds[b]));
+        order.sort_by(|a, b| price(*a, bounds[a]).total_cmp(&price(*b, bounds[b])));
         let mut best: Option<(usize, f64)> = None;
         for chunk in order.chunks(AT_ONCE) {
-            if best.is_some_and(|(_, error)| error <= bounds[&chunk[0]]) {
+            let least = price(chunk[0], bounds[&chunk[0]]);
+            if best.is_some_and(|(index, error)| price(index, error) <= least) {
                 break;
             }
             let fresh = if first {
@@ -183,7 +199,8 @@ pub fn greedy(
             };
             for (index, error) in fresh {
                 bounds.insert(index, error);
-                if error.is_finite() && best.is_none_or(|(_, least)| error < least) {
+                let cheaper = |(i, e)| price(index, error) < price(i, e);
+                if error.is_finite() && best.is_none_or(cheaper) {
                     best = Some((index, error));
                 }
             }
@@ -193,6 +210,7 @@ pub fn greedy(
             break;
         };
         trunk = trunk.with_block(index, fit)?;
+        current = error;
         chosen.push(block);
         out.choices.push(Choice { block, error });
     }

@@ -43,8 +43,8 @@ pub trait Watch {
 pub struct Training<'a> {
     /// The unpruned model.
     pub teacher: &'a Flux,
-    /// The pruned model's blocks; unpruned ones share the teacher's weights.
-    pub student: Trunk,
+    /// The pruned model; it shares the weights that are the teacher's.
+    pub student: Flux,
     /// Entries at the start of the pruned model that are the teacher's own.
     pub shared: usize,
     /// What is trained together, in order.
@@ -105,7 +105,7 @@ impl Training<'_> {
             }));
         }
         if recipe.finish.steps > 0 {
-            let all = 0..self.student.len();
+            let all = 0..self.student.trunk.len();
             let trained: Vec<Range<usize>> = match recipe.finish.blocks {
                 FinishBlocks::Sandwiches => {
                     // neighbouring sandwiches share blocks
@@ -159,7 +159,7 @@ impl Training<'_> {
         let phase = Phase {
             name: String::new(),
             kind: Kind::Finish,
-            range: 0..self.student.len(),
+            range: 0..self.student.trunk.len(),
             trained: Vec::new(),
             steps: 0,
             lr: 0.0,
@@ -179,7 +179,7 @@ impl Training<'_> {
         let mut out = Vec::new();
         for range in &phase.trained {
             out.extend(trainables::attach(
-                &mut self.student,
+                &mut self.student.trunk,
                 range.clone(),
                 &self.recipe.lora,
                 self.recipe.seed,
@@ -361,13 +361,13 @@ impl Training<'_> {
                 }
             };
             let got = backward::gradients(
-                &self.student,
+                &self.student.trunk,
                 phase.range.clone(),
                 &sample.stream,
                 &sample.conditioning,
                 vars,
                 self.recompute,
-                &|output| measure.judge(self.teacher, output, sample),
+                &|output| measure.judge(&self.student, output, sample),
             )?;
             total = Some(match total {
                 None => (got.loss, got.of),
@@ -413,7 +413,7 @@ impl Training<'_> {
 
     /// Entries at the start that still compute what the teacher's do.
     fn untouched(&self) -> usize {
-        let mut student = self.student.clone();
+        let mut student = self.student.trunk.clone();
         let touched = student
             .entries_mut()
             .iter_mut()
@@ -434,7 +434,7 @@ impl Training<'_> {
         let stream = if shared == low {
             common.clone()
         } else {
-            run(&trainables::frozen(&self.student), shared..low, &common)?
+            run(&trainables::frozen(&self.student.trunk), shared..low, &common)?
         };
         let target = match &phase.kind {
             Kind::Finish => {
@@ -468,7 +468,7 @@ impl Training<'_> {
             return Ok(Measure::Velocity(mean));
         };
         let streams: Vec<Stream> = held_out.iter().map(Sample::target_stream).collect();
-        let last = sandwich.student.end == self.student.len();
+        let last = sandwich.student.end == self.student.trunk.len();
         let sensitivity = if self.recipe.loss.normalise == Normalise::Velocity {
             let states = streams.iter().cloned();
             let samples: Vec<_> = states
@@ -490,7 +490,7 @@ impl Training<'_> {
     }
 
     fn held_out_loss(&self, phase: &Phase, held_out: &[Sample], measure: &Measure) -> Result<f64> {
-        let student = trainables::frozen(&self.student);
+        let student = trainables::frozen(&self.student.trunk);
         let mut sum = (0.0, 0);
         for sample in held_out {
             let output = student.forward_range(
@@ -500,7 +500,7 @@ impl Training<'_> {
                 &mut (),
             )?;
             let weight = sample.stream.tokens.dim(0)?;
-            sum.0 += measure.judge(self.teacher, &output, sample)?.0 * weight as f64;
+            sum.0 += measure.judge(&self.student, &output, sample)?.0 * weight as f64;
             sum.1 += weight;
         }
         Ok(sum.0 / f64::from(sum.1.max(1) as u32))
@@ -524,7 +524,7 @@ enum Measure {
 }
 
 impl Measure {
-    fn judge(&self, teacher: &Flux, output: &Stream, sample: &Sample) -> Result<(f64, Tensor)> {
+    fn judge(&self, student: &Flux, output: &Stream, sample: &Sample) -> Result<(f64, Tensor)> {
         let mean = match self {
             Self::Tokens(loss) => return loss.judge(output, &sample.target_stream()),
             Self::Velocity(mean) => mean,
@@ -534,7 +534,7 @@ impl Measure {
             tokens: var.as_tensor().clone(),
             txt_len: output.txt_len,
         };
-        let velocity = teacher.head(&tracked, &sample.conditioning)?;
+        let velocity = student.head(&tracked, &sample.conditioning)?;
         let error =
             (velocity.detach().to_dtype(DType::F32)? - sample.target.to_dtype(DType::F32)?)?;
         let scale = 1.0 / (mean * error.elem_count() as f64);

@@ -1,0 +1,321 @@
+//! A calibration as a file: the sums of every block, the pictures they were gathered of, and what made them. Files of
+//! shards add up to that of one run. Gathering is `pass`' business.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    recipe::CalibrationRecipe,
+    stats::{BUCKETS, CalibrationStats, Gram, Moments, StreamStats},
+};
+use crate::{
+    checkpoint::{Checkpoint, Source, save},
+    files::Blob,
+    layout::{BlockId, BlockSpec},
+};
+
+/// The metadata key of the header.
+const KEY: &str = "fastflux-statistics";
+/// The version that this build writes and the newest it reads.
+const VERSION: u32 = 1;
+
+/// What made the statistics. Everything but `units` and `done` must agree for files to be added up.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Header {
+    /// Version of this header's form.
+    pub version: u32,
+    /// Fingerprint of the model.
+    pub model: String,
+    /// How the model is called.
+    pub model_name: String,
+    /// Number format and kind of device of the activations.
+    pub runtime: String,
+    /// The recipe, nothing left open.
+    pub recipe: CalibrationRecipe,
+    /// Prompts of the pictures for statistics, then those held out.
+    pub prompts: Vec<String>,
+    /// How many of the prompts are for statistics.
+    pub samples: usize,
+    /// Blocks whose products were gathered.
+    pub products: Vec<BlockId>,
+    /// Units of the whole calibration.
+    pub units: usize,
+    /// Units that are in this file.
+    pub done: BTreeSet<usize>,
+}
+
+impl Header {
+    /// Whether nothing is missing.
+    pub fn is_complete(&self) -> bool {
+        self.done.len() == self.units
+    }
+
+    /// The first setting in which two headers differ, with both values: `recipe.seed: 0 and 1`.
+    pub fn difference(&self, other: &Self) -> Result<Option<String>> {
+        let settings = |header: &Self| {
+            serde_json::to_value(Self {
+                done: BTreeSet::new(),
+                ..header.clone()
+            })
+        };
+        Ok(first_difference("", &settings(self)?, &settings(other)?))
+    }
+}
+
+fn first_difference(path: &str, a: &serde_json::Value, b: &serde_json::Value) -> Option<String> {
+    if let (Some(a), Some(b)) = (a.as_object(), b.as_object()) {
+        return a.iter().find_map(|(key, value)| {
+            let path = if path.is_empty() {
+                key.clone()
+            } else {
+                format!("{path}.{key}")
+            };
+            first_difference(&path, value, b.get(key).unwrap_or(&serde_json::Value::Null))
+        });
+    }
+    if a == b {
+        return None;
+    }
+    // lists of prompts are too long for a message
+    if a.is_array() || b.is_array() {
+        return Some(path.to_owned());
+    }
+    Some(format!("{path}: {a} and {b}"))
+}
+
+/// A calibration, whole or in part.
+#[derive(Clone, Debug)]
+pub struct Calibration {
+    /// What made it.
+    pub header: Header,
+    /// The sums.
+    pub stats: CalibrationStats,
+    /// Packed latents of the pictures of each unit, (prompts, tokens, 4 · channels), f32 on the CPU.
+    pub pictures: BTreeMap<usize, Tensor>,
+}
+
+impl Calibration {
+    /// Nothing gathered yet.
+    pub fn new(header: Header, layout: &[BlockSpec]) -> Self {
+        let stats = CalibrationStats::new(layout, true)
+            .with_products_of(header.products.iter().copied())
+            .with_tokens_per_forward(header.recipe.tokens_per_forward);
+        Self {
+            header,
+            stats,
+            pictures: BTreeMap::new(),
+        }
+    }
+
+    /// All pictures, (prompts, tokens, 4 · channels).
+    ///
+    /// # Errors
+    /// When units are missing.
+    pub fn all_pictures(&self) -> Result<Tensor> {
+        ensure!(self.header.is_complete(), "the calibration is not complete");
+        let pictures: Vec<&Tensor> = self.pictures.values().collect();
+        Ok(Tensor::cat(&pictures, 0)?)
+    }
+
+    /// Adds another part of the same calibration.
+    ///
+    /// # Errors
+    /// When it was made with other settings or holds a unit that is here already.
+    pub fn add(&mut self, other: Self) -> Result<()> {
+        if let Some(difference) = self.header.difference(&other.header)? {
+            bail!("made with other settings ({difference})");
+        }
+        if let Some(unit) = self.header.done.intersection(&other.header.done).next() {
+            bail!("overlapping: unit {unit} is counted already\nhint: give each shard once");
+        }
+        self.stats.add(other.stats)?;
+        self.header.done.extend(other.header.done);
+        self.pictures.extend(other.pictures);
+        Ok(())
+    }
+
+    /// Writes it to `path`, which appears whole or not at all; with `again`, over an earlier state of the same.
+    ///
+    /// # Errors
+    /// When the folder is not writable or the disk is full.
+    pub fn write(&self, path: &Path, again: bool) -> Result<()> {
+        let file = self.tensors()?;
+        if again {
+            save::write_again(&file, path)
+        } else {
+            save::write(&file, path)
+        }
+    }
+
+    fn tensors(&self) -> Result<Checkpoint> {
+        let mut file = Checkpoint::default();
+        let header = serde_json::to_string(&self.header)?;
+        file.metadata = BTreeMap::from([(KEY.to_owned(), header)]);
+        for block in &self.stats.blocks {
+            for (stream, stats) in [("txt", &block.txt), ("img", &block.img)] {
+                let mut insert = |what: &str, tensor: &Tensor| -> Result<()> {
+                    let name = format!("{}.{stream}.{what}", block.id);
+                    file.insert(name, Source::dense(tensor)?);
+                    Ok(())
+                };
+                insert("moments", &moments_tensor(&stats.buckets)?)?;
+                if let Some(gram) = &stats.gram {
+                    insert("gram", &gram.gram)?;
+                    insert("cross", &gram.cross)?;
+                    let totals = [gram.target_sq, stats.rows];
+                    insert("totals", &Tensor::new(&totals, &Device::Cpu)?)?;
+                }
+            }
+        }
+        for (unit, pictures) in &self.pictures {
+            file.insert(format!("pictures.{unit:06}"), Source::dense(pictures)?);
+        }
+        Ok(file)
+    }
+
+    /// Reads a statistics file; sums are placed on `device`.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is damaged, or is no statistics file.
+    pub fn read(path: &Path, device: &Device) -> Result<Self> {
+        let name = path.display().to_string();
+        let (file, header) = open(path)?;
+        let ids: BTreeSet<BlockId> = file
+            .names()
+            .filter_map(|tensor| tensor.strip_suffix(".txt.moments")?.parse().ok())
+            .collect();
+        let layout: Vec<BlockSpec> = ids.into_iter().map(BlockSpec::Original).collect();
+        let mut out = Self::new(header, &layout);
+        let wanted: BTreeSet<BlockId> = out.header.products.iter().copied().collect();
+        for block in &mut out.stats.blocks {
+            for (stream, stats) in [("txt", &mut block.txt), ("img", &mut block.img)] {
+                let reader = Reader {
+                    name: &name,
+                    file: &file,
+                    prefix: format!("{}.{stream}", block.id),
+                };
+                *stats = StreamStats {
+                    buckets: moments_of(&reader.get("moments", &[BUCKETS, 4])?)?,
+                    ..StreamStats::default()
+                };
+                // a shard may have seen no statistics yet
+                if wanted.contains(&block.id) && reader.has("gram") {
+                    let k = reader.rows("gram")?;
+                    let totals = reader.get("totals", &[2])?.to_vec1::<f64>()?;
+                    stats.rows = totals[1];
+                    stats.gram = Some(Gram {
+                        gram: reader.get("gram", &[k, k])?.to_device(device)?,
+                        cross: reader
+                            .get("cross", &[k, k.saturating_sub(1)])?
+                            .to_device(device)?,
+                        target_sq: totals[0],
+                    });
+                }
+            }
+        }
+        for unit in &out.header.done {
+            let tensor = format!("pictures.{unit:06}");
+            let source = file
+                .get(&tensor)
+                .with_context(|| format!("`{name}` has no tensor `{tensor}`"))?;
+            out.pictures.insert(*unit, source.tensor(&Device::Cpu)?);
+        }
+        Ok(out)
+    }
+}
+
+/// Reads the tensors of one stream of one block.
+struct Reader<'a> {
+    name: &'a str,
+    file: &'a Checkpoint,
+    prefix: String,
+}
+
+impl Reader<'_> {
+    fn has(&self, what: &str) -> bool {
+        self.file.contains(&format!("{}.{what}", self.prefix))
+    }
+
+    fn source(&self, what: &str) -> Result<&Source> {
+        let tensor = format!("{}.{what}", self.prefix);
+        let source = self.file.get(&tensor);
+        source.with_context(|| format!("`{}` has no tensor `{tensor}`", self.name))
+    }
+
+    fn rows(&self, what: &str) -> Result<usize> {
+        Ok(self.source(what)?.shape().first().copied().unwrap_or(0))
+    }
+
+    fn get(&self, what: &str, shape: &[usize]) -> Result<Tensor> {
+        let source = self.source(what)?;
+        ensure!(
+            source.shape() == shape && source.dtype() == safetensors::Dtype::F64,
+            "`{}`: tensor `{}.{what}`: expected {shape:?} in F64, found {:?} in {:?}",
+            self.name,
+            self.prefix,
+            source.shape(),
+            source.dtype()
+        );
+        source.tensor(&Device::Cpu)
+    }
+}
+
+/// Opens a statistics file and reads its header only.
+///
+/// # Errors
+/// When the file cannot be read, is damaged, or is no statistics file.
+pub fn open(path: &Path) -> Result<(Checkpoint, Header)> {
+    let name = path.display().to_string();
+    let file = Checkpoint::from_blob(&name, &Blob::map(path)?)?;
+    let text = file.metadata.get(KEY).with_context(|| {
+        format!("`{name}` is not a statistics file\nhint: `fastflux calibrate` makes one")
+    })?;
+    let value: serde_json::Value = serde_json::from_str(text)
+        .with_context(|| format!("`{name}`: its statistics header is damaged"))?;
+    let version = value["version"].as_u64().unwrap_or(0);
+    ensure!(
+        version <= u64::from(VERSION),
+        "`{name}` was written by a newer fastflux (statistics version {version}, this build reads {VERSION})\nhint: update fastflux"
+    );
+    let header: Header = serde_json::from_value(value)
+        .with_context(|| format!("`{name}`: its statistics header is damaged"))?;
+    let samples = header.samples <= header.prompts.len();
+    ensure!(
+        samples && header.done.iter().all(|unit| *unit < header.units),
+        "`{name}`: its statistics header is damaged"
+    );
+    Ok((file, header))
+}
+
+impl Header {
+    /// The current version.
+    pub const VERSION: u32 = VERSION;
+}
+
+fn moments_tensor(buckets: &[Moments; BUCKETS]) -> Result<Tensor> {
+    let values: Vec<f64> = buckets
+        .iter()
+        .flat_map(|m| [m.tokens, m.input_sq, m.change_sq, m.cosine])
+        .collect();
+    Ok(Tensor::from_vec(values, (BUCKETS, 4), &Device::Cpu)?)
+}
+
+fn moments_of(tensor: &Tensor) -> Result<[Moments; BUCKETS]> {
+    let mut out = [Moments::default(); BUCKETS];
+    for (bucket, row) in out.iter_mut().zip(tensor.to_vec2::<f64>()?) {
+        *bucket = Moments {
+            tokens: row[0],
+            input_sq: row[1],
+            change_sq: row[2],
+            cosine: row[3],
+        };
+    }
+    Ok(out)
+}

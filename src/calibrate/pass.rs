@@ -1,0 +1,160 @@
+//! One calibration pass, unit by unit. A unit is a batch of prompts: sampled together, noised, sent through the
+//! transformer once more and forgotten. Units do not depend on each other, so they can be divided between processes
+//! (`--shard`) and picked up after a kill, and what they add is the same wherever they run.
+
+use anyhow::{Context, Result, ensure};
+use candle::{Device, Tensor};
+use indicatif::ProgressBar;
+
+use super::{
+    recipe::StateSource,
+    states::{Share, States},
+    stats::CalibrationStats,
+};
+use crate::{
+    model::{Flux, Observer},
+    sample::denoise::{Denoise, Encoded, starting_noise},
+};
+
+/// What a pass looks at.
+#[derive(Clone, Debug)]
+pub struct Pass<'a> {
+    /// How pictures are sampled.
+    pub denoise: Denoise<'a>,
+    /// Prompts of the pictures to gather statistics of, then those held out.
+    pub prompts: &'a Encoded,
+    /// How many of the prompts are for statistics.
+    pub samples: usize,
+    /// Where states come from.
+    pub source: StateSource,
+    /// Noised states of each picture, on average.
+    pub draws: f64,
+    /// Prompts and states in one forward.
+    pub batch: usize,
+    /// Latent channels.
+    pub channels: usize,
+    /// Seed of starting noise; states are noised from the next.
+    pub seed: u64,
+    /// Given pictures as packed latents (prompts, tokens, 4 · channels); otherwise they are sampled.
+    pub images: Option<&'a Tensor>,
+}
+
+impl Pass<'_> {
+    /// Number of units: batches of prompts for statistics, then batches of prompts held out.
+    pub fn units(&self) -> usize {
+        let held_out = self.prompts.len() - self.samples;
+        self.samples.div_ceil(self.batch) + held_out.div_ceil(self.batch)
+    }
+
+    /// The prompts of a unit.
+    pub fn prompts_of(&self, unit: usize) -> std::ops::Range<usize> {
+        let of_statistics = self.samples.div_ceil(self.batch);
+        let (start, end) = match unit.checked_sub(of_statistics) {
+            None => (unit * self.batch, self.samples),
+            Some(unit) => (self.samples + unit * self.batch, self.prompts.len()),
+        };
+        start.min(end)..(start + self.batch).min(end)
+    }
+
+    /// States of all pictures that statistics are gathered of.
+    pub fn states(&self) -> usize {
+        match self.source {
+            StateSource::Trajectory => self.samples * self.denoise.steps,
+            StateSource::Latents | StateSource::Images => {
+                (self.samples as f64 * self.draws).ceil() as usize
+            }
+        }
+    }
+
+    /// Forwards of a unit: of sampling, and of gathering after it.
+    pub fn forwards_of(&self, unit: usize) -> usize {
+        let prompts = self.prompts_of(unit);
+        let sampling = if self.images.is_some() {
+            0
+        } else {
+            self.denoise.steps
+        };
+        let gathered = prompts.start < self.samples && self.source != StateSource::Trajectory;
+        let states = |i: usize| i % self.samples >= prompts.start && i % self.samples < prompts.end;
+        let states = (0..self.states())
+            .filter(|i| gathered && states(*i))
+            .count();
+        sampling + states.div_ceil(self.batch)
+    }
+
+    /// Carries out one unit: adds to `stats` and gives the pictures, packed latents (prompts, tokens, 4 · channels) in
+    /// f32 on the CPU.
+    ///
+    /// # Errors
+    /// When a forward fails or values become NaN or infinite.
+    pub fn run(
+        &self,
+        unit: usize,
+        stats: &mut CalibrationStats,
+        progress: &ProgressBar,
+    ) -> Result<Tensor> {
+        let range = self.prompts_of(unit);
+        ensure!(!range.is_empty(), "no unit {unit} in this calibration");
+        let gather = range.start < self.samples;
+        // every forward has a number of its own, whoever runs it
+        stats.start_forward((unit as u64) << 20);
+        let prompts = self.prompts.range(range.clone())?;
+        let pictures = match self.images {
+            Some(images) => images.narrow(0, range.start, range.len())?,
+            None => {
+                let along = gather && self.source == StateSource::Trajectory;
+                let observer: &mut dyn Observer = if along { stats } else { &mut () };
+                self.sample(range.clone(), &prompts, observer, progress)?
+            }
+        };
+        if gather && self.source != StateSource::Trajectory {
+            let share = Share {
+                first: range.start,
+                of: self.samples,
+                states: self.states(),
+            };
+            let (size, guidance) = (self.denoise.size, self.denoise.guidance);
+            let seed = self.seed.wrapping_add(1);
+            let states = States::share(pictures.clone(), prompts, share, size, guidance, seed)?;
+            for range in states.batches(self.batch) {
+                let batch = states.batch(range, self.denoise.device, self.denoise.dtype)?;
+                trunk_only(self.denoise.flux, &batch.inputs(), stats)?;
+                progress.inc(1);
+            }
+        }
+        Ok(pictures)
+    }
+
+    /// Samples prompts; picture i starts from the noise of seed `seed + i`, whatever the unit.
+    fn sample(
+        &self,
+        range: std::ops::Range<usize>,
+        prompts: &Encoded,
+        observer: &mut dyn Observer,
+        progress: &ProgressBar,
+    ) -> Result<Tensor> {
+        let noise = range.map(|i| {
+            let seed = self.seed.wrapping_add(i as u64);
+            starting_noise(seed, 1, self.channels, self.denoise.size)
+        });
+        let noise = Tensor::cat(&noise.collect::<Result<Vec<_>>>()?, 0)?;
+        let latents = self
+            .denoise
+            .run(&noise, prompts, observer, &mut || progress.inc(1))
+            .context("while sampling")?;
+        Ok(latents.to_device(&Device::Cpu)?)
+    }
+}
+
+/// All blocks, without the head: nobody asks for the velocity.
+fn trunk_only(
+    flux: &Flux,
+    inputs: &crate::model::Inputs,
+    observer: &mut dyn Observer,
+) -> Result<()> {
+    let (stream, conditioning) = flux.embed(inputs)?;
+    let all = 0..flux.trunk.len();
+    flux.trunk
+        .forward_range(all, &stream, &conditioning, observer)?;
+    Ok(())
+}

@@ -1,0 +1,128 @@
+//! The numbers that decide what a calibration gathers, as they stand in recipes and in statistics files.
+
+use std::{fmt, str::FromStr};
+
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+/// Where the states come from whose activations are looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StateSource {
+    /// The model's own pictures, noised anew at times spread evenly: the default, as fits made of few such states come
+    /// out better than those of many more states of a trajectory (README, "How it works").
+    #[default]
+    Latents,
+    /// The states that sampling itself passes through, at the scheduler's times: no forward more than sampling takes.
+    Trajectory,
+    /// Given pictures with captions, noised.
+    Images,
+}
+
+impl fmt::Display for StateSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Latents => "latents",
+            Self::Trajectory => "trajectory",
+            Self::Images => "images",
+        })
+    }
+}
+
+impl FromStr for StateSource {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let sources = [Self::Latents, Self::Trajectory, Self::Images];
+        let source = sources.into_iter().find(|s| s.to_string() == text);
+        source.ok_or_else(|| "expected latents, trajectory or images".to_owned())
+    }
+}
+
+/// Where input/output pairs come from, and how many.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct CalibrationRecipe {
+    /// `latents`, `trajectory` or `images`.
+    pub source: StateSource,
+    /// Prompts to sample (or pictures to take); `null`: 160 for small pictures and 32 for large ones.
+    pub samples: Option<usize>,
+    /// Noised states of each picture, on average; `null`: a fifth of the sampling steps, so that the pass over them
+    /// adds a fifth to the time that sampling takes, and 4 for given images.
+    pub draws: Option<f64>,
+    /// Sampling steps; `null`: the model's own default.
+    pub steps: Option<usize>,
+    /// Guidance; `null`: the model's own default.
+    pub guidance: Option<f64>,
+    /// Picture width in pixels; `null`: the model's own default.
+    pub width: Option<usize>,
+    /// Picture height in pixels; `null`: the model's own default.
+    pub height: Option<usize>,
+    /// Seed of starting noise and noised states.
+    pub seed: u64,
+    /// States in one forward; `null`: as many as make some 1,536 tokens.
+    pub batch: Option<usize>,
+    /// Tokens of each stream that enter the products of one forward; `null`: all.
+    pub tokens_per_forward: Option<usize>,
+}
+
+impl Default for CalibrationRecipe {
+    fn default() -> Self {
+        Self {
+            source: StateSource::Latents,
+            samples: None,
+            draws: None,
+            steps: None,
+            guidance: None,
+            width: None,
+            height: None,
+            seed: 0,
+            batch: None,
+            tokens_per_forward: None,
+        }
+    }
+}
+
+/// Bounds of what a recipe may ask for: beyond them a number is a slip, and would exhaust memory before it is noticed.
+const MOST_SAMPLES: usize = 1_000_000;
+const MOST_STEPS: usize = 1000;
+const MOST_DRAWS: f64 = 1000.0;
+const LARGEST_BATCH: usize = 65_536;
+
+impl CalibrationRecipe {
+    /// Checks the ranges of all numbers.
+    ///
+    /// # Errors
+    /// When one is out of range; the message names it and the range.
+    pub fn validate(&self) -> Result<()> {
+        let within = |value: Option<usize>, most| value.is_none_or(|v| (1..=most).contains(&v));
+        let number = |value: Option<usize>| value.map_or_else(String::new, |v| v.to_string());
+        ensure!(
+            within(self.samples, MOST_SAMPLES),
+            "--samples {}: expected 1 to {MOST_SAMPLES} prompts",
+            number(self.samples)
+        );
+        ensure!(
+            within(self.steps, MOST_STEPS),
+            "--steps {}: expected 1 to {MOST_STEPS}",
+            number(self.steps)
+        );
+        ensure!(
+            self.draws.is_none_or(|d| d > 0.0 && d <= MOST_DRAWS),
+            "recipe: `calibration.draws` must be above 0 and at most {MOST_DRAWS}"
+        );
+        ensure!(
+            within(self.batch, LARGEST_BATCH),
+            "recipe: `calibration.batch` must be 1 to {LARGEST_BATCH}"
+        );
+        ensure!(
+            self.guidance.is_none_or(f64::is_finite),
+            "recipe: `calibration.guidance` is not finite"
+        );
+        ensure!(
+            self.tokens_per_forward != Some(0),
+            "--tokens-per-forward 0: at least one token must be taken"
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,72 @@
+//! What a plan will cost and save, counted from shapes before anything is written.
+
+use serde::Serialize;
+
+use super::plan::PruningPlan;
+use crate::{
+    layout::FluxConfig,
+    model::cost::{self, Cost},
+};
+
+/// Where and how large pictures are drawn: what arithmetic and memory are counted for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Situation {
+    /// Image tokens of one picture.
+    pub image_tokens: usize,
+    /// Text tokens.
+    pub text_tokens: usize,
+    /// Bytes of one weight in memory: 2 for bf16.
+    pub weight_bytes: usize,
+    /// Bytes of the whole unpruned checkpoint on disk for each parameter.
+    pub file_bytes: f64,
+}
+
+/// Sizes of a model, pruned or not.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Forecast {
+    /// Number of parameters of the transformer.
+    pub parameters: u64,
+    /// Bytes of its checkpoint.
+    pub file_bytes: u64,
+    /// Floating-point operations of one step at batch 1.
+    pub flops: u64,
+    /// Device memory while drawing one picture: the transformer's weights and the widest moment of a block. Text
+    /// encoders and VAE come before and after it, not beside it.
+    pub memory_bytes: u64,
+}
+
+impl Forecast {
+    /// Of a model as it is.
+    pub fn of(config: &FluxConfig, situation: Situation) -> Self {
+        let Situation {
+            image_tokens,
+            text_tokens,
+            weight_bytes,
+            file_bytes,
+        } = situation;
+        let cost: Cost = cost::model(config, image_tokens, text_tokens);
+        let tokens = (image_tokens + text_tokens) as u64;
+        // a block's input and output, q, k, v and what attention makes of them, and the MLP before and after its activation
+        let widest = 2 * config.mlp_size as u64 + 8 * config.hidden_size as u64;
+        Self {
+            parameters: cost.parameters,
+            file_bytes: (cost.parameters as f64 * file_bytes).round() as u64,
+            flops: cost.flops(),
+            memory_bytes: (cost.parameters + tokens * widest) * weight_bytes as u64,
+        }
+    }
+
+    /// Of the model that `plan` makes of another. The plan must be valid.
+    pub fn of_plan(config: &FluxConfig, plan: &PruningPlan, situation: Situation) -> Self {
+        let pruned = FluxConfig {
+            layout: plan.layout(config),
+            ..config.clone()
+        };
+        Self::of(&pruned, situation)
+    }
+
+    /// How many times faster than `before` a step is, by its arithmetic alone.
+    pub fn speed_up(&self, before: &Self) -> f64 {
+        before.flops as f64 / self.flops as f64
+    }
+}

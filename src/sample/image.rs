@@ -1,0 +1,185 @@
+//! Picture files → tensors as the VAE's encoder takes them. Writing pictures is `png`'s business.
+
+use std::{io::Cursor, path::Path};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle::{Device, Tensor};
+use resize::{Pixel, Type, px::RGB};
+use zune_jpeg::{
+    JpegDecoder, zune_core::colorspace::ColorSpace, zune_core::options::DecoderOptions,
+};
+
+use super::png::Picture;
+
+/// Endings of the files that [`read`] understands.
+pub const EXTENSIONS: [&str; 3] = ["png", "jpg", "jpeg"];
+
+/// Pixels of the largest picture that is read: 16 times 4K.
+const MOST_PIXELS: usize = 1 << 27;
+
+/// Reads a PNG or JPEG as 8-bit RGB; transparency is laid on white.
+///
+/// # Errors
+/// When the file cannot be read, is damaged, or is of another format.
+pub fn read(path: &Path) -> Result<Picture> {
+    let name = path.display();
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read `{name}`"))?;
+    let picture = if bytes.starts_with(b"\x89PNG") {
+        read_png(&bytes)
+    } else if bytes.starts_with(&[0xff, 0xd8]) {
+        read_jpeg(&bytes)
+    } else {
+        bail!("`{name}` is neither a PNG nor a JPEG picture")
+    };
+    picture.with_context(|| format!("`{name}` is damaged"))
+}
+
+fn read_png(bytes: &[u8]) -> Result<Picture> {
+    let mut decoder = png::Decoder::new(Cursor::new(bytes));
+    decoder.set_transformations(png::Transformations::normalize_to_color8());
+    let mut reader = decoder.read_info()?;
+    let (width, height) = (reader.info().width, reader.info().height);
+    ensure!(
+        width as usize * height as usize <= MOST_PIXELS,
+        "it is too large"
+    );
+    let size = reader.output_buffer_size().context("it is too large")?;
+    let mut pixels = vec![0; size];
+    let info = reader.next_frame(&mut pixels)?;
+    pixels.truncate(info.buffer_size());
+    let on_white = |value: u8, alpha: u8| {
+        let (value, alpha) = (u32::from(value), u32::from(alpha));
+        ((value * alpha + 255 * (255 - alpha) + 127) / 255) as u8
+    };
+    let rgb = match info.color_type {
+        png::ColorType::Rgb => pixels,
+        png::ColorType::Rgba => pixels
+            .chunks_exact(4)
+            .flat_map(|p| {
+                [
+                    on_white(p[0], p[3]),
+                    on_white(p[1], p[3]),
+                    on_white(p[2], p[3]),
+                ]
+            })
+            .collect(),
+        png::ColorType::Grayscale => pixels.iter().flat_map(|g| [*g; 3]).collect(),
+        png::ColorType::GrayscaleAlpha => pixels
+            .chunks_exact(2)
+            .flat_map(|p| [on_white(p[0], p[1]); 3])
+            .collect(),
+        png::ColorType::Indexed => bail!("its palette was not resolved"),
+    };
+    Ok(Picture { width, height, rgb })
+}
+
+fn read_jpeg(bytes: &[u8]) -> Result<Picture> {
+    let options = DecoderOptions::default()
+        .jpeg_set_out_colorspace(ColorSpace::RGB)
+        .set_max_width(1 << 16)
+        .set_max_height(1 << 16);
+    let mut decoder = JpegDecoder::new_with_options(Cursor::new(bytes), options);
+    let rgb = decoder.decode()?;
+    let info = decoder.info().context("it has no header")?;
+    let (width, height) = (u32::from(info.width), u32::from(info.height));
+    ensure!(rgb.len() == 3 * (width * height) as usize, "it is cut off");
+    Ok(Picture { width, height, rgb })
+}
+
+/// Scales a picture to cover `width` × `height` (Lanczos), crops what overlaps evenly, and gives (3, height, width) in
+/// \[-1, 1\], f32 on the CPU.
+///
+/// # Errors
+/// When the picture is empty.
+pub fn covering(picture: &Picture, width: usize, height: usize) -> Result<Tensor> {
+    let (w, h) = (picture.width as usize, picture.height as usize);
+    ensure!(w > 0 && h > 0, "the picture is empty");
+    let scale = (width as f64 / w as f64).max(height as f64 / h as f64);
+    let inner = |size: usize, least: usize| ((size as f64 * scale).round() as usize).max(least);
+    let (wide, high) = (inner(w, width), inner(h, height));
+    let source: Vec<RGB<u8>> = picture
+        .rgb
+        .chunks_exact(3)
+        .map(|p| RGB::new(p[0], p[1], p[2]))
+        .collect();
+    let mut scaled = vec![RGB::new(0, 0, 0); wide * high];
+    resize::new(w, h, wide, high, Pixel::RGB8, Type::Lanczos3)?.resize(&source, &mut scaled)?;
+    let (left, top) = ((wide - width) / 2, (high - height) / 2);
+    let mut values = Vec::with_capacity(3 * width * height);
+    for channel in 0..3 {
+        for row in top..top + height {
+            let row = &scaled[row * wide + left..row * wide + left + width];
+            values.extend(row.iter().map(|p| {
+                let value = [p.r, p.g, p.b][channel];
+                f32::from(value) / 127.5 - 1.0
+            }));
+        }
+    }
+    Ok(Tensor::from_vec(values, (3, height, width), &Device::Cpu)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_picture_written_is_read_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.png");
+        let rgb: Vec<u8> = (0..3 * 6 * 4).map(|i| (i * 3) as u8).collect();
+        let picture = Picture {
+            width: 6,
+            height: 4,
+            rgb,
+        };
+        picture.save(&path, &[]).unwrap();
+        assert_eq!(read(&path).unwrap(), picture);
+        let same = covering(&picture, 6, 4).unwrap();
+        assert_eq!(Picture::from_decoded(&same).unwrap(), picture);
+    }
+
+    #[test]
+    fn a_wide_picture_is_scaled_and_cropped_in_the_middle() {
+        // black, white, black in thirds
+        let row = [[0u8; 3]; 4]
+            .into_iter()
+            .chain([[255; 3]; 4])
+            .chain([[0; 3]; 4]);
+        let row: Vec<u8> = row.flatten().collect();
+        let picture = Picture {
+            width: 12,
+            height: 4,
+            rgb: row.repeat(4),
+        };
+        let middle = covering(&picture, 2, 2).unwrap();
+        assert_eq!(middle.dims(), [3, 2, 2]);
+        let least = middle.min_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(least > 0.5, "{least}");
+    }
+
+    #[test]
+    fn damaged_pictures_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut rgb = Vec::new();
+        rgb.resize(3 * 32 * 32, 77);
+        let whole = folder.path().join("a.png");
+        Picture {
+            width: 32,
+            height: 32,
+            rgb,
+        }
+        .save(&whole, &[])
+        .unwrap();
+        let bytes = std::fs::read(&whole).unwrap();
+        for (name, bytes) in [
+            ("cut.png", &bytes[..bytes.len() / 2]),
+            ("text.png", b"hello".as_slice()),
+            ("cut.jpg", &[0xff, 0xd8, 0xff, 0xe0]),
+        ] {
+            let path = folder.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            let error = read(&path).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+        }
+    }
+}
