@@ -1,6 +1,6 @@
 //! What `train-sandwich` opens: the pruned model, its teacher, prompts, the teacher's pictures.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle::{Device, Tensor};
@@ -22,7 +22,12 @@ use crate::{
         denoise::{Denoise, Encoded},
         schedule::Schedule,
     },
-    train::{data::Pictures, recipe::SandwichRecipe},
+    train::{
+        data::Pictures,
+        memory::{self, Forecast, Situation},
+        recipe::SandwichRecipe,
+        sandwich::Sandwich,
+    },
     ui,
 };
 
@@ -100,9 +105,27 @@ impl Pair {
         })
     }
 
+    /// The unpruned model; with `offload`, its blocks are read whenever they are run.
+    pub(super) fn flux(&self, offload: bool, runtime: &Runtime) -> Result<Flux> {
+        if !offload {
+            return load::flux(&self.teacher, runtime);
+        }
+        let vb = self
+            .teacher
+            .transformer
+            .var_builder(runtime.dtype, &runtime.device);
+        Flux::stored(&self.teacher.config, &vb)
+            .with_context(|| format!("cannot load the transformer of `{}`", self.teacher.name))
+    }
+
     /// The pruned model: the teacher's blocks where the file holds the same bytes, and how many of them there are
     /// before the first other one.
-    pub(super) fn student(&self, flux: &Flux, runtime: &Runtime) -> Result<(Flux, usize)> {
+    pub(super) fn student(
+        &self,
+        flux: &Flux,
+        offload: bool,
+        runtime: &Runtime,
+    ) -> Result<(Flux, usize)> {
         let (ours, theirs) = (&self.pruned.transformer, &self.teacher.transformer);
         let outside = |name: &str| keys::parse(name).is_none() && !name.starts_with("final_layer.");
         for (name, source) in ours.iter().filter(|(name, _)| outside(name)) {
@@ -127,6 +150,9 @@ impl Pair {
             shared += usize::from(alike);
             let block = match (teachers, &prefix) {
                 (Some(block), _) => block,
+                (None, Some(prefix)) if offload && matches!(spec, BlockSpec::Original(_)) => {
+                    Block::stored(&Arc::new(config.clone()), spec, &vb.pp(prefix))
+                }
                 (None, Some(prefix)) => Block::new(config, spec, &vb.pp(prefix))?,
                 (None, None) => Block::new(config, spec, &vb)?,
             };
@@ -286,6 +312,86 @@ pub(super) fn settings(pair: &Pair, resolved: &Resolved, runtime: &Runtime) -> V
         "recipe": resolved.recipe,
         "runtime": runtime.to_string(),
     })
+}
+
+/// Says what would be trained and what it takes.
+pub(super) fn dry_run(
+    args: &TrainArgs,
+    pair: &Pair,
+    resolved: &Resolved,
+    sandwiches: &[Sandwich],
+    recompute: bool,
+    runtime: &Runtime,
+) -> Result<()> {
+    let recipe = &resolved.recipe;
+    let situation = Situation {
+        element: runtime.dtype.size_in_bytes() as f64,
+        cpu: runtime.device.is_cpu(),
+        batch: resolved.batch,
+        tokens: (pair.teacher.default_text_length()?, resolved.size.tokens()),
+        recompute,
+        offload: args.offload,
+    };
+    let (pruned, teacher) = (&pair.pruned.config, &pair.teacher.config);
+    let take = |sandwich: Option<&Sandwich>| {
+        memory::forecast(pruned, teacher, sandwiches, sandwich, recipe, situation)
+    };
+    let mut phases: Vec<(String, usize, Forecast)> = Vec::new();
+    if recipe.steps > 0 {
+        let each = sandwiches.iter();
+        phases.extend(each.map(|s| (s.to_string(), recipe.steps, take(Some(s)))));
+    }
+    if recipe.finish.steps > 0 {
+        phases.push(("finish".to_owned(), recipe.finish.steps, take(None)));
+    }
+    let peak = phases.iter().map(|(_, _, f)| f.bytes()).fold(0.0, f64::max);
+    if args.json {
+        let phases: Vec<Value> = phases
+            .iter()
+            .map(|(name, steps, f)| json!({ "phase": name, "steps": steps, "memory": f }))
+            .collect();
+        return ui::json(&json!({
+            "phases": phases,
+            "peak_bytes": peak,
+            "pictures": resolved.prompts.len(),
+            "batch": resolved.batch,
+            "recompute": recompute,
+            "recipe": recipe,
+        }));
+    }
+    let rows: Vec<Vec<String>> = phases
+        .iter()
+        .map(|(name, steps, f)| {
+            let size = [f.weights, f.optimiser, f.activations, f.bytes()].map(ui::bytes);
+            let [weights, optimiser, activations, all] = size;
+            vec![
+                name.clone(),
+                steps.to_string(),
+                ui::count(f.trainables),
+                weights,
+                optimiser,
+                activations,
+                all,
+            ]
+        })
+        .collect();
+    let header = [
+        "trained",
+        "steps",
+        "values",
+        "weights",
+        "trainables",
+        "activations",
+        "all",
+    ];
+    ui::data(format!(
+        "{}\n\n{} pictures, {} states of {} tokens in a forward; peak on the device: {}",
+        ui::table(&header, &rows, &[1, 2, 3, 4, 5, 6]),
+        resolved.prompts.len(),
+        resolved.batch,
+        situation.tokens.0 + situation.tokens.1,
+        ui::bytes(peak)
+    ))
 }
 
 /// Where the teacher's pictures are kept, so that a run that goes on need not draw them again.

@@ -59,12 +59,12 @@ pub(super) fn write(
 /// Tensors keep their number format; sums are made in f32 and rounded once.
 pub(super) fn healed(pair: &Pair, student: &Trunk, merge: bool) -> Result<Checkpoint> {
     let mut out = pair.pruned.transformer.clone();
-    let mut student = student.clone();
     let slots = pair.pruned.config.slots();
-    for ((_, prefix), (_, block)) in slots.into_iter().zip(student.entries_mut()) {
+    for ((_, prefix), (_, block)) in slots.into_iter().zip(student.entries()) {
         let Some(prefix) = prefix else {
             continue;
         };
+        let mut block = block.resident()?;
         for (projection, linear) in block.linears_mut() {
             let name = format!("{prefix}.{projection}");
             for (part, value) in [("weight", Some(linear.weight())), ("bias", linear.bias())] {

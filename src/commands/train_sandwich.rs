@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
@@ -37,12 +37,23 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     }
     let pruned = match args.pipeline.model.model {
         Some(_) => super::open(&args.pipeline.choice())?,
+        None if args.dry_run && !folder.join("pruned").exists() => {
+            bail!("--dry-run: name a pruned model with --model\nhint: `fastflux prune` makes one")
+        }
         None => Pipeline::open(&train::prune_bundled(args, &folder.join("pruned"))?)?,
     };
     let pair = Pair::open(args, pruned)?;
     let resolved = train::resolve(args, &pair.teacher)?;
+    let sandwiches = sandwich::sandwiches(
+        &pair.pruned.config.layout,
+        &pair.teacher.config.layout,
+        &resolved.recipe.sandwich,
+    )?;
+    let recompute = args.recompute || args.offload || train::large(&resolved);
+    if args.dry_run {
+        return train::dry_run(args, &pair, &resolved, &sandwiches, recompute, &runtime);
+    }
     save::check_writable(&args.output)?;
-
     let settings = train::settings(&pair, &resolved, &runtime);
     let state = StateFile::new(&folder, settings.clone());
     let saved = state.load()?;
@@ -54,15 +65,10 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
             saved.progress.step
         ));
     }
-    let flux = super::load::flux(&pair.teacher, &runtime)?;
+    let flux = pair.flux(args.offload, &runtime)?;
     let pictures = train::pictures(&folder, &pair, &resolved, &flux, &settings, &runtime)?;
     let (pictures, held_out) = pictures.split(train::held_out_pictures(pictures.len()))?;
-    let (student, shared) = pair.student(&flux, &runtime)?;
-    let sandwiches = sandwich::sandwiches(
-        &pair.pruned.config.layout,
-        &pair.teacher.config.layout,
-        &resolved.recipe.sandwich,
-    )?;
+    let (student, shared) = pair.student(&flux, args.offload, &runtime)?;
     let mut training = Training {
         teacher: &flux,
         student,
@@ -74,7 +80,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         held_out_states: resolved.held_out,
         recipe: &resolved.recipe,
         save_every: args.save_every,
-        recompute: args.recompute || train::large(&resolved),
+        recompute,
     };
     let before = training.velocity_error()?;
     let start = Instant::now();

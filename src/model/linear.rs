@@ -26,6 +26,18 @@ pub struct Lora {
     pub scale: f64,
 }
 
+impl Lora {
+    /// The same factors outside of any gradient graph, sharing their storage.
+    #[must_use]
+    pub fn detached(&self) -> Self {
+        Self {
+            a: self.a.detach(),
+            b: self.b.detach(),
+            scale: self.scale,
+        }
+    }
+}
+
 impl Linear {
     /// From `weight` (out, in) and `bias` (out,). Either may be a `Var`'s tensor, of a wider dtype than the activations.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
@@ -90,15 +102,10 @@ impl Linear {
     /// The same projection outside of any gradient graph, sharing the storage of its tensors.
     #[must_use]
     pub fn detached(&self) -> Self {
-        let lora = self.lora.as_ref().map(|Lora { a, b, scale }| Lora {
-            a: a.detach(),
-            b: b.detach(),
-            scale: *scale,
-        });
         Self {
             weight: self.weight.detach(),
             bias: self.bias.as_ref().map(Tensor::detach),
-            lora,
+            lora: self.lora.as_ref().map(Lora::detached),
         }
     }
 

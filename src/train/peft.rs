@@ -18,11 +18,11 @@ use crate::{
 /// When a projection has no counterpart in diffusers.
 pub fn lora(config: &FluxConfig, trunk: &Trunk) -> Result<Checkpoint> {
     let mut out = Checkpoint::default();
-    let mut trunk = trunk.clone();
-    for ((spec, prefix), (_, block)) in config.slots().into_iter().zip(trunk.entries_mut()) {
+    for ((spec, prefix), (_, block)) in config.slots().into_iter().zip(trunk.entries()) {
         let Some(slot) = prefix.as_deref().and_then(|p| p.rsplit('.').next()) else {
             continue;
         };
+        let mut block = block.resident()?;
         for (projection, linear) in block.linears_mut() {
             let Some(lora) = linear.lora() else {
                 continue;
@@ -82,6 +82,7 @@ mod tests {
             1,
             &trainables::Values::new(),
             &device,
+            false,
         )
         .unwrap();
         for trainable in list.iter().filter(|t| t.name.ends_with("lora-b")) {

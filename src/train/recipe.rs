@@ -266,7 +266,7 @@ impl Default for FinishRecipe {
     fn default() -> Self {
         Self {
             steps: 400,
-            lr: None,
+            lr: Some(1e-3),
             blocks: FinishBlocks::Sandwiches,
         }
     }
@@ -376,5 +376,52 @@ impl SandwichRecipe {
             "--steps 0 and --finish 0: nothing would be trained"
         );
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_recipe_in_configs_is_the_default() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/sandwich.json");
+        assert_eq!(
+            SandwichRecipe::read(&path).unwrap(),
+            SandwichRecipe::default()
+        );
+    }
+
+    #[test]
+    fn a_misspelt_key_is_refused_by_name() {
+        let error = serde_json::from_str::<SandwichRecipe>(r#"{"lora": {"rnak": 1}}"#).unwrap_err();
+        assert!(error.to_string().contains("rnak"), "{error}");
+    }
+
+    #[test]
+    fn the_learning_rate_warms_up_and_decays_to_nothing() {
+        let recipe = OptimiserRecipe::default();
+        let rate = |step| recipe.rate(1.0, step, 100);
+        assert!((rate(0) - 0.1).abs() < 1e-9);
+        assert!(rate(9) > 0.95 && rate(9) < 1.0);
+        assert!(rate(99) < 1e-3 && rate(99) > 0.0);
+        assert!((0..99).skip(10).all(|step| rate(step + 1) < rate(step)));
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_refused_by_name() {
+        let refused = |change: fn(&mut SandwichRecipe), word: &str| {
+            let mut recipe = SandwichRecipe::default();
+            change(&mut recipe);
+            let error = recipe.validate(128).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        };
+        SandwichRecipe::default().validate(128).unwrap();
+        refused(|r| r.lora.rank = Some(0), "--rank 0");
+        refused(|r| r.lora.rank = Some(129), "--rank 129");
+        refused(|r| r.optimiser.lr = f64::NAN, "--lr");
+        refused(|r| r.optimiser.beta2 = 1.0, "beta2");
+        refused(|r| r.data.batch = Some(0), "--batch 0");
+        refused(|r| (r.steps, r.finish.steps) = (0, 0), "nothing");
     }
 }

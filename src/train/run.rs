@@ -1,27 +1,23 @@
 //! The loop: phases, steps, looks at the held-out loss, saving. What a step computes is in `backward`, `loss`, `adamw`.
 
-use std::ops::Range;
-
 use anyhow::{Context, Result, bail, ensure};
-use candle::{DType, Tensor, Var};
+use candle::{Tensor, Var};
 
 use super::{
     Entry, PhaseReport,
     adamw::{self, AdamW},
     backward,
     data::{Batch, Key, Pictures},
-    loss::{self, Loss},
-    recipe::{FinishBlocks, Normalise, SandwichRecipe, Target},
+    phase::{Kind, Measure, Phase, Sample, phases},
+    recipe::{SandwichRecipe, Target},
     sandwich::Sandwich,
     state::{Progress, Saved},
     trainables::{self, Trainable, Values},
 };
-use crate::model::{Conditioning, Flux, Stream, Trunk};
+use crate::model::{Block, Conditioning, Flux, Stream, Trunk};
 
 /// A held-out loss this many times that from before is no accident.
 const DIVERGED: f64 = 10.0;
-/// Batches that the velocity's sensitivity is measured on.
-const SENSITIVITY_BATCHES: usize = 4;
 
 /// Looks on while a run goes on.
 pub trait Watch {
@@ -65,75 +61,15 @@ pub struct Training<'a> {
     pub recompute: bool,
 }
 
-/// One batch at the entry of what is trained.
-struct Sample {
-    stream: Stream,
-    conditioning: Conditioning,
-    /// The original's tokens after the sandwich, or its velocity.
-    target: Tensor,
-}
-
-/// What is trained in a phase.
-enum Kind {
-    Sandwich(Sandwich),
-    Finish,
-}
-
-struct Phase {
-    name: String,
-    kind: Kind,
-    /// Entries of the student that are run with gradients.
-    range: Range<usize>,
-    /// Entries that are trained.
-    trained: Vec<Range<usize>>,
-    steps: usize,
-    lr: f64,
-}
-
 impl Training<'_> {
-    fn phases(&self) -> Vec<Phase> {
-        let recipe = self.recipe;
-        let mut out = Vec::new();
-        if recipe.steps > 0 {
-            out.extend(self.sandwiches.iter().map(|sandwich| Phase {
-                name: sandwich.to_string(),
-                kind: Kind::Sandwich(sandwich.clone()),
-                range: sandwich.student.clone(),
-                trained: vec![sandwich.student.clone()],
-                steps: recipe.steps,
-                lr: recipe.optimiser.lr,
-            }));
-        }
-        if recipe.finish.steps > 0 {
-            let all = 0..self.student.trunk.len();
-            let trained: Vec<Range<usize>> = match recipe.finish.blocks {
-                FinishBlocks::Sandwiches => {
-                    // neighbouring sandwiches share blocks
-                    let within = |i: &usize| self.sandwiches.iter().any(|s| s.student.contains(i));
-                    all.clone().filter(within).map(|i| i..i + 1).collect()
-                }
-                FinishBlocks::All => vec![all.clone()],
-            };
-            let first = trained.first().map_or(0, |range| range.start);
-            out.push(Phase {
-                name: "finish".to_owned(),
-                kind: Kind::Finish,
-                range: first..all.end,
-                trained,
-                steps: recipe.finish.steps,
-                lr: recipe.finish.lr.unwrap_or(recipe.optimiser.lr),
-            });
-        }
-        out
-    }
-
     /// Trains from the start or from where `saved` was; returns the trained values and what became of every phase.
     ///
     /// # Errors
     /// When a loss becomes NaN or infinite or diverges, a pass fails, or the run cannot be saved.
     pub fn run(&mut self, saved: Option<Saved>, watch: &mut dyn Watch) -> Result<Saved> {
         let mut saved = saved.unwrap_or_default();
-        let phases = self.phases();
+        let phases = phases(self.recipe, &self.sandwiches, self.student.trunk.len());
+        let stored = self.student.trunk.clone();
         for (index, phase) in phases.iter().enumerate() {
             let trainables = self.attach(phase, &saved.values)?;
             ensure!(
@@ -141,12 +77,12 @@ impl Training<'_> {
                 "{}: nothing to train (no layer, and no LoRA without a rank)",
                 phase.name
             );
-            if index < saved.progress.phase {
-                continue;
+            if index >= saved.progress.phase {
+                watch.phase(&phase.name, index, phase.steps, saved.progress.step);
+                self.phase(phase, &trainables, &mut saved, watch)
+                    .with_context(|| phase.name.clone())?;
             }
-            watch.phase(&phase.name, index, phase.steps, saved.progress.step);
-            self.phase(phase, &trainables, &mut saved, watch)
-                .with_context(|| phase.name.clone())?;
+            self.put_away(phase, &stored);
         }
         Ok(saved)
     }
@@ -171,7 +107,20 @@ impl Training<'_> {
 
     /// How many phases there are.
     pub fn count(&self) -> usize {
-        self.phases().len()
+        phases(self.recipe, &self.sandwiches, self.student.trunk.len()).len()
+    }
+
+    /// Blocks that were not on the device before the phase leave it again.
+    fn put_away(&mut self, phase: &Phase, stored: &Trunk) {
+        let entries = self.student.trunk.entries_mut().iter_mut();
+        for (i, ((_, block), (_, before))) in entries.zip(stored.entries()).enumerate() {
+            if phase.range.contains(&i) && matches!(before, Block::Stored(_)) {
+                let resident = block.clone();
+                if !matches!(resident, Block::Stored(_)) {
+                    *block = before.with_lora_of(resident);
+                }
+            }
+        }
     }
 
     fn attach(&mut self, phase: &Phase, values: &Values) -> Result<Vec<Trainable>> {
@@ -185,6 +134,7 @@ impl Training<'_> {
                 self.recipe.seed,
                 values,
                 &device,
+                matches!(phase.kind, Kind::Finish),
             )?);
         }
         Ok(out)
@@ -413,11 +363,8 @@ impl Training<'_> {
 
     /// Entries at the start that still compute what the teacher's do.
     fn untouched(&self) -> usize {
-        let mut student = self.student.trunk.clone();
-        let touched = student
-            .entries_mut()
-            .iter_mut()
-            .position(|(_, block)| block.linears_mut().iter().any(|(_, l)| l.lora().is_some()));
+        let entries = self.student.trunk.entries();
+        let touched = entries.iter().position(|(_, block)| block.has_lora());
         touched.map_or(self.shared, |touched| touched.min(self.shared))
     }
 
@@ -434,7 +381,11 @@ impl Training<'_> {
         let stream = if shared == low {
             common.clone()
         } else {
-            run(&trainables::frozen(&self.student.trunk), shared..low, &common)?
+            run(
+                &trainables::frozen(&self.student.trunk),
+                shared..low,
+                &common,
+            )?
         };
         let target = match &phase.kind {
             Kind::Finish => {
@@ -453,42 +404,6 @@ impl Training<'_> {
         })
     }
 
-    fn measure(&self, phase: &Phase, held_out: &[Sample]) -> Result<Measure> {
-        let Kind::Sandwich(sandwich) = &phase.kind else {
-            let mut sum = (0.0, 0);
-            for sample in held_out {
-                sum.0 += sum_sq(&sample.target)?;
-                sum.1 += sample.target.elem_count();
-            }
-            let mean = sum.0 / sum.1.max(1) as f64;
-            ensure!(
-                mean.is_finite() && mean > 0.0,
-                "the original's velocity is NaN, infinite or zero"
-            );
-            return Ok(Measure::Velocity(mean));
-        };
-        let streams: Vec<Stream> = held_out.iter().map(Sample::target_stream).collect();
-        let last = sandwich.student.end == self.student.trunk.len();
-        let sensitivity = if self.recipe.loss.normalise == Normalise::Velocity {
-            let states = streams.iter().cloned();
-            let samples: Vec<_> = states
-                .zip(held_out.iter().map(|s| s.conditioning.clone()))
-                .take(SENSITIVITY_BATCHES)
-                .collect();
-            Some(loss::sensitivity(
-                self.teacher,
-                sandwich.teacher.end,
-                &samples,
-                self.recipe.seed,
-                self.recompute,
-            )?)
-        } else {
-            None
-        };
-        let loss = Loss::new(&self.recipe.loss, &streams, last, sensitivity)?;
-        Ok(Measure::Tokens(Box::new(loss)))
-    }
-
     fn held_out_loss(&self, phase: &Phase, held_out: &[Sample], measure: &Measure) -> Result<f64> {
         let student = trainables::frozen(&self.student.trunk);
         let mut sum = (0.0, 0);
@@ -505,50 +420,6 @@ impl Training<'_> {
         }
         Ok(sum.0 / f64::from(sum.1.max(1) as u32))
     }
-}
-
-impl Sample {
-    fn target_stream(&self) -> Stream {
-        Stream {
-            tokens: self.target.clone(),
-            txt_len: self.stream.txt_len,
-        }
-    }
-}
-
-/// How a phase's error is measured.
-enum Measure {
-    Tokens(Box<Loss>),
-    /// Squared error of the velocity over this mean square.
-    Velocity(f64),
-}
-
-impl Measure {
-    fn judge(&self, student: &Flux, output: &Stream, sample: &Sample) -> Result<(f64, Tensor)> {
-        let mean = match self {
-            Self::Tokens(loss) => return loss.judge(output, &sample.target_stream()),
-            Self::Velocity(mean) => mean,
-        };
-        let var = Var::from_tensor(&output.tokens)?;
-        let tracked = Stream {
-            tokens: var.as_tensor().clone(),
-            txt_len: output.txt_len,
-        };
-        let velocity = student.head(&tracked, &sample.conditioning)?;
-        let error =
-            (velocity.detach().to_dtype(DType::F32)? - sample.target.to_dtype(DType::F32)?)?;
-        let scale = 1.0 / (mean * error.elem_count() as f64);
-        let loss = sum_sq(&error)? * scale;
-        let grad = (error * (2.0 * scale))?.to_dtype(velocity.dtype())?;
-        let mut grads = (velocity * grad)?.sum_all()?.backward()?;
-        let grad = grads.remove(&var).context("the velocity has no gradient")?;
-        Ok((loss, grad))
-    }
-}
-
-fn sum_sq(t: &Tensor) -> Result<f64> {
-    let sum = t.to_dtype(DType::F32)?.sqr()?.sum_all()?;
-    Ok(f64::from(sum.to_scalar::<f32>()?))
 }
 
 fn moments(trainables: &[Trainable], adam: &AdamW) -> Result<[Values; 2]> {

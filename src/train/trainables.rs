@@ -47,7 +47,8 @@ fn wanted(recipe: &LoraRecipe, projection: &str) -> bool {
 /// Makes the entries `range` of `trunk` trainable and lists their trainables, those that are so already included.
 ///
 /// Replaced entries: every weight and bias, starting from `trained` or the value at hand. Unpruned ones: a LoRA of
-/// `trained` or a new one, with B zero, on every projection that the recipe names; none without a rank.
+/// `trained` or a new one, with B zero, on every projection that the recipe names; none without a rank. A stored block
+/// becomes resident unless it is to `stay` stored.
 ///
 /// # Errors
 /// When a trained value has another shape.
@@ -58,12 +59,14 @@ pub fn attach(
     seed: u64,
     trained: &Values,
     device: &Device,
+    stay: bool,
 ) -> Result<Vec<Trainable>> {
     let mut out = Vec::new();
     for (spec, block) in trunk.entries_mut().get_mut(range).into_iter().flatten() {
         let id = spec.id();
         let replaced = matches!(spec, BlockSpec::Replaced(_));
-        for (projection, linear) in block.linears_mut() {
+        let mut resident = block.resident()?;
+        for (projection, linear) in resident.linears_mut() {
             let name = format!("{id}.{projection}");
             let mut var = |part: &str, start: &dyn Fn() -> Result<Tensor>| -> Result<Tensor> {
                 let name = format!("{name}.{part}");
@@ -105,6 +108,11 @@ pub fn attach(
                     .with_context(|| format!("`{name}`"))?;
             }
         }
+        *block = if stay {
+            block.with_lora_of(resident)
+        } else {
+            resident
+        };
     }
     Ok(out)
 }
@@ -175,11 +183,10 @@ pub fn restore(trainables: &[Trainable], values: &Values) -> Result<()> {
 
 /// The same blocks outside of any graph; they follow the trainables, whose storage they share.
 pub fn frozen(trunk: &Trunk) -> Trunk {
-    let mut out = trunk.clone();
-    for (_, block) in out.entries_mut() {
-        for (_, linear) in block.linears_mut() {
-            *linear = linear.detached();
-        }
-    }
-    out
+    let entries = trunk.entries().iter();
+    Trunk::new(
+        entries
+            .map(|(spec, block)| (spec.clone(), block.detached()))
+            .collect(),
+    )
 }
