@@ -14,7 +14,7 @@ use super::{
     state::{Progress, Saved},
     trainables::{self, Trainable, Values},
 };
-use crate::model::{Block, Conditioning, Flux, Stream, Trunk};
+use crate::model::{Block, Flux, Stream, Trunk};
 
 /// A held-out loss this many times that from before is no accident.
 const DIVERGED: f64 = 10.0;
@@ -402,6 +402,18 @@ impl Training<'_> {
             conditioning,
             target,
         })
+    }
+
+    fn measure(&self, phase: &Phase, held_out: &[Sample]) -> Result<Measure> {
+        let entries = self.student.trunk.len();
+        Measure::new(
+            phase,
+            held_out,
+            self.teacher,
+            entries,
+            self.recipe,
+            self.recompute,
+        )
     }
 
     fn held_out_loss(&self, phase: &Phase, held_out: &[Sample], measure: &Measure) -> Result<f64> {
