@@ -18,13 +18,13 @@ use serde_json::Value;
 /// Small, but with every kind of phase: two sandwiches that share a block, and the finish.
 const SMALL: [&str; 14] = [
     "--samples",
-    "8",
+    "16",
     "--steps",
     "4",
     "--finish",
-    "3",
+    "4",
     "--batch",
-    "3",
+    "8",
     "--rank",
     "4",
     "--save-every",
@@ -75,7 +75,8 @@ fn prepared() -> &'static Path {
         ok(folder.path(), &args);
         fs::write(
             folder.path().join("recipe.json"),
-            r#"{ "evaluate-every": 2, "data": { "steps": 2, "held-out": 6 } }"#,
+            r#"{ "evaluate-every": 2, "data": { "steps": 2, "held-out": 12 },
+                 "optimiser": { "lr": 3e-5, "warmup": 1 }, "finish": { "lr": 3e-5 } }"#,
         )
         .unwrap();
         fs::write(folder.path().join("empty.txt"), "\n  \n").unwrap();
@@ -133,6 +134,12 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
         &train(&["--output", "whole", "--log", "whole.jsonl"]),
     );
     let args = train(&["--output", "killed", "--log", "killed.jsonl"]);
+    let report = fs::read_to_string(folder.join("whole/training.json")).unwrap();
+    let report: Value = serde_json::from_str(&report).unwrap();
+    assert!(
+        report["velocity_error"]["after"].as_f64() < report["velocity_error"]["before"].as_f64(),
+        "nothing was trained: {report}"
+    );
     let state = folder.join("killed.state");
     // pauses that differ from run to run, so that over time kills land everywhere
     let mut random = u64::from(std::process::id());
@@ -164,6 +171,8 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
         if out.status.success() {
             break;
         }
+        let text = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), None, "not killed, but failed: {text}");
     }
     assert!(
         kills >= 3 && resumed >= 2,
@@ -185,7 +194,7 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
         lines.collect::<Vec<_>>()
     };
     assert_eq!(steps("killed.jsonl"), steps("whole.jsonl"));
-    assert_eq!(steps("whole.jsonl").len(), 2 * (1 + 4) + 1 + 3);
+    assert_eq!(steps("whole.jsonl").len(), 2 * (1 + 4) + 1 + 4);
 }
 
 #[test]
@@ -288,9 +297,14 @@ fn what_cannot_be_trained_is_refused() {
         &train(&["--prompts", "empty.txt"]),
         &["--prompts", "no prompt"],
     );
-    refused(&train(&["--lr", "-1"]), &["--lr"]);
+    refused(&train(&["--lr=-1"]), &["--lr"]);
     refused(&train(&["--log", "/dev/full"]), &["--log", "/dev/full"]);
     refused(&train(&["--lr", "1e20"]), &["step", "learning rate"]);
+    // the same command meets its own state, another one that of other settings
+    refused(
+        &train(&["--lr", "1e19"]),
+        &["`recipe.optimiser.lr`", "--restart"],
+    );
     let existing = train(&["--output", "pruned"]);
     let out = fastflux(prepared(), &existing);
     assert_eq!(out.status.code(), Some(1));

@@ -21,6 +21,9 @@ const SANDWICH: &str = "sandwich.safetensors";
 /// The LoRA in PEFT's names.
 const LORA: &str = "lora.safetensors";
 
+/// What became of every phase, and all settings.
+pub(super) const REPORT: &str = "training.json";
+
 /// Writes everything into a folder that appears whole.
 pub(super) fn write(
     args: &TrainArgs,
@@ -46,7 +49,7 @@ pub(super) fn write(
         let lora = peft::lora(config, student)?;
         save::write(&lora, &path.join(LORA))?;
     }
-    output::write_json(&path.join("training.json"), report)?;
+    output::write_json(&path.join(REPORT), report)?;
     save::write_bytes(
         &path.join("loss.svg"),
         chart::losses(&done.progress.log).as_bytes(),

@@ -28,9 +28,11 @@ use crate::{
 };
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
-    save::check_free(&args.output, args.force)?;
-    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let folder = state_folder(&args.output);
+    if !folder.exists() {
+        save::check_free(&args.output, args.force)?;
+    }
+    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     if args.restart && !args.dry_run && folder.exists() {
         std::fs::remove_dir_all(&folder)
             .with_context(|| format!("--restart: cannot remove `{}`", folder.display()))?;
@@ -56,6 +58,13 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     save::check_writable(&args.output)?;
     let settings = train::settings(&pair, &resolved, &runtime);
     let state = StateFile::new(&folder, settings.clone());
+    if let Some(report) = finished(&args.output, &settings).filter(|_| !args.force) {
+        // killed after its output was in place and before its state was removed
+        ui::note(format!("`{}` is of this very run", args.output.display()));
+        show(args, &report)?;
+        return state.remove();
+    }
+    save::check_free(&args.output, args.force)?;
     let saved = state.load()?;
     if let Some(saved) = &saved {
         ui::note(format!(
@@ -94,13 +103,10 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         "phases": done.progress.reports,
         "seconds": start.elapsed().as_secs_f64(),
         "recipe": resolved.recipe,
+        "settings": settings,
     });
     train_output::write(args, &pair, &training.student.trunk, &done, &report)?;
-    if args.json {
-        ui::json(&report)?;
-    } else {
-        ui::data(text(&done, before, after))?;
-    }
+    show(args, &report)?;
     ui::note(format!("wrote `{}`", args.output.display()));
     state.remove()
 }
@@ -213,19 +219,29 @@ impl Watch for Watching<'_> {
     }
 }
 
-fn text(done: &Saved, before: f64, after: f64) -> String {
-    let rows: Vec<Vec<String>> = done
-        .progress
-        .reports
+/// The report of the run of `settings` that wrote `output`, where there is one.
+fn finished(output: &Path, settings: &Value) -> Option<Value> {
+    let text = std::fs::read(output.join(train_output::REPORT)).ok()?;
+    let report: Value = serde_json::from_slice(&text).ok()?;
+    (report["settings"] == *settings).then_some(report)
+}
+
+fn show(args: &TrainArgs, report: &Value) -> Result<()> {
+    if args.json {
+        return ui::json(report);
+    }
+    let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+    let phases = report["phases"].as_array().cloned().unwrap_or_default();
+    let rows: Vec<Vec<String>> = phases
         .iter()
         .map(|r| {
             vec![
-                r.phase.clone(),
-                r.steps.to_string(),
-                ui::count(r.trainables as f64),
-                format!("{:.5}", r.before),
-                format!("{:.5}", r.after),
-                if r.kept == 0 {
+                r["phase"].as_str().unwrap_or_default().to_owned(),
+                r["steps"].to_string(),
+                ui::count(number(&r["trainables"])),
+                format!("{:.5}", number(&r["before"])),
+                format!("{:.5}", number(&r["after"])),
+                if r["kept"] == 0 {
                     "did not improve: left as it was".to_owned()
                 } else {
                     String::new()
@@ -234,9 +250,11 @@ fn text(done: &Saved, before: f64, after: f64) -> String {
         })
         .collect();
     let header = ["trained", "steps", "values", "held out before", "after", ""];
-    let mut out = ui::table(&header, &rows, &[1, 2, 3, 4]);
-    out.push_str(&format!(
-        "\n\nthe velocity of the pruned model is off by {after:.4} instead of {before:.4} (relative MSE, held-out states)"
-    ));
-    out
+    let error = &report["velocity_error"];
+    ui::data(format!(
+        "{}\n\nthe velocity of the pruned model is off by {:.4} instead of {:.4} (relative MSE, held-out states)",
+        ui::table(&header, &rows, &[1, 2, 3, 4]),
+        number(&error["after"]),
+        number(&error["before"])
+    ))
 }

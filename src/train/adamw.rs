@@ -50,7 +50,7 @@ impl AdamW {
         (&self.mean, &self.square)
     }
 
-    /// Moves `vars` against `grads` (f32, one each) at learning rate `lr`.
+    /// Moves `vars` against `grads` (f32, one each), each at its learning rate.
     ///
     /// # Errors
     /// When shapes differ.
@@ -58,11 +58,11 @@ impl AdamW {
         &mut self,
         vars: &[Var],
         grads: &[Tensor],
-        lr: f64,
+        rates: &[f64],
         recipe: &OptimiserRecipe,
     ) -> Result<()> {
         ensure!(
-            vars.len() == self.mean.len() && grads.len() == self.mean.len(),
+            [vars.len(), grads.len(), rates.len()] == [self.mean.len(); 3],
             "{} trainables, {} gradients, {} moments",
             vars.len(),
             grads.len(),
@@ -72,7 +72,7 @@ impl AdamW {
         let (b1, b2) = (recipe.beta1, recipe.beta2);
         let power = self.updates.min(i32::MAX as usize) as i32;
         let (unbias1, unbias2) = (1.0 / (1.0 - b1.powi(power)), 1.0 / (1.0 - b2.powi(power)));
-        for (i, (var, grad)) in vars.iter().zip(grads).enumerate() {
+        for (i, ((var, grad), lr)) in vars.iter().zip(grads).zip(rates).enumerate() {
             let mean = ((&self.mean[i] * b1)? + (grad * (1.0 - b1))?)?;
             let square = ((&self.square[i] * b2)? + (grad.sqr()? * (1.0 - b2))?)?;
             let root = ((&square * unbias2)?.sqrt()? + recipe.epsilon)?;
@@ -141,7 +141,7 @@ mod tests {
         };
         for _ in 0..20 {
             let grad = loss(&ours).backward().unwrap().remove(&ours).unwrap();
-            adam.step(std::slice::from_ref(&ours), &[grad], 0.05, &recipe)
+            adam.step(std::slice::from_ref(&ours), &[grad], &[0.05], &recipe)
                 .unwrap();
             candles.backward_step(&loss(&theirs)).unwrap();
         }

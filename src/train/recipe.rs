@@ -143,6 +143,9 @@ pub enum Normalise {
 pub struct OptimiserRecipe {
     /// Highest learning rate.
     pub lr: f64,
+    /// Share of the learning rate that the replaced layers get: they start from the least-squares solution and are not
+    /// low-rank, so every step moves them further.
+    pub layer_lr: f64,
     /// Steps from (almost) none to the highest learning rate.
     pub warmup: usize,
     /// What the cosine decay ends at, as a share of the highest learning rate.
@@ -193,7 +196,7 @@ impl Default for SandwichRecipe {
             steps: 150,
             finish: FinishRecipe::default(),
             evaluate_every: 50,
-            patience: 4,
+            patience: 10,
         }
     }
 }
@@ -251,7 +254,8 @@ impl Default for OptimiserRecipe {
     fn default() -> Self {
         Self {
             lr: 3e-3,
-            warmup: 10,
+            layer_lr: 1.0,
+            warmup: 20,
             final_lr: 0.0,
             beta1: 0.9,
             beta2: 0.95,
@@ -266,8 +270,8 @@ impl Default for FinishRecipe {
     fn default() -> Self {
         Self {
             steps: 400,
-            lr: Some(1e-3),
-            blocks: FinishBlocks::Sandwiches,
+            lr: Some(2e-3),
+            blocks: FinishBlocks::All,
         }
     }
 }
@@ -341,6 +345,7 @@ impl SandwichRecipe {
         for (name, value) in [
             ("optimiser.weight-decay", o.weight_decay),
             ("optimiser.clip", o.clip),
+            ("optimiser.layer-lr", o.layer_lr),
             ("loss.text-weight", self.loss.text_weight),
         ] {
             ensure!(
@@ -402,10 +407,10 @@ mod tests {
     fn the_learning_rate_warms_up_and_decays_to_nothing() {
         let recipe = OptimiserRecipe::default();
         let rate = |step| recipe.rate(1.0, step, 100);
-        assert!((rate(0) - 0.1).abs() < 1e-9);
-        assert!(rate(9) > 0.95 && rate(9) < 1.0);
+        assert!((rate(0) - 0.05).abs() < 1e-9);
+        assert!(rate(19) > 0.9 && rate(19) < 1.0);
         assert!(rate(99) < 1e-3 && rate(99) > 0.0);
-        assert!((0..99).skip(10).all(|step| rate(step + 1) < rate(step)));
+        assert!((0..99).skip(20).all(|step| rate(step + 1) < rate(step)));
     }
 
     #[test]

@@ -187,7 +187,17 @@ impl Training<'_> {
                     *grad = (&*grad * (clip / norm))?;
                 }
             }
-            adam.step(&vars, &grads, lr, &recipe.optimiser)?;
+            let rates: Vec<f64> = trainables
+                .iter()
+                .map(|t| {
+                    lr * if t.is_lora() {
+                        1.0
+                    } else {
+                        recipe.optimiser.layer_lr
+                    }
+                })
+                .collect();
+            adam.step(&vars, &grads, &rates, &recipe.optimiser)?;
             saved.progress.step = step + 1;
             let look = (step + 1) % recipe.evaluate_every == 0 || step + 1 == phase.steps;
             let held_out_loss = look

@@ -25,6 +25,13 @@ pub struct Trainable {
     pub var: Var,
 }
 
+impl Trainable {
+    /// Whether it is a LoRA factor, and not a part of a replaced layer.
+    pub fn is_lora(&self) -> bool {
+        self.name.ends_with(".lora-a") || self.name.ends_with(".lora-b")
+    }
+}
+
 /// Trained values by name, f32.
 pub type Values = BTreeMap<String, Tensor>;
 

@@ -7,8 +7,8 @@ use super::attend_cpu;
 use super::attention::attention;
 use super::cpu::fusable;
 use super::function::{by_recomputing, function};
+use super::gelu::gelu;
 use super::heads::{Heads, Norms, Projected, heads, plain as plain_heads};
-use super::pointwise::gelu;
 use super::wide;
 use crate::model::rope::Rope;
 

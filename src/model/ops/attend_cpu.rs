@@ -8,8 +8,8 @@ use rayon::prelude::*;
 use super::attend::Stored;
 use super::attention::exp_in_place;
 use super::cpu::{Operand, Rows, sum_map, sum_product, vectorized};
+use super::gelu::gelu_backward_row;
 use super::heads::{EPS, Heads, Projected, heads};
-use super::pointwise::gelu_backward_row;
 use crate::model::rope::Rope;
 
 /// Query rows whose scores are held at once by one task.

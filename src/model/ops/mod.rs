@@ -19,16 +19,19 @@ mod attend_cpu;
 mod attention;
 mod cpu;
 mod function;
+mod gelu;
 mod heads;
 mod norm;
-mod pointwise;
 mod product;
+mod residual;
 
 pub use attend::{attend, attend_beside_gelu};
+pub use gelu::gelu;
 pub use heads::{Norms, Projected};
 pub use norm::norm_modulate;
-pub use pointwise::{Branch, biased, gated_residual, gelu};
+
 pub use product::product;
+pub use residual::{Branch, biased, gated_residual};
 
 use candle::{DType, Result, Tensor};
 
