@@ -103,7 +103,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         "phases": done.progress.reports,
         "seconds": start.elapsed().as_secs_f64(),
         "recipe": resolved.recipe,
-        "settings": settings,
+        "settings": settings.to_string(),
     });
     train_output::write(args, &pair, &training.student.trunk, &done, &report)?;
     show(args, &report)?;
@@ -223,7 +223,7 @@ impl Watch for Watching<'_> {
 fn finished(output: &Path, settings: &Value) -> Option<Value> {
     let text = std::fs::read(output.join(train_output::REPORT)).ok()?;
     let report: Value = serde_json::from_slice(&text).ok()?;
-    (report["settings"] == *settings).then_some(report)
+    (report["settings"] == settings.to_string()).then_some(report)
 }
 
 fn show(args: &TrainArgs, report: &Value) -> Result<()> {

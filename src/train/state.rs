@@ -91,6 +91,7 @@ impl StateFile {
             .with_context(|| format!("`{name}` is not a saved training run\n{again}"))?;
         let found: Value =
             serde_json::from_str(text).with_context(|| format!("`{name}` is damaged\n{again}"))?;
+        let found = from_bits(found);
         if let Some(what) = difference("", &found["settings"], &self.settings) {
             bail!("`{name}` is of a run with other settings: {what}\n{again}");
         }
@@ -130,9 +131,8 @@ impl StateFile {
                 checkpoint.insert(format!("{prefix}{name}"), Source::dense(value)?);
             }
         }
-        let text = serde_json::to_string(
-            &serde_json::json!({ "settings": self.settings, "progress": saved.progress }),
-        )?;
+        let all = serde_json::json!({ "settings": self.settings, "progress": saved.progress });
+        let text = serde_json::to_string(&to_bits(all))?;
         checkpoint.metadata.insert(KEY.to_owned(), text);
         save::write(&checkpoint, &self.path())
             .context("cannot save the run\nhint: free some space and start it again: it goes on from what was saved last")
@@ -152,6 +152,39 @@ impl StateFile {
 
     fn path(&self) -> PathBuf {
         self.folder.join(format!("{STEM}.safetensors"))
+    }
+}
+
+/// How a float is written: its bits, since the parser of JSON may be off by the last one of them.
+const BITS: &str = "f64:";
+
+/// Every float as a text of its bits.
+fn to_bits(value: Value) -> Value {
+    match value {
+        Value::Number(n) if n.is_f64() => {
+            let bits = n.as_f64().unwrap_or_default().to_bits();
+            Value::String(format!("{BITS}{bits:016x}"))
+        }
+        Value::Array(values) => values.into_iter().map(to_bits).collect(),
+        Value::Object(map) => map.into_iter().map(|(k, v)| (k, to_bits(v))).collect(),
+        other => other,
+    }
+}
+
+/// The inverse of [`to_bits`].
+fn from_bits(value: Value) -> Value {
+    match value {
+        Value::String(text) => {
+            let bits = text
+                .strip_prefix(BITS)
+                .and_then(|hex| u64::from_str_radix(hex, 16).ok());
+            bits.map_or(Value::String(text), |bits| {
+                Value::from(f64::from_bits(bits))
+            })
+        }
+        Value::Array(values) => values.into_iter().map(from_bits).collect(),
+        Value::Object(map) => map.into_iter().map(|(k, v)| (k, from_bits(v))).collect(),
+        other => other,
     }
 }
 
@@ -221,6 +254,17 @@ mod tests {
         assert!(after.best.is_empty());
         file.remove().unwrap();
         assert!(!folder.path().join("run").exists());
+    }
+
+    #[test]
+    fn every_float_comes_back_to_the_bit() {
+        let mut x = 0.012_345f64;
+        for _ in 0..2000 {
+            x = (x * 1.618_033_988_749_895).fract() + 1e-7;
+            let value = json!({ "loss": [x, 3, "f64", null], "n": 1e-300 * x });
+            let text = serde_json::to_string(&to_bits(value.clone())).unwrap();
+            assert_eq!(from_bits(serde_json::from_str(&text).unwrap()), value);
+        }
     }
 
     #[test]
