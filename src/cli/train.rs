@@ -10,6 +10,7 @@ use crate::checkpoint::output::Format;
 /// `train-sandwich`.
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
+#[expect(clippy::struct_excessive_bools, reason = "flags of a command line")]
 pub struct TrainArgs {
     #[command(flatten)]
     pub pipeline: PipelineArgs,

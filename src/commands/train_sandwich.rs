@@ -95,7 +95,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let start = Instant::now();
     let mut watching = Watching::new(args, &resolved, &training, &state, saved.as_ref())?;
     let done = training.run(saved, &mut watching)?;
-    watching.finish()?;
+    watching.finish();
     let after = training.velocity_error()?;
     let report = json!({
         "output": args.output,
@@ -172,11 +172,10 @@ impl<'a> Watching<'a> {
         Ok(())
     }
 
-    fn finish(&mut self) -> Result<()> {
+    fn finish(&self) {
         if !self.title.is_empty() {
             ui::done(&self.progress, format!("trained {}", self.title));
         }
-        Ok(())
     }
 }
 
@@ -203,9 +202,7 @@ impl Watch for Watching<'_> {
     }
 
     fn phase(&mut self, name: &str, index: usize, steps: usize, done: usize) {
-        if !self.title.is_empty() {
-            ui::done(&self.progress, format!("trained {}", self.title));
-        }
+        self.finish();
         self.title = format!("{} of {}, {name}", index + 1, self.phases);
         self.progress = ui::progress(steps, "training");
         self.progress.set_position(done as u64);
@@ -223,7 +220,10 @@ impl Watch for Watching<'_> {
 fn finished(output: &Path, settings: &Value) -> Option<Value> {
     let text = std::fs::read(output.join(train_output::REPORT)).ok()?;
     let report: Value = serde_json::from_slice(&text).ok()?;
-    (report["settings"] == settings.to_string()).then_some(report)
+    // as texts: a parsed float may be off by its last bit
+    let settings = settings.to_string();
+    let same = report["settings"].as_str()? == settings;
+    same.then_some(report)
 }
 
 fn show(args: &TrainArgs, report: &Value) -> Result<()> {

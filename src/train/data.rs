@@ -144,10 +144,10 @@ impl Pictures {
         let mut random = key.stream();
         let (mut which, mut times, mut noises) = (Vec::new(), Vec::new(), Vec::new());
         for i in 0..count {
-            which.push((random.next() % self.len() as u64) as u32);
+            which.push((random.bits() % self.len() as u64) as u32);
             let even = (i as f64 + random.uniform()) / count as f64;
             times.push((MARGIN + (1.0 - 2.0 * MARGIN) * even) as f32);
-            let mut generator = noise::Generator::new(random.next());
+            let mut generator = noise::Generator::new(random.bits());
             noises.push(generator.randn((tokens, channels), &Device::Cpu)?);
         }
         let which = Tensor::new(which, &Device::Cpu)?;
@@ -194,7 +194,7 @@ impl Key {
     pub fn stream(self) -> Stream {
         let mut stream = Stream(self.seed);
         for part in [self.purpose, self.index] {
-            stream.0 = stream.next() ^ part;
+            stream.0 = stream.bits() ^ part;
         }
         stream
     }
@@ -206,7 +206,7 @@ pub struct Stream(u64);
 
 impl Stream {
     /// The next 64 random bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -216,6 +216,6 @@ impl Stream {
 
     /// Uniform in [0, 1).
     pub fn uniform(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
     }
 }

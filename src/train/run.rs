@@ -151,7 +151,7 @@ impl Training<'_> {
         let vars: Vec<Var> = trainables.iter().map(|t| t.var.clone()).collect();
         let held_out = self.held_out_samples(phase)?;
         let measure = self.measure(phase, &held_out)?;
-        let mut adam = self.optimiser(trainables, saved)?;
+        let mut adam = Self::optimiser(trainables, saved)?;
         if saved.progress.before.is_none() {
             let before = self.held_out_loss(phase, &held_out, &measure)?;
             ensure!(
@@ -161,7 +161,7 @@ impl Training<'_> {
             saved.progress.before = Some(before);
             saved.progress.best = Some((before, 0));
             saved.best = trainables::values(trainables)?;
-            self.log(phase, &mut saved.progress, None, Some(before), watch)?;
+            Self::log(phase, &mut saved.progress, None, Some(before), watch)?;
         }
         let before = saved.progress.before.unwrap_or(f64::INFINITY);
         let mut pool: Vec<Option<Sample>> = Vec::new();
@@ -199,14 +199,14 @@ impl Training<'_> {
                 .collect();
             adam.step(&vars, &grads, &rates, &recipe.optimiser)?;
             saved.progress.step = step + 1;
-            let look = (step + 1) % recipe.evaluate_every == 0 || step + 1 == phase.steps;
+            let look = (step + 1).is_multiple_of(recipe.evaluate_every) || step + 1 == phase.steps;
             let held_out_loss = look
                 .then(|| self.held_out_loss(phase, &held_out, &measure))
                 .transpose()?;
             let entry = Some((loss, lr, norm));
-            self.log(phase, &mut saved.progress, entry, held_out_loss, watch)?;
+            Self::log(phase, &mut saved.progress, entry, held_out_loss, watch)?;
             if let Some(now) = held_out_loss {
-                if !(now < before * DIVERGED) {
+                if now.is_nan() || now >= before * DIVERGED {
                     bail!(
                         "training diverges: the held-out loss went from {before:.3e} to {now:.3e} at {}\nhint: the run is saved as it was before; a lower --lr (with --restart) may help",
                         at()
@@ -223,7 +223,7 @@ impl Training<'_> {
                     }
                 }
             }
-            if (step + 1) % self.save_every.max(1) == 0 && step + 1 < phase.steps {
+            if (step + 1).is_multiple_of(self.save_every.max(1)) && step + 1 < phase.steps {
                 saved.values.extend(trainables::values(trainables)?);
                 saved.moments = moments(trainables, &adam)?;
                 watch.save(saved)?;
@@ -256,7 +256,6 @@ impl Training<'_> {
     }
 
     fn log(
-        &self,
         phase: &Phase,
         progress: &mut Progress,
         step: Option<(f64, f64, f64)>,
@@ -276,7 +275,7 @@ impl Training<'_> {
         Ok(())
     }
 
-    fn optimiser(&self, trainables: &[Trainable], saved: &Saved) -> Result<AdamW> {
+    fn optimiser(trainables: &[Trainable], saved: &Saved) -> Result<AdamW> {
         let vars: Vec<Var> = trainables.iter().map(|t| t.var.clone()).collect();
         if saved.progress.step == 0 {
             return AdamW::new(&vars);

@@ -152,7 +152,7 @@ fn factor(seed: u64, name: &str, rank: usize, input: usize) -> Result<Tensor> {
         purpose: Key::FACTORS,
         index,
     };
-    let normal = Generator::new(key.stream().next()).randn((rank, input), &Device::Cpu)?;
+    let normal = Generator::new(key.stream().bits()).randn((rank, input), &Device::Cpu)?;
     Ok((normal / (input as f64).sqrt())?)
 }
 
