@@ -71,34 +71,24 @@ impl Observer for FiniteCheck {
     }
 }
 
-/// Runs the model once on the states `range` and sums what fits and scores need.
-///
-/// With `pruned`, a trunk of which some entries are replaced, its activations are the inputs and the original's the
-/// targets: what a fit needs that comes after earlier replacements.
+/// Adds to `stats` what blocks look like behind `pruned`, a trunk of which some entries are replaced: its activations are
+/// the inputs and the original's the targets.
 ///
 /// # Errors
 /// When a forward fails or activations are NaN or infinite (the message names the block).
-pub fn gather(
+pub fn gather_behind(
     flux: &Flux,
-    pruned: Option<&Trunk>,
-    layout: &[BlockSpec],
+    pruned: &Trunk,
+    mut stats: CalibrationStats,
     states: &States,
     batch: usize,
     runtime: &Runtime,
     progress: &ProgressBar,
 ) -> Result<CalibrationStats> {
-    let mut stats = CalibrationStats::new(layout, true);
     for range in states.batches(batch) {
         let batch = states.batch(range, &runtime.device, runtime.dtype)?;
         let (stream, conditioning) = flux.embed(&batch.inputs())?;
-        match pruned {
-            None => {
-                let all = 0..flux.trunk.len();
-                flux.trunk
-                    .forward_range(all, &stream, &conditioning, &mut stats)?;
-            }
-            Some(pruned) => pairs(flux, pruned, stream, &conditioning, &mut stats)?,
-        }
+        pairs(flux, pruned, stream, &conditioning, &mut stats)?;
         progress.inc(1);
     }
     Ok(stats)

@@ -273,6 +273,13 @@ impl CalibrationStats {
         self.blocks.iter().find(|block| block.id == id)
     }
 
+    /// Drops all products and keeps the scalars.
+    pub fn forget_products(&mut self) {
+        for block in &mut self.blocks {
+            (block.txt.gram, block.img.gram) = (None, None);
+        }
+    }
+
     /// Fewest tokens in the products of any stream of any block, 0 where none were gathered.
     pub fn fewest_rows(&self) -> f64 {
         let blocks = self.blocks.iter().filter(|b| self.products.contains(&b.id));

@@ -105,6 +105,8 @@ pub(super) fn settings(
     };
     recipe.calibration = settings.recipe.clone();
     recipe.score.held_out = Some(settings.held_out);
+    let narrow = pipeline.config.hidden_size <= 1024;
+    recipe.score.refit.get_or_insert(narrow);
     Ok((settings, images))
 }
 

@@ -1,6 +1,6 @@
 //! What a command is to prune: a plan as it was given, or blocks to choose for a goal.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::{
     select::{self, Selection},
@@ -132,6 +132,15 @@ pub(super) fn choose(
     budget: &Budget,
     protect: &[BlockId],
 ) -> Result<(Selection, PruningPlan)> {
+    let known = stats.blocks.iter().filter(|b| b.img.gram.is_some());
+    let candidates: Vec<BlockId> = known
+        .map(|b| b.id)
+        .filter(|id| !protect.contains(id))
+        .collect();
+    budget.check(&candidates).with_context(|| {
+        let count = candidates.len();
+        format!("{count} blocks have sums and may be chosen (see --stats-memory, --protect)")
+    })?;
     let selection = select::select(session, recipe, stats, states, held_out, budget, protect)?;
     let chosen: Vec<BlockId> = selection.greedy.choices.iter().map(|c| c.block).collect();
     let reason = format!(

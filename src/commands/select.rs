@@ -36,7 +36,8 @@ pub(super) struct Selection {
     pub(super) greedy: Greedy,
 }
 
-/// Fits every block anew in each round, on the activations of the trunk with the earlier choices replaced.
+/// Fits every block in the first round; in later ones again, on the activations of the trunk with the earlier choices
+/// replaced, where the recipe says so.
 struct Refits<'a> {
     session: &'a Session<'a>,
     recipe: &'a PruneRecipe,
@@ -49,28 +50,24 @@ struct Refits<'a> {
 
 impl Candidates for Refits<'_> {
     fn fit(&mut self, trunk: &Trunk, chosen: &[BlockId]) -> Result<BTreeMap<usize, Block>> {
-        let session = self.session;
-        let (first, stats) = match self.stats.take() {
-            Some(stats) => (true, stats),
-            None => (false, self.gather_behind(trunk)?),
+        let (first, mut stats) = match (self.stats.take(), &self.first) {
+            (Some(stats), _) => (true, stats),
+            (None, Some((_, fits))) if self.recipe.score.refit == Some(false) => {
+                return self.blocks(trunk, fits, chosen);
+            }
+            (None, _) => (false, self.gather_behind(trunk)?),
         };
         let mut fits = LayerMap::new();
-        let mut blocks = BTreeMap::new();
-        for (index, (spec, _)) in trunk.entries().iter().enumerate() {
-            let id = spec.id();
-            let Some(block) = stats.get(id).filter(|_| !chosen.contains(&id)) else {
-                continue;
-            };
-            let layers = plain_fit(block, self.recipe.fit.ridge)?;
-            if !self.protect.contains(&id) {
-                blocks.insert(
-                    index,
-                    layers.block(&session.runtime.device, session.runtime.dtype)?,
-                );
+        for (spec, _) in trunk.entries() {
+            let block = stats.get(spec.id());
+            let block = block.filter(|b| b.img.gram.is_some() && !chosen.contains(&b.id));
+            if let Some(block) = block {
+                fits.insert(block.id, plain_fit(block, self.recipe.fit.ridge)?);
             }
-            fits.insert(id, layers);
         }
+        let blocks = self.blocks(trunk, &fits, chosen)?;
         if first {
+            stats.forget_products(); // gigabytes for a wide model, and nobody needs them any more
             self.first = Some((stats, fits));
         }
         Ok(blocks)
@@ -78,6 +75,25 @@ impl Candidates for Refits<'_> {
 }
 
 impl Refits<'_> {
+    /// The fits of those that may still be given up, by trunk entry.
+    fn blocks(
+        &self,
+        trunk: &Trunk,
+        fits: &LayerMap,
+        chosen: &[BlockId],
+    ) -> Result<BTreeMap<usize, Block>> {
+        let runtime = self.session.runtime;
+        let mut out = BTreeMap::new();
+        for (index, (spec, _)) in trunk.entries().iter().enumerate() {
+            let id = spec.id();
+            let free = !chosen.contains(&id) && !self.protect.contains(&id);
+            if let Some(layers) = fits.get(&id).filter(|_| free) {
+                out.insert(index, layers.block(&runtime.device, runtime.dtype)?);
+            }
+        }
+        Ok(out)
+    }
+
     /// The statistics behind the earlier choices, from part of the states.
     fn gather_behind(&self, trunk: &Trunk) -> Result<CalibrationStats> {
         let session = self.session;
@@ -91,10 +107,10 @@ impl Refits<'_> {
         let states = self.states.fit.first(rows.div_ceil(fewest.max(1)));
         let batch = session.settings.batch;
         let progress = ui::progress(states.batches(batch).len(), "calibrating");
-        let stats = calibrate::gather(
+        let stats = calibrate::gather_behind(
             &session.flux,
-            Some(trunk),
-            &session.pipeline.config.layout,
+            trunk,
+            self.empty(),
             &states,
             batch,
             session.runtime,
@@ -102,6 +118,13 @@ impl Refits<'_> {
         )?;
         progress.finish_and_clear();
         Ok(stats)
+    }
+
+    /// Empty sums for the candidates: the blocks whose sums were kept in the first round.
+    fn empty(&self) -> CalibrationStats {
+        let candidates = self.first.iter().flat_map(|(_, fits)| fits.keys().copied());
+        CalibrationStats::new(&self.session.pipeline.config.layout, true)
+            .with_products_of(candidates)
     }
 }
 

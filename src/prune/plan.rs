@@ -14,6 +14,17 @@ pub enum PlanError {
     /// A block named twice.
     #[error("the plan names {0} twice")]
     Twice(BlockId),
+    /// A replacement of no block.
+    #[error("the plan has a replacement of no block: name at least one in `replaces`")]
+    Empty,
+    /// One layer for blocks that do not follow each other.
+    #[error("the plan replaces {0} and {1} by one layer, but they are not neighbours")]
+    NotNeighbours(BlockId, BlockId),
+    /// A modulated layer for several blocks or both streams.
+    #[error(
+        "the plan: a modulated layer at {0} keeps one block's modulation and one stream's, it cannot stand for more"
+    )]
+    Modulated(BlockId),
     /// Nothing would be left to tell the model's sizes from.
     #[error("the plan replaces every block; at least one must stay")]
     NothingLeft,
@@ -107,7 +118,8 @@ impl PruningPlan {
     /// Checks the plan against a model.
     ///
     /// # Errors
-    /// When it names a block twice, one the model does not have, or leaves none.
+    /// When it names a block twice, one the model does not have, blocks that are no neighbours for one layer, or leaves
+    /// none.
     pub fn validate(&self, config: &FluxConfig) -> Result<(), PlanError> {
         let originals: Vec<BlockId> = originals(config);
         let mut seen = std::collections::BTreeSet::new();
@@ -117,6 +129,24 @@ impl PruningPlan {
             }
             if !originals.contains(&id) {
                 return Err(PlanError::UnknownBlock(id));
+            }
+        }
+        let entry = |id: &BlockId| {
+            let spec = BlockSpec::Original(*id);
+            config.layout.iter().position(|s| *s == spec)
+        };
+        for replacement in &self.replace {
+            let Some(first) = replacement.replaces.first() else {
+                return Err(PlanError::Empty);
+            };
+            for pair in replacement.replaces.windows(2) {
+                if entry(&pair[0]).map(|i| i + 1) != entry(&pair[1]) {
+                    return Err(PlanError::NotNeighbours(pair[0], pair[1]));
+                }
+            }
+            let several = replacement.replaces.len() > 1 || replacement.joint;
+            if replacement.form == Form::Modulated && several {
+                return Err(PlanError::Modulated(*first));
             }
         }
         if seen.len() == originals.len() {

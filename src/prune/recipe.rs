@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::outputs::Refit;
 use crate::{calibrate::recipe::CalibrationRecipe, layout::Form};
 
 /// The recipe of a pruning run.
@@ -23,8 +24,11 @@ pub struct PruneRecipe {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct ScoreRecipe {
-    /// Held-out states that blocks are compared on; `null`: 128, or fewer where pictures are large.
+    /// Held-out states that blocks are compared on; `null`: 256, or fewer where pictures are large.
     pub held_out: Option<usize>,
+    /// Fit all candidates anew behind each choice before they are compared; `null`: for models up to 1,024 wide, where
+    /// that costs seconds. Otherwise they are compared by their fits on the original's activations.
+    pub refit: Option<bool>,
 }
 
 /// Ridge least squares.
@@ -41,6 +45,9 @@ pub struct FitRecipe {
     pub ridge: Option<f64>,
     /// Fit in network order on the activations of the already pruned prefix.
     pub sequential: bool,
+    /// Output projections of what is kept that are fitted anew: `none`, `head`, or `all` (also of kept blocks behind a
+    /// replaced one); `null`: `all` up to a width of 1,024, where that takes seconds, and `head` above.
+    pub refit: Option<Refit>,
 }
 
 impl Default for PruneRecipe {
@@ -62,6 +69,7 @@ impl Default for FitRecipe {
             collapse: true,
             ridge: None,
             sequential: true,
+            refit: None,
         }
     }
 }
@@ -91,8 +99,10 @@ impl PruneRecipe {
         );
         self.calibration.validate()?;
         ensure!(
-            self.score.held_out != Some(0),
-            "recipe: `score.held-out` must be at least 1"
+            self.score
+                .held_out
+                .is_none_or(|n| (1..=1_000_000).contains(&n)),
+            "recipe: `score.held-out` must be 1 to 1000000"
         );
         ensure!(
             self.fit.ridge.is_none_or(|r| r.is_finite() && r >= 0.0),

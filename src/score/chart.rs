@@ -100,6 +100,7 @@ fn bars(panel: &Panel, scores: &Scores) -> Drawn {
     chart
         .configure_mesh()
         .disable_x_mesh()
+        .light_line_style(TRANSPARENT)
         .x_labels(blocks.len().min(60))
         .x_label_formatter(&|x| name(blocks, *x))
         .y_label_formatter(&|y| format!("{y:.1e}"))
@@ -141,6 +142,7 @@ fn streams(panel: &Panel, scores: &Scores) -> Drawn {
     chart
         .configure_mesh()
         .disable_x_mesh()
+        .light_line_style(TRANSPARENT)
         .x_labels(blocks.len().min(60))
         .x_label_formatter(&|x| name(blocks, *x))
         .draw()?;

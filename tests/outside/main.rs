@@ -5,108 +5,14 @@
     reason = "a test that cannot go on fails by panicking"
 )]
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::{Command, Output},
-};
+use std::{fs, path::Path};
 
 use serde_json::Value;
 
-fn golden(path: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(path);
-    path.display().to_string()
-}
+mod calibration;
+mod common;
 
-/// Runs `fastflux` in `folder`. `FASTFLUX_TEST_DEVICE` runs the same tests on another device.
-fn fastflux(folder: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("fastflux"));
-    command
-        .current_dir(folder)
-        .args(args)
-        .env("HF_HUB_OFFLINE", "1")
-        .env_remove("RUST_BACKTRACE");
-    if let Ok(device) = std::env::var("FASTFLUX_TEST_DEVICE")
-        && args[0] != "inspect"
-        && !args.contains(&"--device")
-    {
-        command.args(["--device", &device]);
-        if !args.contains(&"--dtype") {
-            command.args(["--dtype", "f32"]);
-        }
-    }
-    command.output().unwrap()
-}
-
-fn ok(folder: &Path, args: &[&str]) -> String {
-    let out = fastflux(folder, args);
-    assert!(
-        out.status.success(),
-        "{args:?}: {}",
-        String::from_utf8_lossy(&out.stderr)
-    );
-    String::from_utf8(out.stdout).unwrap()
-}
-
-fn json(folder: &Path, args: &[&str]) -> Value {
-    serde_json::from_str(&ok(folder, args)).unwrap()
-}
-
-/// Runs, expects exit code 1 and a message with all of `words`, no panic, and nothing new in the folder.
-fn refused(folder: &Path, args: &[&str], words: &[&str]) {
-    let before = list(folder);
-    let out = fastflux(folder, args);
-    let message = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert_eq!(out.status.code(), Some(1), "{args:?}: {message}");
-    assert!(!message.contains("panicked"), "{args:?}: {message}");
-    for word in words {
-        assert!(
-            message.contains(word),
-            "{args:?}: `{word}` is not in: {message}"
-        );
-    }
-    assert_eq!(list(folder), before, "{args:?} left something behind");
-}
-
-fn list(folder: &Path) -> Vec<PathBuf> {
-    let mut names: Vec<PathBuf> = fs::read_dir(folder)
-        .unwrap()
-        .map(|e| e.unwrap().path())
-        .collect();
-    names.sort();
-    names
-}
-
-fn folder() -> tempfile::TempDir {
-    tempfile::tempdir().unwrap()
-}
-
-/// A safetensors file with this header and these bytes of data.
-fn safetensors(path: &Path, header: &str, data: &[u8]) {
-    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(header.as_bytes());
-    bytes.extend(data);
-    fs::write(path, bytes).unwrap();
-}
-
-/// Pruning settings that take a second.
-const QUICK: &str =
-    r#"{"calibration": {"samples": 8, "draws": 4, "steps": 2}, "score": {"held-out": 16}}"#;
-
-fn quick_prune(folder: &Path, output: &str, more: &[&str]) -> Value {
-    fs::write(folder.join("quick.json"), QUICK).unwrap();
-    let args = [
-        "prune",
-        "--recipe",
-        "quick.json",
-        "--output",
-        output,
-        "--json",
-    ];
-    json(folder, &[&args, more].concat())
-}
+use common::*;
 
 #[test]
 fn every_component_equals_diffusers() {
@@ -209,19 +115,6 @@ fn another_model_fails_verification_and_the_first_difference_is_named() {
     assert_eq!(out.status.code(), Some(1));
     let out: Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(out["first_off"], "blocks.single_blocks.1.x");
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.path().is_dir() {
-            copy(&entry.path(), &target);
-        } else {
-            fs::copy(entry.path(), target).unwrap();
-        }
-    }
 }
 
 #[test]
@@ -328,6 +221,22 @@ fn kept_tensors_are_copied_byte_for_byte() {
         "transformer_blocks.4.ff.net.2.bias",
         "double_blocks.4.img_mlp.2.bias",
     );
+    // behind the replaced block only the output projections are fitted anew
+    same(
+        "single_transformer_blocks.4.norm.linear.weight",
+        "single_blocks.4.modulation.lin.weight",
+    );
+    for (theirs, ours) in [
+        (
+            "single_transformer_blocks.4.proj_out.weight",
+            "single_blocks.4.linear2.weight",
+        ),
+        ("proj_out.weight", "final_layer.linear.weight"),
+    ] {
+        let (theirs, ours) = (before.tensor(theirs).unwrap(), after.tensor(ours).unwrap());
+        assert_eq!(theirs.dtype(), ours.dtype());
+        assert_ne!(theirs.data(), ours.data());
+    }
     assert!(after.tensor("single_blocks.3.linear.img.weight").is_ok());
     assert!(after.tensor("single_blocks.3.linear1.weight").is_err());
 }

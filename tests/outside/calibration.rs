@@ -1,0 +1,451 @@
+//! `calibrate`, `merge-stats`, `score` and `plan`.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use serde_json::Value;
+
+use crate::common::*;
+
+/// Several units, few states.
+const UNITS: &str = r#"{"calibration": {"samples": 24, "steps": 3, "draws": 1.5, "batch": 5}, "score": {"held-out": 16}}"#;
+
+fn calibrate(folder: &Path, output: &str, more: &[&str]) -> Value {
+    fs::write(folder.join("units.json"), UNITS).unwrap();
+    let args = [
+        "calibrate",
+        "--recipe",
+        "units.json",
+        "--output",
+        output,
+        "--json",
+    ];
+    json(folder, &[&args, more].concat())
+}
+
+/// All tensors of a file as numbers.
+fn tensors(path: &Path) -> BTreeMap<String, Vec<f64>> {
+    let bytes = fs::read(path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let numbers = |view: &safetensors::tensor::TensorView| -> Vec<f64> {
+        let data = view.data();
+        match view.dtype() {
+            safetensors::Dtype::F64 => data
+                .chunks(8)
+                .map(|b| f64::from_le_bytes(b.try_into().unwrap()))
+                .collect(),
+            safetensors::Dtype::F32 => data
+                .chunks(4)
+                .map(|b| f32::from_le_bytes(b.try_into().unwrap()).into())
+                .collect(),
+            other => panic!("{other:?}"),
+        }
+    };
+    file.iter()
+        .map(|(name, view)| (name.to_owned(), numbers(&view)))
+        .collect()
+}
+
+#[test]
+fn merged_shards_equal_one_run() {
+    let work = folder();
+    let whole = calibrate(work.path(), "whole.safetensors", &[]);
+    assert_eq!(whole["complete"], true);
+    assert!(whole["units"].as_u64().unwrap() >= 5);
+    for i in 1..=3 {
+        let (shard, output) = (format!("{i}/3"), format!("part{i}.safetensors"));
+        let part = calibrate(work.path(), &output, &["--shard", &shard]);
+        assert_eq!(part["complete"], false);
+    }
+    let parts = [
+        "part2.safetensors",
+        "part3.safetensors",
+        "part1.safetensors",
+    ];
+    refused(
+        work.path(),
+        &["merge-stats", parts[0], parts[1]],
+        &["missing"],
+    );
+    refused(
+        work.path(),
+        &["merge-stats", parts[0], parts[0]],
+        &["part2.safetensors", "overlapping"],
+    );
+    refused(
+        work.path(),
+        &["prune", "--stats", parts[0], "--output", "p"],
+        &["part2.safetensors", "merge-stats"],
+    );
+    let merge = ["merge-stats", "--output", "merged.safetensors"];
+    ok(work.path(), &[&merge, &parts[..]].concat());
+    let (whole, merged) = (
+        tensors(&work.path().join("whole.safetensors")),
+        tensors(&work.path().join("merged.safetensors")),
+    );
+    assert!(whole.keys().eq(merged.keys()));
+    assert_eq!(whole.keys().filter(|k| k.contains("gram")).count(), 30);
+    for (name, values) in &whole {
+        let scale = values.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+        for (a, b) in values.iter().zip(&merged[name]) {
+            assert!((a - b).abs() <= 1e-9 * scale, "{name}: {a} {b}");
+        }
+    }
+    let other = calibrate(
+        work.path(),
+        "other.safetensors",
+        &["--seed", "1", "--shard", "1/3"],
+    );
+    assert_eq!(other["complete"], false);
+    refused(
+        work.path(),
+        &["merge-stats", parts[0], "other.safetensors"],
+        &["other.safetensors", "seed"],
+    );
+}
+
+#[test]
+fn a_killed_calibration_goes_on_and_ends_with_the_same_bytes() {
+    let work = folder();
+    let w = work.path();
+    calibrate(w, "whole.safetensors", &[]);
+    let args = [
+        "calibrate",
+        "--recipe",
+        "units.json",
+        "--save-every",
+        "0",
+        "--output",
+        "stats.safetensors",
+    ];
+    let partial = w.join("stats.safetensors.partial");
+    let mut kills = 0;
+    // killed a little later each time, until it gets through
+    for wait in 1.. {
+        let mut child = Command::new(assert_cmd::cargo::cargo_bin!("fastflux"))
+            .current_dir(w)
+            .args(args)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(60 * wait));
+        let _ = child.kill();
+        if child.wait().unwrap().success() {
+            break;
+        }
+        assert!(
+            !w.join("stats.safetensors").exists(),
+            "a killed run left an output"
+        );
+        kills += 1;
+    }
+    assert!(kills > 0, "nothing was killed");
+    assert!(!partial.exists() && !w.join("stats.safetensors.partial.tmp").exists());
+    let [whole, resumed] =
+        ["whole", "stats"].map(|n| fs::read(w.join(format!("{n}.safetensors"))).unwrap());
+    assert!(whole == resumed, "after {kills} kills");
+    // unfinished work of other settings is not gone on with
+    fs::rename(w.join("stats.safetensors"), &partial).unwrap();
+    refused(
+        w,
+        &[&args[..], &["--seed", "7"]].concat(),
+        &["partial", "seed", "delete"],
+    );
+}
+
+#[test]
+fn statistics_of_another_model_are_refused() {
+    let work = folder();
+    calibrate(work.path(), "stats.safetensors", &[]);
+    let model = golden("dev/pipe");
+    for command in [
+        ["prune", "--output", "p"],
+        ["score", "--output", "s.json"],
+        ["plan", "--output", "p.json"],
+    ] {
+        let more = ["--stats", "stats.safetensors", "--model", &model];
+        refused(
+            work.path(),
+            &[&command[..], &more].concat(),
+            &["another model", "calibrate"],
+        );
+    }
+    let whole = fs::read(work.path().join("stats.safetensors")).unwrap();
+    fs::write(
+        work.path().join("cut.safetensors"),
+        &whole[..whole.len() / 2],
+    )
+    .unwrap();
+    for file in [
+        "cut.safetensors",
+        "nowhere.safetensors",
+        &golden("dev/bfl.safetensors"),
+    ] {
+        refused(
+            work.path(),
+            &["prune", "--stats", file, "--output", "p"],
+            &[file],
+        );
+    }
+}
+
+#[test]
+fn a_plan_made_of_scores_is_carried_out() {
+    let work = folder();
+    let w = work.path();
+    calibrate(w, "stats.safetensors", &[]);
+    let stats = ["--stats", "stats.safetensors"];
+    let scores = json(w, &[&["score", "--json"], &stats[..]].concat());
+    let blocks = scores["blocks"].as_array().unwrap();
+    assert_eq!(blocks.len(), 15);
+    for block in blocks {
+        for metric in [
+            "ablation",
+            "removal",
+            "relative_change",
+            "cosine",
+            "fit_error",
+            "fit_residual",
+        ] {
+            assert!(
+                block[metric].as_f64().unwrap() >= 0.0,
+                "{metric} of {}",
+                block["block"]
+            );
+        }
+        assert!(
+            block["ablation"].as_f64() < block["removal"].as_f64(),
+            "{}",
+            block["block"]
+        );
+        assert!(block["timesteps"].as_array().unwrap().len() > 5);
+    }
+    assert!(
+        fs::read_to_string(w.join("scores.svg"))
+            .unwrap()
+            .contains("</svg>")
+    );
+    let plan = |name: &str, more: &[&str]| -> Value {
+        let output = format!("{name}.json");
+        let args = [
+            "plan",
+            "--scores",
+            "scores.json",
+            "--json",
+            "--output",
+            &output,
+        ];
+        json(w, &[&args[..], more].concat())
+    };
+    let least = |metric: &str| {
+        let value = |b: &&Value| b[metric].as_f64().unwrap();
+        let block = blocks.iter().min_by(|a, b| value(a).total_cmp(&value(b)));
+        block.unwrap()["block"].as_str().unwrap().to_owned()
+    };
+    let replaced = |plan: &Value| -> Vec<String> {
+        let runs = plan["plan"]["replace"].as_array().unwrap().iter();
+        let ids = runs.flat_map(|run| run["replaces"].as_array().unwrap());
+        ids.map(|id| id.as_str().unwrap().to_owned()).collect()
+    };
+    let one = plan("one", &["--ratio", "0.07"]);
+    assert_eq!(replaced(&one), [least("ablation")]);
+    let other = plan(
+        "other",
+        &["--ratio", "0.07", "--protect", &least("ablation")],
+    );
+    assert_ne!(replaced(&other), replaced(&one));
+    let cheap = plan("cheap", &["--ratio", "0.07", "--metric", "cosine"]);
+    assert_eq!(replaced(&cheap), [least("cosine")]);
+    let small = plan("small", &["--budget-params", "4.5M"]);
+    assert!(small["after"]["parameters"].as_u64().unwrap() <= 4_500_000);
+    let fast = plan("fast", &["--target-speedup", "1.2"]);
+    assert!(fast["speed_up"].as_f64().unwrap() >= 1.2);
+    refused(
+        w,
+        &[
+            "plan",
+            "--scores",
+            "scores.json",
+            "--budget-params",
+            "1K",
+            "--output",
+            "p.json",
+        ],
+        &["--budget-params", "1000", "leaves"],
+    );
+    refused(
+        w,
+        &[
+            "plan",
+            "--scores",
+            "scores.json",
+            "--target-speedup",
+            "0.9",
+            "--output",
+            "p.json",
+        ],
+        &["--target-speedup"],
+    );
+    // what was forecast is what is written
+    let args = [
+        "prune",
+        "--plan",
+        "small.json",
+        "--recipe",
+        "units.json",
+        "--output",
+        "small",
+        "--json",
+    ];
+    let pruned = json(w, &args);
+    assert_eq!(pruned["after"]["parameters"], small["after"]["parameters"]);
+    assert_eq!(pruned["after"]["bytes"], small["after"]["file_bytes"]);
+    assert_eq!(pruned["after"]["flops_per_step"], small["after"]["flops"]);
+}
+
+#[test]
+fn plans_that_make_no_sense_are_refused() {
+    let work = folder();
+    let w = work.path();
+    let plan = |replace: &str| {
+        let text = format!(r#"{{"source": "", "replace": [{replace}], "reason": ""}}"#);
+        fs::write(w.join("plan.json"), text).unwrap();
+    };
+    let args = ["prune", "--plan", "plan.json", "--output", "p"];
+    for (replace, words) in [
+        (
+            r#"{"replaces": ["double.07"], "form": "linear"}"#,
+            &["double.07"][..],
+        ),
+        (
+            r#"{"replaces": ["single.01"], "form": "linear"}, {"replaces": ["single.01"], "form": "remove"}"#,
+            &["single.01", "twice"],
+        ),
+        (
+            r#"{"replaces": ["single.01", "single.05"], "form": "linear"}"#,
+            &["neighbours"],
+        ),
+        (
+            r#"{"replaces": ["triple.01"], "form": "linear"}"#,
+            &["plan.json", "triple.01"],
+        ),
+        (r#"{"replaces": [], "form": "linear"}"#, &["no block"]),
+    ] {
+        plan(replace);
+        refused(w, &args, words);
+    }
+    fs::write(w.join("plan.json"), "{").unwrap();
+    refused(w, &args, &["plan.json"]);
+}
+
+#[test]
+fn pictures_with_captions_serve_as_well() {
+    let work = folder();
+    let w = work.path();
+    let drawn = [
+        "generate",
+        "--prompt",
+        "a red circle at the left on a white background",
+        "--num-images",
+        "9",
+        "--steps",
+        "4",
+        "--output",
+        "photos",
+    ];
+    ok(w, &drawn);
+    let args = [
+        "calibrate",
+        "--images",
+        "photos",
+        "--output",
+        "stats.safetensors",
+        "--json",
+    ];
+    refused(w, &args, &["photos", "caption"]);
+    for entry in list(&w.join("photos")) {
+        fs::write(
+            entry.with_extension("txt"),
+            "a red circle at the left on a white background",
+        )
+        .unwrap();
+    }
+    let stats = json(w, &args);
+    assert_eq!(stats["recipe"]["source"], "images");
+    assert_eq!(stats["recipe"]["samples"], 8);
+    // 8 pictures, 4 states of each, 16 tokens
+    assert_eq!(stats["blocks"][0]["tokens"]["img"], 512.0);
+    fs::create_dir(w.join("none")).unwrap();
+    refused(
+        w,
+        &["calibrate", "--images", "none", "--output", "s.safetensors"],
+        &["none", "no picture"],
+    );
+}
+
+#[test]
+fn what_a_calibration_takes_is_said_before_it_starts() {
+    let work = folder();
+    let w = work.path();
+    let all = json(w, &["calibrate", "--dry-run", "--json"]);
+    assert_eq!(all["blocks_with_sums"], 15);
+    let few = json(
+        w,
+        &[
+            "calibrate",
+            "--dry-run",
+            "--json",
+            "--stats-memory",
+            "1.7MB",
+        ],
+    );
+    assert_eq!(few["blocks_with_sums"], 3);
+    assert!(list(w).is_empty());
+    let stats = calibrate(w, "stats.safetensors", &["--stats-memory", "1.7MB"]);
+    let rows = |block: &&Value| block["rows"]["img"].as_f64().unwrap() > 0.0;
+    assert_eq!(
+        stats["blocks"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(rows)
+            .count(),
+        3
+    );
+    // the candidates are what blocks are chosen from
+    let args = [
+        "prune",
+        "--stats",
+        "stats.safetensors",
+        "--ratio",
+        "0.07",
+        "--output",
+        "p",
+        "--json",
+    ];
+    let pruned = json(w, &args);
+    assert_eq!(pruned["replaced"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn fewer_tokens_can_enter_the_sums() {
+    let work = folder();
+    let stats = calibrate(
+        work.path(),
+        "few.safetensors",
+        &["--tokens-per-forward", "32"],
+    );
+    let forwards = 24f64 * 1.5 / 5.0;
+    let rows = stats["blocks"][0]["rows"]["img"].as_f64().unwrap();
+    assert!(
+        rows <= 32.0 * (forwards + 5.0) && rows >= 32.0 * forwards.floor(),
+        "{rows}"
+    );
+    assert_eq!(stats["blocks"][0]["tokens"]["img"], 36.0 * 16.0);
+}

@@ -1,0 +1,118 @@
+//! What the tests share: running the program, expecting success or one clear message, files to try it on.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use serde_json::Value;
+
+pub(crate) fn golden(path: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(path);
+    path.display().to_string()
+}
+
+/// Runs `fastflux` in `folder`. `FASTFLUX_TEST_DEVICE` runs the same tests on another device.
+pub(crate) fn fastflux(folder: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("fastflux"));
+    command
+        .current_dir(folder)
+        .args(args)
+        .env("HF_HUB_OFFLINE", "1")
+        .env_remove("RUST_BACKTRACE");
+    if let Ok(device) = std::env::var("FASTFLUX_TEST_DEVICE")
+        && args[0] != "inspect"
+        && !args.contains(&"--device")
+    {
+        command.args(["--device", &device]);
+        if !args.contains(&"--dtype") {
+            command.args(["--dtype", "f32"]);
+        }
+    }
+    command.output().unwrap()
+}
+
+pub(crate) fn ok(folder: &Path, args: &[&str]) -> String {
+    let out = fastflux(folder, args);
+    assert!(
+        out.status.success(),
+        "{args:?}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    String::from_utf8(out.stdout).unwrap()
+}
+
+pub(crate) fn json(folder: &Path, args: &[&str]) -> Value {
+    serde_json::from_str(&ok(folder, args)).unwrap()
+}
+
+/// Runs, expects exit code 1 and a message with all of `words`, no panic, and nothing new in the folder.
+pub(crate) fn refused(folder: &Path, args: &[&str], words: &[&str]) {
+    let before = list(folder);
+    let out = fastflux(folder, args);
+    let message = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(1), "{args:?}: {message}");
+    assert!(!message.contains("panicked"), "{args:?}: {message}");
+    for word in words {
+        assert!(
+            message.contains(word),
+            "{args:?}: `{word}` is not in: {message}"
+        );
+    }
+    assert_eq!(list(folder), before, "{args:?} left something behind");
+}
+
+pub(crate) fn list(folder: &Path) -> Vec<PathBuf> {
+    let mut names: Vec<PathBuf> = fs::read_dir(folder)
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .collect();
+    names.sort();
+    names
+}
+
+pub(crate) fn folder() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// A safetensors file with this header and these bytes of data.
+pub(crate) fn safetensors(path: &Path, header: &str, data: &[u8]) {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.extend(data);
+    fs::write(path, bytes).unwrap();
+}
+
+/// Pruning settings that take a second.
+pub(crate) const QUICK: &str =
+    r#"{"calibration": {"samples": 8, "draws": 4, "steps": 2}, "score": {"held-out": 16}}"#;
+
+pub(crate) fn quick_prune(folder: &Path, output: &str, more: &[&str]) -> Value {
+    fs::write(folder.join("quick.json"), QUICK).unwrap();
+    let args = [
+        "prune",
+        "--recipe",
+        "quick.json",
+        "--output",
+        output,
+        "--json",
+    ];
+    json(folder, &[&args, more].concat())
+}
+
+/// Copies a folder.
+pub(crate) fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
