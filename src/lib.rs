@@ -17,6 +17,9 @@ pub mod calibrate;
 pub mod prune;
 pub mod score;
 
+// heal what was cut
+pub mod train;
+
 // where to compute, and how to talk
 pub mod cli;
 pub mod commands;
