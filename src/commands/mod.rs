@@ -13,6 +13,7 @@ use crate::{
 
 mod calibrate;
 mod choose;
+mod demand;
 mod gather;
 mod generate;
 mod init;
