@@ -5,6 +5,10 @@ use std::process::ExitCode;
 use clap::Parser;
 use fastflux::{cli::Cli, commands, ui};
 
+/// Keeps the memory of tensors that come and go, where the system's allocator would return it page by page.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     ui::set_quiet(cli.quiet);
