@@ -17,6 +17,9 @@ pub mod calibrate;
 pub mod prune;
 pub mod score;
 
+// what it cost and what it brought
+pub mod eval;
+
 // where to compute, and how to talk
 pub mod cli;
 pub mod commands;

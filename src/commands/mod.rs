@@ -11,13 +11,16 @@ use crate::{
     ui,
 };
 
+mod bench;
 mod calibrate;
 mod choose;
+mod eval;
 mod gather;
 mod generate;
 mod init;
 mod inspect;
 mod load;
+mod measure;
 mod plan;
 mod prune;
 mod score;
@@ -42,6 +45,8 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Generate(args) => generate::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(&args),
         Command::Init(args) => init::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
     }
 }
 
