@@ -21,6 +21,7 @@ import random
 import shutil
 import time
 
+import diffusers
 import numpy as np
 import scenes
 import torch
@@ -190,6 +191,7 @@ def main():
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"{args.out} exists already")
+    diffusers.utils.logging.set_verbosity_error()
 
     transformer, vae, clip, t5 = train(args)
     pipe = FluxPipeline(

@@ -95,7 +95,11 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
             .iter()
             .map(|subject| Ok((subject, subject.load(&runtime)?)))
             .collect::<Result<_>>()?;
-        let kinds = if args.step_only { None } else { Some(kinds(&first.config, &runtime)?) };
+        let kinds = if args.step_only {
+            None
+        } else {
+            Some(kinds(&first.config, &runtime)?)
+        };
         for &size in &sizes {
             for &batch in &args.batch {
                 let given = Given::new(&first.config, size, text, batch, &runtime)?;
@@ -126,7 +130,8 @@ fn check_numbers(args: &BenchArgs) -> Result<()> {
     }
     for size in &args.size {
         ensure!(
-            (PixelSize::STEP..=PixelSize::LARGEST).contains(size) && size.is_multiple_of(PixelSize::STEP),
+            (PixelSize::STEP..=PixelSize::LARGEST).contains(size)
+                && size.is_multiple_of(PixelSize::STEP),
             "--size {size}: expected a multiple of {} up to {}",
             PixelSize::STEP,
             PixelSize::LARGEST
@@ -177,7 +182,13 @@ fn subjects(args: &BenchArgs) -> Result<Vec<Subject>> {
     let mut out = vec![first];
     if let Some(other) = &args.against {
         let other = open(Some(other)).context("--against")?;
-        let widths = |s: &Subject| (s.config.in_channels, s.config.context_in_dim, s.config.vec_in_dim);
+        let widths = |s: &Subject| {
+            (
+                s.config.in_channels,
+                s.config.context_in_dim,
+                s.config.vec_in_dim,
+            )
+        };
         ensure!(
             widths(&other) == widths(&out[0]),
             "--against `{}`: it does not take the same inputs as `{}` (channels, T5 and CLIP width {:?} and {:?})",
@@ -252,10 +263,18 @@ struct Given {
 }
 
 impl Given {
-    fn new(config: &FluxConfig, size: usize, text: usize, batch: usize, runtime: &Runtime) -> Result<Self> {
+    fn new(
+        config: &FluxConfig,
+        size: usize,
+        text: usize,
+        batch: usize,
+        runtime: &Runtime,
+    ) -> Result<Self> {
         let (device, dtype) = (&runtime.device, runtime.dtype);
         let normal = |shape: &[usize]| -> Result<Tensor> {
-            Ok(Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?.to_device(device)?.to_dtype(dtype)?)
+            Ok(Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?
+                .to_device(device)?
+                .to_dtype(dtype)?)
         };
         let img_ids = latents::img_ids(size / 8, size / 8, device)?;
         let image_tokens = img_ids.dim(0)?;
@@ -299,7 +318,10 @@ impl Bench<'_> {
         let inputs = given.inputs();
         let mut works: Vec<Box<dyn FnMut() -> Result<()>>> = Vec::new();
         for (_, flux) in models {
-            works.push(Box::new(|| Ok(drop(flux.forward(&inputs, &mut ())?))));
+            works.push(Box::new(|| {
+                flux.forward(&inputs, &mut ())?;
+                Ok(())
+            }));
         }
         let mut borrowed: Vec<&mut dyn FnMut() -> Result<()>> = Vec::new();
         for work in &mut works {
@@ -307,22 +329,37 @@ impl Bench<'_> {
         }
         let timings = latency::measure(&self.runtime.device, self.effort, &mut borrowed)?;
         let reference = timings.first().copied().unwrap_or_default();
-        let rows = models.iter().zip(timings).enumerate().map(|(i, ((subject, _), time))| {
-            let cost = cost::model(&subject.config, given.image_tokens, given.text_tokens);
-            let tokens = given.image_tokens * (subject.config.in_channels + subject.config.out_channels);
-            let mut row = self.row(&subject.name, "step", given, time, cost, tokens);
-            row.speed_up = (i > 0).then(|| reference.median / time.median);
-            row
-        });
+        let rows = models
+            .iter()
+            .zip(timings)
+            .enumerate()
+            .map(|(i, ((subject, _), time))| {
+                let cost = cost::model(&subject.config, given.image_tokens, given.text_tokens);
+                let tokens =
+                    given.image_tokens * (subject.config.in_channels + subject.config.out_channels);
+                let mut row = self.row(&subject.name, "step", given, time, cost, tokens);
+                row.speed_up = (i > 0).then(|| reference.median / time.median);
+                row
+            });
         Ok(rows.collect())
     }
 
     /// Every kind of block on the tokens that the model's embedding gives.
-    fn blocks(&self, model: &str, config: &FluxConfig, trunk: &Trunk, flux: &Flux, given: &Given) -> Result<Vec<Row>> {
+    fn blocks(
+        &self,
+        model: &str,
+        config: &FluxConfig,
+        trunk: &Trunk,
+        flux: &Flux,
+        given: &Given,
+    ) -> Result<Vec<Row>> {
         let (stream, conditioning) = flux.embed(&given.inputs())?;
         let mut rows = Vec::new();
         for (spec, block) in trunk.entries() {
-            let work = &mut || Ok(drop(block.forward(&stream, &conditioning)?));
+            let work = &mut || {
+                block.forward(&stream, &conditioning)?;
+                Ok(())
+            };
             let time = latency::measure(&self.runtime.device, self.effort, &mut [work])?;
             let time = time.first().copied().unwrap_or_default();
             let cost = cost::block(config, spec, given.image_tokens, given.text_tokens);
@@ -333,11 +370,20 @@ impl Bench<'_> {
     }
 
     /// `tokens` is the number of values of one sample that go in and out.
-    fn row(&self, model: &str, what: &str, given: &Given, time: Timing, cost: cost::Cost, tokens: usize) -> Row {
+    fn row(
+        &self,
+        model: &str,
+        what: &str,
+        given: &Given,
+        time: Timing,
+        cost: cost::Cost,
+        tokens: usize,
+    ) -> Row {
         let width = self.runtime.dtype.size_in_bytes() as u64;
         let (batch, flops) = (given.batch as u64, cost.flops() * given.batch as u64);
         let bytes = width * (cost.parameters + batch * tokens as u64);
-        let (flops_per_second, bytes_per_second) = (flops as f64 / time.median, bytes as f64 / time.median);
+        let (flops_per_second, bytes_per_second) =
+            (flops as f64 / time.median, bytes as f64 / time.median);
         Row {
             model: model.to_owned(),
             what: what.to_owned(),
@@ -362,7 +408,9 @@ fn table(rows: &[Row]) -> String {
         .iter()
         .map(|row| {
             let t = &row.time;
-            let speed_up = row.speed_up.map_or_else(String::new, |s| format!("{s:.2}x"));
+            let speed_up = row
+                .speed_up
+                .map_or_else(String::new, |s| format!("{s:.2}x"));
             vec![
                 row.model.clone(),
                 row.what.clone(),
@@ -380,7 +428,18 @@ fn table(rows: &[Row]) -> String {
         })
         .collect();
     let header = [
-        "model", "what", "dtype", "batch", "tokens", "ms", "quartiles", "FLOPs", "bytes", "of product", "of copy", "",
+        "model",
+        "what",
+        "dtype",
+        "batch",
+        "tokens",
+        "ms",
+        "quartiles",
+        "FLOPs",
+        "bytes",
+        "of product",
+        "of copy",
+        "",
     ];
     ui::table(&header, &cells, &[3, 4, 5, 6, 7, 8, 9, 10, 11])
 }

@@ -1,27 +1,23 @@
 //! `eval`: the same prompts and noise through several models; numbers, pictures and a page that shows them.
 
-use std::{
-    collections::HashSet,
-    path::{Path, PathBuf},
-};
+use std::collections::HashSet;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle::{DType, Tensor};
 
 use super::{
-    load,
+    eval_output, load,
     measure::{self, Measured, Task},
 };
 use crate::{
     checkpoint::{
-        output, record,
+        record,
         save::{self, OutputFolder},
     },
     cli::EvalArgs,
     device::Runtime,
     eval::{
         detect,
-        html::{self, Assets, Losses, ShownPair},
         latency::{self, Effort, Machine},
         metrics,
         report::{Distances, ModelReport, Pair, PairOfModel, PromptFollowing, Report, Settings},
@@ -30,8 +26,7 @@ use crate::{
     layout::BlockSpec,
     model::cost,
     pipeline::{ModelChoice, Pipeline},
-    sample::{grid, image, png::Picture},
-    score::{Scores, chart},
+    sample::png::Picture,
     ui,
 };
 
@@ -40,15 +35,12 @@ const PICTURES: usize = 128;
 /// The same where pictures have many tokens.
 const PICTURES_LARGE: usize = 8;
 /// Image tokens from which a picture counts as large.
-const LARGE: usize = 1024;
+pub(super) const LARGE: usize = 1024;
+/// Bytes of weights up to which all models are loaded together to be timed.
+const TOGETHER: usize = 1 << 30;
 /// Beyond these a number is a slip of the finger.
 const MOST_PICTURES: usize = 10_000;
 const MOST_STEPS: usize = 1000;
-/// Pairs on the page, and the longest side of its pictures in pixels.
-const SHOWN: usize = 24;
-const SHOWN_SIDE: u32 = 640;
-/// Pairs in pictures.png.
-const IN_GRID: usize = 64;
 /// Seed of the captions that are drawn for the bundled model.
 const CAPTIONS: u64 = 1;
 
@@ -72,6 +64,8 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let (source, prompts) = prompts(args, given, &baseline, usual);
     save::check_writable(&args.output)?;
 
+    let all: Vec<&Pipeline> = std::iter::once(&baseline).chain(&models).collect();
+    let bytes: usize = all.iter().map(|p| p.transformer.bytes()).sum();
     let task = Task {
         runtime: &runtime,
         encoded: load::encode_prompts(&baseline, &prompts, None, &runtime)?,
@@ -80,12 +74,20 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         steps: args.steps.unwrap_or_else(|| baseline.default_steps()),
         guidance: args.guidance.unwrap_or_else(|| baseline.default_guidance()),
         seed: args.seed,
+        together: bytes <= TOGETHER,
     };
     let text_tokens = task.encoded.txt.dim(1)?;
-    let (before, states) = task.baseline(&baseline)?;
+    let (mut before, states) = task.baseline(&baseline)?;
     let mut after = Vec::new();
     for model in &models {
         after.push(task.model(model, &states)?);
+    }
+    if task.together {
+        let timings = task.in_turn(&all, &states)?;
+        let measured = std::iter::once(&mut before).chain(&mut after);
+        for (measured, timing) in measured.zip(timings) {
+            measured.step = timing;
+        }
     }
 
     let vae = load::vae(&vae_files, &runtime)?;
@@ -97,7 +99,10 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             most: 20,
             seconds: 1.0,
         };
-        let work = &mut || Ok(drop(load::pictures(&vae, &one, size.latent(), &runtime)?));
+        let work = &mut || {
+            load::pictures(&vae, &one, size.latent(), &runtime)?;
+            Ok(())
+        };
         latency::measure(&runtime.device, effort, &mut [work])?[0].median
     };
     let progress = ui::progress((1 + models.len()) * prompts.len(), "decoding");
@@ -166,6 +171,11 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             image_tokens: size.tokens(),
             text_tokens,
             runtime: runtime.to_string(),
+            timed: if task.together {
+                "models in turn".to_owned()
+            } else {
+                "models one after another".to_owned()
+            },
         },
         machine: Machine::this(),
         baseline: describe(&baseline, &before, None)?,
@@ -173,12 +183,12 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         pairs,
     };
     let output = OutputFolder::create(&args.output, args.force)?;
-    write(output.path(), &report, &models, &drawn)?;
+    eval_output::write(output.path(), &report, &models, &drawn)?;
     output.finish()?;
     if args.json {
         ui::json(&report)?;
     } else {
-        ui::data(table(&report))?;
+        ui::data(eval_output::table(&report))?;
     }
     ui::note(format!(
         "wrote `{}`: report.html, report.json, pictures.png",
@@ -323,175 +333,4 @@ fn pairs(
         });
     }
     Ok(out)
-}
-
-fn write(
-    folder: &Path,
-    report: &Report,
-    models: &[Pipeline],
-    drawn: &[Vec<Picture>],
-) -> Result<()> {
-    output::write_json(&folder.join("report.json"), &serde_json::to_value(report)?)?;
-    let order = report.worst_first();
-    let of_pair = |index: usize| drawn.iter().filter_map(move |pictures| pictures.get(index));
-    let mut pairs = Vec::new();
-    for &index in order.iter().take(SHOWN) {
-        let png = |picture: &Picture| image::within(picture, SHOWN_SIDE)?.to_png();
-        let pictures = of_pair(index).map(png).collect::<Result<_>>()?;
-        pairs.push(ShownPair { index, pictures });
-    }
-    let mut assets = Assets {
-        pairs,
-        ..Assets::default()
-    };
-    for model in models {
-        beside(model, &mut assets)?;
-    }
-    let page = html::page(report, &assets)?;
-    save::write_bytes(&folder.join("report.html"), page.as_bytes())?;
-
-    let columns = if report.settings.image_tokens >= LARGE {
-        4
-    } else {
-        8
-    };
-    let order: Vec<usize> = order.into_iter().take(IN_GRID).collect();
-    let mut rows = Vec::new();
-    for chunk in order.chunks(columns) {
-        for pictures in drawn {
-            rows.push(
-                chunk
-                    .iter()
-                    .filter_map(|i| pictures.get(*i).cloned())
-                    .collect(),
-            );
-        }
-    }
-    let names: Vec<&str> = report.models.iter().map(|m| m.name.as_str()).collect();
-    let title = format!(
-        "worst pairs first; above: {}; below: {}",
-        report.baseline.name,
-        names.join(", ")
-    );
-    let prompts: Vec<&str> = order
-        .iter()
-        .map(|i| report.pairs[*i].prompt.as_str())
-        .collect();
-    let text = [
-        ("Title", title.as_str()),
-        ("prompts", &prompts.join("\n")),
-        ("Software", &report.tool),
-    ];
-    grid::grid(&rows)?.save(&folder.join("pictures.png"), &text)
-}
-
-/// What lies beside a model: its block scores, and the losses of its training. A file that cannot be used is passed over.
-fn beside(model: &Pipeline, assets: &mut Assets) -> Result<()> {
-    let path = PathBuf::from(&model.name);
-    let folder = if path.is_dir() {
-        path
-    } else {
-        path.parent().map(Path::to_path_buf).unwrap_or_default()
-    };
-    if !Path::new(&model.name).exists() {
-        return Ok(()); // bundled, or of the hub
-    }
-    let scores = folder.join("scores.json");
-    if scores.is_file() {
-        match Scores::read(&scores) {
-            Ok(scores) if !scores.blocks.is_empty() => {
-                assets
-                    .scores
-                    .push((model.name.clone(), chart::svg(&scores)?));
-            }
-            _ => ui::warn(format!(
-                "`{}` is not a scores file and is left out",
-                scores.display()
-            )),
-        }
-    }
-    let losses = match std::fs::read(folder.join("loss.svg")) {
-        Ok(svg) => Some(Losses::Svg(svg)),
-        Err(_) => std::fs::read_to_string(folder.join("train.jsonl"))
-            .ok()
-            .map(|log| losses(&log)),
-    };
-    assets
-        .losses
-        .extend(losses.map(|losses| (model.name.clone(), losses)));
-    Ok(())
-}
-
-/// The losses of a training log: one JSON object a line, with `loss` and `held-out` where they were taken.
-fn losses(log: &str) -> Losses {
-    let (mut train, mut held_out) = (Vec::new(), Vec::new());
-    let entries = log
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    // steps count anew in every phase, so the place in the log is what goes on
-    for (i, entry) in entries.enumerate() {
-        let number = |key: &str| entry.get(key).and_then(serde_json::Value::as_f64);
-        train.extend(number("loss").map(|loss| (i as f64, loss)));
-        held_out.extend(number("held-out").map(|loss| (i as f64, loss)));
-    }
-    Losses::Log(train, held_out)
-}
-
-fn table(report: &Report) -> String {
-    let rows: Vec<Vec<String>> = std::iter::once(&report.baseline)
-        .chain(&report.models)
-        .map(|m| {
-            let against = m.against_baseline.as_ref();
-            let number = |value: Option<f64>, digits: usize| {
-                value.map_or_else(|| "-".to_owned(), |v| format!("{v:.digits$}"))
-            };
-            let score = m.prompt_following.map(|p| p.ok);
-            vec![
-                m.name.clone(),
-                ui::count(m.parameters as f64),
-                format!("{:.2} ms", 1e3 * m.step.median),
-                m.speed_up
-                    .map_or_else(|| "-".to_owned(), |s| format!("{s:.2}x")),
-                number(against.map(|a| a.velocity.error), 5),
-                number(against.map(|a| a.psnr.mean), 2),
-                number(against.map(|a| a.ssim.mean), 4),
-                score.map_or_else(
-                    || "-".to_owned(),
-                    |s| {
-                        format!(
-                            "{:.1} ({:.1} to {:.1})",
-                            100.0 * s.share,
-                            100.0 * s.low,
-                            100.0 * s.high
-                        )
-                    },
-                ),
-            ]
-        })
-        .collect();
-    let header = [
-        "model",
-        "parameters",
-        "step",
-        "speed-up",
-        "velocity error",
-        "PSNR, dB",
-        "SSIM",
-        "prompts followed, %",
-    ];
-    let mut out = ui::table(&header, &rows, &[1, 2, 3, 4, 5, 6, 7]);
-    for (model, index) in report.models.iter().zip(0..) {
-        let worst = model
-            .against_baseline
-            .iter()
-            .flat_map(|a| a.worst.iter().take(3));
-        for pair in worst.filter_map(|i| report.pairs.get(*i)) {
-            let psnr = pair.models.get::<usize>(index).map_or(0.0, |m| m.psnr);
-            out.push_str(&format!(
-                "\nworst of {}: {psnr:.1} dB, seed {}, {}",
-                model.name, pair.seed, pair.prompt
-            ));
-        }
-    }
-    out
 }

@@ -12,6 +12,7 @@ use crate::{
         report::Memory,
         velocity::Velocities,
     },
+    model::Flux,
     pipeline::Pipeline,
     sample::{
         denoise::{Denoise, Encoded},
@@ -41,6 +42,8 @@ pub(super) struct Task<'a> {
     pub(super) steps: usize,
     pub(super) guidance: f64,
     pub(super) seed: u64,
+    /// Whether all models are small enough to be loaded together, so that steps are timed by [`Task::in_turn`].
+    pub(super) together: bool,
 }
 
 /// What one model did.
@@ -48,7 +51,7 @@ pub(super) struct Measured {
     /// Packed latents, (pictures, tokens, 4 · channels), f32 on the CPU.
     pub(super) latents: Tensor,
     pub(super) velocities: Velocities,
-    /// One step of one picture.
+    /// One step of one picture; not timed yet where models are timed together.
     pub(super) step: Timing,
     pub(super) memory: Memory,
 }
@@ -126,18 +129,42 @@ impl Task<'_> {
             .with_context(|| format!("`{}`", pipeline.name))?;
         progress.finish_and_clear();
         memory.look(free());
-        let one = states.batch(0..1, &runtime.device, runtime.dtype)?;
-        let step = &mut || Ok(drop(flux.forward(&one.inputs(), &mut ())?));
-        let step = latency::measure(&runtime.device, STEPS, &mut [step])?;
+        let timings = if self.together {
+            Vec::new()
+        } else {
+            self.time(&[flux], &states)?
+        };
         Ok(Measured {
             latents,
             velocities,
-            step: step.first().copied().context("a step was timed")?,
+            step: timings.first().copied().unwrap_or_default(),
             memory: Memory {
                 host: memory.host(),
                 device: memory.device(),
             },
         })
+    }
+}
+
+impl Task<'_> {
+    /// Times one step of each model, in turn, so that a busy machine slows all of them alike.
+    pub(super) fn in_turn(&self, pipelines: &[&Pipeline], states: &States) -> Result<Vec<Timing>> {
+        let load = |pipeline: &&Pipeline| load::flux(pipeline, self.runtime);
+        let models: Vec<Flux> = pipelines.iter().map(load).collect::<Result<_>>()?;
+        self.time(&models, states)
+    }
+
+    fn time(&self, models: &[Flux], states: &States) -> Result<Vec<Timing>> {
+        let (device, dtype) = (&self.runtime.device, self.runtime.dtype);
+        let one = states.batch(0..1, device, dtype)?;
+        let step = |flux: &Flux| -> Result<()> {
+            flux.forward(&one.inputs(), &mut ())?;
+            Ok(())
+        };
+        let mut works: Vec<_> = models.iter().map(|flux| || step(flux)).collect();
+        let mut works: Vec<&mut dyn FnMut() -> Result<()>> =
+            works.iter_mut().map(|work| work as _).collect();
+        latency::measure(device, STEPS, &mut works)
     }
 }
 

@@ -15,6 +15,7 @@ mod bench;
 mod calibrate;
 mod choose;
 mod eval;
+mod eval_output;
 mod gather;
 mod generate;
 mod init;

@@ -208,14 +208,14 @@ fn object(part: &[usize], pixels: &[[u8; 3]], side: usize) -> Seen {
     let (top, bottom) = range(|i, side| i / side);
     let (left, right) = range(|i, side| i % side);
     let (wide, high) = (right - left, bottom - top);
-    let middle = ((left + right) / 2.0, (top + bottom) / 2.0);
+    let middle = (f64::midpoint(left, right), f64::midpoint(top, bottom));
     let mut best: Option<Seen> = None;
     for shape in Shape::ALL {
         // radius and centre from the box around the pixels
         let (r, x, y) = match shape {
             Shape::Square => ((high + wide) / 4.0 / 0.86, middle.0, middle.1),
             Shape::Triangle => {
-                let r = (high / 1.75 + wide / 1.75) / 2.0;
+                let r = f64::midpoint(high / 1.75, wide / 1.75);
                 (r, middle.0, middle.1 + 0.125 * r)
             }
             Shape::Circle | Shape::Cross => ((high + wide) / 4.0, middle.0, middle.1),

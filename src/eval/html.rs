@@ -216,7 +216,7 @@ fn numbers(report: &Report) -> String {
     row("time per step", &|m| {
         let t = &m.step;
         let text = format!(
-            "{:.2} ms ({:.2} to {:.2})",
+            "{:.2} ms\n{:.2} to {:.2}",
             1e3 * t.median,
             1e3 * t.low,
             1e3 * t.high
@@ -256,7 +256,7 @@ fn numbers(report: &Report) -> String {
         row(name, &|m| {
             let share = m.prompt_following.as_ref().map(criterion)?;
             Some(format!(
-                "{:.1} %, {}",
+                "{:.1} %\n{}",
                 100.0 * share.share,
                 interval(&share)
             ))
@@ -269,24 +269,36 @@ fn numbers(report: &Report) -> String {
     let body: String = rows
         .iter()
         .map(|(name, values)| {
-            let cells: String = values
-                .iter()
-                .map(|v| format!("<td>{}</td>", escape(v)))
-                .collect();
+            let cells: String = values.iter().map(|v| cell(v)).collect();
             format!("<tr><th>{}</th>{cells}</tr>\n", escape(name))
         })
         .collect();
     format!(
         "<div class=\"wide\"><table>\n<thead><tr><th></th>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n\
          <p class=\"note\">Distances are to the baseline's pictures and velocities: mean ± standard deviation, and the extremes. \
-         Times are medians with quartiles, models one after another; a picture is all steps and decoding, without its text encoding. \
-         Memory is the largest while the transformer was loaded and drew, parts of mapped files included.</p>"
+         Times are medians with quartiles, {timed}; a picture is all steps and decoding, without its text encoding. \
+         Memory is the largest while the transformer was loaded and drew, parts of mapped files included.</p>",
+        timed = escape(&report.settings.timed)
     )
+}
+
+/// A table cell; what follows a line break is small print.
+fn cell(text: &str) -> String {
+    match text.split_once('\n') {
+        Some((value, detail)) => {
+            format!(
+                "<td>{}<small>{}</small></td>",
+                escape(value),
+                escape(detail)
+            )
+        }
+        None => format!("<td>{}</td>", escape(text)),
+    }
 }
 
 fn spread(s: &Summary, digits: usize) -> String {
     format!(
-        "{:.digits$} ± {:.digits$} ({:.digits$} to {:.digits$})",
+        "{:.digits$}\n± {:.digits$}, {:.digits$} to {:.digits$}",
         s.mean, s.deviation, s.least, s.most
     )
 }
@@ -305,10 +317,10 @@ fn pairs(report: &Report, assets: &Assets) -> String {
         .collect();
     let class = if small { "pairs small" } else { "pairs" };
     format!(
-        "<p>{} of {} prompts; on the left {}. All numbers are in <code>report.json</code>.</p>\n<div class=\"{class}\">\n{figures}</div>",
+        "<p>{} of {} prompts; from left to right {}. All numbers are in <code>report.json</code>.</p>\n<div class=\"{class}\">\n{figures}</div>",
         assets.pairs.len(),
         report.pairs.len(),
-        escape(names.first().unwrap_or(&""))
+        escape(&names.join(", "))
     )
 }
 

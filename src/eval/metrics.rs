@@ -201,6 +201,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::unreadable_literal, reason = "as they were printed")]
     fn psnr_and_ssim_are_those_of_scikit_image() {
         // scikit-image 0.26.0: peak_signal_noise_ratio(a, b, data_range=255), structural_similarity(a, b,
         // gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=2)

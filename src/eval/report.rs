@@ -53,6 +53,8 @@ pub struct Settings {
     pub text_tokens: usize,
     /// Device and number format, `cpu, f32`.
     pub runtime: String,
+    /// How steps were timed: `models in turn`, which a busy machine slows alike, or `models one after another`.
+    pub timed: String,
 }
 
 /// One model.

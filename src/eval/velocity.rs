@@ -128,7 +128,7 @@ mod tests {
     #[test]
     fn errors_are_relative_and_fall_into_their_intervals() {
         let of = |rows: &[[f32; 2]], times: &[f32]| Velocities {
-            values: Tensor::new(rows, &Device::Cpu).unwrap(),
+            values: Tensor::from_slice(rows.as_flattened(), (rows.len(), 2), &Device::Cpu).unwrap(),
             times: times.to_vec(),
         };
         let times = [0.05, 0.55, 0.58, 0.999];

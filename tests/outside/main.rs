@@ -11,6 +11,7 @@ use serde_json::Value;
 
 mod calibration;
 mod common;
+mod evaluation;
 
 use common::*;
 
