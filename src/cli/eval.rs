@@ -14,7 +14,12 @@ pub struct EvalArgs {
     /// A model to evaluate, named as elsewhere (folder, file or hub id); may be given several times.
     #[arg(long, value_name = "PATH|ID")]
     pub model: Vec<String>,
-    /// The model to compare with. Default: the one that the first --model was pruned from.
+    /// A plan (made by `plan` or `prune`) to carry out on the baseline in memory and evaluate like a model; may be given
+    /// several times.
+    #[arg(long, value_name = "FILE")]
+    pub plan: Vec<PathBuf>,
+    /// The model to compare with. Default: the one that the first --model was pruned
+    /// from, and for plans the bundled model.
     #[arg(long, value_name = "PATH|ID")]
     pub baseline: Option<String>,
     /// Prompts, one a line. Default: captions that are in no calibration list.

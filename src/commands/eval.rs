@@ -8,6 +8,7 @@ use candle::{DType, Tensor};
 use super::{
     eval_output, load,
     measure::{self, Measured, Task},
+    planned::Planned,
 };
 use crate::{
     checkpoint::{
@@ -23,6 +24,7 @@ use crate::{
         report::{Distances, ModelReport, Pair, PairOfModel, PromptFollowing, Report, Settings},
         scene::Scene,
     },
+    files::BUNDLED,
     layout::BlockSpec,
     model::cost,
     pipeline::{ModelChoice, Pipeline},
@@ -53,7 +55,12 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         .transpose()?;
     save::check_free(&args.output, args.force)?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
-    let (baseline, models) = open(args)?;
+    let (baseline, mut models) = open(args)?;
+    let plans: Vec<Planned> = args
+        .plan
+        .iter()
+        .map(|path| Planned::read(path, &baseline))
+        .collect::<Result<_>>()?;
     let vae_files = baseline.vae_files()?;
     let size = super::picture_size(&baseline, args.width, args.height)?;
     let usual = if size.tokens() >= LARGE {
@@ -63,6 +70,9 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     };
     let (source, prompts) = prompts(args, given, &baseline, usual);
     save::check_writable(&args.output)?;
+    for plan in plans {
+        models.push(plan.carry_out(&baseline, &runtime, &args.output)?);
+    }
 
     let all: Vec<&Pipeline> = std::iter::once(&baseline).chain(&models).collect();
     let bytes: usize = all.iter().map(|p| p.transformer.bytes()).sum();
@@ -225,11 +235,6 @@ fn open(args: &EvalArgs) -> Result<(Pipeline, Vec<Pipeline>)> {
         text_encoders: args.text_encoders.clone(),
         vae: args.vae.clone(),
     };
-    let [first, ..] = args.model.as_slice() else {
-        bail!(
-            "--model is missing: eval compares a pruned model with the one it was made from\nhint: `fastflux prune --output pruned` prunes the bundled model; then `fastflux eval --model pruned`"
-        )
-    };
     let models: Vec<Pipeline> = args
         .model
         .iter()
@@ -240,8 +245,13 @@ fn open(args: &EvalArgs) -> Result<(Pipeline, Vec<Pipeline>)> {
         (None, Some(model)) if model.record.is_some() => {
             Pipeline::open(&choice(&model.base()?.locator))?
         }
-        _ => bail!(
-            "`{first}` does not say what it was made from\nhint: name the model to compare it with by --baseline"
+        (None, Some(model)) => bail!(
+            "`{}` does not say what it was made from\nhint: name the model to compare it with by --baseline",
+            model.name
+        ),
+        (None, None) if !args.plan.is_empty() => Pipeline::open(&choice(BUNDLED))?,
+        (None, None) => bail!(
+            "--model is missing: eval compares a pruned model with the one it was made from\nhint: `fastflux prune --output pruned` prunes the bundled model; then `fastflux eval --model pruned`"
         ),
     };
     for model in &models {

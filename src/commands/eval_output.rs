@@ -17,8 +17,10 @@ use crate::{
     ui,
 };
 
-/// Pairs on the page, and the longest side of its pictures in pixels.
+/// Pairs on the page: of small and of large pictures.
 const SHOWN: usize = 24;
+const SHOWN_LARGE: usize = 12;
+/// Longest side of pictures on the page, in pixels.
 const SHOWN_SIDE: u32 = 640;
 /// Pairs in pictures.png.
 const IN_GRID: usize = 64;
@@ -34,7 +36,9 @@ pub(super) fn write(
     let order = report.worst_first();
     let of_pair = |index: usize| drawn.iter().filter_map(move |pictures| pictures.get(index));
     let mut pairs = Vec::new();
-    for &index in order.iter().take(SHOWN) {
+    let large = report.settings.image_tokens >= LARGE;
+    let shown = if large { SHOWN_LARGE } else { SHOWN };
+    for &index in order.iter().take(shown) {
         let png = |picture: &Picture| image::within(picture, SHOWN_SIDE)?.to_png();
         let pictures = of_pair(index).map(png).collect::<Result<_>>()?;
         pairs.push(ShownPair { index, pictures });
@@ -49,11 +53,7 @@ pub(super) fn write(
     let page = html::page(report, &assets)?;
     save::write_bytes(&folder.join("report.html"), page.as_bytes())?;
 
-    let columns = if report.settings.image_tokens >= LARGE {
-        4
-    } else {
-        8
-    };
+    let columns = if large { 4 } else { 8 };
     let order: Vec<usize> = order.into_iter().take(IN_GRID).collect();
     let mut rows = Vec::new();
     for chunk in order.chunks(columns) {

@@ -23,6 +23,7 @@ mod inspect;
 mod load;
 mod measure;
 mod plan;
+mod planned;
 mod prune;
 mod score;
 mod select;

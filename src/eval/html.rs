@@ -408,7 +408,7 @@ fn made(report: &Report) -> String {
             format!(
                 "seeds {} to {}",
                 s.seed,
-                s.seed + s.pictures.saturating_sub(1) as u64
+                s.seed.wrapping_add(s.pictures.saturating_sub(1) as u64)
             ),
         ),
         (

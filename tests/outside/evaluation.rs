@@ -40,7 +40,7 @@ fn without_timings(mut report: Value) -> Value {
 fn a_worse_model_has_worse_numbers_and_the_report_is_complete() {
     let work = folder();
     let w = work.path();
-    quick_prune(w, "good", &["--blocks", "double.01"]);
+    quick_prune(w, "good", &["--ratio", "0.1"]);
     quick_prune(
         w,
         "bad",
@@ -257,6 +257,26 @@ fn a_model_equals_itself() {
 }
 
 #[test]
+fn a_plan_is_judged_without_writing_a_model() {
+    let work = folder();
+    let plan = r#"{"source": "", "replace": [{"replaces": ["double.01"], "form": "linear"}], "reason": ""}"#;
+    fs::write(work.path().join("plan.json"), plan).unwrap();
+    let before = list(work.path()).len();
+    let args = ["--plan", "plan.json", "--num", "4", "--steps", "2"];
+    let report = eval(work.path(), &args);
+    assert_eq!(
+        list(work.path()).len(),
+        before + 1,
+        "the report and nothing else"
+    );
+    let model = &report["models"][0];
+    assert_eq!(model["name"], "plan.json");
+    assert_eq!(model["replaced"], serde_json::json!(["double.01"]));
+    let error = number(model, "/against_baseline/velocity/error");
+    assert!(error > 0.0 && error < 0.05, "{error}");
+}
+
+#[test]
 fn bad_input_is_refused_before_any_drawing() {
     let work = folder();
     let w = work.path();
@@ -267,6 +287,13 @@ fn bad_input_is_refused_before_any_drawing() {
     let no = |args: &[&str], words: &[&str]| {
         refused(w, &[&["eval"], args, &new].concat(), words);
     };
+    fs::write(
+        w.join("plan.json"),
+        r#"{"source": "another", "replace": [], "reason": ""}"#,
+    )
+    .unwrap();
+    no(&["--plan", "plan.json"], &["plan.json"]);
+    no(&["--plan", "missing.json"], &["missing.json"]);
     no(&[], &["--model", "hint:", "prune"]);
     no(&["--model", "nowhere"], &["`nowhere` does not exist"]);
     no(&["--model", &dev], &["--baseline"]);
