@@ -13,8 +13,8 @@ pub(super) const COLOURS: [RGBColor; 6] = [
     RGBColor(0x8a, 0x8a, 0x2e),
 ];
 
-/// Width and height of a chart; pages scale it.
-const SIZE: (u32, u32) = (720, 320);
+/// Width and height of a chart: letters stay readable on a phone.
+const SIZE: (u32, u32) = (480, 280);
 
 /// A named curve.
 pub(super) struct Curve {
@@ -45,8 +45,8 @@ pub(super) fn curves(
         let margin = ((right - left) * 0.03).max(1e-9);
         let mut chart = ChartBuilder::on(&root)
             .margin(8)
-            .x_label_area_size(44)
-            .y_label_area_size(76)
+            .x_label_area_size(38)
+            .y_label_area_size(62)
             .build_cartesian_2d(
                 left - margin..right + margin,
                 (low * 0.8..high * 1.25).log_scale(),
@@ -55,8 +55,8 @@ pub(super) fn curves(
             .configure_mesh()
             .light_line_style(TRANSPARENT)
             .bold_line_style(BLACK.mix(0.15))
-            .label_style(("sans-serif", 14))
-            .axis_desc_style(("sans-serif", 15))
+            .label_style(("sans-serif", 12))
+            .axis_desc_style(("sans-serif", 13))
             .x_desc(x_name)
             .y_desc(y_name)
             .y_label_formatter(&|y| {
@@ -76,14 +76,14 @@ pub(super) fn curves(
             if dots {
                 let dots = points
                     .into_iter()
-                    .map(|p| Circle::new(p, 4, color.filled()));
+                    .map(|p| Circle::new(p, 3, color.filled()));
                 chart.draw_series(dots)?;
             }
         }
         if curves.len() > 1 {
             chart
                 .configure_series_labels()
-                .label_font(("sans-serif", 14))
+                .label_font(("sans-serif", 12))
                 .background_style(WHITE.mix(0.8))
                 .position(SeriesLabelPosition::UpperRight)
                 .draw()?;
