@@ -202,6 +202,12 @@ impl States {
         items.iter().map(|(_, t, _)| *t).collect()
     }
 
+    /// The picture that each of the states `range` is made of (fewer where there are fewer).
+    pub fn pictures(&self, range: std::ops::Range<usize>) -> Vec<u32> {
+        let items = self.items.get(range).unwrap_or_default();
+        items.iter().map(|(picture, _, _)| *picture).collect()
+    }
+
     /// The ranges of all batches of at most `size` states.
     pub fn batches(
         &self,

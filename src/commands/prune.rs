@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use super::{
@@ -25,10 +25,11 @@ use crate::{
     model::{Flux, cost},
     prune::{
         apply,
-        layers::{LayerMap, Layers},
+        layers::Layers,
+        outputs::{self, Refit},
         plan::{self, PruningPlan},
         recipe::PruneRecipe,
-        refit::{self, Fitting},
+        refit::{self, Fits, Fitting},
     },
     score::{BlockScore, Metric, Scores, ablation::HeldOut},
     ui,
@@ -44,7 +45,7 @@ struct Found {
     /// `None` where the plan was given, so that no block was scored.
     selection: Option<Selection>,
     plan: PruningPlan,
-    layers: LayerMap,
+    fits: Fits,
     /// The model with the layers in place.
     pruned: Flux,
     /// Relative mean squared error of its velocity on held-out states.
@@ -57,6 +58,8 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     let given = args.plan.as_deref().map(PruningPlan::read).transpose()?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
+    let usual = Refit::usual(pipeline.config.hidden_size);
+    recipe.fit.refit.get_or_insert(usual);
     let wanted = Wanted::new(&args.goal, &recipe, &pipeline, given)?;
     let (settings, images) = calibrate::settings(
         &args.calibration,
@@ -75,12 +78,13 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     let gathering = calibrate::gathering(&args.calibration, &args.output, sums);
     let calibration = gather::obtain(&session, args.stats.as_deref(), &gathering)?;
     let found = find(&session, &recipe, calibration, wanted)?;
-    let (checkpoint, config) = apply::apply(
+    let (mut checkpoint, config) = apply::apply(
         &pipeline.transformer,
         &pipeline.config,
         &found.plan,
-        &found.layers,
+        &found.fits.layers,
     )?;
+    apply::put_outputs(&mut checkpoint, &config, &found.fits.outputs)?;
     let record = record(&session, &recipe, &found, &config)?;
     let output = OutputFolder::create(&args.output, args.force)?;
     output::write(
@@ -142,14 +146,18 @@ fn find(
             (Some(selection), plan)
         }
     };
+    let refit = f.refit.context("what to refit is resolved")?;
     let fitting = Fitting {
         ridge: f.ridge,
         sequential: f.sequential,
+        refit,
         batch: session.settings.batch,
+        tokens: session.settings.recipe.tokens_per_forward,
     };
     let batches = states.fit.batches(session.settings.batch).len();
-    let progress = ui::progress(plan.replace.len() * batches, "fitting");
-    let layers = refit::fit_layers(
+    let steps = refit::steps(&session.flux.trunk, batches, &plan.replace, refit);
+    let progress = ui::progress(steps, "fitting");
+    let fits = refit::fit_layers(
         &session.flux,
         &states.fit,
         &plan.replace,
@@ -161,8 +169,9 @@ fn find(
         &progress,
         format!("fitted {} layers on the pruned prefix", plan.replace.len()),
     );
-    let pruned = refit::pruned(&session.flux, &plan.replace, &layers, session.runtime)?;
-    let velocity_error = held_out.error(&session.flux, &pruned.trunk)?;
+    let mut pruned = refit::pruned(&session.flux, &plan.replace, &fits.layers, session.runtime)?;
+    outputs::put(&mut pruned, &fits.outputs, session.runtime)?;
+    let velocity_error = held_out.error(&pruned, &pruned.trunk)?;
     ensure!(
         velocity_error.is_finite(),
         "the pruned model's velocity is NaN or infinite"
@@ -170,7 +179,7 @@ fn find(
     Ok(Found {
         selection,
         plan,
-        layers,
+        fits,
         pruned,
         velocity_error,
     })
@@ -283,7 +292,7 @@ fn report(
             let fits = r
                 .replaces
                 .first()
-                .and_then(|id| found.layers.get(id))
+                .and_then(|id| found.fits.layers.get(id))
                 .and_then(Layers::fits);
             json!({
                 "replaces": r.replaces,
@@ -314,7 +323,7 @@ fn text(session: &Session, found: &Found, report: &serde_json::Value) -> String 
         let run = found.plan.replace.iter().find(|r| r.replaces.contains(&id));
         let fits = run
             .and_then(|r| r.replaces.first())
-            .and_then(|first| found.layers.get(first));
+            .and_then(|first| found.fits.layers.get(first));
         let [txt, img] = fits.and_then(Layers::fits)?;
         Some(format!("{:.3} / {:.3}", txt.error, img.error))
     };

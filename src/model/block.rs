@@ -4,6 +4,7 @@ use candle::Result;
 use candle_nn::VarBuilder;
 
 use super::double::DoubleBlock;
+use super::last::LastStep;
 use super::linear::Linear;
 use super::modulation::Modulation;
 use super::replacement::ReplacementBlock;
@@ -69,6 +70,20 @@ impl Block {
             })
         };
         Ok(Some([first(txt)?, first(img)?]))
+    }
+
+    /// The last step of a kept block: one for all tokens (single), or text first, then image (double); none for
+    /// replacements.
+    pub fn last_steps(
+        &self,
+        stream: &Stream,
+        conditioning: &Conditioning,
+    ) -> Result<Vec<LastStep>> {
+        Ok(match self {
+            Self::Double(block) => block.last_steps(stream, conditioning)?.into(),
+            Self::Single(block) => vec![block.last_step(stream, conditioning)?],
+            Self::Replacement(_) => vec![],
+        })
     }
 
     /// Every projection with its canonical name below the block (`img_attn.qkv`, `linear1`, `linear.img`): the one

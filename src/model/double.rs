@@ -3,6 +3,7 @@
 use candle::{Result, Tensor};
 use candle_nn::VarBuilder;
 
+use super::last::LastStep;
 use super::linear::Linear;
 use super::modulation::Modulation;
 use super::ops::{self, Branch, Norms, Projected};
@@ -43,13 +44,14 @@ impl Half {
         })
     }
 
-    /// After attention: adds its projection, then the MLP without bias, gate and residual, which the caller joins.
+    /// After attention: adds its projection, then the MLP up to its output projection.
     fn after(
         &self,
+        name: &'static str,
         x: &Tensor,
         attended: &Tensor,
-        [gate, shift, scale]: [&Tensor; 3],
-    ) -> Result<(Tensor, Tensor)> {
+        [gate, shift, scale, last_gate]: [&Tensor; 4],
+    ) -> Result<LastStep> {
         let y = self.proj.product(attended)?;
         let x = ops::gated_residual(&[Branch {
             x,
@@ -60,10 +62,13 @@ impl Half {
         let y = self
             .mlp_in
             .product(&ops::norm_modulate(&x, shift, scale)?)?;
-        let y = self
-            .mlp_out
-            .product(&ops::gelu(&y, self.mlp_in.bias(), None)?)?;
-        Ok((x, y))
+        let z = ops::gelu(&y, self.mlp_in.bias(), None)?;
+        Ok(LastStep {
+            name,
+            x,
+            z,
+            gate: last_gate.clone(),
+        })
     }
 }
 
@@ -93,6 +98,22 @@ impl DoubleBlock {
 
     /// One step of the fold.
     pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
+        let [txt, img] = self.last_steps(stream, conditioning)?;
+        let txt_y = self.txt.mlp_out.product(&txt.z)?;
+        let img_y = self.img.mlp_out.product(&img.z)?;
+        let tokens = ops::gated_residual(&[
+            txt.branch(&txt_y, &self.txt.mlp_out),
+            img.branch(&img_y, &self.img.mlp_out),
+        ])?;
+        Ok(stream.with_tokens(tokens))
+    }
+
+    /// What the output projections `txt_mlp.2` and `img_mlp.2` are applied to.
+    pub(super) fn last_steps(
+        &self,
+        stream: &Stream,
+        conditioning: &Conditioning,
+    ) -> Result<[LastStep; 2]> {
         let Self {
             img,
             txt,
@@ -144,31 +165,19 @@ impl DoubleBlock {
         let attended = stream.with_tokens(ops::attention(&heads)?);
         drop(heads);
 
-        let (img_x, img_y) = img.after(
+        let img = img.after(
+            "img_mlp.2",
             &img_x,
             &attended.img_view()?,
-            [&img_gate1, &img_shift2, &img_scale2],
+            [&img_gate1, &img_shift2, &img_scale2, &img_gate2],
         )?;
-        let (txt_x, txt_y) = txt.after(
+        let txt = txt.after(
+            "txt_mlp.2",
             &txt_x,
             &attended.txt_view()?,
-            [&txt_gate1, &txt_shift2, &txt_scale2],
+            [&txt_gate1, &txt_shift2, &txt_scale2, &txt_gate2],
         )?;
-        let tokens = ops::gated_residual(&[
-            Branch {
-                x: &txt_x,
-                y: &txt_y,
-                bias: txt.mlp_out.bias(),
-                gate: Some(&txt_gate2),
-            },
-            Branch {
-                x: &img_x,
-                y: &img_y,
-                bias: img.mlp_out.bias(),
-                gate: Some(&img_gate2),
-            },
-        ])?;
-        Ok(stream.with_tokens(tokens))
+        Ok([txt, img])
     }
 
     /// Every projection with its name below the block.

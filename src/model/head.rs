@@ -26,8 +26,17 @@ impl Head {
 
     /// Velocity of the image tokens, (batch, image tokens, out_channels).
     pub(super) fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Tensor> {
+        self.linear.forward(&self.input(stream, conditioning)?)
+    }
+
+    /// What the projection to the velocity is applied to, (batch, image tokens, hidden).
+    pub(super) fn input(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Tensor> {
         let [shift, scale] = self.modulation.forward(conditioning)?;
-        self.linear
-            .forward(&ops::norm_modulate(&stream.img_view()?, &shift, &scale)?)
+        ops::norm_modulate(&stream.img_view()?, &shift, &scale)
+    }
+
+    /// The projection to the velocity, hidden → out_channels.
+    pub(super) fn linear_mut(&mut self) -> &mut Linear {
+        &mut self.linear
     }
 }

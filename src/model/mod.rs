@@ -9,6 +9,7 @@ pub mod cost;
 mod double;
 mod embed;
 mod head;
+mod last;
 mod linear;
 mod modulation;
 pub mod ops;
@@ -23,6 +24,7 @@ mod trunk;
 pub use block::Block;
 pub use double::DoubleBlock;
 pub use embed::Inputs;
+pub use last::LastStep;
 pub use linear::{Linear, Lora};
 pub use modulation::Modulation;
 pub use replacement::{AffineLayer, ReplacementBlock};
@@ -83,6 +85,17 @@ impl Flux {
     /// the last block.
     pub fn head(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Tensor> {
         self.head.forward(stream, conditioning)
+    }
+
+    /// What the projection to the velocity is applied to, (batch, image tokens, hidden), from the tokens after the last
+    /// block.
+    pub fn head_input(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Tensor> {
+        self.head.input(stream, conditioning)
+    }
+
+    /// The projection to the velocity (`final_layer.linear`), hidden → out_channels.
+    pub fn head_linear_mut(&mut self) -> &mut Linear {
+        self.head.linear_mut()
     }
 
     /// One call: velocity of the image tokens, (batch, image tokens, out_channels), in the model's dtype.

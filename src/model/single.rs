@@ -4,9 +4,10 @@ use candle::Result;
 use candle_nn::VarBuilder;
 
 use super::double::load_norms;
+use super::last::LastStep;
 use super::linear::Linear;
 use super::modulation::Modulation;
-use super::ops::{self, Branch, Norms, Projected};
+use super::ops::{self, Norms, Projected};
 use super::stream::{Conditioning, Stream};
 use crate::layout::FluxConfig;
 
@@ -42,6 +43,18 @@ impl SingleBlock {
 
     /// One step of the fold.
     pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
+        let last = self.last_step(stream, conditioning)?;
+        let y = self.linear2.product(&last.z)?;
+        let branch = last.branch(&y, &self.linear2);
+        Ok(stream.with_tokens(ops::gated_residual(&[branch])?))
+    }
+
+    /// What the output projection `linear2` is applied to, for text and image tokens together.
+    pub(super) fn last_step(
+        &self,
+        stream: &Stream,
+        conditioning: &Conditioning,
+    ) -> Result<LastStep> {
         let x = &stream.tokens;
         let [shift, scale, gate] = self.modulation.forward(conditioning)?;
         // (batch, tokens, 3·hidden + mlp)
@@ -71,15 +84,12 @@ impl SingleBlock {
             mlp_bias.as_ref(),
             Some(&attended),
         )?;
-        drop((projected, attended));
-        let y = self.linear2.product(&y)?;
-        let branch = Branch {
-            x,
-            y: &y,
-            bias: self.linear2.bias(),
-            gate: Some(&gate),
-        };
-        Ok(stream.with_tokens(ops::gated_residual(&[branch])?))
+        Ok(LastStep {
+            name: "linear2",
+            x: x.clone(),
+            z: y,
+            gate,
+        })
     }
 
     /// Every projection with its name below the block.

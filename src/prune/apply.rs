@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use candle::DType;
 
-use super::{layers::LayerMap, plan::PruningPlan};
+use super::{layers::LayerMap, outputs::Outputs, plan::PruningPlan};
 use crate::{
     checkpoint::{Checkpoint, Source, candle_dtype, keys},
     layout::{BlockId, BlockSpec, FluxConfig},
@@ -76,6 +76,40 @@ pub fn apply(
     Ok((out, pruned))
 }
 
+/// Puts new output projections of what is kept into a pruned checkpoint, in the number format of those they replace.
+///
+/// # Errors
+/// When the checkpoint lacks one.
+pub fn put_outputs(
+    checkpoint: &mut Checkpoint,
+    pruned: &FluxConfig,
+    outputs: &Outputs,
+) -> Result<()> {
+    for ((block, name), projection) in outputs {
+        let prefix = match block {
+            None => (*name).to_owned(),
+            Some(id) => {
+                let mut slots = pruned.slots().into_iter();
+                let slot = slots.find(|(spec, _)| **spec == BlockSpec::Original(*id));
+                let prefix = slot.and_then(|(_, prefix)| prefix);
+                format!(
+                    "{}.{name}",
+                    prefix.with_context(|| format!("{id} is not kept"))?
+                )
+            }
+        };
+        for (part, tensor) in [("weight", &projection.weight), ("bias", &projection.bias)] {
+            let name = format!("{prefix}.{part}");
+            let before = checkpoint
+                .get(&name)
+                .with_context(|| format!("the checkpoint has no `{name}`"))?;
+            let dtype = storable(candle_dtype(before.dtype()).ok());
+            checkpoint.insert(name, Source::dense_as(tensor, dtype)?);
+        }
+    }
+    Ok(())
+}
+
 /// The number format of a block's first weight; f32 for formats that cannot hold a fit.
 fn block_dtype(checkpoint: &Checkpoint, slots: &BTreeMap<String, BlockSpec>, id: BlockId) -> DType {
     let prefix = slots
@@ -89,6 +123,11 @@ fn block_dtype(checkpoint: &Checkpoint, slots: &BTreeMap<String, BlockSpec>, id:
                 .is_some_and(|prefix| name.starts_with(prefix))
     });
     let dtype = weight.and_then(|(_, source)| candle_dtype(source.dtype()).ok());
+    storable(dtype)
+}
+
+/// `dtype`, or f32 where it cannot hold a fit.
+fn storable(dtype: Option<DType>) -> DType {
     dtype
         .filter(|d| matches!(d, DType::F16 | DType::BF16 | DType::F32 | DType::F64))
         .unwrap_or(DType::F32)

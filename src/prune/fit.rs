@@ -10,6 +10,9 @@ use crate::calibrate::stats::Gram;
 /// Ridges that are tried when none is given, relative to the mean diagonal.
 pub const RIDGES: [f64; 6] = [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2];
 
+/// The ridge where none is given and none can be chosen.
+pub const DEFAULT_RIDGE: f64 = 1e-4;
+
 /// A least-squares solution.
 #[derive(Clone, Debug)]
 pub struct Solution {
@@ -33,21 +36,42 @@ pub fn solve(sums: &Gram, ridge: f64) -> Result<Solution> {
     problem.solve(ridge)
 }
 
-/// Solves with the ridge of [`RIDGES`] whose solution leaves the smallest residual on `held_out`, on both sums together.
+/// Solves with that of `ridges` whose solution leaves the smallest residual on `held_out`, on both sums together.
 ///
 /// # Errors
 /// As [`solve`].
-pub fn solve_with_best_ridge(sums: &Gram, held_out: &Gram) -> Result<Solution> {
+pub fn solve_with_best_ridge(sums: &Gram, held_out: &Gram, ridges: &[f64]) -> Result<Solution> {
     let problem = Problem::new(sums)?;
     let unseen = Problem::new(held_out)?;
-    let mut best = (f64::INFINITY, RIDGES[0]);
-    for ridge in RIDGES {
+    let mut best = (f64::INFINITY, DEFAULT_RIDGE);
+    for &ridge in ridges {
         let residual = unseen.residual(&problem.solve(ridge)?.coefficients);
         if residual < best.0 {
             best = (residual, ridge);
         }
     }
     solve(&sums.plus(held_out)?, best.1)
+}
+
+/// Solves with `ridge` on all sums, or with the best of `ridges` where none is given and rows were left out to tell.
+///
+/// # Errors
+/// As [`solve`]; when there are no sums.
+pub fn solve_split(
+    fitted: Option<Gram>,
+    left_out: Option<Gram>,
+    ridge: Option<f64>,
+    ridges: &[f64],
+) -> Result<Solution> {
+    match (fitted, left_out, ridge) {
+        (Some(fitted), Some(left_out), None) => solve_with_best_ridge(&fitted, &left_out, ridges),
+        (Some(fitted), Some(left_out), Some(ridge)) => solve(&fitted.plus(&left_out)?, ridge),
+        (Some(sums), None, ridge) | (None, Some(sums), ridge) => {
+            let middle = ridges.get(ridges.len() / 2).copied();
+            solve(&sums, ridge.or(middle).unwrap_or(DEFAULT_RIDGE))
+        }
+        (None, None, _) => bail!("no tokens were seen"),
+    }
 }
 
 /// The sums as matrices of the solver.
@@ -259,6 +283,6 @@ mod tests {
             RIDGES.map(|r| unseen.residual(&problem.solve(r).unwrap().coefficients))
         };
         assert!(chosen[5] < chosen[0], "{chosen:?}");
-        assert!(solve_with_best_ridge(&few, &unseen).unwrap().ridge > free.ridge);
+        assert!(solve_with_best_ridge(&few, &unseen, &RIDGES).unwrap().ridge > free.ridge);
     }
 }

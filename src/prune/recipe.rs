@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::outputs::Refit;
 use crate::{calibrate::recipe::CalibrationRecipe, layout::Form};
 
 /// The recipe of a pruning run.
@@ -44,6 +45,9 @@ pub struct FitRecipe {
     pub ridge: Option<f64>,
     /// Fit in network order on the activations of the already pruned prefix.
     pub sequential: bool,
+    /// Output projections of what is kept that are fitted anew: `none`, `head`, or `all` (also of kept blocks behind a
+    /// replaced one); `null`: `all` up to a width of 1,024, where that takes seconds, and `head` above.
+    pub refit: Option<Refit>,
 }
 
 impl Default for PruneRecipe {
@@ -65,6 +69,7 @@ impl Default for FitRecipe {
             collapse: true,
             ridge: None,
             sequential: true,
+            refit: None,
         }
     }
 }

@@ -1,28 +1,26 @@
-//! Fits every replacement of a plan, in network order.
+//! Fits every replacement of a plan, in network order, and then what is kept behind them.
 //!
 //! Sequentially (the default), each layer sees what the already pruned prefix puts out and aims at what the original
 //! model has after the replaced blocks, so that later layers correct the errors of earlier ones; otherwise every layer
-//! is fitted on the original's own activations.
+//! is fitted on the original's own activations. Output projections of kept blocks and head are always fitted on the
+//! pruned model's activations.
 
 use anyhow::{Context, Result, bail, ensure};
-use candle::{DType, Tensor};
+use candle::{DType, Device, Tensor};
 use indicatif::ProgressBar;
 
 use super::{
-    fit::{self, Solution},
-    gated::GatedGram,
-    layers::{Fitted, LayerMap, Layers},
+    layers::LayerMap,
+    outputs::{self, OutputSums, Outputs, Refit},
+    passing::{Passing, Rows, moved},
+    replaced::Sums,
+    sums,
 };
 use crate::{
-    calibrate::{
-        states::States,
-        stats::{Gram, product_dtype, with_ones},
-    },
+    calibrate::states::States,
     device::Runtime,
-    layout::{Form, Replacement},
-    model::{
-        AffineLayer, Block, Conditioning, Flux, Linear, Modulation, ReplacementBlock, Stream, Trunk,
-    },
+    layout::Replacement,
+    model::{Block, Conditioning, Flux, Linear, ReplacementBlock, Stream, Trunk},
 };
 
 /// How to fit.
@@ -32,25 +30,44 @@ pub struct Fitting {
     pub ridge: Option<f64>,
     /// On the activations of the already pruned prefix.
     pub sequential: bool,
+    /// Output projections of what is kept that are fitted anew.
+    pub refit: Refit,
     /// States in one forward.
     pub batch: usize,
+    /// Tokens of each stream in one forward that sums are made of, evenly spread; `None`: all.
+    pub tokens: Option<usize>,
 }
 
-/// One batch in eight is left out of the fit to choose the ridge, and used after that.
-const LEFT_OUT: usize = 8;
-/// The gated solve has no cheap way to compare ridges.
-const GATED_RIDGE: f64 = 1e-4;
-
-/// The streams of one batch, both just before the block at hand.
-struct Passing {
-    original: Stream,
-    pruned: Stream,
-    conditioning: Conditioning,
-    /// Time of each sample.
-    times: Vec<f32>,
+/// What was fitted.
+#[derive(Clone, Debug, Default)]
+pub struct Fits {
+    /// What stands for the replaced blocks.
+    pub layers: LayerMap,
+    /// New output projections of what is kept.
+    pub outputs: Outputs,
 }
 
-/// Fits `replace` on `states`.
+/// The states of one picture in eight are left out of the fit to choose the ridge, and used after that.
+const LEFT_OUT: u32 = 8;
+/// Bytes of token streams that may stay on a device of its own memory; more are held in the host's and visit the device
+/// a batch at a time.
+const ON_DEVICE: usize = 2 << 30;
+
+/// Both models on their way through the network.
+struct Walk<'a> {
+    flux: &'a Flux,
+    fitting: Fitting,
+    runtime: &'a Runtime,
+    batches: Vec<Passing>,
+    /// Where streams wait between blocks.
+    park: Device,
+    /// The trunk entry ahead.
+    at: usize,
+    out: Fits,
+    progress: &'a ProgressBar,
+}
+
+/// Fits `replace` on `states`, and the outputs of what is kept as `fitting` says. Without replacements nothing is.
 ///
 /// # Errors
 /// When a replacement's blocks are not neighbours, activations are NaN or infinite, or a forward fails.
@@ -61,74 +78,256 @@ pub fn fit_layers(
     fitting: Fitting,
     runtime: &Runtime,
     progress: &ProgressBar,
-) -> Result<LayerMap> {
+) -> Result<Fits> {
     let runs = runs(&flux.trunk, replace)?;
-    let mut batches = Vec::new();
-    for range in states.batches(fitting.batch) {
-        let times = states.times(range.clone());
-        let batch = states.batch(range, &runtime.device, runtime.dtype)?;
-        let (stream, conditioning) = flux.embed(&batch.inputs())?;
-        batches.push(Passing {
-            original: stream.clone(),
-            pruned: stream,
-            conditioning,
-            times,
-        });
+    if runs.is_empty() {
+        return Ok(Fits::default());
     }
-    let mut out = LayerMap::new();
-    let mut at = 0;
+    let mut walk = Walk::new(flux, states, fitting, runtime, progress)?;
     for (first, replacement) in runs {
+        walk.to(first)?;
+        walk.replace(replacement)?;
+    }
+    if fitting.refit != Refit::None {
+        walk.to(flux.trunk.len())?;
+        walk.head()?;
+    }
+    Ok(walk.out)
+}
+
+/// Steps of `progress` that [`fit_layers`] takes.
+pub fn steps(trunk: &Trunk, batches: usize, replace: &[Replacement], refit: Refit) -> usize {
+    let kept = match refit {
+        Refit::All => runs(trunk, replace)
+            .ok()
+            .and_then(|runs| runs.first().map(|(first, _)| trunk.len() - first))
+            .map_or(0, |behind| {
+                behind.saturating_sub(replace.iter().map(|r| r.replaces.len()).sum())
+            }),
+        Refit::None | Refit::Head => 0,
+    };
+    let head = usize::from(refit != Refit::None && !replace.is_empty());
+    (replace.len() + kept + head) * batches
+}
+
+impl<'a> Walk<'a> {
+    fn new(
+        flux: &'a Flux,
+        states: &States,
+        fitting: Fitting,
+        runtime: &'a Runtime,
+        progress: &'a ProgressBar,
+    ) -> Result<Self> {
+        let mut batches = Vec::new();
+        let mut park = runtime.device.clone();
+        for (index, range) in states.batches(fitting.batch).enumerate() {
+            let (mut fit, mut left_out) = (Vec::new(), Vec::new());
+            for (sample, picture) in (0u32..).zip(states.pictures(range.clone())) {
+                let part = if picture % LEFT_OUT == LEFT_OUT - 1 {
+                    &mut left_out
+                } else {
+                    &mut fit
+                };
+                part.push(sample);
+            }
+            let place = |samples: Vec<u32>| {
+                let len = samples.len();
+                Tensor::from_vec(samples, len, &runtime.device)
+            };
+            let rows = Rows {
+                parts: [place(fit)?, place(left_out)?],
+                batch: index,
+                limit: fitting.tokens,
+            };
+            let batch = states.batch(range, &runtime.device, runtime.dtype)?;
+            let (stream, conditioning) = flux.embed(&batch.inputs())?;
+            if index == 0 {
+                let bytes = stream.tokens.elem_count() * stream.tokens.dtype().size_in_bytes();
+                if 2 * bytes * states.batches(fitting.batch).len() > ON_DEVICE {
+                    park = Device::Cpu;
+                }
+            }
+            let stream = moved(&stream, &park)?;
+            batches.push(Passing {
+                original: stream.clone(),
+                pruned: stream,
+                conditioning,
+                rows,
+            });
+        }
+        Ok(Self {
+            flux,
+            fitting,
+            runtime,
+            batches,
+            park,
+            at: 0,
+            out: Fits::default(),
+            progress,
+        })
+    }
+
+    /// Up to the trunk entry `index`, which is ahead.
+    fn to(&mut self, index: usize) -> Result<()> {
+        if self.fitting.refit == Refit::All && !self.out.layers.is_empty() {
+            for kept in self.at..index {
+                self.kept(kept)?;
+            }
+        } else {
+            let range = self.at..index;
+            let trunk = &self.flux.trunk;
+            for batch in &mut self.batches {
+                let (original, pruned) = batch.load(&self.runtime.device)?;
+                // the same stream until something is replaced
+                let run = |s| trunk.forward_range(range.clone(), s, &batch.conditioning, &mut ());
+                let after = run(&original)?;
+                let pruned = if self.out.layers.is_empty() {
+                    after.clone()
+                } else {
+                    run(&pruned)?
+                };
+                batch.store(&after, &pruned, &self.park)?;
+            }
+        }
+        self.at = index;
+        Ok(())
+    }
+
+    /// Fits the layer of `replacement`, whose blocks are ahead, and goes behind them.
+    fn replace(&mut self, replacement: &Replacement) -> Result<()> {
+        let (first, end) = (self.at, self.at + replacement.replaces.len());
         let id = *replacement
             .replaces
             .first()
             .context("a replacement of no block")?;
-        let end = first + replacement.replaces.len();
-        let block = flux
-            .trunk
-            .entries()
-            .get(first)
-            .map(|(_, block)| block)
-            .context("no such block")?;
+        let block = self.block(first)?;
         let mut sums = Sums::new(replacement, block)?;
-        for (index, batch) in batches.iter_mut().enumerate() {
-            let before = flux.trunk.forward_range(
-                at..first,
-                &batch.original,
-                &batch.conditioning,
-                &mut (),
-            )?;
-            batch.pruned =
-                flux.trunk
-                    .forward_range(at..first, &batch.pruned, &batch.conditioning, &mut ())?;
-            batch.original =
-                flux.trunk
-                    .forward_range(first..end, &before, &batch.conditioning, &mut ())?;
-            let input = if fitting.sequential {
-                &batch.pruned
+        let mut inputs = Vec::new();
+        for batch in &mut self.batches {
+            let (before, pruned) = batch.load(&self.runtime.device)?;
+            let conditioning = &batch.conditioning;
+            let trunk = &self.flux.trunk;
+            let after = trunk.forward_range(first..end, &before, conditioning, &mut ())?;
+            let input = if self.fitting.sequential {
+                &pruned
             } else {
                 &before
             };
-            sums.add(
-                input,
-                &batch.original,
-                &batch.conditioning,
-                &batch.times,
-                index % LEFT_OUT == LEFT_OUT - 1,
-            )
-            .with_context(|| format!("block {id}"))?;
-            progress.inc(1);
+            sums.add(input, &after, conditioning, &batch.rows)
+                .with_context(|| format!("block {id}"))?;
+            if sums.revisits() {
+                inputs.push(moved(input, &self.park)?);
+            }
+            batch.store(&after, &pruned, &self.park)?;
+            self.progress.inc(1);
         }
+        let revisit = |visit: &mut dyn FnMut(&Stream, &Conditioning, &Rows) -> Result<()>| {
+            let mut pairs = inputs.iter().zip(&self.batches);
+            pairs.try_for_each(|(input, batch)| {
+                let input = moved(input, &self.runtime.device)?;
+                visit(&input, &batch.conditioning, &batch.rows)
+            })
+        };
         let layers = sums
-            .solve(fitting.ridge)
+            .solve(self.fitting.ridge, &revisit)
             .with_context(|| format!("block {id}"))?;
-        let block = layers.block(&runtime.device, runtime.dtype)?;
-        for batch in &mut batches {
-            batch.pruned = block.forward(&batch.pruned, &batch.conditioning)?;
-        }
-        out.insert(id, layers);
-        at = end;
+        self.pass(&layers.block(&self.runtime.device, self.runtime.dtype)?)?;
+        self.out.layers.insert(id, layers);
+        self.at = end;
+        Ok(())
     }
-    Ok(out)
+
+    /// Fits the output projections of the kept block `index`, which is ahead.
+    fn kept(&mut self, index: usize) -> Result<()> {
+        let mut block = self.block(index)?.clone();
+        let id = self.flux.trunk.entries()[index].0.id();
+        let mut projections: Vec<(&'static str, Linear, OutputSums)> = Vec::new();
+        for batch in &mut self.batches {
+            let (before, pruned) = batch.load(&self.runtime.device)?;
+            let conditioning = &batch.conditioning;
+            let after = block.forward(&before, conditioning)?;
+            let steps = block.last_steps(&pruned, conditioning)?;
+            let mut offset = 0;
+            for (place, step) in steps.iter().enumerate() {
+                if projections.len() <= place {
+                    let linear = block.linears_mut().into_iter();
+                    let (_, linear) = linear
+                        .into_iter()
+                        .find(|(name, _)| *name == step.name)
+                        .with_context(|| format!("block {id} has no `{}`", step.name))?;
+                    projections.push((step.name, linear.clone(), OutputSums::default()));
+                }
+                let (_, linear, sums) = &mut projections[place];
+                let tokens = step.x.dim(1)?;
+                let target = after.tokens.narrow(1, offset, tokens)?;
+                offset += tokens;
+                let chosen = batch.rows.tokens(&step.z)?;
+                for (part, left_out) in batch.rows.parts.iter().zip([false, true]) {
+                    let take = |x: &Tensor| sums::pick(x, Some(part), chosen.as_ref());
+                    let z = take(&step.z)?;
+                    let gate = sums::pick(&step.gate, Some(part), None)?;
+                    let wide = |x: Tensor| x.to_dtype(DType::F32);
+                    let y = wide(linear.forward(&z)?)?.broadcast_mul(&wide(gate.unsqueeze(1)?)?)?;
+                    let rest = ((wide(take(&target)?)? - wide(take(&step.x)?)?)? - y)?;
+                    sums.add(&z, &rest, Some(&gate), left_out)
+                        .with_context(|| format!("block {id}"))?;
+                }
+            }
+            batch.store(&after, &pruned, &self.park)?;
+            self.progress.inc(1);
+        }
+        for (name, linear, sums) in projections {
+            let projection = sums
+                .solve(&linear, self.fitting.ridge)
+                .with_context(|| format!("block {id}, `{name}`"))?;
+            for (found, linear) in block.linears_mut() {
+                if found == name {
+                    *linear = projection.linear(self.runtime)?;
+                }
+            }
+            self.out.outputs.insert((Some(id), name), projection);
+        }
+        self.pass(&block)
+    }
+
+    /// Fits the head's projection: the trunk is behind.
+    fn head(&mut self) -> Result<()> {
+        let mut flux = self.flux.clone();
+        let linear = flux.head_linear_mut().clone();
+        let mut sums = OutputSums::default();
+        for batch in &self.batches {
+            let (original, pruned) = batch.load(&self.runtime.device)?;
+            let wide = |t: Tensor| t.to_dtype(DType::F32);
+            let velocity = wide(self.flux.head(&original, &batch.conditioning)?)?;
+            let z = self.flux.head_input(&pruned, &batch.conditioning)?;
+            let rest = (velocity - wide(linear.forward(&z)?)?)?;
+            let chosen = batch.rows.tokens(&z)?;
+            for (part, left_out) in batch.rows.parts.iter().zip([false, true]) {
+                let take = |x: &Tensor| sums::pick(x, Some(part), chosen.as_ref());
+                sums.add(&take(&z)?, &take(&rest)?, None, left_out)
+                    .context("head")?;
+            }
+            self.progress.inc(1);
+        }
+        let projection = sums.solve(&linear, self.fitting.ridge).context("head")?;
+        self.out.outputs.insert((None, outputs::HEAD), projection);
+        Ok(())
+    }
+
+    fn block(&self, index: usize) -> Result<&'a Block> {
+        let entry = self.flux.trunk.entries().get(index);
+        entry.map(|(_, block)| block).context("no such block")
+    }
+
+    /// The pruned model's streams through `block`.
+    fn pass(&mut self, block: &Block) -> Result<()> {
+        for batch in &mut self.batches {
+            let pruned = moved(&batch.pruned, &self.runtime.device)?;
+            let pruned = block.forward(&pruned, &batch.conditioning)?;
+            batch.pruned = moved(&pruned, &self.park)?;
+        }
+        Ok(())
+    }
 }
 
 /// The replacements in network order with the trunk entry each starts at.
@@ -181,190 +380,5 @@ pub fn pruned(
     Ok(out)
 }
 
-/// Sums of one replacement: for the text tokens, then for the image tokens.
-struct Sums<'a> {
-    replacement: &'a Replacement,
-    streams: [StreamSums; 2],
-}
-
-#[derive(Default)]
-struct StreamSums {
-    fitted: Option<Gram>,
-    left_out: Option<Gram>,
-    gated: GatedGram,
-    modulation: Option<Modulation<3>>,
-    rows: f64,
-    change_sq: f64,
-}
-
-impl<'a> Sums<'a> {
-    fn new(replacement: &'a Replacement, block: &Block) -> Result<Self> {
-        let mut streams = [StreamSums::default(), StreamSums::default()];
-        if replacement.form == Form::Modulated {
-            ensure!(
-                replacement.replaces.len() == 1,
-                "a modulated layer stands for one block, the plan gives it {}",
-                replacement.replaces.len()
-            );
-            let Some(modulations) = block.modulations()? else {
-                bail!("a replaced block has no modulation to keep")
-            };
-            for (stream, modulation) in streams.iter_mut().zip(modulations) {
-                stream.modulation = Some(modulation);
-            }
-        }
-        Ok(Self {
-            replacement,
-            streams,
-        })
-    }
-
-    fn add(
-        &mut self,
-        input: &Stream,
-        output: &Stream,
-        conditioning: &Conditioning,
-        times: &[f32],
-        left_out: bool,
-    ) -> Result<()> {
-        let form = self.replacement.form;
-        if form == Form::Remove {
-            return Ok(());
-        }
-        let pairs = [(input.txt()?, output.txt()?), (input.img()?, output.img()?)];
-        for (stream, (x, y)) in self.streams.iter_mut().zip(pairs) {
-            let wide = product_dtype(x.device());
-            let target = (y.to_dtype(wide)? - x.to_dtype(wide)?)?; // (b, n, d)
-            let (_, tokens, width) = x.dims3()?;
-            let change = target
-                .sqr()?
-                .sum_all()?
-                .to_dtype(DType::F64)?
-                .to_scalar::<f64>()?;
-            ensure!(change.is_finite(), "activations are NaN or infinite");
-            stream.change_sq += change;
-            stream.rows += (x.elem_count() / width) as f64;
-            if let Some(modulation) = &stream.modulation {
-                stream.add_gated(modulation.clone(), &x, &target, conditioning, times)?;
-                continue;
-            }
-            let mut features = x.to_dtype(wide)?;
-            if form == Form::Conditioned {
-                let vec = conditioning.activated().to_dtype(wide)?.unsqueeze(1)?;
-                let vec = vec.broadcast_as((vec.dim(0)?, tokens, width))?;
-                features = Tensor::cat(&[&features, &vec.contiguous()?], 2)?;
-            }
-            let k = features.dim(2)?;
-            let sums = Gram::of(
-                &with_ones(&features.reshape(((), k))?)?,
-                &target.reshape(((), width))?,
-            )?;
-            sums.add_to(if left_out {
-                &mut stream.left_out
-            } else {
-                &mut stream.fitted
-            })?;
-        }
-        Ok(())
-    }
-
-    fn solve(self, ridge: Option<f64>) -> Result<Layers> {
-        let [txt, img] = self.streams;
-        Ok(match (self.replacement.form, self.replacement.joint) {
-            (Form::Remove, _) => Layers::Remove,
-            (Form::Modulated, true) => bail!("a modulated layer cannot be joint"),
-            (form, true) => Layers::Joint(Box::new(txt.merge(img)?.solve(form, ridge)?)),
-            (form, false) => Layers::Streams {
-                txt: Box::new(txt.solve(form, ridge).context("text tokens")?),
-                img: Box::new(img.solve(form, ridge).context("image tokens")?),
-            },
-        })
-    }
-}
-
-impl StreamSums {
-    fn add_gated(
-        &mut self,
-        modulation: Modulation<3>,
-        x: &Tensor,
-        target: &Tensor,
-        conditioning: &Conditioning,
-        times: &[f32],
-    ) -> Result<()> {
-        let wide = product_dtype(x.device());
-        let linear = Linear::new(Tensor::zeros((1, x.dim(2)?), x.dtype(), x.device())?, None)?;
-        let layer = AffineLayer {
-            linear,
-            vec: None,
-            modulation: Some(modulation),
-        };
-        let (z, gate) = layer.input(x, conditioning)?;
-        let gate = gate
-            .context("a modulated layer has a gate")?
-            .to_dtype(wide)?;
-        for (sample, t) in times.iter().enumerate() {
-            let features = with_ones(&z.get(sample)?.to_dtype(wide)?)?;
-            self.gated.add(
-                &features,
-                &target.get(sample)?,
-                &gate.get(sample)?,
-                f64::from(*t),
-            )?;
-        }
-        Ok(())
-    }
-
-    /// The sums of both streams as one problem.
-    fn merge(self, other: Self) -> Result<Self> {
-        let mut out = Self {
-            rows: self.rows + other.rows,
-            change_sq: self.change_sq + other.change_sq,
-            ..Self::default()
-        };
-        for share in [self.fitted, other.fitted].into_iter().flatten() {
-            share.add_to(&mut out.fitted)?;
-        }
-        for share in [self.left_out, other.left_out].into_iter().flatten() {
-            share.add_to(&mut out.left_out)?;
-        }
-        Ok(out)
-    }
-
-    fn solve(self, form: Form, ridge: Option<f64>) -> Result<Fitted> {
-        let solution = match (form, ridge, self.fitted, self.left_out) {
-            (Form::Modulated, ..) => self.gated.solve(ridge.unwrap_or(GATED_RIDGE))?,
-            (_, None, Some(fitted), Some(left_out)) => {
-                fit::solve_with_best_ridge(&fitted, &left_out)?
-            }
-            (_, Some(ridge), Some(fitted), Some(left_out)) => {
-                fit::solve(&fitted.plus(&left_out)?, ridge)?
-            }
-            (_, ridge, Some(sums), None) | (_, ridge, None, Some(sums)) => {
-                fit::solve(&sums, ridge.unwrap_or(1e-4))?
-            }
-            (_, _, None, None) => bail!("no tokens were seen"),
-        };
-        let Solution {
-            coefficients: b,
-            residual_sq,
-            ridge,
-        } = solution;
-        let width = b.ncols();
-        Ok(Fitted {
-            weight: fit::weight(&b, 0..width)?,
-            bias: fit::bias(&b)?,
-            vec: (form == Form::Conditioned)
-                .then(|| fit::weight(&b, width..2 * width))
-                .transpose()?,
-            modulation: match self.modulation {
-                None => None,
-                Some(m) => {
-                    let bias = m.lin.bias().context("the modulation has no bias")?;
-                    Some((m.lin.weight().clone(), bias.clone()))
-                }
-            },
-            error: residual_sq / self.change_sq.max(f64::MIN_POSITIVE),
-            ridge,
-        })
-    }
-}
+#[cfg(test)]
+mod tests;

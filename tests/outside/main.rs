@@ -222,6 +222,22 @@ fn kept_tensors_are_copied_byte_for_byte() {
         "transformer_blocks.4.ff.net.2.bias",
         "double_blocks.4.img_mlp.2.bias",
     );
+    // behind the replaced block only the output projections are fitted anew
+    same(
+        "single_transformer_blocks.4.norm.linear.weight",
+        "single_blocks.4.modulation.lin.weight",
+    );
+    for (theirs, ours) in [
+        (
+            "single_transformer_blocks.4.proj_out.weight",
+            "single_blocks.4.linear2.weight",
+        ),
+        ("proj_out.weight", "final_layer.linear.weight"),
+    ] {
+        let (theirs, ours) = (before.tensor(theirs).unwrap(), after.tensor(ours).unwrap());
+        assert_eq!(theirs.dtype(), ours.dtype());
+        assert_ne!(theirs.data(), ours.data());
+    }
     assert!(after.tensor("single_blocks.3.linear.img.weight").is_ok());
     assert!(after.tensor("single_blocks.3.linear1.weight").is_err());
 }

@@ -1,0 +1,275 @@
+//! Output projections of what is kept, fitted anew in closed form, so that kept blocks and the head take back the
+//! errors that replaced blocks before them leave.
+//!
+//! A kept block ends in x + g ⊙ (W z + b). Its change of W and b minimises the distance to the original's stream behind
+//! the block, the head's that to the original's velocity; the ridge pulls towards no change. Each column of a gated
+//! problem weights rows by its own gⱼ², which would need a matrix for each. The gate varies far more between samples
+//! than between columns, so g² is taken as aₛ uⱼ (least squares in u, a the mean over columns): one matrix Σ a z zᵀ serves
+//! all columns, whatever the width, and the right-hand side Σ gⱼ z rⱼ stays exact.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use candle::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    fit,
+    sums::{self, of_samples, with_bias},
+};
+use crate::{
+    calibrate::stats::Gram,
+    device::Runtime,
+    layout::BlockId,
+    model::{Flux, Linear},
+};
+
+/// Which output projections of what is kept are fitted anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Refit {
+    /// None: kept weights stay as they are.
+    None,
+    /// The head's projection to the velocity.
+    Head,
+    /// Also the last projection of every kept block behind a replaced one.
+    All,
+}
+
+/// Width up to which refitting all outputs takes seconds: its matrices are five times as wide.
+const NARROW: usize = 1024;
+
+impl Refit {
+    /// What a model `hidden` wide is given where the recipe does not say.
+    pub fn usual(hidden: usize) -> Self {
+        if hidden <= NARROW {
+            Self::All
+        } else {
+            Self::Head
+        }
+    }
+}
+
+/// Ridges tried for changes, relative to the mean diagonal. Strong ones: the change has as many parameters as the
+/// projection, and is small where the block does its work well already.
+pub const RIDGES: [f64; 4] = [1e-2, 3e-2, 1e-1, 3e-1];
+
+/// A projection's new values, f32 on the CPU.
+#[derive(Clone, Debug)]
+pub struct Projection {
+    /// (out, in).
+    pub weight: Tensor,
+    /// (out).
+    pub bias: Tensor,
+}
+
+/// New projections by kept block (`None`: the head) and name below it.
+pub type Outputs = BTreeMap<(Option<BlockId>, &'static str), Projection>;
+
+/// The head's projection.
+pub const HEAD: &str = "final_layer.linear";
+
+/// Sums of one gated problem.
+#[derive(Debug, Default)]
+pub struct OutputSums {
+    fitted: Option<Gram>,
+    left_out: Option<Gram>,
+    /// Σ a g², (d), and Σ a² over samples.
+    gate: Option<(Tensor, f64)>,
+}
+
+impl OutputSums {
+    /// Adds samples: `z` (b, n, k), the `residual` (b, n, d) that the change is to make up for, the `gate` (b, d), 1
+    /// where `None`. Products are f32.
+    ///
+    /// # Errors
+    /// When a value is NaN or infinite, or a product fails.
+    pub fn add(
+        &mut self,
+        z: &Tensor,
+        residual: &Tensor,
+        gate: Option<&Tensor>,
+        left_out: bool,
+    ) -> Result<()> {
+        if z.dim(0)? == 0 {
+            return Ok(());
+        }
+        let z = z.to_dtype(DType::F32)?;
+        let residual = residual.to_dtype(DType::F32)?;
+        let width = residual.dim(2)?;
+        let (sums, u, a) = match gate {
+            None => {
+                let c = with_bias(None, &z)?;
+                (of_samples(&z, &c, &residual)?, None, 0.0)
+            }
+            Some(gate) => {
+                let gate = gate.to_dtype(DType::F32)?;
+                let square = gate.sqr()?;
+                let a = (square.mean_keepdim(1)? + 1e-12)?; // (b, 1)
+                let root = a.sqrt()?;
+                // rows √a [z, 1] against g r / √a: Σ a z zᵀ and Σ z (g r)
+                let c = with_bias(None, &z)?.broadcast_mul(&root)?;
+                let weighted = z.broadcast_mul(&root.unsqueeze(2)?)?;
+                let target = residual.broadcast_mul(&gate.broadcast_div(&root)?.unsqueeze(1)?)?;
+                let mut sums = of_samples(&weighted, &c, &target)?;
+                sums.target_sq = sums::square(&residual)?;
+                let u = square.broadcast_mul(&a)?.sum(0)?.to_dtype(DType::F64)?;
+                (sums, Some(u), sums::square(&a)?)
+            }
+        };
+        ensure!(
+            sums.target_sq.is_finite(),
+            "activations are NaN or infinite"
+        );
+        let u = match u {
+            Some(u) => u.to_device(&Device::Cpu)?,
+            None => Tensor::zeros(width, DType::F64, &Device::Cpu)?,
+        };
+        self.gate = Some(match self.gate.take() {
+            None => (u, a),
+            Some((sum, square)) => ((sum + u)?, square + a),
+        });
+        sums.add_to(if left_out {
+            &mut self.left_out
+        } else {
+            &mut self.fitted
+        })
+    }
+
+    /// `before` with the change that the sums ask for; the ridge is chosen by the samples left out unless given.
+    ///
+    /// # Errors
+    /// When nothing was seen, or the sums are NaN or infinite.
+    pub fn solve(self, before: &Linear, ridge: Option<f64>) -> Result<Projection> {
+        let (gate, a) = self.gate.context("no tokens were seen")?;
+        // g² ≈ a u: with coefficients times √u the problem of every column has the same matrix
+        let root = if a > 0.0 {
+            let u = (gate / a)?;
+            let floor = 1e-6 * u.mean_all()?.to_scalar::<f64>()?.max(f64::MIN_POSITIVE);
+            u.maximum(floor)?.sqrt()?
+        } else {
+            gate.ones_like()?
+        };
+        let scaled = |gram: Gram| -> Result<Gram> {
+            Ok(Gram {
+                cross: gram.cross.to_device(&Device::Cpu)?.broadcast_div(&root)?,
+                ..gram
+            })
+        };
+        let (fitted, left_out) = (
+            self.fitted.map(scaled).transpose()?,
+            self.left_out.map(scaled).transpose()?,
+        );
+        let solution = fit::solve_split(fitted, left_out, ridge, &RIDGES)?;
+        let inputs = solution.coefficients.nrows() - 1;
+        let column = root.unsqueeze(1)?.to_dtype(DType::F32)?;
+        let change = fit::weight(&solution.coefficients, 0..inputs)?.broadcast_div(&column)?;
+        let shift = (fit::bias(&solution.coefficients)? / column.squeeze(1)?)?;
+        let host = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F32);
+        let bias = match before.bias() {
+            Some(bias) => (host(bias)? + shift)?,
+            None => shift,
+        };
+        Ok(Projection {
+            weight: (host(before.weight())? + change)?,
+            bias,
+        })
+    }
+}
+
+impl Projection {
+    /// As a layer of a model.
+    ///
+    /// # Errors
+    /// When it does not fit on the device.
+    pub fn linear(&self, runtime: &Runtime) -> Result<Linear> {
+        let place = |t: &Tensor| t.to_dtype(runtime.dtype)?.to_device(&runtime.device);
+        Ok(Linear::new(place(&self.weight)?, Some(place(&self.bias)?))?)
+    }
+}
+
+/// Puts new projections into a model.
+///
+/// # Errors
+/// When the model lacks one.
+pub fn put(flux: &mut Flux, outputs: &Outputs, runtime: &Runtime) -> Result<()> {
+    for ((block, name), projection) in outputs {
+        let linear = projection.linear(runtime)?;
+        let Some(id) = block else {
+            *flux.head_linear_mut() = linear;
+            continue;
+        };
+        let entry = flux.trunk.entries_mut().iter_mut();
+        let place = entry
+            .filter(|(spec, _)| spec.id() == *id)
+            .flat_map(|(_, block)| block.linears_mut())
+            .find(|(found, _)| found == name);
+        *place
+            .with_context(|| format!("block {id} has no `{name}`"))?
+            .1 = linear;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(shape: &[usize]) -> Tensor {
+        Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap()
+    }
+
+    fn off(got: &Tensor, want: &Tensor) -> f64 {
+        let rest = sums::square(&(got - want).unwrap()).unwrap();
+        (rest / sums::square(want).unwrap()).sqrt()
+    }
+
+    fn before() -> Linear {
+        Linear::new(random(&[4, 6]), Some(random(&[4]))).unwrap()
+    }
+
+    #[test]
+    fn what_a_projection_lacks_is_found_behind_a_gate_and_without() {
+        let (before, change, shift) = (before(), random(&[4, 6]), random(&[4]));
+        for gated in [false, true] {
+            let mut sums = OutputSums::default();
+            for part in 0..8 {
+                let z = random(&[10, 5, 6]);
+                let lack = z
+                    .broadcast_matmul(&change.t().unwrap())
+                    .unwrap()
+                    .broadcast_add(&shift)
+                    .unwrap();
+                // of rank one, with either sign: then nothing is approximate
+                let (samples, columns) = (
+                    random(&[10, 1]),
+                    Tensor::new(&[[3f32, -1., 0.1, 2.]], &Device::Cpu),
+                );
+                let gate = samples.broadcast_mul(&columns.unwrap()).unwrap();
+                let gate = gated.then_some(gate);
+                let rest = match &gate {
+                    None => lack,
+                    Some(gate) => lack.broadcast_mul(&gate.unsqueeze(1).unwrap()).unwrap(),
+                };
+                sums.add(&z, &rest, gate.as_ref(), part == 7).unwrap();
+            }
+            let got = sums.solve(&before, Some(0.0)).unwrap();
+            let want = (before.weight() + &change).unwrap();
+            assert!(off(&got.weight, &want) < 1e-4, "{gated}");
+            let want = (before.bias().unwrap() + &shift).unwrap();
+            assert!(off(&got.bias, &want) < 1e-4, "{gated}");
+        }
+    }
+
+    #[test]
+    fn a_projection_that_lacks_nothing_stays() {
+        let before = before();
+        let mut sums = OutputSums::default();
+        let zeros = Tensor::zeros((8, 3, 4), DType::F32, &Device::Cpu).unwrap();
+        sums.add(&random(&[8, 3, 6]), &zeros, Some(&random(&[8, 4])), false)
+            .unwrap();
+        let got = sums.solve(&before, None).unwrap();
+        assert!(off(&got.weight, before.weight()) < 1e-12);
+        assert!(off(&got.bias, before.bias().unwrap()) < 1e-12);
+    }
+}

@@ -1,0 +1,59 @@
+//! The streams of one batch on their way through both models, and which of their rows count. Fitting is `refit`'s business.
+
+use anyhow::Result;
+use candle::{Device, Tensor};
+
+use super::sums;
+use crate::model::{Conditioning, Stream};
+
+/// The streams of one batch, both just before the block at hand.
+pub(super) struct Passing {
+    pub(super) original: Stream,
+    pub(super) pruned: Stream,
+    pub(super) conditioning: Conditioning,
+    pub(super) rows: Rows,
+}
+
+/// Which rows of a batch go where.
+pub(super) struct Rows {
+    /// Samples to fit on, and those left out to choose the ridge.
+    pub(super) parts: [Tensor; 2],
+    /// Number of the batch.
+    pub(super) batch: usize,
+    /// Tokens of one forward that sums are made of.
+    pub(super) limit: Option<usize>,
+}
+
+impl Rows {
+    /// The tokens of `x` (b, n, …) that sums are made of; all where `None`.
+    pub(super) fn tokens(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        sums::tokens(x.dim(0)?, x.dim(1)?, self.limit, self.batch, x.device())
+    }
+}
+
+impl Passing {
+    /// Both streams, the original's first, on the device.
+    pub(super) fn load(&self, device: &Device) -> Result<(Stream, Stream)> {
+        Ok((moved(&self.original, device)?, moved(&self.pruned, device)?))
+    }
+
+    /// Puts both where they wait.
+    pub(super) fn store(
+        &mut self,
+        original: &Stream,
+        pruned: &Stream,
+        park: &Device,
+    ) -> Result<()> {
+        self.original = moved(original, park)?;
+        self.pruned = moved(pruned, park)?;
+        Ok(())
+    }
+}
+
+/// `stream` on `device`.
+pub(super) fn moved(stream: &Stream, device: &Device) -> Result<Stream> {
+    Ok(Stream {
+        tokens: stream.tokens.to_device(device)?,
+        txt_len: stream.txt_len,
+    })
+}

@@ -1,0 +1,121 @@
+use super::*;
+use crate::{
+    layout::{BlockId, Form},
+    model::AffineLayer,
+    pipeline::{ModelChoice, Pipeline},
+    sample::denoise::{Encoded, LatentSize},
+    ui,
+};
+
+fn runtime() -> Runtime {
+    Runtime {
+        device: Device::Cpu,
+        dtype: DType::F32,
+    }
+}
+
+fn random(scale: f32, shape: &[usize]) -> Tensor {
+    Tensor::randn(0f32, scale, shape, &Device::Cpu).unwrap()
+}
+
+/// The bundled model, and states of random latents and prompts.
+fn bundled(pictures: usize) -> (Flux, States) {
+    let pipeline = Pipeline::open(&ModelChoice::default()).unwrap();
+    let vb = pipeline.transformer.var_builder(DType::F32, &Device::Cpu);
+    let c = &pipeline.config;
+    let prompts = Encoded {
+        txt: random(1.0, &[pictures, 12, c.context_in_dim]),
+        vec: random(1.0, &[pictures, c.vec_in_dim]),
+    };
+    let size = LatentSize {
+        height: 8,
+        width: 8,
+    };
+    let latents = random(1.0, &[pictures, 16, c.out_channels]);
+    let states = States::noised(latents, prompts, size, 3.5, 4, 1).unwrap();
+    (Flux::new(c, vb).unwrap(), states)
+}
+
+fn replace(id: BlockId, form: Form, joint: bool) -> Replacement {
+    Replacement {
+        replaces: vec![id],
+        form,
+        joint,
+    }
+}
+
+fn fit(flux: &Flux, states: &States, replace: &[Replacement], refit: Refit) -> Flux {
+    let fitting = Fitting {
+        ridge: None,
+        sequential: true,
+        refit,
+        batch: 48,
+        tokens: None,
+    };
+    let bar = ui::progress(1, "");
+    let fits = fit_layers(flux, states, replace, fitting, &runtime(), &bar).unwrap();
+    let mut out = pruned(flux, replace, &fits.layers, &runtime()).unwrap();
+    outputs::put(&mut out, &fits.outputs, &runtime()).unwrap();
+    out
+}
+
+/// ‖velocity of `got` − velocity of `want`‖² / ‖velocity of `want`‖² on all states.
+fn off(got: &Flux, want: &Flux, states: &States) -> f64 {
+    let batch = states
+        .batch(0..states.len(), &Device::Cpu, DType::F32)
+        .unwrap();
+    let velocity = |flux: &Flux| flux.forward(&batch.inputs(), &mut ()).unwrap();
+    let (got, want) = (velocity(got), velocity(want));
+    sums::square(&(got - &want).unwrap()).unwrap() / sums::square(&want).unwrap()
+}
+
+#[test]
+fn a_block_that_is_a_layer_of_the_form_is_recovered() {
+    let (flux, states) = bundled(48);
+    let layer = |vec: bool| AffineLayer {
+        linear: Linear::new(random(0.02, &[128, 128]), Some(random(0.1, &[128]))).unwrap(),
+        vec: vec.then(|| Linear::new(random(0.02, &[128, 128]), None).unwrap()),
+        modulation: None,
+    };
+    for (form, joint) in [
+        (Form::Linear, false),
+        (Form::Linear, true),
+        (Form::Conditioned, false),
+        (Form::Conditioned, true),
+    ] {
+        let vec = form == Form::Conditioned;
+        let known = if joint {
+            ReplacementBlock::Joint(layer(vec))
+        } else {
+            ReplacementBlock::Streams {
+                txt: layer(vec),
+                img: layer(vec),
+            }
+        };
+        let mut known_flux = flux.clone();
+        known_flux.trunk = flux.trunk.with_block(7, known.into()).unwrap();
+        let replace = [replace(BlockId::single(2), form, joint)];
+        let fitted = fit(&known_flux, &states, &replace, Refit::All);
+        let off = off(&fitted, &known_flux, &states).sqrt();
+        assert!(off < 1e-5, "{form} joint {joint}: {off}");
+    }
+}
+
+#[test]
+fn each_further_refit_brings_the_velocity_nearer() {
+    let (flux, states) = bundled(40);
+    let replace = [
+        replace(BlockId::double(1), Form::Linear, false),
+        replace(BlockId::single(4), Form::Modulated, false),
+    ];
+    let [none, head, all] = [Refit::None, Refit::Head, Refit::All]
+        .map(|refit| off(&fit(&flux, &states, &replace, refit), &flux, &states));
+    assert!(all < head && head < none, "{none} {head} {all}");
+}
+
+#[test]
+fn nothing_is_refitted_where_nothing_is_replaced() {
+    let (flux, states) = bundled(2);
+    let same = fit(&flux, &states, &[], Refit::All);
+    assert!(off(&same, &flux, &states) <= 0.0);
+}

@@ -1,0 +1,217 @@
+//! The sums that one replacement's layers follow from, for each form.
+
+use anyhow::{Context, Result, bail, ensure};
+use candle::Tensor;
+
+use super::{
+    fit::{self, Solution},
+    gated::{GatedGram, normal_product},
+    layers::{Fitted, Layers},
+    passing::Rows,
+    sums::{self, of_samples, pick, with_bias},
+};
+use crate::{
+    calibrate::stats::{Gram, product_dtype},
+    layout::{Form, Replacement},
+    model::{AffineLayer, Block, Conditioning, Linear, Modulation, Stream},
+};
+
+/// Sums of one replacement: for the text tokens, then for the image tokens.
+pub(super) struct Sums<'a> {
+    replacement: &'a Replacement,
+    streams: [StreamSums; 2],
+}
+
+#[derive(Default)]
+struct StreamSums {
+    fitted: Option<Gram>,
+    left_out: Option<Gram>,
+    gated: GatedGram,
+    modulation: Option<Modulation<3>>,
+    change_sq: f64,
+}
+
+impl<'a> Sums<'a> {
+    pub(super) fn new(replacement: &'a Replacement, block: &Block) -> Result<Self> {
+        let mut streams = [StreamSums::default(), StreamSums::default()];
+        if replacement.form == Form::Modulated {
+            ensure!(
+                replacement.replaces.len() == 1,
+                "a modulated layer stands for one block, the plan gives it {}",
+                replacement.replaces.len()
+            );
+            let Some(modulations) = block.modulations()? else {
+                bail!("a replaced block has no modulation to keep")
+            };
+            for (stream, modulation) in streams.iter_mut().zip(modulations) {
+                stream.modulation = Some(modulation);
+            }
+        }
+        Ok(Self {
+            replacement,
+            streams,
+        })
+    }
+
+    /// Adds the pairs of a batch: what the layer will see and what is to stand behind it.
+    pub(super) fn add(
+        &mut self,
+        input: &Stream,
+        output: &Stream,
+        conditioning: &Conditioning,
+        rows: &Rows,
+    ) -> Result<()> {
+        let form = self.replacement.form;
+        if form == Form::Remove {
+            return Ok(());
+        }
+        let pairs = [(input.txt()?, output.txt()?), (input.img()?, output.img()?)];
+        for (stream, (x, y)) in self.streams.iter_mut().zip(pairs) {
+            let chosen = rows.tokens(&x)?;
+            let take = |t: &Tensor| pick(t, None, chosen.as_ref());
+            let (x, y) = (take(&x)?, take(&y)?);
+            let wide = product_dtype(x.device());
+            let target = (y.to_dtype(wide)? - x.to_dtype(wide)?)?; // (b, n, d)
+            let change = sums::square(&target)?;
+            ensure!(change.is_finite(), "activations are NaN or infinite");
+            stream.change_sq += change;
+            if let Some(modulation) = &stream.modulation {
+                let (z, gate) = gated_input(modulation, &x, conditioning)?;
+                stream.gated.add(&z, &target, &gate)?;
+                continue;
+            }
+            let x = x.to_dtype(wide)?;
+            let vec = match form {
+                Form::Conditioned => Some(conditioning.activated().to_dtype(wide)?),
+                _ => None,
+            };
+            let c = with_bias(vec.as_ref(), &x)?;
+            let sums = [&mut stream.fitted, &mut stream.left_out];
+            for (part, sums) in rows.parts.iter().zip(sums) {
+                if part.elem_count() > 0 {
+                    let take = |t: &Tensor| pick(t, Some(part), None);
+                    of_samples(&take(&x)?, &take(&c)?, &take(&target)?)?.add_to(sums)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether [`Self::solve`] looks at all pairs again, through `inputs`.
+    pub(super) fn revisits(&self) -> bool {
+        self.replacement.form == Form::Modulated
+    }
+
+    /// The layers. `inputs` calls its argument with every batch that was added; only a gated solve does so, a few tens
+    /// of times.
+    pub(super) fn solve(self, ridge: Option<f64>, inputs: &Inputs) -> Result<Layers> {
+        let [txt, img] = self.streams;
+        Ok(match (self.replacement.form, self.replacement.joint) {
+            (Form::Remove, _) => Layers::Remove,
+            (Form::Modulated, true) => bail!("a modulated layer cannot be joint"),
+            (form, true) => Layers::Joint(Box::new(txt.merge(img)?.solve(form, ridge)?)),
+            (Form::Modulated, false) => Layers::Streams {
+                txt: Box::new(
+                    txt.solve_gated(ridge, inputs, true)
+                        .context("text tokens")?,
+                ),
+                img: Box::new(
+                    img.solve_gated(ridge, inputs, false)
+                        .context("image tokens")?,
+                ),
+            },
+            (form, false) => Layers::Streams {
+                txt: Box::new(txt.solve(form, ridge).context("text tokens")?),
+                img: Box::new(img.solve(form, ridge).context("image tokens")?),
+            },
+        })
+    }
+}
+
+/// Calls its argument with each batch: what the layer will see, what all blocks share, and which rows count.
+pub(super) type Inputs<'a> =
+    dyn Fn(&mut dyn FnMut(&Stream, &Conditioning, &Rows) -> Result<()>) -> Result<()> + 'a;
+
+/// What W of a modulated layer is applied to, (b, n, d), and its gate, (b, d).
+fn gated_input(
+    modulation: &Modulation<3>,
+    x: &Tensor,
+    conditioning: &Conditioning,
+) -> Result<(Tensor, Tensor)> {
+    let wide = product_dtype(x.device());
+    let linear = Linear::new(Tensor::zeros((1, x.dim(2)?), x.dtype(), x.device())?, None)?;
+    let layer = AffineLayer {
+        linear,
+        vec: None,
+        modulation: Some(modulation.clone()),
+    };
+    let (z, gate) = layer.input(x, conditioning)?;
+    let gate = gate.context("a modulated layer has a gate")?;
+    Ok((z.to_dtype(wide)?, gate.to_dtype(wide)?))
+}
+
+impl StreamSums {
+    /// The sums of both streams as one problem.
+    fn merge(self, other: Self) -> Result<Self> {
+        let mut out = Self {
+            change_sq: self.change_sq + other.change_sq,
+            ..Self::default()
+        };
+        for share in [self.fitted, other.fitted].into_iter().flatten() {
+            share.add_to(&mut out.fitted)?;
+        }
+        for share in [self.left_out, other.left_out].into_iter().flatten() {
+            share.add_to(&mut out.left_out)?;
+        }
+        Ok(out)
+    }
+
+    fn solve(self, form: Form, ridge: Option<f64>) -> Result<Fitted> {
+        let solution = fit::solve_split(self.fitted, self.left_out, ridge, &fit::RIDGES)?;
+        let width = solution.coefficients.ncols();
+        let vec = (form == Form::Conditioned)
+            .then(|| fit::weight(&solution.coefficients, width..2 * width))
+            .transpose()?;
+        fitted(&solution, vec, None, self.change_sq)
+    }
+
+    fn solve_gated(self, ridge: Option<f64>, inputs: &Inputs, txt: bool) -> Result<Fitted> {
+        let modulation = self.modulation.context("a modulated layer has one")?;
+        let ridge = ridge.unwrap_or(fit::DEFAULT_RIDGE);
+        let device = modulation.lin.weight().device().clone();
+        let solution = self.gated.solve(ridge, &device, &mut |b| {
+            let mut out = b.zeros_like()?;
+            inputs(&mut |stream, conditioning, rows| {
+                let x = if txt { stream.txt()? } else { stream.img()? };
+                let x = pick(&x, None, rows.tokens(&x)?.as_ref())?;
+                let (z, gate) = gated_input(&modulation, &x, conditioning)?;
+                out = (&out + normal_product(&z, &gate, b)?)?;
+                Ok(())
+            })?;
+            Ok(out)
+        })?;
+        let bias = modulation
+            .lin
+            .bias()
+            .context("the modulation has no bias")?;
+        let kept = (modulation.lin.weight().clone(), bias.clone());
+        fitted(&solution, None, Some(kept), self.change_sq)
+    }
+}
+
+fn fitted(
+    solution: &Solution,
+    vec: Option<Tensor>,
+    modulation: Option<(Tensor, Tensor)>,
+    change_sq: f64,
+) -> Result<Fitted> {
+    let b = &solution.coefficients;
+    Ok(Fitted {
+        weight: fit::weight(b, 0..b.ncols())?,
+        bias: fit::bias(b)?,
+        vec,
+        modulation,
+        error: solution.residual_sq / change_sq.max(f64::MIN_POSITIVE),
+        ridge: solution.ridge,
+    })
+}
