@@ -106,8 +106,8 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         let effort = Effort {
             warm_up: 1,
             least: 2,
-            most: 20,
-            seconds: 1.0,
+            most: 10,
+            seconds: 0.5,
         };
         let work = &mut || {
             load::pictures(&vae, &one, size.latent(), &runtime)?;

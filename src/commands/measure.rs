@@ -29,7 +29,7 @@ const STATE_TOKENS: usize = 131_072;
 const STEPS: Effort = Effort {
     warm_up: 1,
     least: 3,
-    most: 200,
+    most: 100,
     seconds: 3.0,
 };
 

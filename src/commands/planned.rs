@@ -13,6 +13,7 @@ use crate::{
     pipeline::Pipeline,
     prune::{
         apply,
+        outputs::Refit,
         plan::PruningPlan,
         recipe::PruneRecipe,
         refit::{self, Fitting},
@@ -33,7 +34,9 @@ pub(super) struct Planned {
 impl Planned {
     /// Reads a plan and checks it against `base`.
     pub(super) fn read(path: &Path, base: &Pipeline) -> Result<Self> {
-        let recipe = calibrate::recipe(&arguments())?;
+        let mut recipe = calibrate::recipe(&arguments())?;
+        let usual = Refit::usual(base.config.hidden_size);
+        recipe.fit.refit.get_or_insert(usual);
         let plan = PruningPlan::read(path)?;
         let name = path.display().to_string();
         match Wanted::new(&GoalArgs::default(), &recipe, base, Some(plan))
@@ -56,19 +59,25 @@ impl Planned {
         let gathering = calibrate::gathering(&arguments(), output, false);
         let calibration = gather::obtain(&session, None, &gathering)?;
         let states = session.states(&calibration)?;
+        let f = &self.recipe.fit;
+        let refit = f.refit.context("what to refit is resolved")?;
         let fitting = Fitting {
-            ridge: self.recipe.fit.ridge,
-            sequential: self.recipe.fit.sequential,
+            ridge: f.ridge,
+            sequential: f.sequential,
+            refit,
             batch: session.settings.batch,
+            tokens: session.settings.recipe.tokens_per_forward,
         };
         let replace = &self.plan.replace;
         let batches = states.fit.batches(fitting.batch).len();
-        let progress = ui::progress(replace.len() * batches, "fitting");
         let flux = &session.flux;
-        let layers = refit::fit_layers(flux, &states.fit, replace, fitting, runtime, &progress)?;
+        let steps = refit::steps(&flux.trunk, batches, replace, refit);
+        let progress = ui::progress(steps, "fitting");
+        let fits = refit::fit_layers(flux, &states.fit, replace, fitting, runtime, &progress)?;
         ui::done(&progress, format!("carried out `{}`", self.name));
-        let (transformer, config) =
-            apply::apply(&base.transformer, &base.config, &self.plan, &layers)?;
+        let (mut transformer, config) =
+            apply::apply(&base.transformer, &base.config, &self.plan, &fits.layers)?;
+        apply::put_outputs(&mut transformer, &config, &fits.outputs)?;
         calibrate::remove_partial(&gathering.partial)?;
         let record = Record {
             version: record::VERSION,

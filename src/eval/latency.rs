@@ -116,10 +116,10 @@ pub fn peak(device: &Device, dtype: DType) -> Result<Peak> {
         (8192, 1024)
     };
     let effort = Effort {
-        warm_up: 2,
-        least: 7,
+        warm_up: 1,
+        least: 4,
         most: 50,
-        seconds: 1.0,
+        seconds: 0.4,
     };
     let random = |shape: (usize, usize)| -> Result<Tensor> {
         Ok(Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(dtype)?)
