@@ -3,20 +3,22 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use candle::{DType, Device, Tensor};
 use serde::Serialize;
 use serde_json::json;
 
-use super::{PixelSize, init, load};
+use super::{
+    PixelSize,
+    bench_inputs::{Given, kinds, random_weights},
+    init, load,
+};
 use crate::{
-    checkpoint::{Checkpoint, init as random, safetensors_dtype, transformer_json},
+    checkpoint::transformer_json,
     cli::BenchArgs,
     device::Runtime,
     eval::latency::{self, Effort, Machine, Peak, Timing},
-    layout::{BlockId, BlockKind, BlockSpec, FluxConfig, Form, Replacement},
-    model::{Flux, Inputs, Trunk, cost},
+    layout::{BlockKind, BlockSpec, FluxConfig},
+    model::{Flux, Trunk, cost},
     pipeline::{ModelChoice, Pipeline},
-    sample::latents,
     ui,
 };
 
@@ -74,6 +76,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let (mut rows, mut peaks) = (Vec::new(), Vec::new());
     for dtype in &args.dtype {
         let runtime = Runtime::resolve(args.device, *dtype)?;
+        check_memory(&subjects, &runtime)?;
         let peak = latency::peak(&runtime.device, runtime.dtype)?;
         peaks.push(json!({ "dtype": runtime.dtype.as_str(), "flops_per_second": peak.flops, "bytes_per_second": peak.bytes }));
         ui::note(format!(
@@ -151,6 +154,22 @@ fn check_numbers(args: &BenchArgs) -> Result<()> {
     Ok(())
 }
 
+/// Fails before memory runs out where the weights alone do not fit into what is free.
+fn check_memory(subjects: &[Subject], runtime: &Runtime) -> Result<()> {
+    let parameters = |s: &Subject| cost::model(&s.config, 1, 1).parameters;
+    let parameters: u64 = subjects.iter().map(parameters).sum();
+    let bytes = parameters * runtime.dtype.size_in_bytes() as u64;
+    let free = runtime.free_memory().unwrap_or(u64::MAX);
+    ensure!(
+        bytes <= free,
+        "the weights take {} in {}, and {} are free\nhint: --dtype bf16 halves float32; or time a smaller --config",
+        ui::bytes(bytes as f64),
+        runtime.dtype.as_str(),
+        ui::bytes(free as f64)
+    );
+    Ok(())
+}
+
 /// The model or shape, and the one beside it.
 fn subjects(args: &BenchArgs) -> Result<Vec<Subject>> {
     let open = |model: Option<&String>| -> Result<Subject> {
@@ -215,93 +234,12 @@ impl Subject {
     }
 }
 
-fn random_weights(config: &FluxConfig, dtype: DType) -> Result<Checkpoint> {
-    random::random(config, 0, safetensors_dtype(dtype)?)
-}
-
-/// One block of every kind and form, in the widths of `config`, with random weights: time does not depend on values.
-fn kinds(config: &FluxConfig, runtime: &Runtime) -> Result<(FluxConfig, Trunk)> {
-    let forms = [Form::Linear, Form::Conditioned, Form::Modulated].map(|form| (form, false));
-    let replaced = forms.into_iter().chain([(Form::Linear, true)]).enumerate();
-    let replaced = replaced.map(|(i, (form, joint))| {
-        BlockSpec::Replaced(Replacement {
-            replaces: vec![BlockId::single(1 + i)],
-            form,
-            joint,
-        })
-    });
-    let originals = [BlockId::double(0), BlockId::single(0)].map(BlockSpec::Original);
-    let mut config = config.clone();
-    config.layout = originals.into_iter().chain(replaced).collect();
-    let weights = random_weights(&config, runtime.dtype)?;
-    let vb = weights.var_builder(runtime.dtype, &runtime.device);
-    let trunk = Trunk::load(&config, &vb)?;
-    Ok((config, trunk))
-}
-
 fn kind(spec: &BlockSpec) -> String {
     match spec {
         BlockSpec::Original(id) if id.kind == BlockKind::Double => "double".to_owned(),
         BlockSpec::Original(_) => "single".to_owned(),
         BlockSpec::Replaced(r) if r.joint => format!("{}, joint", r.form),
         BlockSpec::Replaced(r) => r.form.to_string(),
-    }
-}
-
-/// Random inputs of one size.
-struct Given {
-    img: Tensor,
-    img_ids: Tensor,
-    txt: Tensor,
-    txt_ids: Tensor,
-    timestep: Tensor,
-    vec: Tensor,
-    guidance: Tensor,
-    batch: usize,
-    image_tokens: usize,
-    text_tokens: usize,
-}
-
-impl Given {
-    fn new(
-        config: &FluxConfig,
-        size: usize,
-        text: usize,
-        batch: usize,
-        runtime: &Runtime,
-    ) -> Result<Self> {
-        let (device, dtype) = (&runtime.device, runtime.dtype);
-        let normal = |shape: &[usize]| -> Result<Tensor> {
-            Ok(Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?
-                .to_device(device)?
-                .to_dtype(dtype)?)
-        };
-        let img_ids = latents::img_ids(size / 8, size / 8, device)?;
-        let image_tokens = img_ids.dim(0)?;
-        Ok(Self {
-            img: normal(&[batch, image_tokens, config.in_channels])?,
-            img_ids,
-            txt: normal(&[batch, text, config.context_in_dim])?,
-            txt_ids: latents::txt_ids(text, device)?,
-            timestep: Tensor::full(0.6f32, batch, device)?,
-            vec: normal(&[batch, config.vec_in_dim])?,
-            guidance: Tensor::full(3.5f32, batch, device)?,
-            batch,
-            image_tokens,
-            text_tokens: text,
-        })
-    }
-
-    fn inputs(&self) -> Inputs<'_> {
-        Inputs {
-            img: &self.img,
-            img_ids: &self.img_ids,
-            txt: &self.txt,
-            txt_ids: &self.txt_ids,
-            timestep: &self.timestep,
-            vec: &self.vec,
-            guidance: Some(&self.guidance),
-        }
     }
 }
 
