@@ -1,19 +1,20 @@
-//! The kernels one by one: attention, blocks by kind, calibration sums, least squares, saving a checkpoint.
+//! The kernels one by one: attention, blocks by kind, a training step, calibration sums, least squares, saving
+//! a checkpoint.
 //!
 //! `cargo bench --bench kernels` (a minute), or `cargo bench --bench kernels -- attention` for those whose name holds
 //! a word. Median and quartiles of each, f32 on the CPU; whole steps of a model are `fastflux bench`'s business.
 #![allow(clippy::print_stdout, reason = "a benchmark prints its result")]
 
 use anyhow::Result;
-use candle::{DType, Device, Tensor};
+use candle::{DType, Device, Tensor, Var};
 use fastflux::{
     calibrate::stats::{CalibrationStats, Gram, with_ones},
     checkpoint::{init, save},
     eval::latency::{Effort, Timing, measure},
     layout::{BlockId, BlockKind, BlockSpec, FluxConfig, Form, Replacement},
     model::{
-        Flux, Inputs,
-        ops::{Heads, attention},
+        Conditioning, Flux, Inputs, Lora, Rope, Stream,
+        ops::{Norms, Projected, attend},
     },
     prune::fit,
     sample::latents,
@@ -40,7 +41,7 @@ fn main() -> Result<()> {
             .as_ref()
             .is_none_or(|word| name.contains(word.as_str()))
     };
-    println!("{:<44} {:>10}  quartiles, ms", "kernel", "median, ms");
+    println!("{:<52} {:>10}  quartiles, ms", "kernel", "median, ms");
     let report = |name: &str, work: &mut dyn FnMut() -> Result<()>| -> Result<()> {
         if wanted(name) {
             let timings = measure(&Device::Cpu, EFFORT, &mut [work])?;
@@ -48,14 +49,14 @@ fn main() -> Result<()> {
                 median, low, high, ..
             } = timings[0];
             let [median, low, high] = [median, low, high].map(|seconds| 1e3 * seconds);
-            println!("{name:<44} {median:>10.2}  {low:.2} to {high:.2}");
+            println!("{name:<52} {median:>10.2}  {low:.2} to {high:.2}");
         }
         Ok(())
     };
     for tokens in [256, 1280] {
         attention_of(tokens, &report)?;
     }
-    if ["block", "sums"]
+    if ["block", "backward", "sums"]
         .iter()
         .any(|n| wanted(n) || filter.as_ref().is_some_and(|f| f.starts_with(n)))
     {
@@ -72,19 +73,24 @@ fn normal(shape: &[usize]) -> Result<Tensor> {
 }
 
 fn attention_of(tokens: usize, report: &Report) -> Result<()> {
-    let part = || normal(&[1, WIDTH / 128, tokens, 128]);
-    let heads = Heads {
-        q: part()?,
-        k: part()?,
-        v: part()?,
+    let (heads, axes) = (WIDTH / 128, [16, 56, 56]);
+    let ids = latents::txt_ids(tokens, &Device::Cpu)?;
+    let rope = Rope::new(&ids, &axes, 10_000.0, &Device::Cpu)?;
+    let one = Tensor::ones(128, DType::F32, &Device::Cpu)?;
+    let norms = Norms {
+        query: one.clone(),
+        key: one,
     };
-    report(
-        &format!("attention, {tokens} tokens, 8 heads of 128"),
-        &mut || {
-            attention(&heads)?;
-            Ok(())
-        },
-    )
+    let stream = Projected {
+        qkv: &normal(&[1, tokens, 3 * WIDTH])?,
+        bias: None,
+        norms: &norms,
+    };
+    let name = format!("attention, {tokens} tokens, {heads} heads of 128");
+    report(&name, &mut || {
+        attend(std::slice::from_ref(&stream), heads, &rope)?;
+        Ok(())
+    })
 }
 
 /// One block of every kind.
@@ -165,7 +171,7 @@ fn blocks(report: &Report) -> Result<()> {
         };
         let mut stats = CalibrationStats::new(&config.layout[..1], products);
         report(
-            &format!("calibration {what}, one double block"),
+            &format!("double block with calibration {what}"),
             &mut || {
                 flux.trunk
                     .forward_range(0..1, &stream, &conditioning, &mut stats)?;
@@ -173,7 +179,37 @@ fn blocks(report: &Report) -> Result<()> {
             },
         )?;
     }
-    Ok(())
+    training_step(&flux, &stream, &conditioning, report)
+}
+
+/// Forward and backward of a single block with LoRA on its projections, as sandwich training takes them.
+fn training_step(
+    flux: &Flux,
+    stream: &Stream,
+    conditioning: &Conditioning,
+    report: &Report,
+) -> Result<()> {
+    const RANK: usize = 16;
+    let Some((_, block)) = flux.trunk.entries().get(1) else {
+        return Ok(());
+    };
+    let mut block = block.clone();
+    for (_, linear) in block.linears_mut() {
+        let (output, input) = linear.weight().dims2()?;
+        let a = Var::from_tensor(&(normal(&[RANK, input])? * 0.01)?)?;
+        let b = Var::from_tensor(&(normal(&[output, RANK])? * 0.01)?)?;
+        linear.set_lora(Some(Lora {
+            a: a.as_tensor().clone(),
+            b: b.as_tensor().clone(),
+            scale: 1.0,
+        }))?;
+    }
+    let name = format!("single block, forward and backward, LoRA {RANK}");
+    report(&name, &mut || {
+        let output = block.forward(stream, conditioning)?;
+        output.tokens.sqr()?.mean_all()?.backward()?;
+        Ok(())
+    })
 }
 
 fn least_squares(report: &Report) -> Result<()> {

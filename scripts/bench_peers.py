@@ -31,7 +31,7 @@ SIDE, TEXT = 32, 256
 def rust(threads):
     """Seconds of fastflux and of candle-transformers."""
     environment = dict(os.environ, RAYON_NUM_THREADS=str(threads))
-    out = subprocess.run(["cargo", "bench", "--bench", "forward"], cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(["cargo", "bench", "--bench", "forward"], cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     return {name: float(re.search(rf"^{name}\s+([\d.]+) s", out, re.M)[1]) for name in ("fastflux", "candle-transformers")}
 
 

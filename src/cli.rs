@@ -16,10 +16,12 @@ use crate::{
 mod calibrate;
 mod eval;
 mod score;
+mod train;
 
 pub use calibrate::{CALIBRATION, CalibrateArgs, CalibrationArgs, MergeStatsArgs};
 pub use eval::{BenchArgs, EvalArgs};
 pub use score::{GoalArgs, PlanArgs, ScoreArgs};
+pub use train::TrainArgs;
 
 /// Prune FLUX.1: replace its least important transformer blocks by linear layers and draw with what is left.
 #[derive(Debug, Parser)]
@@ -71,6 +73,11 @@ pub enum Command {
         after_help = "Examples:\n  fastflux prune --ratio 0.2 --output pruned\n  fastflux prune --model black-forest-labs/FLUX.1-schnell --ratio 0.2 --prompts prompts.txt --output schnell-20"
     )]
     Prune(PruneArgs),
+    /// Train what a pruned model has in place of its blocks, and LoRA beside it, towards the unpruned model.
+    #[command(
+        after_help = "Examples:\n  fastflux train-sandwich --output trained\n  fastflux train-sandwich --model pruned --output trained --rank 16 --log losses.jsonl"
+    )]
+    TrainSandwich(TrainArgs),
     /// Draw pictures.
     #[command(
         after_help = "Examples:\n  fastflux generate --prompt \"a red circle left of a blue square on a white background\"\n  fastflux generate --model pruned --prompt-file prompts.txt --output pictures\n  fastflux generate --model flux1-dev.safetensors --text-encoders encoders --vae ae.safetensors --prompt \"a fox in the snow\""

@@ -17,6 +17,9 @@ pub mod calibrate;
 pub mod prune;
 pub mod score;
 
+// heal what was cut
+pub mod train;
+
 // what it cost and what it brought
 pub mod eval;
 

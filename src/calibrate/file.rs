@@ -286,9 +286,11 @@ pub fn open(path: &Path) -> Result<(Checkpoint, Header)> {
     );
     let header: Header = serde_json::from_value(value)
         .with_context(|| format!("`{name}`: its statistics header is damaged"))?;
-    let samples = header.samples <= header.prompts.len();
+    // every unit has a prompt of its own
+    let prompts = header.prompts.len();
+    let sizes = header.samples <= prompts && header.units <= prompts;
     ensure!(
-        samples && header.done.iter().all(|unit| *unit < header.units),
+        sizes && header.done.iter().all(|unit| *unit < header.units),
         "`{name}`: its statistics header is damaged"
     );
     Ok((file, header))

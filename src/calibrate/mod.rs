@@ -59,13 +59,19 @@ impl Observer for FiniteCheck {
         &mut self,
         _: usize,
         spec: &BlockSpec,
-        _: &Conditioning,
+        conditioning: &Conditioning,
         _: &Stream,
         output: &Stream,
     ) -> candle::Result<()> {
         let sum = output.tokens.to_dtype(candle::DType::F32)?.sum_all()?;
         if !sum.to_scalar::<f32>()?.is_finite() {
-            candle::bail!("block {}: activations are NaN or infinite", spec.id());
+            let times = conditioning.timestep.to_dtype(candle::DType::F32)?;
+            let t = times.flatten_all()?.to_vec1::<f32>()?;
+            candle::bail!(
+                "block {}: activations are NaN or infinite at timestep {:.3}",
+                spec.id(),
+                t.first().copied().unwrap_or_default()
+            );
         }
         Ok(())
     }

@@ -146,6 +146,37 @@ impl Pass<'_> {
     }
 }
 
+/// Which part of the units to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// From 1 to `of`.
+    pub index: usize,
+    /// Number of shards.
+    pub of: usize,
+}
+
+impl Shard {
+    /// All units.
+    pub const WHOLE: Self = Self { index: 1, of: 1 };
+
+    /// Whether a unit is in it.
+    pub fn has(self, unit: usize) -> bool {
+        unit % self.of == self.index - 1
+    }
+}
+
+impl std::str::FromStr for Shard {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parsed = text.split_once('/').and_then(|(index, of)| {
+            let (index, of) = (index.parse().ok()?, of.parse().ok()?);
+            (1..=of).contains(&index).then_some(Self { index, of })
+        });
+        parsed.ok_or_else(|| "expected i/n with i from 1 to n, such as 2/8".to_owned())
+    }
+}
+
 /// All blocks, without the head: nobody asks for the velocity.
 fn trunk_only(
     flux: &Flux,

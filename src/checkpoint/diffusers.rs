@@ -107,6 +107,18 @@ fn block_prefix(kind: BlockKind) -> &'static str {
     }
 }
 
+/// The diffusers modules whose rows make up a block's projection, and diffusers' name for blocks of that kind.
+pub fn modules(
+    kind: BlockKind,
+    projection: &str,
+) -> Option<(&'static str, &'static [&'static str])> {
+    let (_, modules) = tables(kind)
+        .0
+        .iter()
+        .find(|(name, _)| *name == projection)?;
+    Some((block_prefix(kind), modules))
+}
+
 /// Whether the tensor names are those of diffusers' `FluxTransformer2DModel`.
 pub fn is_diffusers(checkpoint: &Checkpoint) -> bool {
     let has = |prefix: &str| checkpoint.names().any(|name| name.starts_with(prefix));

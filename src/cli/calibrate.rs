@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{PipelineArgs, RunArgs, bytes};
-use crate::{calibrate::recipe::StateSource, commands::Shard};
+use crate::calibrate::{pass::Shard, recipe::StateSource};
 
 /// The flags that make no sense beside a calibration that was made before.
 pub const CALIBRATION: [&str; 10] = [

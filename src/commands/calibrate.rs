@@ -10,11 +10,11 @@ use candle::Device;
 use serde_json::json;
 
 use super::{
-    gather::{self, Gathering, Shard},
+    gather::{self, Gathering},
     session::{Session, Settings},
 };
 use crate::{
-    calibrate::{file::Calibration, recipe::StateSource},
+    calibrate::{file::Calibration, pass::Shard, recipe::StateSource},
     checkpoint::save,
     cli::{CalibrateArgs, CalibrationArgs},
     device::Runtime,

@@ -14,6 +14,7 @@ use super::session::{Session, Settings};
 use crate::{
     calibrate::{
         file::{self, Calibration, Header},
+        pass::Shard,
         states::{Share, States},
         stats::CalibrationStats,
     },
@@ -29,36 +30,6 @@ use crate::{
 const SAVING_SHARE: u32 = 20;
 /// Tokens for each channel below which a fit suffers visibly: at 12 its error is some 11 % above that of many more.
 const ROWS_PER_CHANNEL: f64 = 12.0;
-
-/// Which part of the units to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shard {
-    /// From 1 to `of`.
-    pub index: usize,
-    /// Number of shards.
-    pub of: usize,
-}
-
-impl Shard {
-    /// All units.
-    pub(super) const WHOLE: Self = Self { index: 1, of: 1 };
-
-    fn has(self, unit: usize) -> bool {
-        unit % self.of == self.index - 1
-    }
-}
-
-impl std::str::FromStr for Shard {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let parsed = text.split_once('/').and_then(|(index, of)| {
-            let (index, of) = (index.parse().ok()?, of.parse().ok()?);
-            (1..=of).contains(&index).then_some(Self { index, of })
-        });
-        parsed.ok_or_else(|| "expected i/n with i from 1 to n, such as 2/8".to_owned())
-    }
-}
 
 /// How a calibration is carried out; none of this changes the sums.
 #[derive(Clone, Debug)]

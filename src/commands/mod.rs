@@ -29,9 +29,10 @@ mod prune;
 mod score;
 mod select;
 mod session;
+mod train;
+mod train_output;
+mod train_sandwich;
 mod verify;
-
-pub use gather::Shard;
 
 /// Runs a subcommand.
 ///
@@ -45,6 +46,7 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Score(args) => score::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Plan(args) => plan::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Prune(args) => prune::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::TrainSandwich(args) => train_sandwich::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(&args),
         Command::Init(args) => init::run(&args).map(|()| ExitCode::SUCCESS),

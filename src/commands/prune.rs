@@ -53,6 +53,18 @@ struct Found {
 }
 
 pub(super) fn run(args: &PruneArgs) -> Result<()> {
+    let (report, text) = make(args)?;
+    if args.json {
+        ui::json(&report)?;
+    } else {
+        ui::data(text)?;
+    }
+    ui::note(format!("wrote `{}`", args.output.display()));
+    Ok(())
+}
+
+/// Does everything but print; returns what to print.
+pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
     let mut recipe = recipe(args)?;
     save::check_free(&args.output, args.force)?;
     let given = args.plan.as_deref().map(PruningPlan::read).transpose()?;
@@ -99,13 +111,8 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     let report = report(&session, &recipe, &found, &config, &checkpoint, args, drawn);
     output.finish()?;
     calibrate::remove_partial(&gathering.partial)?;
-    if args.json {
-        ui::json(&report)?;
-    } else {
-        ui::data(text(&session, &found, &report))?;
-    }
-    ui::note(format!("wrote `{}`", args.output.display()));
-    Ok(())
+    let text = text(&session, &found, &report);
+    Ok((report, text))
 }
 
 /// The recipe with flags laid over it.

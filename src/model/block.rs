@@ -1,11 +1,13 @@
 //! One entry of the trunk, whatever its kind.
 
+use std::{fmt, sync::Arc};
+
 use candle::Result;
 use candle_nn::VarBuilder;
 
 use super::double::DoubleBlock;
 use super::last::LastStep;
-use super::linear::Linear;
+use super::linear::{Linear, Lora};
 use super::modulation::Modulation;
 use super::replacement::ReplacementBlock;
 use super::single::SingleBlock;
@@ -21,6 +23,23 @@ pub enum Block {
     Single(Box<SingleBlock>),
     /// What stands in for removed blocks.
     Replacement(Box<ReplacementBlock>),
+    /// Read from where its weights are whenever it is run.
+    Stored(Box<Stored>),
+}
+
+/// A block whose weights are not on the device, and the LoRA beside them, which is.
+#[derive(Clone)]
+pub struct Stored {
+    config: Arc<FluxConfig>,
+    spec: BlockSpec,
+    vb: VarBuilder<'static>,
+    lora: Vec<(&'static str, Lora)>,
+}
+
+impl fmt::Debug for Stored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Stored").field(&self.spec).finish()
+    }
 }
 
 impl From<ReplacementBlock> for Block {
@@ -43,9 +62,76 @@ impl Block {
         })
     }
 
+    /// A block that is read below `vb` whenever it is run.
+    pub fn stored(config: &Arc<FluxConfig>, spec: &BlockSpec, vb: &VarBuilder<'static>) -> Self {
+        Self::Stored(Box::new(Stored {
+            config: config.clone(),
+            spec: spec.clone(),
+            vb: vb.clone(),
+            lora: Vec::new(),
+        }))
+    }
+
+    /// The block with its weights on the device.
+    pub fn resident(&self) -> Result<Self> {
+        let Self::Stored(stored) = self else {
+            return Ok(self.clone());
+        };
+        let mut block = Self::new(&stored.config, &stored.spec, &stored.vb)?;
+        for (name, linear) in block.linears_mut() {
+            if let Some((_, lora)) = stored.lora.iter().find(|(other, _)| *other == name) {
+                linear.set_lora(Some(lora.clone()))?;
+            }
+        }
+        Ok(block)
+    }
+
+    /// This stored block with the LoRA of `resident`; a block that is not stored is `resident` itself.
+    #[must_use]
+    pub fn with_lora_of(&self, mut resident: Self) -> Self {
+        let Self::Stored(stored) = self else {
+            return resident;
+        };
+        let mut stored = stored.clone();
+        let linears = resident.linears_mut();
+        stored.lora = linears
+            .into_iter()
+            .filter_map(|(name, linear)| Some((name, linear.lora()?.clone())))
+            .collect();
+        Self::Stored(stored)
+    }
+
+    /// Whether a LoRA is attached to one of its projections.
+    pub fn has_lora(&self) -> bool {
+        match self {
+            Self::Stored(stored) => !stored.lora.is_empty(),
+            _ => {
+                let mut block = self.clone();
+                let linears = block.linears_mut();
+                linears.iter().any(|(_, linear)| linear.lora().is_some())
+            }
+        }
+    }
+
+    /// The same block outside of any gradient graph, sharing the storage of its tensors.
+    #[must_use]
+    pub fn detached(&self) -> Self {
+        let mut block = self.clone();
+        if let Self::Stored(stored) = &mut block {
+            for (_, lora) in &mut stored.lora {
+                *lora = lora.detached();
+            }
+        }
+        for (_, linear) in block.linears_mut() {
+            *linear = linear.detached();
+        }
+        block
+    }
+
     /// One step of the fold.
     pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
         match self {
+            Self::Stored(_) => self.resident()?.forward(stream, conditioning),
             Self::Double(block) => block.forward(stream, conditioning),
             Self::Single(block) => block.forward(stream, conditioning),
             Self::Replacement(block) => block.forward(stream, conditioning),
@@ -59,6 +145,7 @@ impl Block {
             Self::Double(block) => block.modulations(),
             Self::Single(block) => block.modulations(),
             Self::Replacement(_) => return Ok(None),
+            Self::Stored(_) => return self.resident()?.modulations(),
         };
         // the first three parts of three (single) or six (double)
         let first = |lin: &Linear| -> Result<Modulation<3>> {
@@ -83,16 +170,18 @@ impl Block {
             Self::Double(block) => block.last_steps(stream, conditioning)?.into(),
             Self::Single(block) => vec![block.last_step(stream, conditioning)?],
             Self::Replacement(_) => vec![],
+            Self::Stored(_) => return self.resident()?.last_steps(stream, conditioning),
         })
     }
 
     /// Every projection with its canonical name below the block (`img_attn.qkv`, `linear1`, `linear.img`): the one
-    /// place to attach LoRA, merge or count.
+    /// place to attach LoRA, merge or count. None for a stored block: make it [`resident`](Self::resident) first.
     pub fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
         match self {
             Self::Double(block) => block.linears_mut(),
             Self::Single(block) => block.linears_mut(),
             Self::Replacement(block) => block.linears_mut(),
+            Self::Stored(_) => vec![],
         }
     }
 }
@@ -103,8 +192,8 @@ mod tests {
 
     use super::*;
     use crate::layout::{BlockId, Form, Replacement, unpruned};
+    use crate::model::Flux;
     use crate::model::testing::{SmallInputs, close, random, random_flux, small_config};
-    use crate::model::{Flux, Lora};
 
     /// A double block, a single block, and one replaced jointly and one for each stream.
     fn all_kinds(dtype: DType) -> Result<Flux> {
@@ -193,6 +282,27 @@ mod tests {
                 "{name}: gradient {} instead of {slope}",
                 gradient[entry]
             );
+        }
+        Ok(())
+    }
+
+    /// In f64 the backward passes are composed of candle operations, in f32 they are kernels.
+    #[test]
+    fn fused_gradients_are_the_composed_ones() -> Result<()> {
+        let inputs = SmallInputs::new(&small_config(), 3)?;
+        let gradients = |dtype| -> Result<Vec<(String, Tensor)>> {
+            let mut flux = all_kinds(dtype)?;
+            let vars = trainables(&mut flux)?;
+            let mut gradients = loss(&flux, &inputs)?.backward()?;
+            let each = vars.into_iter().map(|(name, var)| {
+                let gradient = gradients.remove(&var).expect("every trainable has one");
+                (name, gradient)
+            });
+            Ok(each.collect())
+        };
+        let (fused, composed) = (gradients(DType::F32)?, gradients(DType::F64)?);
+        for ((name, fused), (_, composed)) in fused.iter().zip(&composed) {
+            close(fused, composed, 2e-5).map_err(|e| candle::Error::Msg(format!("{name}: {e}")))?;
         }
         Ok(())
     }

@@ -144,7 +144,7 @@ impl DoubleBlock {
         let txt_qkv = txt
             .qkv
             .product(&ops::norm_modulate(&txt_x, &txt_shift1, &txt_scale1)?)?;
-        let heads = ops::heads(
+        let attended = ops::attend(
             &[
                 Projected {
                     qkv: &txt_qkv,
@@ -162,8 +162,7 @@ impl DoubleBlock {
         )?;
         drop((img_qkv, txt_qkv));
         // (batch, txt + img, hidden)
-        let attended = stream.with_tokens(ops::attention(&heads)?);
-        drop(heads);
+        let attended = stream.with_tokens(attended);
 
         let img = img.after(
             "img_mlp.2",

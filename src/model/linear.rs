@@ -26,6 +26,18 @@ pub struct Lora {
     pub scale: f64,
 }
 
+impl Lora {
+    /// The same factors outside of any gradient graph, sharing their storage.
+    #[must_use]
+    pub fn detached(&self) -> Self {
+        Self {
+            a: self.a.detach(),
+            b: self.b.detach(),
+            scale: self.scale,
+        }
+    }
+}
+
 impl Linear {
     /// From `weight` (out, in) and `bias` (out,). Either may be a `Var`'s tensor, of a wider dtype than the activations.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
@@ -87,6 +99,16 @@ impl Linear {
         Ok(())
     }
 
+    /// The same projection outside of any gradient graph, sharing the storage of its tensors.
+    #[must_use]
+    pub fn detached(&self) -> Self {
+        Self {
+            weight: self.weight.detach(),
+            bias: self.bias.as_ref().map(Tensor::detach),
+            lora: self.lora.as_ref().map(Lora::detached),
+        }
+    }
+
     /// The product without the bias, for the operation that folds it in: `x` (…, in) to (…, out), in the dtype of `x`.
     pub fn product(&self, x: &Tensor) -> Result<Tensor> {
         let (output, input) = self.weight.dims2()?;
@@ -101,11 +123,8 @@ impl Linear {
         }
         // one matrix product over all rows; on three dimensions candle would repeat the weight for every sample
         let x = x.reshape(((), input))?;
-        let mut y = times(&x, &self.weight)?;
-        if let Some(Lora { a, b, scale }) = &self.lora {
-            let low = (times_wide(&x, a)? * *scale)?;
-            y = (y + times_wide(&low, b)?.to_dtype(x.dtype())?)?;
-        }
+        let low_rank = self.lora.as_ref().map(|l| (&l.a, &l.b, l.scale));
+        let y = ops::product(&x, &self.weight, low_rank)?;
         y.reshape(shape)
     }
 
@@ -130,15 +149,6 @@ impl Linear {
         };
         Self::new(weight, self.bias.clone())
     }
-}
-
-/// `x·weightᵀ` in the weight's dtype, back in the dtype of `x`.
-fn times(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    times_wide(x, weight)?.to_dtype(x.dtype())
-}
-
-fn times_wide(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    ops::product(&x.to_dtype(weight.dtype())?, weight)
 }
 
 #[cfg(test)]

@@ -60,6 +60,17 @@ impl Flux {
         reason = "every model on candle is built from a `VarBuilder` by value"
     )]
     pub fn new(config: &FluxConfig, vb: VarBuilder) -> Result<Self> {
+        Self::of(config, Trunk::load(config, &vb), &vb)
+    }
+
+    /// The same with blocks that are read from `vb` whenever they are run.
+    ///
+    /// Fails as [`Flux::new`], but at missing blocks only when they are run.
+    pub fn stored(config: &FluxConfig, vb: &VarBuilder<'static>) -> Result<Self> {
+        Self::of(config, Trunk::stored(config, vb), vb)
+    }
+
+    fn of(config: &FluxConfig, trunk: Result<Trunk>, vb: &VarBuilder) -> Result<Self> {
         let head_dim = config.axes_dims.iter().sum::<usize>();
         if config.num_heads * head_dim != config.hidden_size {
             candle::bail!(
@@ -70,8 +81,24 @@ impl Flux {
             );
         }
         Ok(Self {
-            embedder: Arc::new(Embedder::new(config, &vb)?),
-            trunk: Trunk::load(config, &vb)?,
+            embedder: Arc::new(Embedder::new(config, vb)?),
+            trunk: trunk?,
+            head: Head::new(config, &vb.pp("final_layer"))?,
+        })
+    }
+
+    /// The same embeddings with other blocks, and the head read from `vb`: a pruned model that shares what it can.
+    ///
+    /// Fails where a tensor of the head is missing or has another shape than `config` says.
+    pub fn with_trunk_and_head(
+        &self,
+        config: &FluxConfig,
+        trunk: Trunk,
+        vb: &VarBuilder,
+    ) -> Result<Self> {
+        Ok(Self {
+            embedder: self.embedder.clone(),
+            trunk,
             head: Head::new(config, &vb.pp("final_layer"))?,
         })
     }

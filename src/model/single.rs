@@ -61,28 +61,15 @@ impl SingleBlock {
         let projected = self
             .linear1
             .product(&ops::norm_modulate(x, &shift, &scale)?)?;
-        let bias = self.linear1.bias();
-        let heads = ops::heads(
-            &[Projected {
+        // (batch, tokens, hidden + mlp)
+        let y = ops::attend_beside_gelu(
+            &Projected {
                 qkv: &projected,
-                bias,
+                bias: self.linear1.bias(),
                 norms: &self.norms,
-            }],
+            },
             self.num_heads,
             &conditioning.rope,
-        )?;
-        let attended = ops::attention(&heads)?;
-        drop(heads);
-
-        let (qkv_width, mlp_width) = (3 * x.dim(2)?, projected.dim(2)? - 3 * x.dim(2)?);
-        let mlp_bias = bias
-            .map(|b| b.narrow(0, qkv_width, mlp_width))
-            .transpose()?;
-        // (batch, tokens, hidden + mlp)
-        let y = ops::gelu(
-            &projected.narrow(2, qkv_width, mlp_width)?,
-            mlp_bias.as_ref(),
-            Some(&attended),
         )?;
         Ok(LastStep {
             name: "linear2",

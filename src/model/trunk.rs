@@ -1,6 +1,6 @@
 //! The trunk: a fold over blocks, watched by an observer.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use candle::Result;
 use candle_nn::VarBuilder;
@@ -48,6 +48,24 @@ impl Trunk {
         let entries = config.slots().into_iter().map(|(spec, prefix)| {
             let vb = prefix.map_or_else(|| vb.clone(), |prefix| vb.pp(prefix));
             let block = Block::new(config, spec, &vb)?;
+            Ok((spec.clone(), block))
+        });
+        Ok(Self {
+            entries: entries.collect::<Result<_>>()?,
+        })
+    }
+
+    /// The blocks of `config.layout`, those with weights read only when they are run: memory for one at a time.
+    pub fn stored(config: &FluxConfig, vb: &VarBuilder<'static>) -> Result<Self> {
+        let shared = Arc::new(config.clone());
+        let entries = config.slots().into_iter().map(|(spec, prefix)| {
+            let block = match (spec, prefix) {
+                (BlockSpec::Original(_), Some(prefix)) => {
+                    Block::stored(&shared, spec, &vb.pp(prefix))
+                }
+                (_, Some(prefix)) => Block::new(config, spec, &vb.pp(prefix))?,
+                (_, None) => Block::new(config, spec, vb)?,
+            };
             Ok((spec.clone(), block))
         });
         Ok(Self {

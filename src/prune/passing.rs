@@ -25,6 +25,12 @@ pub(super) struct Rows {
 }
 
 impl Rows {
+    /// The parts that have samples, and whether they are left out.
+    pub(super) fn parts(&self) -> impl Iterator<Item = (&Tensor, bool)> {
+        let parts = self.parts.iter().zip([false, true]);
+        parts.filter(|(part, _)| part.elem_count() > 0)
+    }
+
     /// The tokens of `x` (b, n, …) that sums are made of; all where `None`.
     pub(super) fn tokens(&self, x: &Tensor) -> Result<Option<Tensor>> {
         sums::tokens(x.dim(0)?, x.dim(1)?, self.limit, self.batch, x.device())

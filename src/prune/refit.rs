@@ -262,7 +262,7 @@ impl<'a> Walk<'a> {
                 let target = after.tokens.narrow(1, offset, tokens)?;
                 offset += tokens;
                 let chosen = batch.rows.tokens(&step.z)?;
-                for (part, left_out) in batch.rows.parts.iter().zip([false, true]) {
+                for (part, left_out) in batch.rows.parts() {
                     let take = |x: &Tensor| sums::pick(x, Some(part), chosen.as_ref());
                     let z = take(&step.z)?;
                     let gate = sums::pick(&step.gate, Some(part), None)?;
@@ -302,7 +302,7 @@ impl<'a> Walk<'a> {
             let z = self.flux.head_input(&pruned, &batch.conditioning)?;
             let rest = (velocity - wide(linear.forward(&z)?)?)?;
             let chosen = batch.rows.tokens(&z)?;
-            for (part, left_out) in batch.rows.parts.iter().zip([false, true]) {
+            for (part, left_out) in batch.rows.parts() {
                 let take = |x: &Tensor| sums::pick(x, Some(part), chosen.as_ref());
                 sums.add(&take(&z)?, &take(&rest)?, None, left_out)
                     .context("head")?;

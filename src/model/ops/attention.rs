@@ -15,7 +15,7 @@ use super::wide;
 const MAX_SCORES: usize = 1 << 28;
 
 /// `softmax(q·kᵀ / √head_dim)·v`, heads side by side: (batch, tokens, heads · head size), contiguous.
-pub fn attention(heads: &Heads) -> Result<Tensor> {
+pub(super) fn attention(heads: &Heads) -> Result<Tensor> {
     let Heads { q, k, v } = heads;
     #[cfg(feature = "flash-attn")]
     if q.device().is_cuda()
@@ -181,7 +181,7 @@ fn fused<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
 
 /// Replaces a row by exp(x − max) and returns the sum.
 #[inline(always)]
-fn exp_in_place(row: &mut [f32]) -> f32 {
+pub(super) fn exp_in_place(row: &mut [f32]) -> f32 {
     let max = cpu::max(row);
     for x in row.iter_mut() {
         *x = cpu::exp(*x - max);

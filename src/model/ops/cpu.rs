@@ -227,6 +227,29 @@ pub(super) fn sum_map<T: Element>(row: &[T], f: impl Fn(f32) -> f32) -> f32 {
     acc[0]
 }
 
+/// Sum over two rows of x·y, in [`LANES`] independent accumulators.
+#[inline(always)]
+pub(super) fn sum_product(x: &[f32], y: &[f32]) -> f32 {
+    let mut acc = [0f32; LANES];
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    for (x, y) in x.iter().zip(y) {
+        for ((a, x), y) in acc.iter_mut().zip(x).zip(y) {
+            *a += x * y;
+        }
+    }
+    for ((a, x), y) in acc.iter_mut().zip(x_rest).zip(y_rest) {
+        *a += x * y;
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            acc[i] += acc[i + half];
+        }
+        half /= 2;
+    }
+    acc[0]
+}
+
 /// Largest value of a row.
 #[inline(always)]
 pub(super) fn max(row: &[f32]) -> f32 {

@@ -9,7 +9,7 @@ use super::{biased, wide};
 use crate::model::rope::Rope;
 
 /// Epsilon of the RMS norms of queries and keys (diffusers `FluxAttention`, BFL `layers.py`).
-const EPS: f64 = 1e-6;
+pub(super) const EPS: f64 = 1e-6;
 
 /// One stream's projection, for [`heads`].
 pub struct Projected<'a> {
@@ -32,7 +32,7 @@ pub struct Norms {
 
 /// Queries, keys (normalised and rotated) and values of all streams, joined along the tokens in the order given.
 #[derive(Debug)]
-pub struct Heads {
+pub(super) struct Heads {
     /// (batch, heads, tokens, head size)
     pub q: Tensor,
     /// (batch, heads, tokens, head size)
@@ -44,7 +44,7 @@ pub struct Heads {
 /// Splits the projections into heads. Norm and rotation are computed in f32 (f64 stays f64) and rounded once.
 ///
 /// `rope` covers the tokens of all streams together.
-pub fn heads(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Heads> {
+pub(super) fn heads(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Heads> {
     let tokens = streams
         .iter()
         .map(|s| s.qkv.dim(1))
@@ -69,7 +69,7 @@ pub fn heads(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Hea
     }
 }
 
-fn plain(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Heads> {
+pub(super) fn plain(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Heads> {
     let dtype = streams[0].qkv.dtype();
     let hidden = num_heads * rope.head_dim();
     let (mut q, mut k, mut v) = (vec![], vec![], vec![]);

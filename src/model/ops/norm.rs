@@ -1,9 +1,11 @@
 //! Layer norm without weights, then scale and shift, which open every branch of every block.
 //! RMS norms of queries and keys are in `heads`.
 
-use candle::{D, Result, Tensor};
+use candle::{D, DType, Result, Tensor};
+use rayon::prelude::*;
 
-use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, sum_map};
+use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, sum_map, sum_product, vectorized};
+use super::function::{by_recomputing, function};
 use super::wide;
 
 /// LayerNorm's epsilon (diffusers `transformer_flux.py`, BFL `layers.py`).
@@ -15,12 +17,24 @@ const EPS: f64 = 1e-6;
 /// all. The result is contiguous.
 pub fn norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
     let (batch, _, width) = x.dims3()?;
-    let shift = shift.broadcast_as((batch, width))?;
-    let scale = scale.broadcast_as((batch, width))?;
-    match fusable([x, &shift, &scale]) {
-        Some(dtype) => by_dtype!(dtype, fused(x, &shift, &scale)),
-        None => plain(x, &shift, &scale),
-    }
+    let whole = |t: &Tensor| match t.dims2()? {
+        (rows, _) if rows == batch => Ok(t.clone()),
+        _ => t.broadcast_as((batch, width)),
+    };
+    let (shift, scale) = (whole(shift)?, whole(scale)?);
+    let data = [x.detach(), shift.detach(), scale.detach()];
+    let y = match fusable(&data) {
+        Some(dtype) => by_dtype!(dtype, fused(&data[0], &data[1], &data[2])),
+        None => plain(&data[0], &data[1], &data[2]),
+    }?;
+    function(&[x, &shift, &scale], y, move |grad| {
+        if fusable(&data) == Some(DType::F32) {
+            fused_backward(&data[0], &data[2], &grad.contiguous()?)
+        } else {
+            let [x, shift, scale] = &data;
+            by_recomputing(&[x, shift, scale], grad, |t| plain(&t[0], &t[1], &t[2]))
+        }
+    })
 }
 
 fn plain(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
@@ -63,10 +77,62 @@ fn fused<T: Element>(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tenso
     Tensor::from_vec(out, (batch, tokens, width), x.device())
 }
 
+/// Gradients of x, shift and scale from that of the result, f32 on the CPU.
+///
+/// With x̂ the normalised row and d = grad·(1 + scale): dx = (d − mean(d) − x̂·mean(d·x̂)) / deviation.
+fn fused_backward(x: &Tensor, scale: &Tensor, grad: &Tensor) -> Result<Vec<Option<Tensor>>> {
+    let (batch, tokens, width) = x.dims3()?;
+    let mut dx = vec![0f32; batch * tokens * width];
+    let (mut dshift, mut dscale) = (vec![0f32; batch * width], vec![0f32; batch * width]);
+    {
+        let (x, scale, grad) = (Operand::new(x), Operand::new(scale), Operand::new(grad));
+        let (x, scale, grad) = (x.rows::<f32>()?, scale.rows::<f32>()?, grad.rows::<f32>()?);
+        dx.par_chunks_mut((tokens * width).max(1))
+            .zip(dshift.par_chunks_mut(width.max(1)))
+            .zip(dscale.par_chunks_mut(width.max(1)))
+            .enumerate()
+            .for_each(|(b, ((dx, dshift), dscale))| {
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        let scale = scale.row(b, 0);
+                        let mut hat = vec![0f32; width];
+                        for (n, dx) in dx.chunks_exact_mut(width).enumerate() {
+                            let (x, grad) = (x.row(b, n), grad.row(b, n));
+                            let mean = sum_map(x, |x| x) / width as f32;
+                            let variance = sum_map(x, |x| (x - mean) * (x - mean)) / width as f32;
+                            let factor = 1.0 / (variance + EPS as f32).sqrt();
+                            for (hat, x) in hat.iter_mut().zip(x) {
+                                *hat = (x - mean) * factor;
+                            }
+                            let sums = dshift.iter_mut().zip(dscale.iter_mut());
+                            for (((dshift, dscale), grad), hat) in sums.zip(grad).zip(&hat) {
+                                *dshift += grad;
+                                *dscale += grad * hat;
+                            }
+                            for ((dx, grad), scale) in dx.iter_mut().zip(grad).zip(scale) {
+                                *dx = grad * (1.0 + scale);
+                            }
+                            let along_one = sum_map(dx, |d| d) / width as f32;
+                            let along_hat = sum_product(dx, &hat) / width as f32;
+                            for (dx, hat) in dx.iter_mut().zip(&hat) {
+                                *dx = factor * (*dx - along_one - hat * along_hat);
+                            }
+                        }
+                    },
+                );
+            });
+    }
+    let device = x.device();
+    Ok(vec![
+        Some(Tensor::from_vec(dx, (batch, tokens, width), device)?),
+        Some(Tensor::from_vec(dshift, (batch, width), device)?),
+        Some(Tensor::from_vec(dscale, (batch, width), device)?),
+    ])
+}
+
 #[cfg(test)]
 mod tests {
-    use candle::DType;
-
     use super::*;
     use crate::model::testing::{close, random};
 

@@ -1,65 +1,181 @@
-//! The matrix product of a projection.
+//! The matrix products of projections, forward and backward.
 
-use candle::{Result, Tensor};
+use candle::{DType, Result, Tensor};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::cpu::Operand;
+use super::function::function;
 
 /// Multiply-adds worth a task of their own: some 40 µs.
 const TASK: usize = 1 << 21;
 /// Largest task, in rows and in columns: beyond it nothing is gained, and smaller ones spread better.
 const MAX_TILE: usize = 1024;
 
-/// `x·weightᵀ`: `x` (rows, in), `weight` (out, in) to (rows, out), all of one dtype.
+/// A low-rank addition to a weight: factors (rank, in) and (out, rank), and what their product is scaled by.
+pub(super) type LowRank<'a> = (&'a Tensor, &'a Tensor, f64);
+
+/// `x·weightᵀ`, plus `scale·(x·aᵀ)·bᵀ`: `x` (rows, in), `weight` (out, in) to (rows, out), in the dtype of `x`. Weight and
+/// factors may have other dtypes; their products are in these.
 ///
-/// On the CPU in f32 and outside of a gradient graph through `faer`, otherwise through candle, whose product reads
-/// `/proc/cpuinfo` on every call to count threads, and packs small operands at a loss.
-pub fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let tracked = x.track_op() || weight.track_op();
-    let f32 = x.dtype() == candle::DType::F32 && weight.dtype() == candle::DType::F32;
-    if f32 && !tracked && x.device().is_cpu() && weight.device().is_cpu() {
-        fused(x, weight)
-    } else {
-        plain(x, weight)
+/// On the CPU in f32 through `faer`, otherwise through candle, whose product reads `/proc/cpuinfo` on every call to count
+/// threads, and packs small operands at a loss. Differentiable; the gradients of what is not tracked are not formed.
+pub fn product(x: &Tensor, weight: &Tensor, low_rank: Option<LowRank>) -> Result<Tensor> {
+    let Some((a, b, scale)) = low_rank else {
+        return single(x, weight);
+    };
+    if weight.track_op() {
+        // more tracked inputs than an operation may have
+        return single(x, weight)? + pair(x, None, (a, b, scale))?;
+    }
+    pair(x, Some(weight), (a, b, scale))
+}
+
+fn single(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (tracked_x, tracked_weight) = (x.track_op(), weight.track_op());
+    let (x_data, weight_data) = (x.detach(), weight.detach());
+    let y = times_transposed(&x_data, &weight_data, None)?.to_dtype(x.dtype())?;
+    function(&[x, weight], y, move |grad| {
+        let dx = tracked_x.then(|| times(grad, &weight_data, None)?.to_dtype(x_data.dtype()));
+        let dw = tracked_weight.then(|| {
+            let x = x_data.to_dtype(weight_data.dtype())?;
+            transposed_times(&grad.to_dtype(x.dtype())?, &x)
+        });
+        Ok(vec![dx.transpose()?, dw.transpose()?])
+    })
+}
+
+fn pair(x: &Tensor, weight: Option<&Tensor>, (a, b, scale): LowRank) -> Result<Tensor> {
+    let tracked = [x.track_op(), a.track_op(), b.track_op()];
+    let (x_data, a_data, b_data) = (x.detach(), a.detach(), b.detach());
+    let weight = weight.cloned();
+    let low = (times_transposed(&x_data, &a_data, None)? * scale)?;
+    let y = match &weight {
+        Some(weight) => Some(times_transposed(&x_data, weight, None)?.to_dtype(x.dtype())?),
+        None => None,
+    };
+    let y = times_transposed(&low, &b_data, y)?.to_dtype(x.dtype())?;
+    function(&[x, a, b], y, move |grad| {
+        let dtype = x_data.dtype();
+        let wide = grad.to_dtype(b_data.dtype())?;
+        let db = tracked[2].then(|| transposed_times(&wide, &low));
+        let dlow = (times(&wide, &b_data, None)? * scale)?;
+        let dx = tracked[0].then(|| {
+            let dx = match &weight {
+                Some(weight) => Some(times(grad, weight, None)?.to_dtype(dtype)?),
+                None => None,
+            };
+            times(&dlow, &a_data, dx)?.to_dtype(dtype)
+        });
+        let da = tracked[1].then(|| transposed_times(&dlow, &x_data.to_dtype(a_data.dtype())?));
+        Ok(vec![dx.transpose()?, da.transpose()?, db.transpose()?])
+    })
+}
+
+fn fusable(a: &Tensor, b: &Tensor) -> bool {
+    [a, b]
+        .iter()
+        .all(|x| x.dtype() == DType::F32 && x.device().is_cpu())
+}
+
+/// `a·bᵀ`: (m, k), (n, k) to (m, n), in the dtype of `b`; with `sum`, added to it, in its dtype.
+fn times_transposed(a: &Tensor, b: &Tensor, sum: Option<Tensor>) -> Result<Tensor> {
+    let a = a.to_dtype(b.dtype())?;
+    if fusable(&a, b) {
+        return match sum {
+            Some(sum) if sum.dtype() != DType::F32 => {
+                added(fused(&a, false, b, true, None)?, Some(sum))
+            }
+            sum => fused(&a, false, b, true, sum),
+        };
+    }
+    added(a.matmul(&b.t()?)?, sum)
+}
+
+/// `a·b`: (m, k), (k, n) to (m, n), in the dtype of `b`; with `sum`, added to it, in its dtype.
+fn times(a: &Tensor, b: &Tensor, sum: Option<Tensor>) -> Result<Tensor> {
+    let a = a.to_dtype(b.dtype())?;
+    if fusable(&a, b) {
+        return match sum {
+            Some(sum) if sum.dtype() != DType::F32 => {
+                added(fused(&a, false, b, false, None)?, Some(sum))
+            }
+            sum => fused(&a, false, b, false, sum),
+        };
+    }
+    added(a.matmul(b)?, sum)
+}
+
+fn added(product: Tensor, sum: Option<Tensor>) -> Result<Tensor> {
+    match sum {
+        None => Ok(product),
+        Some(sum) => {
+            let product = product.to_dtype(sum.dtype())?;
+            sum + product
+        }
     }
 }
 
+/// `aᵀ·b`: (k, m), (k, n) to (m, n).
+fn transposed_times(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if fusable(a, b) {
+        fused(a, true, b, false, None)
+    } else {
+        a.t()?.matmul(b)
+    }
+}
+
+#[cfg(test)]
 fn plain(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)
 }
 
-fn fused(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let ((rows, input), (columns, weight_input)) = (x.dims2()?, weight.dims2()?);
-    if input != weight_input {
+/// The product of two matrices, each transposed first where asked for, plus `sum`.
+fn fused(
+    a: &Tensor,
+    transpose_a: bool,
+    b: &Tensor,
+    transpose_b: bool,
+    sum: Option<Tensor>,
+) -> Result<Tensor> {
+    let (a_shape, b_shape) = (a.dims2()?, b.dims2()?);
+    let (a, b) = (a.contiguous()?, b.contiguous()?);
+    let (a, b) = (Operand::new(&a), Operand::new(&b));
+    let a = MatRef::from_row_major_slice(a.slice::<f32>()?, a_shape.0, a_shape.1);
+    let b = MatRef::from_row_major_slice(b.slice::<f32>()?, b_shape.0, b_shape.1);
+    let a = if transpose_a { a.transpose() } else { a };
+    let b = if transpose_b { b.transpose() } else { b };
+    let (rows, inner, columns) = (a.nrows(), a.ncols(), b.ncols());
+    if inner != b.nrows() {
         candle::bail!(
-            "a product of {:?} with the transpose of {:?}",
-            x.shape(),
-            weight.shape()
+            "a product of ({rows}, {inner}) with ({}, {columns})",
+            b.nrows()
         );
     }
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
-    let mut out = vec![0f32; rows * columns];
+    let (mut out, how) = match sum {
+        None => (vec![0f32; rows * columns], Accum::Replace),
+        Some(sum) if sum.dtype() == DType::F32 && sum.dims() == [rows, columns] => {
+            let sum = Operand::new(&sum);
+            (sum.slice::<f32>()?.to_vec(), Accum::Add)
+        }
+        Some(sum) => candle::bail!("({rows}, {columns}) was to be added to {:?}", sum.shape()),
+    };
     {
-        let (x, weight) = (Operand::new(&x), Operand::new(&weight));
-        let x = MatRef::from_row_major_slice(x.slice::<f32>()?, rows, input);
-        let weight =
-            MatRef::from_row_major_slice(weight.slice::<f32>()?, columns, input).transpose();
         let out = MatMut::from_row_major_slice_mut(&mut out, rows, columns);
-        let (row_parts, column_parts) = parts(rows, input, columns, rayon::current_num_threads());
+        let (row_parts, column_parts) = parts(rows, inner, columns, rayon::current_num_threads());
         if row_parts * column_parts == 1 {
-            matmul(out, Accum::Replace, x, weight, 1.0, Par::Seq);
+            matmul(out, how, a, b, 1.0, Par::Seq);
         } else {
             let bands = out
                 .par_row_partition_mut(row_parts)
-                .zip(x.par_row_partition(row_parts));
-            bands.for_each(|(band, x)| {
+                .zip(a.par_row_partition(row_parts));
+            bands.for_each(|(band, a)| {
                 let tiles = band
                     .par_col_partition_mut(column_parts)
-                    .zip(weight.par_col_partition(column_parts));
-                tiles.for_each(|(tile, weight)| {
-                    matmul(tile, Accum::Replace, x, weight, 1.0, Par::Seq);
+                    .zip(b.par_col_partition(column_parts));
+                tiles.for_each(|(tile, b)| {
+                    matmul(tile, how, a, b, 1.0, Par::Seq);
                 });
             });
         }
@@ -70,7 +186,7 @@ fn fused(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 /// Into how many bands of rows and of columns to cut a product: enough tasks for all threads, none too small to be
 /// worth waking one, rows first.
 fn parts(rows: usize, input: usize, columns: usize, threads: usize) -> (usize, usize) {
-    if threads == 1 {
+    if threads == 1 || rows == 0 || columns == 0 {
         return (1, 1);
     }
     let tasks = (rows * input * columns / TASK).clamp(1, 4 * threads);
@@ -91,6 +207,7 @@ mod tests {
     #[test]
     fn fused_equals_plain_however_it_is_cut() -> Result<()> {
         for (rows, input, columns) in [
+            (0, 8, 3),
             (1, 8, 3),
             (1, 128, 768),
             (28, 128, 896),
@@ -98,15 +215,16 @@ mod tests {
             (1100, 33, 200),
         ] {
             let (x, weight) = (random("x", (rows, input))?, random("w", (columns, input))?);
-            close(&product(&x, &weight)?, &plain(&x, &weight)?, 1e-6)?;
+            close(&product(&x, &weight, None)?, &plain(&x, &weight)?, 1e-6)?;
             let view = random("w", (columns, input + 5))?.narrow(1, 3, input)?;
-            close(&product(&x, &view)?, &plain(&x, &view)?, 1e-6)?;
+            close(&product(&x, &view, None)?, &plain(&x, &view)?, 1e-6)?;
         }
         Ok(())
     }
 
     #[test]
     fn products_are_cut_into_enough_pieces_and_no_crumbs() {
+        assert_eq!(parts(0, 128, 768, 2), (1, 1));
         assert_eq!(parts(1, 128, 768, 2), (1, 1));
         assert_eq!(parts(1344, 128, 896, 2), (8, 1));
         assert_eq!(parts(28, 3072, 3072, 2), (1, 8));

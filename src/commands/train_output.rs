@@ -1,0 +1,133 @@
+//! What `train-sandwich` writes: the healed checkpoint, the trained values alone, a report and a chart.
+
+use anyhow::{Context, Result};
+use candle::{DType, Device, Tensor};
+use serde_json::{Value, json};
+
+use super::{load, train::Pair};
+use crate::{
+    checkpoint::{
+        Checkpoint, Source, candle_dtype, output,
+        record::Record,
+        save::{self, OutputFolder},
+    },
+    cli::TrainArgs,
+    model::{Linear, Lora, Trunk},
+    train::{chart, peft, state::Saved},
+};
+
+/// The trained values, in f32 under the names of the blocks they belong to.
+const SANDWICH: &str = "sandwich.safetensors";
+/// The LoRA in PEFT's names.
+const LORA: &str = "lora.safetensors";
+
+/// What became of every phase, and all settings.
+pub(super) const REPORT: &str = "training.json";
+
+/// Writes everything into a folder that appears whole.
+pub(super) fn write(
+    args: &TrainArgs,
+    pair: &Pair,
+    student: &Trunk,
+    done: &Saved,
+    report: &Value,
+) -> Result<()> {
+    let record = record(pair, report)?;
+    let config = &pair.pruned.config;
+    let checkpoint = healed(pair, student, !args.keep_lora)?;
+    let folder = OutputFolder::create(&args.output, args.force)?;
+    let path = folder.path();
+    output::write(path, &checkpoint, config, Some(&record), args.format)?;
+    drop(checkpoint);
+    let mut values = Checkpoint::default();
+    for (name, value) in &done.values {
+        values.insert(name, Source::dense(value)?);
+    }
+    values.metadata = output::metadata(Some(&record))?;
+    save::write(&values, &path.join(SANDWICH))?;
+    if args.keep_lora {
+        let lora = peft::lora(config, student)?;
+        save::write(&lora, &path.join(LORA))?;
+    }
+    output::write_json(&path.join(REPORT), report)?;
+    save::write_bytes(
+        &path.join("loss.svg"),
+        chart::losses(&done.progress.log).as_bytes(),
+    )?;
+    folder.finish()
+}
+
+/// The pruned checkpoint with the trained layers in it and, where `merge`, the LoRA added to the weights beside them.
+///
+/// Tensors keep their number format; sums are made in f32 and rounded once.
+pub(super) fn healed(pair: &Pair, student: &Trunk, merge: bool) -> Result<Checkpoint> {
+    let mut out = pair.pruned.transformer.clone();
+    let slots = pair.pruned.config.slots();
+    for ((_, prefix), (_, block)) in slots.into_iter().zip(student.entries()) {
+        let Some(prefix) = prefix else {
+            continue;
+        };
+        let mut block = block.resident()?;
+        for (projection, linear) in block.linears_mut() {
+            let name = format!("{prefix}.{projection}");
+            for (part, value) in [("weight", Some(linear.weight())), ("bias", linear.bias())] {
+                if let Some(value) = value.filter(|v| v.is_variable()) {
+                    insert(&mut out, &format!("{name}.{part}"), value)?;
+                }
+            }
+            if let Some(lora) = linear.lora().filter(|_| merge)
+                && moved(&lora.b)?
+            {
+                let name = format!("{name}.weight");
+                let base = out.expect(&name)?.tensor(&Device::Cpu)?;
+                let mut sum = Linear::new(base.to_dtype(DType::F32)?, None)?;
+                sum.set_lora(Some(Lora {
+                    a: host(&lora.a)?,
+                    b: host(&lora.b)?,
+                    scale: lora.scale,
+                }))?;
+                insert(&mut out, &name, sum.merge()?.weight())?;
+            }
+        }
+    }
+    Ok(out)
+}
+
+fn host(t: &Tensor) -> Result<Tensor> {
+    Ok(t.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
+}
+
+/// Whether a B is no longer zero; a weight whose LoRA was not trained keeps its bytes.
+fn moved(b: &Tensor) -> Result<bool> {
+    Ok(host(b)?.abs()?.max_all()?.to_scalar::<f32>()? > 0.0)
+}
+
+/// Puts a value in the place of a tensor, in its number format.
+fn insert(out: &mut Checkpoint, name: &str, value: &Tensor) -> Result<()> {
+    let dtype =
+        candle_dtype(out.expect(name)?.dtype()).with_context(|| format!("tensor `{name}`"))?;
+    let value = host(value)?.to_dtype(dtype)?;
+    out.insert(name, Source::dense(&value)?);
+    Ok(())
+}
+
+fn record(pair: &Pair, report: &Value) -> Result<Record> {
+    let before = pair
+        .pruned
+        .record
+        .clone()
+        .context("the pruned model has a record")?;
+    let mut recipe = match before.recipe.clone() {
+        Value::Object(recipe) => recipe,
+        other => [("before".to_owned(), other)].into_iter().collect(),
+    };
+    recipe.insert(
+        "train-sandwich".to_owned(),
+        json!({ "recipe": report["recipe"], "phases": report["phases"] }),
+    );
+    Ok(Record {
+        tool: load::software(),
+        recipe: Value::Object(recipe),
+        ..before
+    })
+}

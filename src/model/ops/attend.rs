@@ -1,0 +1,184 @@
+//! From fused projections to what attention puts out, as one node of the gradient graph: the backward pass computes
+//! queries, keys, values and scores again instead of keeping them. The forward is that of `heads` and `attention`.
+
+use candle::{D, DType, Result, Tensor};
+
+use super::attend_cpu;
+use super::attention::attention;
+use super::cpu::fusable;
+use super::function::{by_recomputing, function};
+use super::gelu::gelu;
+use super::heads::{Heads, Norms, Projected, heads, plain as plain_heads};
+use super::wide;
+use crate::model::rope::Rope;
+
+/// Scores that the composed backward pass holds at once, in elements; some four tensors of this size in f32 (1 GiB).
+const MAX_SCORES: usize = 1 << 26;
+
+/// One stream's projection, owned and outside of any graph.
+pub(super) struct Stored {
+    pub(super) qkv: Tensor,
+    pub(super) bias: Option<Tensor>,
+    pub(super) norms: Norms,
+}
+
+impl Stored {
+    fn new(stream: &Projected) -> Self {
+        Self {
+            qkv: stream.qkv.detach(),
+            bias: stream.bias.map(Tensor::detach),
+            norms: stream.norms.clone(),
+        }
+    }
+
+    pub(super) fn borrowed(&self) -> Projected<'_> {
+        Projected {
+            qkv: &self.qkv,
+            bias: self.bias.as_ref(),
+            norms: &self.norms,
+        }
+    }
+}
+
+/// Softmax attention over the tokens of all streams together, from their projections; heads side by side:
+/// (batch, tokens, hidden). Biases and norms get no gradient.
+pub fn attend(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Tensor> {
+    let stored: Vec<Stored> = streams.iter().map(Stored::new).collect();
+    let y = forward(&stored, num_heads, rope)?;
+    let inputs: Vec<&Tensor> = streams.iter().map(|s| s.qkv).collect();
+    let rope = rope.clone();
+    function(&inputs, y, move |grad| {
+        let grads = if fused(&stored) {
+            attend_cpu::backward(&stored, num_heads, &rope, &grad.contiguous()?, None)?
+        } else {
+            backward(&stored, num_heads, &rope, grad)?
+        };
+        Ok(grads.into_iter().map(Some).collect())
+    })
+}
+
+/// What a single block puts between its two projections: `attend` of the first 3·hidden columns of `projected`
+/// (batch, tokens, 3·hidden + mlp) beside the GELU of the rest; (batch, tokens, hidden + mlp).
+pub fn attend_beside_gelu(projected: &Projected, num_heads: usize, rope: &Rope) -> Result<Tensor> {
+    let hidden = num_heads * rope.head_dim();
+    let stored = [Stored::new(projected)];
+    let mlp = stored[0].qkv.dim(2)?.saturating_sub(3 * hidden);
+    let mlp_bias = stored[0].bias.as_ref();
+    let mlp_bias = mlp_bias.map(|b| b.narrow(0, 3 * hidden, mlp)).transpose()?;
+    let y = gelu(
+        &stored[0].qkv.narrow(2, 3 * hidden, mlp)?,
+        mlp_bias.as_ref(),
+        Some(&forward(&stored, num_heads, rope)?),
+    )?;
+    let rope = rope.clone();
+    function(&[projected.qkv], y, move |grad| {
+        if fused(&stored) {
+            let grad = grad.contiguous()?;
+            let all = attend_cpu::backward(&stored, num_heads, &rope, &grad, mlp_bias.as_ref())?;
+            return Ok(all.into_iter().map(Some).collect());
+        }
+        let [of_qkv] = backward(&stored, num_heads, &rope, &grad.narrow(2, 0, hidden)?)?
+            .try_into()
+            .map_err(|_| candle::Error::Msg("one stream, one gradient".to_owned()))?;
+        let x = stored[0].qkv.narrow(2, 3 * hidden, mlp)?.contiguous()?;
+        let own = grad.narrow(2, hidden, mlp)?;
+        let of_mlp = by_recomputing(&[&x], &own, |t| gelu(&t[0], mlp_bias.as_ref(), None))?;
+        match of_mlp.into_iter().next().flatten() {
+            Some(of_mlp) => Ok(vec![Some(Tensor::cat(
+                &[of_qkv.narrow(2, 0, 3 * hidden)?, of_mlp],
+                2,
+            )?)]),
+            None => candle::bail!("no gradient of GELU"),
+        }
+    })
+}
+
+fn forward(streams: &[Stored], num_heads: usize, rope: &Rope) -> Result<Tensor> {
+    let borrowed: Vec<Projected> = streams.iter().map(Stored::borrowed).collect();
+    attention(&heads(&borrowed, num_heads, rope)?)
+}
+
+fn fused(streams: &[Stored]) -> bool {
+    let operands = streams.iter().flat_map(|s| {
+        [
+            Some(&s.qkv),
+            s.bias.as_ref(),
+            Some(&s.norms.query),
+            Some(&s.norms.key),
+        ]
+    });
+    fusable(operands.flatten()) == Some(DType::F32)
+}
+
+/// Gradients of the projections from that of the result (batch, tokens, hidden), on any device.
+fn backward(
+    streams: &[Stored],
+    num_heads: usize,
+    rope: &Rope,
+    grad: &Tensor,
+) -> Result<Vec<Tensor>> {
+    let borrowed: Vec<Projected> = streams.iter().map(Stored::borrowed).collect();
+    let heads = heads(&borrowed, num_heads, rope)?;
+    let (batch, tokens, _) = grad.dims3()?;
+    let grad = grad
+        .reshape((batch, tokens, num_heads, rope.head_dim()))?
+        .transpose(1, 2)?
+        .contiguous()?;
+    let grads = attention_backward(&heads, &grad, MAX_SCORES)?;
+    drop(heads);
+    let inputs: Vec<&Tensor> = streams.iter().map(|s| &s.qkv).collect();
+    let out = by_recomputing(&inputs, &grads, |qkv| {
+        let projected: Vec<Projected> = streams
+            .iter()
+            .zip(qkv)
+            .map(|(s, qkv)| Projected {
+                qkv,
+                ..s.borrowed()
+            })
+            .collect();
+        let Heads { q, k, v } = plain_heads(&projected, num_heads, rope)?;
+        Tensor::stack(&[q, k, v], 0)
+    })?;
+    out.into_iter()
+        .map(|grad| grad.ok_or_else(|| candle::Error::Msg("no gradient of heads".to_owned())))
+        .collect()
+}
+
+/// Gradients of queries, keys and values, stacked, from that of the attended values (all (batch, heads, tokens, head
+/// size)), a slice of query rows at a time so that at most `max_scores` scores exist.
+fn attention_backward(
+    Heads { q, k, v }: &Heads,
+    grad: &Tensor,
+    max_scores: usize,
+) -> Result<Tensor> {
+    let (batch, heads, tokens, size) = q.dims4()?;
+    let dtype = q.dtype();
+    let scale = 1.0 / (size as f64).sqrt();
+    let rows = (max_scores / (batch * heads * tokens).max(1)).clamp(1, tokens.max(1));
+    let (q, k, v, grad) = (wide(q)?, wide(k)?, wide(v)?, wide(grad)?);
+    let (k_t, v_t) = (
+        k.transpose(2, 3)?.contiguous()?,
+        v.transpose(2, 3)?.contiguous()?,
+    );
+    let mut dq = Vec::new();
+    let (mut dk, mut dv) = (k.zeros_like()?, v.zeros_like()?);
+    for start in (0..tokens).step_by(rows) {
+        let len = rows.min(tokens - start);
+        let q = q.narrow(2, start, len)?.contiguous()?;
+        let grad = grad.narrow(2, start, len)?.contiguous()?;
+        let scores = (q.matmul(&k_t)? * scale)?;
+        let weights = if scores.dtype() == DType::F64 {
+            candle_nn::ops::softmax(&scores, D::Minus1)?
+        } else {
+            candle_nn::ops::softmax_last_dim(&scores)?
+        };
+        dv = (dv + weights.transpose(2, 3)?.contiguous()?.matmul(&grad)?)?;
+        let dweights = grad.matmul(&v_t)?;
+        let along = (&dweights * &weights)?.sum_keepdim(D::Minus1)?;
+        let dscores = ((dweights.broadcast_sub(&along)? * weights)? * scale)?;
+        dq.push(dscores.matmul(&k)?);
+        dk = (dk + dscores.transpose(2, 3)?.contiguous()?.matmul(&q)?)?;
+    }
+    let dq = Tensor::cat(&dq, 2)?;
+    Tensor::stack(&[dq, dk, dv], 0)?.to_dtype(dtype)
+}

@@ -1,0 +1,155 @@
+//! AdamW on an ordered list of trainables, with moments that can be saved and loaded; loss and gradients come from
+//! elsewhere.
+//!
+//! `candle_nn::AdamW` computes the same but keeps its moments to itself, so a run could not resume with it.
+
+use anyhow::{Result, ensure};
+use candle::{DType, Tensor, Var};
+
+use super::recipe::OptimiserRecipe;
+
+/// Moments of one phase's trainables, all f32 on the device.
+#[derive(Clone, Debug)]
+pub struct AdamW {
+    mean: Vec<Tensor>,
+    square: Vec<Tensor>,
+    /// Updates made so far.
+    updates: usize,
+}
+
+impl AdamW {
+    /// Moments of zero.
+    ///
+    /// # Errors
+    /// When memory is short.
+    pub fn new(vars: &[Var]) -> Result<Self> {
+        let zeros = || -> Result<Vec<Tensor>> {
+            Ok(vars
+                .iter()
+                .map(|v| v.zeros_like().map(|z| z.detach()))
+                .collect::<candle::Result<_>>()?)
+        };
+        Ok(Self {
+            mean: zeros()?,
+            square: zeros()?,
+            updates: 0,
+        })
+    }
+
+    /// Moments as they were saved after `updates` updates, in the order of the trainables.
+    pub fn resumed(mean: Vec<Tensor>, square: Vec<Tensor>, updates: usize) -> Self {
+        Self {
+            mean,
+            square,
+            updates,
+        }
+    }
+
+    /// The mean gradients and mean squared gradients, in the order of the trainables.
+    pub fn moments(&self) -> (&[Tensor], &[Tensor]) {
+        (&self.mean, &self.square)
+    }
+
+    /// Moves `vars` against `grads` (f32, one each), each at its learning rate.
+    ///
+    /// # Errors
+    /// When shapes differ.
+    pub fn step(
+        &mut self,
+        vars: &[Var],
+        grads: &[Tensor],
+        rates: &[f64],
+        recipe: &OptimiserRecipe,
+    ) -> Result<()> {
+        ensure!(
+            [vars.len(), grads.len(), rates.len()] == [self.mean.len(); 3],
+            "{} trainables, {} gradients, {} moments",
+            vars.len(),
+            grads.len(),
+            self.mean.len()
+        );
+        self.updates += 1;
+        let (b1, b2) = (recipe.beta1, recipe.beta2);
+        let power = self.updates.min(i32::MAX as usize) as i32;
+        let (unbias1, unbias2) = (1.0 / (1.0 - b1.powi(power)), 1.0 / (1.0 - b2.powi(power)));
+        for (i, ((var, grad), lr)) in vars.iter().zip(grads).zip(rates).enumerate() {
+            let mean = ((&self.mean[i] * b1)? + (grad * (1.0 - b1))?)?;
+            let square = ((&self.square[i] * b2)? + (grad.sqr()? * (1.0 - b2))?)?;
+            let root = ((&square * unbias2)?.sqrt()? + recipe.epsilon)?;
+            let value = var.as_tensor().detach();
+            let kept = (&value * (1.0 - lr * recipe.weight_decay))?;
+            let moved = (kept - ((&mean * (lr * unbias1))? / root)?)?;
+            var.set(&moved)?;
+            (self.mean[i], self.square[i]) = (mean, square);
+        }
+        Ok(())
+    }
+}
+
+/// ‖grads‖ over all together.
+///
+/// # Errors
+/// When memory is short.
+pub fn norm(grads: &[Tensor]) -> Result<f64> {
+    let mut sum = 0.0;
+    for grad in grads {
+        sum += f64::from(
+            grad.sqr()?
+                .sum_all()?
+                .to_dtype(DType::F32)?
+                .to_scalar::<f32>()?,
+        );
+    }
+    Ok(sum.sqrt())
+}
+
+#[cfg(test)]
+mod tests {
+    use candle::Device;
+    use candle_nn::{Optimizer, ParamsAdamW};
+
+    use super::*;
+
+    #[test]
+    fn it_moves_as_candles_own_does() {
+        let start = Tensor::randn(0f32, 1.0, (3, 5), &Device::Cpu).unwrap();
+        let target = Tensor::randn(0f32, 1.0, (3, 5), &Device::Cpu).unwrap();
+        let (ours, theirs) = (
+            Var::from_tensor(&start).unwrap(),
+            Var::from_tensor(&start).unwrap(),
+        );
+        let recipe = OptimiserRecipe {
+            weight_decay: 0.1,
+            ..OptimiserRecipe::default()
+        };
+        let params = ParamsAdamW {
+            lr: 0.05,
+            beta1: recipe.beta1,
+            beta2: recipe.beta2,
+            eps: recipe.epsilon,
+            weight_decay: 0.1,
+        };
+        let mut candles = candle_nn::AdamW::new(vec![theirs.clone()], params).unwrap();
+        let mut adam = AdamW::new(std::slice::from_ref(&ours)).unwrap();
+        let loss = |v: &Var| {
+            (v.as_tensor() - &target)
+                .unwrap()
+                .sqr()
+                .unwrap()
+                .sum_all()
+                .unwrap()
+        };
+        for _ in 0..20 {
+            let grad = loss(&ours).backward().unwrap().remove(&ours).unwrap();
+            adam.step(std::slice::from_ref(&ours), &[grad], &[0.05], &recipe)
+                .unwrap();
+            candles.backward_step(&loss(&theirs)).unwrap();
+        }
+        let difference = (ours.as_tensor() - theirs.as_tensor())
+            .unwrap()
+            .abs()
+            .unwrap();
+        let difference = difference.max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(difference < 1e-5, "{difference}");
+    }
+}

@@ -1,0 +1,274 @@
+//! What a run takes, from the sizes alone: trainables, and memory on the device. Nothing is loaded.
+//!
+//! An upper estimate of what is alive at once: weights, trainables with gradients and moments, and the activations of the
+//! dearest phase. What an allocator keeps beyond that is not in it.
+
+use std::ops::Range;
+
+use serde::Serialize;
+
+use super::{
+    recipe::{LoraRecipe, Projections, SandwichRecipe},
+    sandwich::Sandwich,
+};
+use crate::{
+    layout::{BlockKind, BlockSpec, FluxConfig},
+    model::cost,
+};
+
+/// Scores that the backward pass of attention holds at once on a GPU: four tensors of f32 of this many elements.
+const SCORES: f64 = (1u64 << 26) as f64;
+
+/// Where and how a run computes.
+#[derive(Clone, Copy, Debug)]
+pub struct Situation {
+    /// Bytes of a weight or activation.
+    pub element: f64,
+    /// Whether to the CPU, whose kernels hold the scores of a few rows only.
+    pub cpu: bool,
+    /// States in a forward.
+    pub batch: usize,
+    /// Text and image tokens of a state.
+    pub tokens: (usize, usize),
+    /// Whether only the inputs of blocks are kept.
+    pub recompute: bool,
+    /// Whether blocks that are not trained stay off the device.
+    pub offload: bool,
+}
+
+/// What one phase takes, in bytes on the device.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Forecast {
+    /// Values that are trained.
+    pub trainables: f64,
+    /// Frozen weights.
+    pub weights: f64,
+    /// Trainables, their gradients and both moments.
+    pub optimiser: f64,
+    /// Activations and gradients of the tokens.
+    pub activations: f64,
+}
+
+impl Forecast {
+    /// All bytes.
+    pub fn bytes(&self) -> f64 {
+        self.weights + self.optimiser + self.activations
+    }
+}
+
+/// What training `sandwich` takes, or, without one, all of them end to end.
+pub fn forecast(
+    config: &FluxConfig,
+    teacher: &FluxConfig,
+    sandwiches: &[Sandwich],
+    sandwich: Option<&Sandwich>,
+    recipe: &SandwichRecipe,
+    situation: Situation,
+) -> Forecast {
+    let all = 0..config.layout.len();
+    let trained = |i: usize| match sandwich {
+        Some(sandwich) => sandwich.student.contains(&i),
+        None => {
+            recipe.finish.blocks == super::recipe::FinishBlocks::All
+                || sandwiches.iter().any(|s| s.student.contains(&i))
+        }
+    };
+    let first = all.clone().find(|i| trained(*i)).unwrap_or(0);
+    let range: Range<usize> = sandwich.map_or(first..all.end, |s| s.student.clone());
+    let count = |i: usize| values(config, &config.layout[i], &recipe.lora);
+    let trainables: f64 = all.clone().filter(|i| trained(*i)).map(count).sum();
+
+    let s = situation;
+    let (text, image) = s.tokens;
+    let parameters =
+        |spec: &BlockSpec| cost::block(config, spec, image, text).parameters as f64 * s.element;
+    let outside = cost::embedder_and_head(config, image, text).parameters as f64 * s.element;
+    let layers = config.layout.iter();
+    let replaced: f64 = layers
+        .filter(|spec| matches!(spec, BlockSpec::Replaced(_)))
+        .map(parameters)
+        .sum();
+    let largest = teacher.layout.iter().map(parameters).fold(0.0, f64::max);
+    let weights = if s.offload {
+        // end to end, blocks come and go one at a time
+        let resident: f64 = match sandwich {
+            Some(sandwich) => config.layout[sandwich.student.clone()]
+                .iter()
+                .map(parameters)
+                .sum(),
+            None => largest,
+        };
+        outside + replaced + resident + largest
+    } else {
+        outside + replaced + teacher.layout.iter().map(parameters).sum::<f64>()
+    };
+
+    let rows = (s.batch * (text + image)) as f64;
+    let graph = |i: usize| graph(config, &config.layout[i]) * rows * s.element;
+    let input = config.hidden_size as f64 * rows * s.element;
+    let kept = if s.recompute {
+        input * range.len() as f64 + range.clone().map(graph).fold(0.0, f64::max)
+    } else {
+        range.clone().map(graph).sum()
+    };
+    // the backward pass of attention: queries, keys, values and their gradients, wide, and scores
+    let scores = if s.cpu { 0.0 } else { 4.0 * 4.0 * SCORES };
+    let full = (s.batch * config.num_heads) as f64 * ((text + image) as f64).powi(2) * 16.0;
+    let attention = 24.0 * config.hidden_size as f64 * rows * 4.0 + scores.min(full);
+    Forecast {
+        trainables,
+        weights,
+        optimiser: 16.0 * trainables,
+        // beside the graph: the sample (input and target) and gradients of the widest tensor
+        activations: kept + attention + 6.0 * input,
+    }
+}
+
+/// Values kept for the backward pass for each token.
+fn graph(config: &FluxConfig, spec: &BlockSpec) -> f64 {
+    let (hidden, mlp) = (config.hidden_size as f64, config.mlp_size as f64);
+    match spec {
+        BlockSpec::Original(id) if id.kind == BlockKind::Double => 12.0 * hidden + 2.0 * mlp,
+        BlockSpec::Original(_) => 8.0 * hidden + 2.0 * mlp,
+        BlockSpec::Replaced(_) => 4.0 * hidden,
+    }
+}
+
+/// Values that are trained in one entry.
+fn values(config: &FluxConfig, spec: &BlockSpec, recipe: &LoraRecipe) -> f64 {
+    let (hidden, mlp) = (config.hidden_size, config.mlp_size);
+    let BlockSpec::Original(id) = spec else {
+        return cost::block(config, spec, 1, 1).parameters as f64;
+    };
+    let Some(rank) = recipe.rank else {
+        return 0.0;
+    };
+    let has = |group| recipe.targets.contains(&group);
+    let (attention, wide, modulation) = (
+        has(Projections::Attention),
+        has(Projections::Mlp),
+        has(Projections::Modulation),
+    );
+    let projections: Vec<(usize, usize, bool, usize)> = match id.kind {
+        BlockKind::Double => vec![
+            (hidden, 6 * hidden, modulation, 2),
+            (hidden, 3 * hidden, attention, 2),
+            (hidden, hidden, attention, 2),
+            (hidden, mlp, wide, 2),
+            (mlp, hidden, wide, 2),
+        ],
+        BlockKind::Single => vec![
+            (hidden, 3 * hidden, modulation, 1),
+            (hidden, 3 * hidden + mlp, attention || wide, 1),
+            (hidden + mlp, hidden, attention || wide, 1),
+        ],
+    };
+    let values = projections
+        .into_iter()
+        .filter(|(_, _, wanted, _)| *wanted)
+        .map(|(input, output, _, times)| {
+            let rank = rank.min(input).min(output);
+            rank * (input + output) * times
+        });
+    values.sum::<usize>() as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        layout::{BlockId, Form, Replacement, unpruned},
+        train::{recipe::LayersRecipe, sandwich::sandwiches},
+    };
+
+    fn dev() -> FluxConfig {
+        FluxConfig {
+            in_channels: 64,
+            out_channels: 64,
+            hidden_size: 3072,
+            num_heads: 24,
+            context_in_dim: 4096,
+            vec_in_dim: 768,
+            guidance_embed: true,
+            axes_dims: vec![16, 56, 56],
+            theta: 10_000.0,
+            mlp_size: 12_288,
+            layout: unpruned(19, 38),
+        }
+    }
+
+    #[test]
+    fn a_sandwich_of_flux_dev_fits_24_gigabytes_when_the_rest_is_elsewhere() {
+        let teacher = dev();
+        let mut pruned = dev();
+        for block in [5, 20, 30] {
+            let replaces = match pruned.layout[block] {
+                BlockSpec::Original(id) => vec![id],
+                BlockSpec::Replaced(_) => continue,
+            };
+            pruned.layout[block] = BlockSpec::Replaced(Replacement {
+                replaces,
+                form: Form::Linear,
+                joint: false,
+            });
+        }
+        let recipe = SandwichRecipe::default();
+        let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
+        let situation = |offload| Situation {
+            element: 2.0,
+            cpu: false,
+            batch: 1,
+            tokens: (512, 4096),
+            recompute: true,
+            offload,
+        };
+        for sandwich in found.iter().map(Some).chain([None]) {
+            let take = |offload| {
+                forecast(
+                    &pruned,
+                    &teacher,
+                    &found,
+                    sandwich,
+                    &recipe,
+                    situation(offload),
+                )
+                .bytes()
+            };
+            assert!(take(true) < 12e9, "{} {sandwich:?}", take(true));
+            assert!(take(false) > 23.8e9, "{}", take(false));
+        }
+    }
+
+    #[test]
+    fn trainables_are_those_that_training_makes() {
+        let teacher = FluxConfig {
+            hidden_size: 32,
+            num_heads: 2,
+            mlp_size: 96,
+            axes_dims: vec![4, 6, 6],
+            layout: unpruned(2, 2),
+            ..dev()
+        };
+        let mut pruned = teacher.clone();
+        pruned.layout[1] = BlockSpec::Replaced(Replacement {
+            replaces: vec![BlockId::double(1)],
+            form: Form::Linear,
+            joint: false,
+        });
+        let recipe = SandwichRecipe {
+            lora: LoraRecipe {
+                rank: Some(4),
+                ..LoraRecipe::default()
+            },
+            ..SandwichRecipe::default()
+        };
+        let double = 2 * 4 * ((32 + 192) + (32 + 96) + (32 + 32) + 2 * (32 + 96));
+        let single = 4 * ((32 + 96) + (32 + 192) + (128 + 32));
+        let layers = 2 * 32 * 33;
+        let all: f64 = (0..3)
+            .map(|i| values(&pruned, &pruned.layout[i], &recipe.lora))
+            .sum();
+        assert!((all - f64::from(double + layers + single)).abs() < 0.5);
+    }
+}

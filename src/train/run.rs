@@ -1,0 +1,456 @@
+//! The loop: phases, steps, looks at the held-out loss, saving. What a step computes is in `backward`, `loss`, `adamw`.
+
+use anyhow::{Context, Result, bail, ensure};
+use candle::{Tensor, Var};
+
+use super::{
+    Entry, PhaseReport,
+    adamw::{self, AdamW},
+    backward,
+    data::{Batch, Key, Pictures},
+    phase::{Kind, Measure, Phase, Sample, phases},
+    recipe::{SandwichRecipe, Target},
+    sandwich::Sandwich,
+    state::{Progress, Saved},
+    trainables::{self, Trainable, Values},
+};
+use crate::model::{Block, Flux, Stream, Trunk};
+
+/// A held-out loss this many times that from before is no accident.
+const DIVERGED: f64 = 10.0;
+
+/// Looks on while a run goes on.
+pub trait Watch {
+    /// After every step and every look at the held-out loss.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    fn entry(&mut self, entry: &Entry) -> Result<()>;
+    /// When a phase begins: its name and number, and how many steps it has.
+    fn phase(&mut self, name: &str, index: usize, steps: usize, done: usize);
+    /// When the run should be saved.
+    ///
+    /// # Errors
+    /// When it cannot.
+    fn save(&mut self, saved: &Saved) -> Result<()>;
+}
+
+/// Everything that stays the same during a run, and the model that is trained.
+pub struct Training<'a> {
+    /// The unpruned model.
+    pub teacher: &'a Flux,
+    /// The pruned model; it shares the weights that are the teacher's.
+    pub student: Flux,
+    /// Entries at the start of the pruned model that are the teacher's own.
+    pub shared: usize,
+    /// What is trained together, in order.
+    pub sandwiches: Vec<Sandwich>,
+    /// What is trained on.
+    pub pictures: Pictures,
+    /// What the held-out loss is taken on.
+    pub held_out: Pictures,
+    /// States in a forward.
+    pub batch: usize,
+    /// Held-out states.
+    pub held_out_states: usize,
+    /// The recipe.
+    pub recipe: &'a SandwichRecipe,
+    /// Steps after which a run is saved.
+    pub save_every: usize,
+    /// Whether to keep the input of each block only and compute the rest again on the way back.
+    pub recompute: bool,
+}
+
+impl Training<'_> {
+    /// Trains from the start or from where `saved` was; returns the trained values and what became of every phase.
+    ///
+    /// # Errors
+    /// When a loss becomes NaN or infinite or diverges, a pass fails, or the run cannot be saved.
+    pub fn run(&mut self, saved: Option<Saved>, watch: &mut dyn Watch) -> Result<Saved> {
+        let mut saved = saved.unwrap_or_default();
+        let phases = phases(self.recipe, &self.sandwiches, self.student.trunk.len());
+        let stored = self.student.trunk.clone();
+        for (index, phase) in phases.iter().enumerate() {
+            let trainables = self.attach(phase, &saved.values)?;
+            ensure!(
+                !trainables.is_empty(),
+                "{}: nothing to train (no layer, and no LoRA without a rank)",
+                phase.name
+            );
+            if index >= saved.progress.phase {
+                watch.phase(&phase.name, index, phase.steps, saved.progress.step);
+                self.phase(phase, &trainables, &mut saved, watch)
+                    .with_context(|| phase.name.clone())?;
+            }
+            self.put_away(phase, &stored);
+        }
+        Ok(saved)
+    }
+
+    /// Relative mean squared error of the velocity on held-out states.
+    ///
+    /// # Errors
+    /// When a forward fails.
+    pub fn velocity_error(&self) -> Result<f64> {
+        let phase = Phase {
+            name: String::new(),
+            kind: Kind::Finish,
+            range: 0..self.student.trunk.len(),
+            trained: Vec::new(),
+            steps: 0,
+            lr: 0.0,
+        };
+        let held_out = self.held_out_samples(&phase)?;
+        let measure = self.measure(&phase, &held_out)?;
+        self.held_out_loss(&phase, &held_out, &measure)
+    }
+
+    /// How many phases there are.
+    pub fn count(&self) -> usize {
+        phases(self.recipe, &self.sandwiches, self.student.trunk.len()).len()
+    }
+
+    /// Blocks that were not on the device before the phase leave it again.
+    fn put_away(&mut self, phase: &Phase, stored: &Trunk) {
+        let entries = self.student.trunk.entries_mut().iter_mut();
+        for (i, ((_, block), (_, before))) in entries.zip(stored.entries()).enumerate() {
+            if phase.range.contains(&i) && matches!(before, Block::Stored(_)) {
+                let resident = block.clone();
+                if !matches!(resident, Block::Stored(_)) {
+                    *block = before.with_lora_of(resident);
+                }
+            }
+        }
+    }
+
+    fn attach(&mut self, phase: &Phase, values: &Values) -> Result<Vec<Trainable>> {
+        let device = self.pictures.device().clone();
+        let mut out = Vec::new();
+        for range in &phase.trained {
+            out.extend(trainables::attach(
+                &mut self.student.trunk,
+                range.clone(),
+                &self.recipe.lora,
+                self.recipe.seed,
+                values,
+                &device,
+                matches!(phase.kind, Kind::Finish),
+            )?);
+        }
+        Ok(out)
+    }
+
+    fn phase(
+        &self,
+        phase: &Phase,
+        trainables: &[Trainable],
+        saved: &mut Saved,
+        watch: &mut dyn Watch,
+    ) -> Result<()> {
+        let recipe = self.recipe;
+        let vars: Vec<Var> = trainables.iter().map(|t| t.var.clone()).collect();
+        let held_out = self.held_out_samples(phase)?;
+        let measure = self.measure(phase, &held_out)?;
+        let mut adam = Self::optimiser(trainables, saved)?;
+        if saved.progress.before.is_none() {
+            let before = self.held_out_loss(phase, &held_out, &measure)?;
+            ensure!(
+                before.is_finite(),
+                "the held-out loss is NaN or infinite before the first step"
+            );
+            saved.progress.before = Some(before);
+            saved.progress.best = Some((before, 0));
+            saved.best = trainables::values(trainables)?;
+            Self::log(phase, &mut saved.progress, None, Some(before), watch)?;
+        }
+        let before = saved.progress.before.unwrap_or(f64::INFINITY);
+        let mut pool: Vec<Option<Sample>> = Vec::new();
+        pool.resize_with(recipe.data.cache, || None);
+        let purpose = saved.progress.phase as u64;
+        while saved.progress.step < phase.steps {
+            let step = saved.progress.step;
+            let lr = recipe.optimiser.rate(phase.lr, step, phase.steps);
+            let at = || format!("step {}, learning rate {lr:.2e}", step + 1);
+            let (loss, mut grads) = self
+                .step(phase, &vars, &measure, purpose, step, &mut pool)
+                .with_context(at)?;
+            let norm = adamw::norm(&grads)?;
+            if !loss.is_finite() || !norm.is_finite() {
+                bail!(
+                    "the loss became NaN or infinite at {}\nhint: the run is saved as it was before; a lower --lr (with --restart) may help",
+                    at()
+                );
+            }
+            let clip = recipe.optimiser.clip;
+            if clip > 0.0 && norm > clip {
+                for grad in &mut grads {
+                    *grad = (&*grad * (clip / norm))?;
+                }
+            }
+            let rates: Vec<f64> = trainables
+                .iter()
+                .map(|t| {
+                    lr * if t.is_lora() {
+                        1.0
+                    } else {
+                        recipe.optimiser.layer_lr
+                    }
+                })
+                .collect();
+            adam.step(&vars, &grads, &rates, &recipe.optimiser)?;
+            saved.progress.step = step + 1;
+            let look = (step + 1).is_multiple_of(recipe.evaluate_every) || step + 1 == phase.steps;
+            let held_out_loss = look
+                .then(|| self.held_out_loss(phase, &held_out, &measure))
+                .transpose()?;
+            let entry = Some((loss, lr, norm));
+            Self::log(phase, &mut saved.progress, entry, held_out_loss, watch)?;
+            if let Some(now) = held_out_loss {
+                if now.is_nan() || now >= before * DIVERGED {
+                    bail!(
+                        "training diverges: the held-out loss went from {before:.3e} to {now:.3e} at {}\nhint: the run is saved as it was before; a lower --lr (with --restart) may help",
+                        at()
+                    );
+                }
+                if saved.progress.best.is_none_or(|(best, _)| now < best) {
+                    saved.progress.best = Some((now, step + 1));
+                    saved.progress.looks = 0;
+                    saved.best = trainables::values(trainables)?;
+                } else {
+                    saved.progress.looks += 1;
+                    if recipe.patience > 0 && saved.progress.looks >= recipe.patience {
+                        break;
+                    }
+                }
+            }
+            if (step + 1).is_multiple_of(self.save_every.max(1)) && step + 1 < phase.steps {
+                saved.values.extend(trainables::values(trainables)?);
+                saved.moments = moments(trainables, &adam)?;
+                watch.save(saved)?;
+            }
+        }
+        trainables::restore(trainables, &saved.best)?;
+        saved.values.extend(std::mem::take(&mut saved.best));
+        saved.moments = Default::default();
+        let Progress {
+            step, before, best, ..
+        } = saved.progress;
+        let (after, kept) = best.context("a phase looks at its held-out loss first")?;
+        let elements = vars.iter().map(|v| v.elem_count()).sum();
+        let mut reports = std::mem::take(&mut saved.progress.reports);
+        reports.push(PhaseReport {
+            phase: phase.name.clone(),
+            steps: step,
+            kept,
+            before: before.unwrap_or(after),
+            after,
+            trainables: elements,
+        });
+        saved.progress = Progress {
+            phase: saved.progress.phase + 1,
+            reports,
+            log: std::mem::take(&mut saved.progress.log),
+            ..Progress::default()
+        };
+        watch.save(saved)
+    }
+
+    fn log(
+        phase: &Phase,
+        progress: &mut Progress,
+        step: Option<(f64, f64, f64)>,
+        held_out: Option<f64>,
+        watch: &mut dyn Watch,
+    ) -> Result<()> {
+        let entry = Entry {
+            phase: phase.name.clone(),
+            step: progress.step,
+            loss: step.map(|(loss, ..)| loss),
+            held_out,
+            lr: step.map(|(_, lr, _)| lr),
+            gradient: step.map(|(.., norm)| norm),
+        };
+        watch.entry(&entry)?;
+        progress.log.push(entry);
+        Ok(())
+    }
+
+    fn optimiser(trainables: &[Trainable], saved: &Saved) -> Result<AdamW> {
+        let vars: Vec<Var> = trainables.iter().map(|t| t.var.clone()).collect();
+        if saved.progress.step == 0 {
+            return AdamW::new(&vars);
+        }
+        let of = |values: &Values| -> Result<Vec<Tensor>> {
+            let tensors = trainables.iter().map(|t| {
+                let value = values
+                    .get(&t.name)
+                    .with_context(|| format!("no moment of `{}` was saved", t.name))?;
+                Ok(value.to_device(t.var.device())?)
+            });
+            tensors.collect()
+        };
+        let [mean, square] = &saved.moments;
+        Ok(AdamW::resumed(of(mean)?, of(square)?, saved.progress.step))
+    }
+
+    /// Loss and gradients of one step, over all its forwards.
+    fn step(
+        &self,
+        phase: &Phase,
+        vars: &[Var],
+        measure: &Measure,
+        purpose: u64,
+        step: usize,
+        pool: &mut [Option<Sample>],
+    ) -> Result<(f64, Vec<Tensor>)> {
+        let accumulate = self.recipe.data.accumulate;
+        let mut total: Option<(f64, Vec<Tensor>)> = None;
+        for part in 0..accumulate {
+            let index = step * accumulate + part;
+            let fresh;
+            let sample = if pool.is_empty() {
+                fresh = self.sample(phase, &self.draw(purpose, index)?)?;
+                &fresh
+            } else {
+                let index = index % pool.len();
+                let slot = &mut pool[index];
+                match slot {
+                    Some(sample) => sample,
+                    None => slot.insert(self.sample(phase, &self.draw(purpose, index)?)?),
+                }
+            };
+            let got = backward::gradients(
+                &self.student.trunk,
+                phase.range.clone(),
+                &sample.stream,
+                &sample.conditioning,
+                vars,
+                self.recompute,
+                &|output| measure.judge(&self.student, output, sample),
+            )?;
+            total = Some(match total {
+                None => (got.loss, got.of),
+                Some((loss, sums)) => {
+                    let sums = sums.iter().zip(&got.of).map(|(a, b)| a + b);
+                    (loss + got.loss, sums.collect::<candle::Result<_>>()?)
+                }
+            });
+        }
+        let (loss, grads) = total.context("a step has at least one forward")?;
+        if accumulate == 1 {
+            return Ok((loss, grads));
+        }
+        let share = 1.0 / accumulate as f64;
+        let grads = grads.iter().map(|g| g * share);
+        Ok((loss * share, grads.collect::<candle::Result<_>>()?))
+    }
+
+    fn draw(&self, purpose: u64, index: usize) -> Result<Batch> {
+        let key = Key {
+            seed: self.recipe.seed,
+            purpose,
+            index: index as u64,
+        };
+        self.pictures.draw(key, self.batch)
+    }
+
+    fn held_out_samples(&self, phase: &Phase) -> Result<Vec<Sample>> {
+        let mut out = Vec::new();
+        let mut left = self.held_out_states;
+        while left > 0 {
+            let key = Key {
+                seed: self.recipe.seed,
+                purpose: Key::HELD_OUT,
+                index: out.len() as u64,
+            };
+            let count = left.min(self.batch);
+            out.push(self.sample(phase, &self.held_out.draw(key, count)?)?);
+            left -= count;
+        }
+        Ok(out)
+    }
+
+    /// Entries at the start that still compute what the teacher's do.
+    fn untouched(&self) -> usize {
+        let entries = self.student.trunk.entries();
+        let touched = entries.iter().position(|(_, block)| block.has_lora());
+        touched.map_or(self.shared, |touched| touched.min(self.shared))
+    }
+
+    /// Runs a batch up to what the phase trains, and what it is to put out.
+    fn sample(&self, phase: &Phase, batch: &Batch) -> Result<Sample> {
+        let teacher = &self.teacher.trunk;
+        let (start, conditioning) = self.teacher.embed(&batch.inputs())?;
+        let (low, shared) = (phase.range.start, self.untouched().min(phase.range.start));
+        let run = |trunk: &Trunk, range, stream: &Stream| {
+            trunk.forward_range(range, stream, &conditioning, &mut ())
+        };
+        // the entries before the first that differs are computed once for both
+        let common = run(teacher, 0..shared, &start)?;
+        let stream = if shared == low {
+            common.clone()
+        } else {
+            run(
+                &trainables::frozen(&self.student.trunk),
+                shared..low,
+                &common,
+            )?
+        };
+        let target = match &phase.kind {
+            Kind::Finish => {
+                let end = run(teacher, shared..teacher.len(), &common)?;
+                self.teacher.head(&end, &conditioning)?
+            }
+            Kind::Sandwich(sandwich) => match self.recipe.sandwich.target {
+                Target::Global => run(teacher, shared..sandwich.teacher.end, &common)?.tokens,
+                Target::Local => run(teacher, sandwich.teacher.clone(), &stream)?.tokens,
+            },
+        };
+        Ok(Sample {
+            stream,
+            conditioning,
+            target,
+        })
+    }
+
+    fn measure(&self, phase: &Phase, held_out: &[Sample]) -> Result<Measure> {
+        let entries = self.student.trunk.len();
+        Measure::new(
+            phase,
+            held_out,
+            self.teacher,
+            entries,
+            self.recipe,
+            self.recompute,
+        )
+    }
+
+    fn held_out_loss(&self, phase: &Phase, held_out: &[Sample], measure: &Measure) -> Result<f64> {
+        let student = trainables::frozen(&self.student.trunk);
+        let mut sum = (0.0, 0);
+        for sample in held_out {
+            let output = student.forward_range(
+                phase.range.clone(),
+                &sample.stream,
+                &sample.conditioning,
+                &mut (),
+            )?;
+            let weight = sample.stream.tokens.dim(0)?;
+            sum.0 += measure.judge(&self.student, &output, sample)?.0 * weight as f64;
+            sum.1 += weight;
+        }
+        Ok(sum.0 / f64::from(sum.1.max(1) as u32))
+    }
+}
+
+fn moments(trainables: &[Trainable], adam: &AdamW) -> Result<[Values; 2]> {
+    let (mean, square) = adam.moments();
+    let named = |tensors: &[Tensor]| -> Result<Values> {
+        let pairs = trainables
+            .iter()
+            .zip(tensors)
+            .map(|(t, tensor)| Ok((t.name.clone(), tensor.to_device(&candle::Device::Cpu)?)));
+        pairs.collect()
+    };
+    Ok([named(mean)?, named(square)?])
+}
