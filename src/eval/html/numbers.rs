@@ -90,11 +90,7 @@ pub(super) fn headline(model: &ModelReport, report: &Report) -> String {
 }
 
 fn interval(share: &Share) -> String {
-    format!(
-        "{:.0} to {:.0} % (95 %)",
-        100.0 * share.low,
-        100.0 * share.high
-    )
+    format!("{:.0} to {:.0} %", 100.0 * share.low, 100.0 * share.high)
 }
 
 /// Everything measured, one column for each model.
@@ -181,7 +177,7 @@ pub(super) fn numbers(report: &Report) -> String {
         .collect();
     format!(
         "<div class=\"wide\"><table>\n<thead><tr><th></th>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n\
-         <p class=\"note\">Distances are to the baseline's pictures and velocities: mean ± standard deviation, and the extremes. \
+         <p class=\"note\">Distances are to the baseline's pictures and velocities: mean ± standard deviation, and the extremes; of shares, the 95 % confidence interval. \
          Times are medians with quartiles, {timed}; a picture is all steps and decoding, without its text encoding. \
          Memory is the largest while the transformer was loaded and drew, parts of mapped files included.</p>",
         timed = escape(&report.settings.timed)
