@@ -215,6 +215,9 @@ pub struct PruneArgs {
     /// Names and places of what is written: original (flux.safetensors) or diffusers (a transformer folder).
     #[arg(long, default_value_t, value_parser = |s: &str| s.parse::<Format>())]
     pub format: Format,
+    /// Say how many forwards and how much memory it takes, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
     /// Overwrite an existing output.
     #[arg(long)]
     pub force: bool,

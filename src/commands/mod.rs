@@ -15,6 +15,7 @@ mod bench;
 mod bench_inputs;
 mod calibrate;
 mod choose;
+mod demand;
 mod eval;
 mod eval_output;
 mod gather;

@@ -8,12 +8,13 @@ use serde_json::json;
 use super::{
     calibrate,
     choose::{self, Wanted},
+    demand::Demand,
     gather, load, score,
     select::Selection,
     session::Session,
 };
 use crate::{
-    calibrate::file::Calibration,
+    calibrate::{file::Calibration, pass::Shard},
     checkpoint::{
         Checkpoint, output,
         record::{self, Record},
@@ -53,6 +54,9 @@ struct Found {
 }
 
 pub(super) fn run(args: &PruneArgs) -> Result<()> {
+    if args.dry_run {
+        return dry_run(args);
+    }
     let (report, text) = make(args)?;
     if args.json {
         ui::json(&report)?;
@@ -61,6 +65,25 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     }
     ui::note(format!("wrote `{}`", args.output.display()));
     Ok(())
+}
+
+/// Says what it will take, and does nothing.
+fn dry_run(args: &PruneArgs) -> Result<()> {
+    let mut recipe = recipe(args)?;
+    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
+    let pipeline = super::open(&args.pipeline.choice())?;
+    let (settings, _) = calibrate::settings(
+        &args.calibration,
+        args.stats.as_deref(),
+        &mut recipe,
+        &pipeline,
+    )?;
+    let demand = Demand {
+        shard: Shard::WHOLE,
+        memory: args.calibration.stats_memory,
+        fitting: true,
+    };
+    demand.say(&pipeline, &runtime, &settings, args.json)
 }
 
 /// Does everything but print; returns what to print.

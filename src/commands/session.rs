@@ -38,7 +38,7 @@ const TOKENS_PER_FORWARD: usize = 1536;
 /// Image tokens of all held-out states where the recipe names no number, within bounds.
 const HELD_OUT_TOKENS: usize = 131_072;
 /// Noised states of a picture that later stages look at: sequential fits and comparisons on held-out pictures.
-const DRAWS_LATER: usize = 8;
+pub(super) const DRAWS_LATER: usize = 8;
 
 /// Everything a calibration needs to know before anything is loaded.
 #[derive(Clone, Debug)]

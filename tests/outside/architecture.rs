@@ -38,6 +38,7 @@ const MAY_IMPORT: [(&str, &[&str]); 13] = [
         &[
             "layout",
             "device",
+            "files",
             "checkpoint",
             "model",
             "sample",
