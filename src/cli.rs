@@ -14,10 +14,12 @@ use crate::{
 };
 
 mod calibrate;
+mod eval;
 mod score;
 mod train;
 
 pub use calibrate::{CALIBRATION, CalibrateArgs, CalibrationArgs, MergeStatsArgs};
+pub use eval::{BenchArgs, EvalArgs};
 pub use score::{GoalArgs, PlanArgs, ScoreArgs};
 pub use train::TrainArgs;
 
@@ -81,6 +83,11 @@ pub enum Command {
         after_help = "Examples:\n  fastflux generate --prompt \"a red circle left of a blue square on a white background\"\n  fastflux generate --model pruned --prompt-file prompts.txt --output pictures\n  fastflux generate --model flux1-dev.safetensors --text-encoders encoders --vae ae.safetensors --prompt \"a fox in the snow\""
     )]
     Generate(GenerateArgs),
+    /// Draw the same prompts with a model and the one it was made from: numbers, pictures, a page that shows them.
+    #[command(
+        after_help = "Examples:\n  fastflux eval --model pruned --output report\n  fastflux eval --model pruned-10 --model pruned-20 --prompts prompts.txt --num 16\n  fastflux eval --model flux1-lite.safetensors --baseline flux1-dev.safetensors --text-encoders encoders --vae ae.safetensors"
+    )]
+    Eval(EvalArgs),
     /// Compare a model with tensors recorded from diffusers.
     #[command(
         after_help = "Examples:\n  python scripts/make_reference.py PIPELINE reference.safetensors\n  fastflux verify --model PIPELINE --reference reference.safetensors"
@@ -91,6 +98,14 @@ pub enum Command {
         after_help = "Examples:\n  fastflux init --config flux1-dev --dry-run\n  fastflux init --config configs/tiny/transformer/config.json --seed 1 --output random/flux.safetensors"
     )]
     Init(InitArgs),
+    /// Time one transformer step and each kind of block, beside what the machine reaches at most.
+    ///
+    /// The last columns are shares of a large matrix product's and of a large copy's speed, measured in the same run;
+    /// weights that the caches hold are read faster than the copy.
+    #[command(
+        after_help = "Examples:\n  fastflux bench\n  fastflux bench --model pruned --against flux1-dev.safetensors --size 512,1024 --batch 1,2\n  fastflux bench --config flux1-dev --dtype bf16 --json"
+    )]
+    Bench(BenchArgs),
 }
 
 /// Which model.

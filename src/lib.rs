@@ -20,6 +20,9 @@ pub mod score;
 // heal what was cut
 pub mod train;
 
+// what it cost and what it brought
+pub mod eval;
+
 // where to compute, and how to talk
 pub mod cli;
 pub mod commands;

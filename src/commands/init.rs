@@ -92,7 +92,7 @@ fn write(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
 }
 
 /// A file, or one of the bundled configurations.
-fn read_config(name: &str) -> Result<ConfigFile> {
+pub(super) fn read_config(name: &str) -> Result<ConfigFile> {
     let bundled = BUNDLED.iter().find(|(known, _)| *known == name);
     match bundled {
         Some((known, text)) if !Path::new(name).exists() => Ok(ConfigFile {

@@ -11,15 +11,21 @@ use crate::{
     ui,
 };
 
+mod bench;
+mod bench_inputs;
 mod calibrate;
 mod choose;
 mod demand;
+mod eval;
+mod eval_output;
 mod gather;
 mod generate;
 mod init;
 mod inspect;
 mod load;
+mod measure;
 mod plan;
+mod planned;
 mod prune;
 mod score;
 mod select;
@@ -45,6 +51,8 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Generate(args) => generate::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(&args),
         Command::Init(args) => init::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
     }
 }
 

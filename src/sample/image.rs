@@ -86,6 +86,36 @@ fn read_jpeg(bytes: &[u8]) -> Result<Picture> {
     Ok(Picture { width, height, rgb })
 }
 
+/// The picture, made smaller (Lanczos) where a side is longer than `most` pixels.
+///
+/// # Errors
+/// When the picture is empty.
+pub fn within(picture: &Picture, most: u32) -> Result<Picture> {
+    let (w, h) = (picture.width, picture.height);
+    ensure!(w > 0 && h > 0 && most > 0, "the picture is empty");
+    let longest = w.max(h);
+    if longest <= most {
+        return Ok(picture.clone());
+    }
+    let scaled = |side: u32| (u64::from(side) * u64::from(most) / u64::from(longest)).max(1) as u32;
+    let (width, height) = (scaled(w), scaled(h));
+    let source = pixels(picture);
+    let mut out = vec![RGB::new(0, 0, 0); (width * height) as usize];
+    let [from_w, from_h, to_w, to_h] = [w, h, width, height].map(|side| side as usize);
+    resize::new(from_w, from_h, to_w, to_h, Pixel::RGB8, Type::Lanczos3)?
+        .resize(&source, &mut out)?;
+    Ok(Picture {
+        width,
+        height,
+        rgb: out.iter().flat_map(|p| [p.r, p.g, p.b]).collect(),
+    })
+}
+
+fn pixels(picture: &Picture) -> Vec<RGB<u8>> {
+    let pixels = picture.rgb.as_chunks::<3>().0;
+    pixels.iter().map(|p| RGB::new(p[0], p[1], p[2])).collect()
+}
+
 /// Scales a picture to cover `width` × `height` (Lanczos), crops what overlaps evenly, and gives (3, height, width) in
 /// \[-1, 1\], f32 on the CPU.
 ///
@@ -97,11 +127,7 @@ pub fn covering(picture: &Picture, width: usize, height: usize) -> Result<Tensor
     let scale = (width as f64 / w as f64).max(height as f64 / h as f64);
     let inner = |size: usize, least: usize| ((size as f64 * scale).round() as usize).max(least);
     let (wide, high) = (inner(w, width), inner(h, height));
-    let source: Vec<RGB<u8>> = picture
-        .rgb
-        .chunks_exact(3)
-        .map(|p| RGB::new(p[0], p[1], p[2]))
-        .collect();
+    let source = pixels(picture);
     let mut scaled = vec![RGB::new(0, 0, 0); wide * high];
     resize::new(w, h, wide, high, Pixel::RGB8, Type::Lanczos3)?.resize(&source, &mut scaled)?;
     let (left, top) = ((wide - width) / 2, (high - height) / 2);
@@ -155,6 +181,19 @@ mod tests {
         assert_eq!(middle.dims(), [3, 2, 2]);
         let least = middle.min_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(least > 0.5, "{least}");
+    }
+
+    #[test]
+    fn a_picture_is_made_smaller_but_never_larger() {
+        let picture = Picture {
+            width: 40,
+            height: 20,
+            rgb: vec![90; 3 * 800],
+        };
+        assert_eq!(within(&picture, 40).unwrap(), picture);
+        let small = within(&picture, 10).unwrap();
+        assert_eq!((small.width, small.height), (10, 5));
+        assert!(small.rgb.iter().all(|v| v.abs_diff(90) <= 1));
     }
 
     #[test]

@@ -55,6 +55,16 @@ impl Picture {
         Ok(())
     }
 
+    /// The same as the bytes of a file, without text.
+    ///
+    /// # Errors
+    /// When the picture's size and bytes do not fit.
+    pub fn to_png(&self) -> Result<Vec<u8>> {
+        let mut out = Vec::new();
+        self.write(&mut out, &[])?;
+        Ok(out)
+    }
+
     fn write(&self, mut sink: impl Write, text: &[(&str, &str)]) -> Result<()> {
         let mut encoder = png::Encoder::new(&mut sink, self.width, self.height);
         encoder.set_color(png::ColorType::Rgb);

@@ -51,6 +51,8 @@ const MAY_IMPORT: [(&str, &[&str]); 13] = [
         "eval",
         &[
             "layout",
+            // how numbers are written
+            "ui",
             "device",
             "checkpoint",
             "model",

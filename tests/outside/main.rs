@@ -12,6 +12,7 @@ use serde_json::Value;
 mod architecture;
 mod calibration;
 mod common;
+mod evaluation;
 
 use common::*;
 

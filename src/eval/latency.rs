@@ -1,0 +1,282 @@
+//! How long work takes and how much memory it needs, measured. What is measured is the caller's business.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use candle::{DType, Device, Tensor};
+use rayon::prelude::*;
+use serde::Serialize;
+
+/// Durations of the same work, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Timing {
+    /// How often it was measured.
+    pub runs: usize,
+    /// The middle one.
+    pub median: f64,
+    /// The shortest.
+    pub least: f64,
+    /// A quarter took at most this long.
+    pub low: f64,
+    /// A quarter took at least this long.
+    pub high: f64,
+}
+
+impl Timing {
+    /// Of these durations in seconds; all zero where there are none.
+    pub fn of(samples: &[f64]) -> Self {
+        let mut sorted = samples.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let Some(last) = sorted.len().checked_sub(1) else {
+            return Self::default();
+        };
+        let at = |share: f64| {
+            let place = share * last as f64;
+            let (below, above) = (
+                sorted[place.floor() as usize],
+                sorted[place.ceil() as usize],
+            );
+            below + (above - below) * place.fract()
+        };
+        Self {
+            runs: sorted.len(),
+            median: at(0.5),
+            least: at(0.0),
+            low: at(0.25),
+            high: at(0.75),
+        }
+    }
+}
+
+/// How often to repeat.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Effort {
+    /// Runs that do not count, first.
+    pub warm_up: usize,
+    /// Runs that count, at least.
+    pub least: usize,
+    /// Runs that count, at most.
+    pub most: usize,
+    /// Stop when those that count have taken this long, in seconds.
+    pub seconds: f64,
+}
+
+impl Effort {
+    fn is_over(&self, samples: &[f64]) -> bool {
+        let spent = samples.iter().sum::<f64>() >= self.seconds;
+        samples.len() >= self.most || (samples.len() >= self.least && spent)
+    }
+}
+
+/// Times each of `works` (in turn, so that a busy machine slows all of them alike), each run from a quiet device to a
+/// quiet device.
+///
+/// # Errors
+/// When one of them fails.
+pub fn measure(
+    device: &Device,
+    effort: Effort,
+    works: &mut [&mut dyn FnMut() -> Result<()>],
+) -> Result<Vec<Timing>> {
+    let mut samples = vec![Vec::new(); works.len()];
+    for work in works.iter_mut() {
+        for _ in 0..effort.warm_up {
+            work()?;
+        }
+    }
+    device.synchronize()?;
+    while samples.iter().any(|s| !effort.is_over(s)) {
+        for (work, samples) in works.iter_mut().zip(&mut samples) {
+            let start = Instant::now();
+            work()?;
+            device.synchronize()?;
+            samples.push(start.elapsed().as_secs_f64());
+        }
+    }
+    Ok(samples.iter().map(|s| Timing::of(s)).collect())
+}
+
+/// What a device reaches at most, measured.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Peak {
+    /// Operations per second of a large matrix product.
+    pub flops: f64,
+    /// Bytes read and written per second by a large copy.
+    pub bytes: f64,
+}
+
+/// Measures a matrix product and a copy in a number format.
+///
+/// # Errors
+/// When the device has too little memory.
+pub fn peak(device: &Device, dtype: DType) -> Result<Peak> {
+    let (side, megabytes) = if device.is_cpu() {
+        (1536, 128)
+    } else {
+        (8192, 1024)
+    };
+    let effort = Effort {
+        warm_up: 1,
+        least: 4,
+        most: 50,
+        seconds: 0.4,
+    };
+    let random = |shape: (usize, usize)| -> Result<Tensor> {
+        Ok(Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(dtype)?)
+    };
+    let (a, b) = (random((side, side))?, random((side, side))?);
+    let elements = (megabytes << 20) / dtype.size_in_bytes();
+    let product = &mut || {
+        a.matmul(&b)?;
+        Ok(())
+    };
+    // the best of all: what a machine reaches is not what it reaches while something else runs
+    let product = measure(device, effort, &mut [product])?[0].least;
+    let copy = if device.is_cpu() {
+        // on all cores, into memory that is there already
+        let from = vec![1u8; megabytes << 20];
+        let mut to = vec![0u8; megabytes << 20];
+        let work = &mut || {
+            let parts = to.par_chunks_mut(1 << 20).zip(from.par_chunks(1 << 20));
+            parts.for_each(|(to, from)| to.copy_from_slice(from));
+            Ok(())
+        };
+        measure(device, effort, &mut [work])?[0].least
+    } else {
+        let from = Tensor::ones(elements, dtype, device)?;
+        let to = Tensor::zeros(elements, dtype, device)?;
+        let work = &mut || Ok(to.slice_set(&from, 0, 0)?);
+        measure(device, effort, &mut [work])?[0].least
+    };
+    Ok(Peak {
+        flops: 2.0 * (side as f64).powi(3) / product,
+        bytes: 2.0 * (elements * dtype.size_in_bytes()) as f64 / copy,
+    })
+}
+
+/// Watches the memory of this process and of the device.
+#[derive(Debug)]
+pub struct MemoryWatch {
+    /// Whether the system forgot earlier peaks.
+    fresh: bool,
+    free_before: Option<u64>,
+    least_free: Option<u64>,
+}
+
+impl MemoryWatch {
+    /// Starts; `free` is the device's free memory now, where it has memory of its own.
+    pub fn start(free: Option<u64>) -> Self {
+        Self {
+            // Linux: 5 makes the peak what is used now
+            fresh: std::fs::write("/proc/self/clear_refs", "5").is_ok(),
+            free_before: free,
+            least_free: free,
+        }
+    }
+
+    /// Notes the device's free memory.
+    pub fn look(&mut self, free: Option<u64>) {
+        self.least_free = self.least_free.min(free);
+    }
+
+    /// Most memory of this process since the start, in bytes, with the parts of mapped files that are in memory; `None`
+    /// where the system does not say.
+    pub fn host(&self) -> Option<u64> {
+        self.fresh.then(most_resident).flatten()
+    }
+
+    /// Most memory taken on the device since the start, as far as it was looked at, in bytes.
+    pub fn device(&self) -> Option<u64> {
+        Some(self.free_before?.saturating_sub(self.least_free?))
+    }
+}
+
+/// The largest resident set of this process, in bytes.
+fn most_resident() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
+/// The machine, as far as it tells.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Machine {
+    /// Operating system and processor family.
+    pub system: String,
+    /// Name of the processor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub processor: Option<String>,
+    /// Threads that compute.
+    pub threads: usize,
+}
+
+impl Machine {
+    /// This one.
+    pub fn this() -> Self {
+        let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let name = cpu.lines().find_map(|l| l.strip_prefix("model name"));
+        let name = name.and_then(|l| l.split_once(':'));
+        Self {
+            system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            processor: name.map(|(_, name)| name.trim().to_owned()),
+            threads: rayon::current_num_threads(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quartiles_are_between_the_samples() {
+        let timing = Timing::of(&[5.0, 1.0, 2.0, 4.0, 3.0]);
+        assert_eq!((timing.runs, timing.median), (5, 3.0));
+        assert_eq!((timing.low, timing.high), (2.0, 4.0));
+        assert_eq!((timing.runs, timing.least), (5, 1.0));
+        assert!((Timing::of(&[7.0]).high - 7.0).abs() < 1e-12);
+        assert!((Timing::of(&[1.0, 2.0]).median - 1.5).abs() < 1e-12);
+        assert_eq!(Timing::of(&[]), Timing::default());
+    }
+
+    #[test]
+    fn work_is_repeated_in_turn_until_the_effort_is_spent() {
+        let order = std::cell::RefCell::new(String::new());
+        let effort = Effort {
+            warm_up: 1,
+            least: 3,
+            most: 3,
+            seconds: 0.0,
+        };
+        let a = &mut || -> Result<()> {
+            order.borrow_mut().push('a');
+            Ok(())
+        };
+        let b = &mut || -> Result<()> {
+            order.borrow_mut().push('b');
+            Ok(())
+        };
+        let timings = measure(&Device::Cpu, effort, &mut [a, b]).unwrap();
+        assert_eq!(order.into_inner(), "abababab");
+        assert!(timings.iter().all(|t| t.runs == 3));
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_peak_is_that_since_the_start() {
+        let watch = MemoryWatch::start(None);
+        let Some(before) = watch.host() else {
+            return; // the system does not say
+        };
+        let block = vec![1u8; 64 << 20];
+        assert!(std::hint::black_box(&block).iter().all(|b| *b == 1));
+        let after = watch.host().unwrap();
+        assert!(after >= before + (48 << 20), "{before} {after}");
+        assert_eq!(watch.device(), None);
+        let mut watch = MemoryWatch::start(Some(100));
+        watch.look(Some(40));
+        watch.look(Some(70));
+        assert_eq!(watch.device(), Some(60));
+    }
+}

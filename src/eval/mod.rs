@@ -1,0 +1,11 @@
+//! Pairs of pictures and velocities → numbers, and the report that shows them. Nothing here draws or loads a model:
+//! `commands::eval` does.
+
+pub mod detect;
+pub mod html;
+pub mod latency;
+pub mod metrics;
+mod plot;
+pub mod report;
+pub mod scene;
+pub mod velocity;
