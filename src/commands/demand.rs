@@ -77,13 +77,13 @@ impl Demand {
         let pictures = (prompts * settings.size.tokens() * config.in_channels * 4) as u64;
         let all = originals(config).len();
         // a layer for each stream of every block with sums, f32, and a few matrices of the solver's in f64
-        let solving = match self.fitting {
-            false => 0,
-            true => kept as u64 * 2 * d * (d + 1) * 4 + 6 * (d + 1) * (d + 1) * 8,
-        };
-        let streams = match self.fitting {
-            false => 0,
-            true => 2 * (samples * DRAWS_LATER * tokens) as u64 * d * element,
+        let (solving, streams) = if self.fitting {
+            let layers = kept as u64 * 2 * d * (d + 1) * 4;
+            let solver = 6 * (d + 1) * (d + 1) * 8;
+            let held = (samples * DRAWS_LATER * tokens) as u64;
+            (layers + solver, 2 * held * d * element)
+        } else {
+            (0, 0)
         };
         // sums are gone when the sequential fits begin
         let work = (sums + solving + activations + gathering).max(streams + solving + activations);

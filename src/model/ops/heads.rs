@@ -11,7 +11,7 @@ use crate::model::rope::Rope;
 /// Epsilon of the RMS norms of queries and keys (diffusers `FluxAttention`, BFL `layers.py`).
 pub(super) const EPS: f64 = 1e-6;
 
-/// One stream's projection, for [`heads`].
+/// One stream's projection, to be split into heads.
 pub struct Projected<'a> {
     /// (batch, tokens, at least 3·hidden): queries, keys, values, then anything; without bias.
     pub qkv: &'a Tensor,
