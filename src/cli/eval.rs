@@ -18,6 +18,9 @@ pub struct EvalArgs {
     /// several times.
     #[arg(long, value_name = "FILE")]
     pub plan: Vec<PathBuf>,
+    /// Recipe that plans are carried out with (JSON, see configs/prune.json). Default: that of `prune`.
+    #[arg(long, value_name = "FILE", requires = "plan")]
+    pub recipe: Option<PathBuf>,
     /// The model to compare with. Default: the one that the first --model was pruned
     /// from, and for plans the bundled model.
     #[arg(long, value_name = "PATH|ID")]

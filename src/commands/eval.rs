@@ -59,7 +59,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let plans: Vec<Planned> = args
         .plan
         .iter()
-        .map(|path| Planned::read(path, &baseline))
+        .map(|path| Planned::read(path, args.recipe.as_deref(), &baseline))
         .collect::<Result<_>>()?;
     let vae_files = baseline.vae_files()?;
     let size = super::picture_size(&baseline, args.width, args.height)?;

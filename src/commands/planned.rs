@@ -32,9 +32,12 @@ pub(super) struct Planned {
 }
 
 impl Planned {
-    /// Reads a plan and checks it against `base`.
-    pub(super) fn read(path: &Path, base: &Pipeline) -> Result<Self> {
-        let mut recipe = calibrate::recipe(&arguments())?;
+    /// Reads a plan, and the recipe to carry it out with, and checks it against `base`.
+    pub(super) fn read(path: &Path, recipe: Option<&Path>, base: &Pipeline) -> Result<Self> {
+        let mut recipe = calibrate::recipe(&CalibrationArgs {
+            recipe: recipe.map(Path::to_path_buf),
+            ..arguments()
+        })?;
         let usual = Refit::usual(base.config.hidden_size);
         recipe.fit.refit.get_or_insert(usual);
         let plan = PruningPlan::read(path)?;
@@ -47,7 +50,7 @@ impl Planned {
         }
     }
 
-    /// The model that `prune --plan` writes, with the default recipe; unfinished work is kept beside `output`.
+    /// The model that `prune --plan` writes with this recipe; unfinished work is kept beside `output`.
     pub(super) fn carry_out(
         mut self,
         base: &Pipeline,

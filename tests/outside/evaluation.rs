@@ -260,8 +260,18 @@ fn a_plan_is_judged_without_writing_a_model() {
     let work = folder();
     let plan = r#"{"source": "", "replace": [{"replaces": ["double.01"], "form": "linear"}], "reason": ""}"#;
     fs::write(work.path().join("plan.json"), plan).unwrap();
+    fs::write(work.path().join("quick.json"), QUICK).unwrap();
     let before = list(work.path()).len();
-    let args = ["--plan", "plan.json", "--num", "4", "--steps", "2"];
+    let args = [
+        "--plan",
+        "plan.json",
+        "--recipe",
+        "quick.json",
+        "--num",
+        "4",
+        "--steps",
+        "2",
+    ];
     let report = eval(work.path(), &args);
     assert_eq!(
         list(work.path()).len(),
