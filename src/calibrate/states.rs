@@ -28,13 +28,13 @@ pub struct States {
 /// One batch of states on a device, ready for the model.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    img: Tensor,
-    img_ids: Tensor,
-    txt: Tensor,
-    txt_ids: Tensor,
-    timestep: Tensor,
-    vec: Tensor,
-    guidance: Tensor,
+    pub(crate) img: Tensor,
+    pub(crate) img_ids: Tensor,
+    pub(crate) txt: Tensor,
+    pub(crate) txt_ids: Tensor,
+    pub(crate) timestep: Tensor,
+    pub(crate) vec: Tensor,
+    pub(crate) guidance: Tensor,
 }
 
 impl Batch {
@@ -64,7 +64,7 @@ pub struct Share {
 }
 
 /// Times keep this far from 0 and 1, where the velocity is trivial.
-const MARGIN: f64 = 0.01;
+pub(crate) const MARGIN: f64 = 0.01;
 /// The golden ratio's fractional part: its multiples fill an interval evenly.
 const GOLDEN: f64 = 0.618_033_988_749_894_9;
 

@@ -5,16 +5,13 @@ use anyhow::{Result, ensure};
 use candle::{Device, Tensor};
 
 use crate::{
+    calibrate::states::{Batch, MARGIN},
     device::Runtime,
-    model::Inputs,
     sample::{
         denoise::{Encoded, LatentSize},
         latents, noise,
     },
 };
-
-/// Times keep this far from 0 and 1, where the velocity is trivial.
-const MARGIN: f64 = 0.01;
 
 /// Clean pictures of the unpruned model and their prompts, and the ids that all batches share.
 #[derive(Clone, Debug)]
@@ -27,33 +24,6 @@ pub struct Pictures {
     txt_ids: Tensor,
     guidance: f64,
     runtime: Runtime,
-}
-
-/// One batch, ready for the model.
-#[derive(Clone, Debug)]
-pub struct Batch {
-    img: Tensor,
-    img_ids: Tensor,
-    txt: Tensor,
-    txt_ids: Tensor,
-    timestep: Tensor,
-    vec: Tensor,
-    guidance: Tensor,
-}
-
-impl Batch {
-    /// As the model takes them.
-    pub fn inputs(&self) -> Inputs<'_> {
-        Inputs {
-            img: &self.img,
-            img_ids: &self.img_ids,
-            txt: &self.txt,
-            txt_ids: &self.txt_ids,
-            timestep: &self.timestep,
-            vec: &self.vec,
-            guidance: Some(&self.guidance),
-        }
-    }
 }
 
 impl Pictures {

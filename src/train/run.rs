@@ -7,14 +7,17 @@ use super::{
     Entry, PhaseReport,
     adamw::{self, AdamW},
     backward,
-    data::{Batch, Key, Pictures},
+    data::{Key, Pictures},
     phase::{Kind, Measure, Phase, Sample, phases},
     recipe::{SandwichRecipe, Target},
     sandwich::Sandwich,
     state::{Progress, Saved},
     trainables::{self, Trainable, Values},
 };
-use crate::model::{Block, Flux, Stream, Trunk};
+use crate::{
+    calibrate::states::Batch,
+    model::{Block, Flux, Stream, Trunk},
+};
 
 /// A held-out loss this many times that from before is no accident.
 const DIVERGED: f64 = 10.0;
