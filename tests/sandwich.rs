@@ -264,6 +264,96 @@ fn a_kept_lora_leaves_the_weights_alone_and_has_the_names_of_peft() {
     }
 }
 
+/// Without `--keep-lora` the weights are those of the pruned model plus B·A, but for the rounding to bfloat16.
+#[test]
+fn a_merged_lora_is_the_kept_one_added_to_the_weights() {
+    let folder = prepared();
+    ok(folder, &train(&["--output", "beside", "--keep-lora"]));
+    ok(folder, &train(&["--output", "merged"]));
+    let load = |path: &str| {
+        candle::safetensors::load(folder.join(path), &candle::Device::Cpu)
+            .unwrap()
+            .into_iter()
+            .map(|(name, tensor)| (name, tensor.to_dtype(candle::DType::F32).unwrap()))
+            .collect::<std::collections::HashMap<_, _>>()
+    };
+    let (kept, lora) = (
+        load("beside/flux.safetensors"),
+        load("beside/lora.safetensors"),
+    );
+    let merged = load("merged/flux.safetensors");
+    for (module, original) in [
+        (
+            "transformer_blocks.2.norm1.linear",
+            "double_blocks.2.img_mod.lin",
+        ),
+        (
+            "transformer_blocks.2.ff_context.net.2",
+            "double_blocks.2.txt_mlp.2",
+        ),
+        (
+            "transformer_blocks.4.attn.to_out.0",
+            "double_blocks.4.img_attn.proj",
+        ),
+        (
+            "transformer_blocks.4.ff.net.0.proj",
+            "double_blocks.4.img_mlp.0",
+        ),
+    ] {
+        let factor = |which: &str| &lora[&format!("transformer.{module}.lora_{which}.weight")];
+        let delta = factor("B").matmul(factor("A")).unwrap();
+        let weight = format!("{original}.weight");
+        let (whole, base) = (&merged[&weight], &kept[&weight]);
+        let largest = |t: &candle::Tensor| {
+            let largest = t.abs().unwrap().max_all().unwrap();
+            largest.to_scalar::<f32>().unwrap()
+        };
+        assert!(largest(&delta) > 1e-6, "{module} was not trained");
+        let sum = (base + &delta).unwrap();
+        // half a unit in the last of bfloat16's 8 bits, and what is left of f32's
+        let allowed = (sum.abs().unwrap() * (0.5f64.powi(8) + 1e-6)).unwrap();
+        let beyond = ((whole - &sum).unwrap().abs().unwrap() - allowed).unwrap();
+        let beyond = beyond.max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(beyond <= 1e-12, "{weight} is {beyond} off");
+    }
+}
+
+/// A limit on the size of files stops the saving half-way, as a full disk does.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_in_the_middle_leaves_a_run_that_goes_on_when_there_is_room() {
+    let folder = prepared();
+    ok(folder, &train(&["--output", "roomy"]));
+    let args = train(&["--output", "cramped"]);
+    let mut limited = Command::new("sh");
+    limited
+        .current_dir(folder)
+        .env("HF_HUB_OFFLINE", "1")
+        // in blocks of 512 bytes: room for the pictures, not for the state; the signal ignored, writing fails instead
+        .args(["-c", "trap '' XFSZ; ulimit -f 600; exec \"$@\"", "sh"])
+        .arg(assert_cmd::cargo::cargo_bin!("fastflux"))
+        .args(&args);
+    let out = limited.output().unwrap();
+    let text = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(1), "{text}");
+    for word in [
+        "double.01: cannot save the run",
+        "state.safetensors",
+        "hint: free some space",
+    ] {
+        assert!(text.contains(word), "`{word}` is not in: {text}");
+    }
+    assert!(!folder.join("cramped").exists());
+    // nothing half-written is left
+    let left: Vec<_> = fs::read_dir(folder.join("cramped.state"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(left, ["pictures.safetensors"]);
+    ok(folder, &args);
+    assert!(bytes(folder, "cramped") == bytes(folder, "roomy"));
+}
+
 #[test]
 fn a_dry_run_says_what_it_takes_and_does_nothing() {
     let folder = prepared();
