@@ -7,6 +7,8 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
+use super::attention_tiles;
+use super::avx512::{Avx512, Vector};
 use super::cpu::{self, Element, Operand, by_dtype, fusable, vectorized};
 use super::heads::Heads;
 use super::wide;
@@ -88,7 +90,7 @@ fn as_f32<'a, T: Element>(x: &'a [T], scratch: &'a mut Vec<f32>) -> &'a [f32] {
     scratch
 }
 
-fn fused<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+fn fused<T: Vector>(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let (batch, heads, tokens, size) = q.dims4()?;
     let scale = scale_of(q)? as f32;
     let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
@@ -105,6 +107,13 @@ fn fused<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     if !out.is_empty() {
         let (q, k, v) = (Operand::new(&q), Operand::new(&k), Operand::new(&v));
         let (q, k, v) = (q.slice::<T>()?, k.slice::<T>()?, v.slice::<T>()?);
+        let simd = Avx512::detect().filter(|_| attention_tiles::fits(size));
+        if let Some(simd) = simd {
+            let matrix = MatMut::from_row_major_slice_mut(&mut out, batch * tokens, width);
+            let shape = (heads, tokens, size);
+            attention_tiles::attention(simd, [q, k, v], shape, scale, matrix);
+            return Tensor::from_vec(out, (batch, tokens, width), &candle::Device::Cpu);
+        }
         // enough tiles to keep every core busy, large enough for an efficient product
         let tile = (batch * tokens)
             .div_ceil(4 * rayon::current_num_threads())

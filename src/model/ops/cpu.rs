@@ -25,6 +25,10 @@ pub(super) trait Element: WithDType {
     fn as_f32(_: &[Self]) -> Option<&[f32]> {
         None
     }
+    /// The slice itself where it is bf16.
+    fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
+        None
+    }
 }
 
 impl Element for f32 {
@@ -53,6 +57,9 @@ impl Element for f16 {
 }
 
 impl Element for bf16 {
+    fn as_bf16(x: &[Self]) -> Option<&[bf16]> {
+        Some(x)
+    }
     #[inline(always)]
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)

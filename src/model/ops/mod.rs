@@ -17,6 +17,9 @@
 mod attend;
 mod attend_cpu;
 mod attention;
+mod attention_tiles;
+#[cfg_attr(not(target_arch = "x86_64"), path = "absent.rs")]
+mod avx512;
 mod cpu;
 mod function;
 mod gelu;
@@ -24,6 +27,7 @@ mod heads;
 mod norm;
 mod product;
 mod residual;
+mod tiles;
 
 pub use attend::{attend, attend_beside_gelu};
 pub use gelu::gelu;

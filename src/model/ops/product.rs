@@ -5,8 +5,10 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use super::cpu::Operand;
+use super::avx512::{Avx512, Vector};
+use super::cpu::{Element, Operand, by_dtype};
 use super::function::function;
+use super::tiles;
 
 /// Multiply-adds worth a task of their own: some 40 µs.
 const TASK: usize = 1 << 21;
@@ -82,6 +84,16 @@ fn fusable(a: &Tensor, b: &Tensor) -> bool {
 /// `a·bᵀ`: (m, k), (n, k) to (m, n), in the dtype of `b`; with `sum`, added to it, in its dtype.
 fn times_transposed(a: &Tensor, b: &Tensor, sum: Option<Tensor>) -> Result<Tensor> {
     let a = a.to_dtype(b.dtype())?;
+    if let Some(dtype) = super::cpu::fusable([&a, b])
+        && (dtype != DType::F32 || Avx512::detect().is_some())
+    {
+        return match sum {
+            Some(sum) if sum.dtype() != dtype => {
+                added(by_dtype!(dtype, tiled(&a, b, None))?, Some(sum))
+            }
+            sum => by_dtype!(dtype, tiled(&a, b, sum)),
+        };
+    }
     if fusable(&a, b) {
         return match sum {
             Some(sum) if sum.dtype() != DType::F32 => {
@@ -131,6 +143,21 @@ fn plain(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)
 }
 
+/// `a·bᵀ`, plus `sum`.
+fn tiled<T: Vector>(a: &Tensor, b: &Tensor, sum: Option<Tensor>) -> Result<Tensor> {
+    let ((rows, inner), (columns, width)) = (a.dims2()?, b.dims2()?);
+    if inner != width {
+        candle::bail!("a product of ({rows}, {inner}) with ({columns}, {width}) transposed");
+    }
+    let (a, b) = (a.contiguous()?, b.contiguous()?);
+    let (a, b) = (Operand::new(&a), Operand::new(&b));
+    let add = sum.is_some();
+    let mut out = start::<T>(sum, rows, columns)?;
+    let matrix = MatMut::from_row_major_slice_mut(&mut out, rows, columns);
+    tiles::times_transposed(a.slice::<T>()?, b.slice::<T>()?, inner, matrix, add);
+    Tensor::from_vec(out, (rows, columns), &candle::Device::Cpu)
+}
+
 /// The product of two matrices, each transposed first where asked for, plus `sum`.
 fn fused(
     a: &Tensor,
@@ -153,14 +180,12 @@ fn fused(
             b.nrows()
         );
     }
-    let (mut out, how) = match sum {
-        None => (vec![0f32; rows * columns], Accum::Replace),
-        Some(sum) if sum.dtype() == DType::F32 && sum.dims() == [rows, columns] => {
-            let sum = Operand::new(&sum);
-            (sum.slice::<f32>()?.to_vec(), Accum::Add)
-        }
-        Some(sum) => candle::bail!("({rows}, {columns}) was to be added to {:?}", sum.shape()),
+    let how = if sum.is_some() {
+        Accum::Add
+    } else {
+        Accum::Replace
     };
+    let mut out = start::<f32>(sum, rows, columns)?;
     {
         let out = MatMut::from_row_major_slice_mut(&mut out, rows, columns);
         let (row_parts, column_parts) = parts(rows, inner, columns, rayon::current_num_threads());
@@ -181,6 +206,17 @@ fn fused(
         }
     }
     Tensor::from_vec(out, (rows, columns), &candle::Device::Cpu)
+}
+
+/// What a product is added to: `sum`, or zeros.
+fn start<T: Element>(sum: Option<Tensor>, rows: usize, columns: usize) -> Result<Vec<T>> {
+    match sum {
+        None => Ok(vec![T::zero(); rows * columns]),
+        Some(sum) if sum.dtype() == T::DTYPE && sum.dims() == [rows, columns] => {
+            Ok(Operand::new(&sum).slice::<T>()?.to_vec())
+        }
+        Some(sum) => candle::bail!("({rows}, {columns}) was to be added to {:?}", sum.shape()),
+    }
 }
 
 /// Into how many bands of rows and of columns to cut a product: enough tasks for all threads, none too small to be
