@@ -35,7 +35,7 @@ pub(super) fn attention(heads: &Heads) -> Result<Tensor> {
     }
 }
 
-fn scale_of(q: &Tensor) -> Result<f64> {
+pub(super) fn scale_of(q: &Tensor) -> Result<f64> {
     Ok(1.0 / (q.dim(3)? as f64).sqrt())
 }
 

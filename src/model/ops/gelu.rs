@@ -157,7 +157,7 @@ fn gelu_fused<T: Element>(
 
 /// ½x(1 + tanh u) = x·sigmoid(2u) with u = √(2/π)(x + 0.044715x³).
 #[inline(always)]
-fn gelu_of(x: f32) -> f32 {
+pub(super) fn gelu_of(x: f32) -> f32 {
     let u = SQRT_2_OVER_PI * x * (1.0 + CUBIC * x * x);
     x / (1.0 + exp(-2.0 * u))
 }

@@ -24,6 +24,7 @@ mod cpu;
 mod function;
 mod gelu;
 mod heads;
+mod joined;
 mod norm;
 mod product;
 mod residual;
@@ -32,6 +33,7 @@ mod tiles;
 pub use attend::{attend, attend_beside_gelu};
 pub use gelu::gelu;
 pub use heads::{Norms, Projected};
+pub use joined::{attend_beside_gelu_of_product, gelu_of_product};
 pub use norm::norm_modulate;
 
 pub use product::product;

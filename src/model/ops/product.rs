@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::avx512::{Avx512, Vector};
 use super::cpu::{Element, Operand, by_dtype};
 use super::function::function;
-use super::tiles;
+use super::tiles::{self, Then};
 
 /// Multiply-adds worth a task of their own: some 40 µs.
 const TASK: usize = 1 << 21;
@@ -151,10 +151,10 @@ fn tiled<T: Vector>(a: &Tensor, b: &Tensor, sum: Option<Tensor>) -> Result<Tenso
     }
     let (a, b) = (a.contiguous()?, b.contiguous()?);
     let (a, b) = (Operand::new(&a), Operand::new(&b));
-    let add = sum.is_some();
+    let then = if sum.is_some() { Then::Add } else { Then::Put };
     let mut out = start::<T>(sum, rows, columns)?;
     let matrix = MatMut::from_row_major_slice_mut(&mut out, rows, columns);
-    tiles::times_transposed(a.slice::<T>()?, b.slice::<T>()?, inner, matrix, add);
+    tiles::times_transposed(a.slice::<T>()?, b.slice::<T>()?, inner, matrix, then);
     Tensor::from_vec(out, (rows, columns), &candle::Device::Cpu)
 }
 

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use super::avx512::{Avx512, Columns, GROUP, LANES, VECTORS, Vector};
 use super::cpu::vectorized;
+use super::gelu::gelu_of;
 
 /// Multiply-adds worth a task of their own: some 20 µs.
 const TASK: usize = 1 << 21;
@@ -43,16 +44,27 @@ pub(super) fn room(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     &mut buffer[..len]
 }
 
-/// `x·weightᵀ`, put into `out` or added to it: `x` (rows, inner), `weight` (columns, inner), both row after row, to `out`
+/// What becomes of the products.
+#[derive(Clone, Copy)]
+pub(super) enum Then<'a, T> {
+    /// They take the place of what is there.
+    Put,
+    /// They are added to it.
+    Add,
+    /// The GELU of them and a bias takes its place.
+    Gelu(Option<&'a [T]>),
+}
+
+/// `x·weightᵀ` to `out`: `x` (rows, inner), `weight` (columns, inner), both row after row, to `out`
 /// (rows, columns). Summed in f32 and rounded once. Every number is the same however the work is cut.
 pub(super) fn times_transposed<T: Vector>(
     x: &[T],
     weight: &[T],
     inner: usize,
     out: MatMut<T>,
-    add: bool,
+    then: Then<T>,
 ) {
-    by(Avx512::detect(), x, weight, inner, out, add);
+    by(Avx512::detect(), x, weight, inner, out, then);
 }
 
 fn by<T: Vector>(
@@ -61,7 +73,7 @@ fn by<T: Vector>(
     weight: &[T],
     inner: usize,
     out: MatMut<T>,
-    add: bool,
+    then: Then<T>,
 ) {
     let (rows, columns) = (out.nrows(), out.ncols());
     assert!(x.len() >= rows * inner && weight.len() >= columns * inner);
@@ -72,9 +84,13 @@ fn by<T: Vector>(
     let tile = |row: usize, column: usize, out: MatMut<T>| {
         let x = &x[row * inner..][..out.nrows() * inner];
         let weight = &weight[column * inner..][..out.ncols() * inner];
+        let then = match then {
+            Then::Gelu(Some(bias)) => Then::Gelu(Some(&bias[column..][..out.ncols()])),
+            then => then,
+        };
         SCRATCH.with_borrow_mut(|scratch| match simd {
-            Some(simd) => in_panels(simd, x, weight, inner, out, add, scratch),
-            None => widened(x, weight, inner, out, add, scratch),
+            Some(simd) => in_panels(simd, x, weight, inner, out, then, scratch),
+            None => widened(x, weight, inner, out, then, scratch),
         });
     };
     if tall >= rows && wide >= columns {
@@ -111,7 +127,7 @@ fn in_panels<T: Vector>(
     weight: &[T],
     inner: usize,
     mut out: MatMut<T>,
-    add: bool,
+    then: Then<T>,
     scratch: &mut Scratch,
 ) {
     // an odd number of bf16 has no pairs
@@ -181,13 +197,29 @@ fn in_panels<T: Vector>(
                 }
             }
             for (row, here, vectors) in of_panels() {
-                simd.write(
-                    &sums[row * padded..],
-                    vectors,
-                    out.rb_mut().submatrix_mut(top + row, left, here, columns),
-                    add,
-                );
+                let lanes = vectors * LANES;
+                let sums = &mut sums[row * padded..][..columns * lanes];
+                if let Then::Gelu(bias) = then {
+                    let bias = bias.map(|bias| &bias[left..][..columns]);
+                    vectorized(
+                        #[inline(always)]
+                        || gelu_of_columns(sums, lanes, bias),
+                    );
+                }
+                let out = out.rb_mut().submatrix_mut(top + row, left, here, columns);
+                simd.write(sums, vectors, out, matches!(then, Then::Add));
             }
+        }
+    }
+}
+
+/// GELU of sums (columns, lanes), and of a bias for each column.
+#[inline(always)]
+fn gelu_of_columns<T: Vector>(sums: &mut [f32], lanes: usize, bias: Option<&[T]>) {
+    for (column, sums) in sums.chunks_exact_mut(lanes).enumerate() {
+        let bias = bias.map_or(0.0, |bias| bias[column].widen());
+        for x in sums.as_chunks_mut::<LANES>().0.iter_mut().flatten() {
+            *x = gelu_of(*x + bias);
         }
     }
 }
@@ -210,7 +242,7 @@ fn widened<T: Vector>(
     weight: &[T],
     inner: usize,
     mut out: MatMut<T>,
-    add: bool,
+    then: Then<T>,
     scratch: &mut Scratch,
 ) {
     let (rows, columns) = (out.nrows(), out.ncols());
@@ -248,8 +280,13 @@ fn widened<T: Vector>(
         for (row, sums) in sums.chunks_exact(columns).enumerate() {
             let mut out = out.rb_mut().row_mut(row);
             for (column, sum) in sums.iter().enumerate() {
-                let old = if add { out[column].widen() } else { 0.0 };
-                out[column] = T::narrow(old + sum);
+                let sum = match then {
+                    Then::Put => *sum,
+                    Then::Add => out[column].widen() + sum,
+                    Then::Gelu(None) => gelu_of(*sum),
+                    Then::Gelu(Some(bias)) => gelu_of(sum + bias[left + column].widen()),
+                };
+                out[column] = T::narrow(sum);
             }
         }
     }
@@ -298,7 +335,8 @@ mod tests {
         };
         let (x, weight) = (Operand::new(x), Operand::new(weight));
         let matrix = MatMut::from_row_major_slice_mut(&mut out, rows, columns);
-        by(simd, x.slice()?, weight.slice()?, inner, matrix, sum.is_some());
+        let then = if sum.is_some() { Then::Add } else { Then::Put };
+        by(simd, x.slice()?, weight.slice()?, inner, matrix, then);
         Tensor::from_vec(out, (rows, columns), &Device::Cpu)
     }
 
