@@ -91,10 +91,7 @@ impl Data {
 type Forward<'a> = Box<dyn Fn() -> Result<Tensor> + 'a>;
 
 fn ours<'a>(config: &FluxConfig, weights: &Checkpoint, data: &'a Data) -> Result<Forward<'a>> {
-    let flux = Flux::new(
-        config,
-        weights.var_builder(data.img.dtype(), &Device::Cpu),
-    )?;
+    let flux = Flux::new(config, weights.var_builder(data.img.dtype(), &Device::Cpu))?;
     Ok(Box::new(move || {
         let inputs = Inputs {
             img: &data.img,
@@ -212,11 +209,19 @@ fn main() -> Result<()> {
         if fastest == 0.0 {
             fastest = *median;
         }
-        println!("{name:<25} {median:.3} s  {:.2} times fastflux f32", median / fastest);
+        println!(
+            "{name:<25} {median:.3} s  {:.2} times fastflux f32",
+            median / fastest
+        );
     }
     Ok(())
 }
 
 fn first_line(error: &anyhow::Error) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_owned()
+    error
+        .to_string()
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
 }

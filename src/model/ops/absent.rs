@@ -1,8 +1,9 @@
 //! Stands in for `avx512` where there is none: never made, so never called.
 
-use faer::MatMut;
+use faer::MatRef;
 use half::bf16;
 
+use super::blank::Blank;
 use super::cpu::Element;
 
 pub(super) const LANES: usize = 16;
@@ -48,13 +49,7 @@ impl Avx512 {
         match self {}
     }
 
-    pub(super) fn pack_pairs(
-        self,
-        _: &[bf16],
-        _: (usize, usize, usize),
-        _: usize,
-        _: &mut [f32],
-    ) {
+    pub(super) fn pack_pairs(self, _: &[bf16], _: (usize, usize, usize), _: usize, _: &mut [f32]) {
         match self {}
     }
 
@@ -70,7 +65,7 @@ impl Avx512 {
         match self {}
     }
 
-    pub(super) fn write<T: Vector>(self, _: &[f32], _: usize, _: MatMut<T>, _: bool) {
+    pub(super) fn write<T: Vector>(self, _: &[f32], _: usize, _: Blank<T>, _: Option<MatRef<T>>) {
         match self {}
     }
 }

@@ -6,11 +6,10 @@
 
 use std::cell::RefCell;
 
-use faer::MatMut;
-use faer::prelude::ReborrowMut;
 use rayon::prelude::*;
 
 use super::avx512::{Avx512, Columns, GROUP, LANES, VECTORS, Vector};
+use super::blank::Blank;
 use super::cpu::{Element, exp, vectorized};
 use super::tiles::{room, widen};
 use half::bf16;
@@ -55,7 +54,7 @@ pub(super) fn attention<T: Vector>(
     [q, k, v]: [&[T]; 3],
     (heads, tokens, size): (usize, usize, usize),
     scale: f32,
-    out: MatMut<T>,
+    out: Blank<T>,
 ) {
     let block = tokens * size;
     let batch = out.nrows() / tokens.max(1);
@@ -63,15 +62,16 @@ pub(super) fn attention<T: Vector>(
     assert!([q, k, v].iter().all(|x| x.len() == batch * heads * block));
     let panels = (batch * heads * tokens).div_ceil(PANEL * 4 * rayon::current_num_threads());
     let tall = panels.clamp(1, PANELS) * PANEL;
-    let samples = out.par_row_chunks_mut(tokens).enumerate();
+    let samples = out.par_bands(tokens.max(1)).enumerate();
     samples.for_each(|(b, out)| {
-        let columns = out.par_col_chunks_mut(size).enumerate();
+        let columns = out.par_strips(size).enumerate();
         columns.for_each(|(head, out)| {
             let [q, k, v] = [q, k, v].map(|x| &x[(b * heads + head) * block..][..block]);
-            let strips = out.par_row_chunks_mut(tall).enumerate();
+            let strips = out.par_bands(tall).enumerate();
             strips.for_each(|(i, out)| {
                 let q = &q[i * tall * size..][..out.nrows() * size];
-                SCRATCH.with_borrow_mut(|scratch| strip(simd, [q, k, v], size, scale, out, scratch));
+                SCRATCH
+                    .with_borrow_mut(|scratch| strip(simd, [q, k, v], size, scale, out, scratch));
             });
         });
     });
@@ -83,7 +83,7 @@ fn strip<T: Vector>(
     [q, k, v]: [&[T]; 3],
     size: usize,
     scale: f32,
-    mut out: MatMut<T>,
+    out: Blank<T>,
     scratch: &mut Scratch,
 ) {
     let pairs = if simd.pairs() { T::as_bf16(q) } else { None };
@@ -122,7 +122,10 @@ fn strip<T: Vector>(
         let count = (tokens - start).min(KEYS);
         let k = &k[start * size..][..count * size];
         let v = &v[start * size..][..count * size];
-        let (k, v) = match (T::as_bf16(k).zip(T::as_bf16(v)), T::as_f32(k).zip(T::as_f32(v))) {
+        let (k, v) = match (
+            T::as_bf16(k).zip(T::as_bf16(v)),
+            T::as_f32(k).zip(T::as_f32(v)),
+        ) {
             (Some((k, v)), _) if pairs.is_some() => {
                 let values = room(values, count.next_multiple_of(2) / 2 * size);
                 paired_rows(v, size, values);
@@ -174,7 +177,7 @@ fn strip<T: Vector>(
             }
         }
     }
-    for (row, here, vectors) in panels() {
+    for ((row, _, vectors), out) in panels().zip(out.bands(PANEL)) {
         let attended = &mut attended[row * size..][..vectors * LANES * size];
         let running = &running[row / LANES..][..vectors];
         vectorized(
@@ -188,8 +191,7 @@ fn strip<T: Vector>(
                 }
             },
         );
-        let out = out.rb_mut().submatrix_mut(row, 0, here, size);
-        simd.write(attended, vectors, out, false);
+        simd.write(attended, vectors, out, None);
     }
 }
 

@@ -13,9 +13,10 @@
 use std::arch::x86_64::*;
 use std::sync::LazyLock;
 
-use faer::MatMut;
+use faer::MatRef;
 use half::{bf16, f16};
 
+use super::blank::Blank;
 use super::cpu::Element;
 
 /// Rows in one vector.
@@ -218,21 +219,28 @@ impl Avx512 {
         }
     }
 
-    /// A panel of sums (columns, `vectors` · 16) as rows of `out` (rows, columns), in place of what is there or added to
-    /// it.
+    /// A panel of sums (columns, `vectors` · 16) as rows of `out` (rows, columns), plus those of `add`.
     pub(super) fn write<T: Vector>(
         self,
         panel: &[f32],
         vectors: usize,
-        out: MatMut<T>,
-        add: bool,
+        mut out: Blank<T>,
+        add: Option<MatRef<T>>,
     ) {
-        let (rows, columns, stride) = (out.nrows(), out.ncols(), out.row_stride());
+        let (rows, columns) = (out.nrows(), out.ncols());
         let lanes = vectors * LANES;
         assert!(rows <= lanes && panel.len() >= columns * lanes);
-        assert!(columns <= 1 || out.col_stride() == 1);
-        // SAFETY: `self` proves the instructions; `out` is a matrix of so many rows and columns, columns side by side
-        unsafe { write_rows(panel, lanes, out.as_ptr_mut(), (rows, columns, stride), add) }
+        let add = add.map(|add| {
+            assert!(add.nrows() == rows && add.ncols() == columns);
+            assert!(columns <= 1 || add.col_stride() == 1);
+            (add.as_ptr(), add.row_stride())
+        });
+        // SAFETY: `self` proves the instructions; `out` and `add` are matrices of so many rows and columns, columns side
+        // by side, and every number of `out` is written
+        unsafe {
+            write_rows(panel, lanes, out.raw(), (rows, columns), add);
+            out.is_written();
+        }
     }
 }
 
@@ -278,8 +286,7 @@ unsafe fn pack_rows_of_pairs(
         let left = inner - from;
         let mask = if left >= 32 { !0 } else { (1u32 << left) - 1 };
         // SAFETY: the numbers from `from` of a row, those chosen within the row
-        let bits =
-            unsafe { _mm512_maskz_loadu_epi16(mask, x.add(row * stride + from).cast()) };
+        let bits = unsafe { _mm512_maskz_loadu_epi16(mask, x.add(row * stride + from).cast()) };
         _mm512_castsi512_ps(bits)
     };
     // SAFETY: the caller's
@@ -319,15 +326,15 @@ unsafe fn transposed_into(
 }
 
 /// # Safety
-/// AVX-512 (F, BW, DQ, VL); `panel` holds (columns, `lanes`), `out` points to `rows` ≤ `lanes` rows of `columns`
-/// numbers, `stride` apart.
+/// AVX-512 (F, BW, DQ, VL); `panel` holds (columns, `lanes`), `out` and `add` point to `rows` ≤ `lanes` rows of `columns`
+/// numbers, as far apart as they say.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn write_rows<T: Vector>(
     panel: &[f32],
     lanes: usize,
-    out: *mut T,
-    (rows, columns, stride): (usize, usize, isize),
-    add: bool,
+    (out, stride): (*mut T, isize),
+    (rows, columns): (usize, usize),
+    add: Option<(*const T, isize)>,
 ) {
     for above in (0..rows).step_by(LANES) {
         for start in (0..columns).step_by(LANES) {
@@ -335,20 +342,23 @@ unsafe fn write_rows<T: Vector>(
             let mut tile = [_mm512_setzero_ps(); LANES];
             for (column, tile) in tile[..here].iter_mut().enumerate() {
                 // SAFETY: a vector of column `start + column`
-                *tile =
-                    unsafe { _mm512_loadu_ps(panel.as_ptr().add((start + column) * lanes + above)) };
+                *tile = unsafe {
+                    _mm512_loadu_ps(panel.as_ptr().add((start + column) * lanes + above))
+                };
             }
             let tile = transposed(tile);
             for (row, x) in tile[..LANES.min(rows - above)].iter().enumerate() {
                 // SAFETY: the numbers from `start` of row `above + row`, those chosen within the row
                 unsafe {
-                    let to = out.offset((above + row) as isize * stride).add(start);
-                    let sum = if add {
-                        _mm512_add_ps(T::load(to, first(here)), *x)
-                    } else {
-                        *x
+                    let row = (above + row) as isize;
+                    let sum = match add {
+                        Some((add, stride)) => {
+                            let from = add.offset(row * stride).add(start);
+                            _mm512_add_ps(T::load(from, first(here)), *x)
+                        }
+                        None => *x,
                     };
-                    T::store(to, first(here), sum);
+                    T::store(out.offset(row * stride).add(start), first(here), sum);
                 }
             }
         }

@@ -3,12 +3,11 @@
 //! the operations of the other files.
 
 use candle::{DType, Device, Result, Tensor};
-use faer::MatMut;
-use faer::prelude::ReborrowMut;
 
 use super::attention::scale_of;
 use super::attention_tiles;
 use super::avx512::{Avx512, Vector};
+use super::blank::filled;
 use super::cpu::{Operand, by_dtype, fusable};
 use super::heads::{Heads, Norms, Projected, heads};
 use super::product::product;
@@ -34,20 +33,24 @@ pub fn gelu_of_product(
 }
 
 fn gelu_joined<T: Vector>(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let (batch, tokens, _) = x.dims3()?;
+    let (batch, tokens, inner) = x.dims3()?;
     let (rows, width) = (batch * tokens, weight.dim(0)?);
-    let mut out = vec![T::zero(); rows * width];
-    let matrix = MatMut::from_row_major_slice_mut(&mut out, rows, width);
-    gelu_into::<T>(x, weight, bias, matrix)?;
-    Tensor::from_vec(out, (batch, tokens, width), x.device())
+    check(x, weight, bias)?;
+    let weight = weight.contiguous()?;
+    let (x, weight, bias) = (
+        Operand::new(x),
+        Operand::new(&weight),
+        bias.map(Operand::new),
+    );
+    let (x, weight) = (x.slice::<T>()?, weight.slice::<T>()?);
+    let bias = bias.as_ref().map(Operand::slice::<T>).transpose()?;
+    let out = filled(rows, width, |out| {
+        tiles::times_transposed(x, weight, inner, out, Then::Gelu(bias));
+    });
+    Tensor::from_vec(out, (batch, tokens, width), &Device::Cpu)
 }
 
-fn gelu_into<T: Vector>(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    out: MatMut<T>,
-) -> Result<()> {
+fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
     let (width, inner) = weight.dims2()?;
     if x.dim(2)? != inner || bias.is_some_and(|bias| bias.dims() != [width]) {
         candle::bail!(
@@ -57,11 +60,6 @@ fn gelu_into<T: Vector>(
             bias.map(Tensor::shape)
         );
     }
-    let weight = weight.contiguous()?;
-    let (x, weight, bias) = (Operand::new(x), Operand::new(&weight), bias.map(Operand::new));
-    let bias = bias.as_ref().map(Operand::slice::<T>).transpose()?;
-    let then = Then::Gelu(bias);
-    tiles::times_transposed(x.slice()?, weight.slice()?, inner, out, then);
     Ok(())
 }
 
@@ -84,7 +82,11 @@ pub fn attend_beside_gelu_of_product(
     };
     let hidden = num_heads * rope.head_dim();
     let part = |t: &Tensor, start: usize| -> Result<Tensor> {
-        let len = if start == 0 { 3 * hidden } else { t.dim(0)?.saturating_sub(start) };
+        let len = if start == 0 {
+            3 * hidden
+        } else {
+            t.dim(0)?.saturating_sub(start)
+        };
         t.narrow(0, start, len)
     };
     let (batch, tokens, inner) = x.dims3()?;
@@ -115,19 +117,24 @@ fn beside<T: Vector>(
     let (batch, num_heads, tokens, size) = heads.q.dims4()?;
     let (rows, hidden) = (batch * tokens, num_heads * size);
     let width = hidden + weight.dim(0)?;
-    let mut out = vec![T::zero(); rows * width];
-    let mut matrix = MatMut::from_row_major_slice_mut(&mut out, rows, width);
-    let attended = matrix.rb_mut().subcols_mut(0, hidden);
-    {
-        let scale = scale_of(&heads.q)? as f32;
-        let operands = [&heads.q, &heads.k, &heads.v].map(Operand::new);
-        let [q, k, v] = &operands;
-        let operands = [q.slice::<T>()?, k.slice::<T>()?, v.slice::<T>()?];
-        let shape = (num_heads, tokens, size);
-        attention_tiles::attention(simd, operands, shape, scale, attended);
-    }
-    let rest = matrix.subcols_mut(hidden, width - hidden);
-    gelu_into::<T>(x, weight, bias, rest)?;
+    check(x, weight, bias)?;
+    let (scale, inner) = (scale_of(&heads.q)? as f32, x.dim(2)?);
+    let weight = weight.contiguous()?;
+    let operands = [&heads.q, &heads.k, &heads.v].map(Operand::new);
+    let [q, k, v] = &operands;
+    let qkv = [q.slice::<T>()?, k.slice::<T>()?, v.slice::<T>()?];
+    let (x, weight, bias) = (
+        Operand::new(x),
+        Operand::new(&weight),
+        bias.map(Operand::new),
+    );
+    let (x, weight) = (x.slice::<T>()?, weight.slice::<T>()?);
+    let bias = bias.as_ref().map(Operand::slice::<T>).transpose()?;
+    let out = filled(rows, width, |out| {
+        let [attended, rest] = out.split_columns(hidden);
+        attention_tiles::attention(simd, qkv, (num_heads, tokens, size), scale, attended);
+        tiles::times_transposed(x, weight, inner, rest, Then::Gelu(bias));
+    });
     Tensor::from_vec(out, (batch, tokens, width), &Device::Cpu)
 }
 

@@ -20,6 +20,7 @@ mod attention;
 mod attention_tiles;
 #[cfg_attr(not(target_arch = "x86_64"), path = "absent.rs")]
 mod avx512;
+mod blank;
 mod cpu;
 mod function;
 mod gelu;

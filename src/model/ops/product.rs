@@ -6,7 +6,8 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::avx512::{Avx512, Vector};
-use super::cpu::{Element, Operand, by_dtype};
+use super::blank::filled;
+use super::cpu::{Operand, by_dtype, fusable as same_format};
 use super::function::function;
 use super::tiles::{self, Then};
 
@@ -84,7 +85,7 @@ fn fusable(a: &Tensor, b: &Tensor) -> bool {
 /// `a·bᵀ`: (m, k), (n, k) to (m, n), in the dtype of `b`; with `sum`, added to it, in its dtype.
 fn times_transposed(a: &Tensor, b: &Tensor, sum: Option<Tensor>) -> Result<Tensor> {
     let a = a.to_dtype(b.dtype())?;
-    if let Some(dtype) = super::cpu::fusable([&a, b])
+    if let Some(dtype) = same_format([&a, b])
         && (dtype != DType::F32 || Avx512::detect().is_some())
     {
         return match sum {
@@ -151,10 +152,21 @@ fn tiled<T: Vector>(a: &Tensor, b: &Tensor, sum: Option<Tensor>) -> Result<Tenso
     }
     let (a, b) = (a.contiguous()?, b.contiguous()?);
     let (a, b) = (Operand::new(&a), Operand::new(&b));
-    let then = if sum.is_some() { Then::Add } else { Then::Put };
-    let mut out = start::<T>(sum, rows, columns)?;
-    let matrix = MatMut::from_row_major_slice_mut(&mut out, rows, columns);
-    tiles::times_transposed(a.slice::<T>()?, b.slice::<T>()?, inner, matrix, then);
+    if let Some(sum) = &sum {
+        check_sum(sum, rows, columns)?;
+    }
+    let sum = sum.as_ref().map(Operand::new);
+    let then = match &sum {
+        Some(sum) => {
+            let sum = sum.slice::<T>()?;
+            Then::Add(MatRef::from_row_major_slice(sum, rows, columns))
+        }
+        None => Then::Put,
+    };
+    let (a, b) = (a.slice::<T>()?, b.slice::<T>()?);
+    let out = filled(rows, columns, |out| {
+        tiles::times_transposed(a, b, inner, out, then);
+    });
     Tensor::from_vec(out, (rows, columns), &candle::Device::Cpu)
 }
 
@@ -180,12 +192,13 @@ fn fused(
             b.nrows()
         );
     }
-    let how = if sum.is_some() {
-        Accum::Add
-    } else {
-        Accum::Replace
+    let (mut out, how) = match sum {
+        None => (vec![0f32; rows * columns], Accum::Replace),
+        Some(sum) => {
+            check_sum(&sum, rows, columns)?;
+            (Operand::new(&sum).slice::<f32>()?.to_vec(), Accum::Add)
+        }
     };
-    let mut out = start::<f32>(sum, rows, columns)?;
     {
         let out = MatMut::from_row_major_slice_mut(&mut out, rows, columns);
         let (row_parts, column_parts) = parts(rows, inner, columns, rayon::current_num_threads());
@@ -208,15 +221,12 @@ fn fused(
     Tensor::from_vec(out, (rows, columns), &candle::Device::Cpu)
 }
 
-/// What a product is added to: `sum`, or zeros.
-fn start<T: Element>(sum: Option<Tensor>, rows: usize, columns: usize) -> Result<Vec<T>> {
-    match sum {
-        None => Ok(vec![T::zero(); rows * columns]),
-        Some(sum) if sum.dtype() == T::DTYPE && sum.dims() == [rows, columns] => {
-            Ok(Operand::new(&sum).slice::<T>()?.to_vec())
-        }
-        Some(sum) => candle::bail!("({rows}, {columns}) was to be added to {:?}", sum.shape()),
+/// Fails unless a product of this shape can be added to `sum`.
+fn check_sum(sum: &Tensor, rows: usize, columns: usize) -> Result<()> {
+    if sum.dims() != [rows, columns] {
+        candle::bail!("({rows}, {columns}) was to be added to {:?}", sum.shape());
     }
+    Ok(())
 }
 
 /// Into how many bands of rows and of columns to cut a product: enough tasks for all threads, none too small to be

@@ -5,11 +5,11 @@
 use std::cell::RefCell;
 
 use faer::linalg::matmul::matmul;
-use faer::prelude::ReborrowMut;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::avx512::{Avx512, Columns, GROUP, LANES, VECTORS, Vector};
+use super::blank::Blank;
 use super::cpu::vectorized;
 use super::gelu::gelu_of;
 
@@ -47,12 +47,23 @@ pub(super) fn room(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 /// What becomes of the products.
 #[derive(Clone, Copy)]
 pub(super) enum Then<'a, T> {
-    /// They take the place of what is there.
+    /// They are the result.
     Put,
-    /// They are added to it.
-    Add,
-    /// The GELU of them and a bias takes its place.
+    /// They are added to these.
+    Add(MatRef<'a, T>),
+    /// GELU of them and a bias.
     Gelu(Option<&'a [T]>),
+}
+
+impl<T> Then<'_, T> {
+    /// The same for a part of the result.
+    fn part(&self, row: usize, column: usize, rows: usize, columns: usize) -> Self {
+        match self {
+            Self::Put => Self::Put,
+            Self::Add(add) => Self::Add(add.submatrix(row, column, rows, columns)),
+            Self::Gelu(bias) => Self::Gelu(bias.map(|bias| &bias[column..][..columns])),
+        }
+    }
 }
 
 /// `x·weightᵀ` to `out`: `x` (rows, inner), `weight` (columns, inner), both row after row, to `out`
@@ -61,7 +72,7 @@ pub(super) fn times_transposed<T: Vector>(
     x: &[T],
     weight: &[T],
     inner: usize,
-    out: MatMut<T>,
+    out: Blank<T>,
     then: Then<T>,
 ) {
     by(Avx512::detect(), x, weight, inner, out, then);
@@ -72,7 +83,7 @@ fn by<T: Vector>(
     x: &[T],
     weight: &[T],
     inner: usize,
-    out: MatMut<T>,
+    out: Blank<T>,
     then: Then<T>,
 ) {
     let (rows, columns) = (out.nrows(), out.ncols());
@@ -81,13 +92,11 @@ fn by<T: Vector>(
         return;
     }
     let (tall, wide) = cut(rows, inner, columns, rayon::current_num_threads());
-    let tile = |row: usize, column: usize, out: MatMut<T>| {
-        let x = &x[row * inner..][..out.nrows() * inner];
-        let weight = &weight[column * inner..][..out.ncols() * inner];
-        let then = match then {
-            Then::Gelu(Some(bias)) => Then::Gelu(Some(&bias[column..][..out.ncols()])),
-            then => then,
-        };
+    let tile = |row: usize, column: usize, out: Blank<T>| {
+        let (rows, columns) = (out.nrows(), out.ncols());
+        let x = &x[row * inner..][..rows * inner];
+        let weight = &weight[column * inner..][..columns * inner];
+        let then = then.part(row, column, rows, columns);
         SCRATCH.with_borrow_mut(|scratch| match simd {
             Some(simd) => in_panels(simd, x, weight, inner, out, then, scratch),
             None => widened(x, weight, inner, out, then, scratch),
@@ -96,9 +105,8 @@ fn by<T: Vector>(
     if tall >= rows && wide >= columns {
         return tile(0, 0, out);
     }
-    let bands = out.par_row_chunks_mut(tall).enumerate();
-    bands.for_each(|(i, band)| {
-        let tiles = band.par_col_chunks_mut(wide).enumerate();
+    out.par_bands(tall).enumerate().for_each(|(i, band)| {
+        let tiles = band.par_strips(wide).enumerate();
         tiles.for_each(|(j, out)| tile(i * tall, j * wide, out));
     });
 }
@@ -112,7 +120,10 @@ fn cut(rows: usize, inner: usize, columns: usize, threads: usize) -> (usize, usi
     let (panels, groups) = (rows.div_ceil(PANEL), columns.div_ceil(LANES));
     // a band of rows is packed once for each of its tasks: wide ones, unless there are too few
     let across = columns.div_ceil(2 * WIDE);
-    let bands = panels.div_ceil(PANELS).max(tasks.div_ceil(across)).min(panels);
+    let bands = panels
+        .div_ceil(PANELS)
+        .max(tasks.div_ceil(across))
+        .min(panels);
     let across = tasks.div_ceil(bands).max(across).min(groups);
     (
         panels.div_ceil(bands) * PANEL,
@@ -126,13 +137,17 @@ fn in_panels<T: Vector>(
     x: &[T],
     weight: &[T],
     inner: usize,
-    mut out: MatMut<T>,
+    out: Blank<T>,
     then: Then<T>,
     scratch: &mut Scratch,
 ) {
     // an odd number of bf16 has no pairs
     let pairs = simd.pairs() && inner.is_multiple_of(2);
-    let pairs = if pairs { T::as_bf16(x).zip(T::as_bf16(weight)) } else { None };
+    let pairs = if pairs {
+        T::as_bf16(x).zip(T::as_bf16(weight))
+    } else {
+        None
+    };
     let units = if pairs.is_some() { inner / 2 } else { inner };
     let (rows, columns) = (out.nrows(), out.ncols());
     let most = rows.next_multiple_of(LANES).min(PANELS * PANEL);
@@ -141,8 +156,8 @@ fn in_panels<T: Vector>(
         &mut scratch.sums,
         most * columns.next_multiple_of(GROUP).min(WIDE),
     );
-    for top in (0..rows).step_by(PANELS * PANEL) {
-        let rows = (rows - top).min(PANELS * PANEL);
+    for (i, out) in out.bands(PANELS * PANEL).enumerate() {
+        let (top, rows) = (i * PANELS * PANEL, out.nrows());
         let of_panels = || {
             (0..rows).step_by(PANEL).map(|row| {
                 let here = (rows - row).min(PANEL);
@@ -158,8 +173,8 @@ fn in_panels<T: Vector>(
                 None => simd.pack(&x[from..], shape, vectors, panel),
             }
         }
-        for left in (0..columns).step_by(WIDE) {
-            let columns = (columns - left).min(WIDE);
+        for (i, out) in out.strips(WIDE).enumerate() {
+            let (left, columns) = (i * WIDE, out.ncols());
             let padded = columns.next_multiple_of(GROUP);
             for start in (0..units).step_by(DEEP) {
                 let units_here = (units - start).min(DEEP);
@@ -196,18 +211,21 @@ fn in_panels<T: Vector>(
                     }
                 }
             }
-            for (row, here, vectors) in of_panels() {
+            for ((row, here, vectors), out) in of_panels().zip(out.bands(PANEL)) {
                 let lanes = vectors * LANES;
                 let sums = &mut sums[row * padded..][..columns * lanes];
-                if let Then::Gelu(bias) = then {
-                    let bias = bias.map(|bias| &bias[left..][..columns]);
-                    vectorized(
-                        #[inline(always)]
-                        || gelu_of_columns(sums, lanes, bias),
-                    );
-                }
-                let out = out.rb_mut().submatrix_mut(top + row, left, here, columns);
-                simd.write(sums, vectors, out, matches!(then, Then::Add));
+                let add = match then.part(top + row, left, here, columns) {
+                    Then::Put => None,
+                    Then::Add(add) => Some(add),
+                    Then::Gelu(bias) => {
+                        vectorized(
+                            #[inline(always)]
+                            || gelu_of_columns(sums, lanes, bias),
+                        );
+                        None
+                    }
+                };
+                simd.write(sums, vectors, out, add);
             }
         }
     }
@@ -218,8 +236,10 @@ fn in_panels<T: Vector>(
 fn gelu_of_columns<T: Vector>(sums: &mut [f32], lanes: usize, bias: Option<&[T]>) {
     for (column, sums) in sums.chunks_exact_mut(lanes).enumerate() {
         let bias = bias.map_or(0.0, |bias| bias[column].widen());
-        for x in sums.as_chunks_mut::<LANES>().0.iter_mut().flatten() {
-            *x = gelu_of(*x + bias);
+        for sums in sums.as_chunks_mut::<LANES>().0 {
+            for x in sums {
+                *x = gelu_of(*x + bias);
+            }
         }
     }
 }
@@ -241,13 +261,13 @@ fn widened<T: Vector>(
     x: &[T],
     weight: &[T],
     inner: usize,
-    mut out: MatMut<T>,
+    out: Blank<T>,
     then: Then<T>,
     scratch: &mut Scratch,
 ) {
-    let (rows, columns) = (out.nrows(), out.ncols());
-    for left in (0..columns).step_by(WIDE) {
-        let columns = (columns - left).min(WIDE);
+    let rows = out.nrows();
+    for (i, out) in out.strips(WIDE).enumerate() {
+        let (left, columns) = (i * WIDE, out.ncols());
         let weight = &weight[left * inner..][..columns * inner];
         let x = match T::as_f32(x) {
             Some(x) => x,
@@ -276,19 +296,19 @@ fn widened<T: Vector>(
             1.0,
             Par::Seq,
         );
-        let mut out = out.rb_mut().submatrix_mut(0, left, rows, columns);
-        for (row, sums) in sums.chunks_exact(columns).enumerate() {
-            let mut out = out.rb_mut().row_mut(row);
-            for (column, sum) in sums.iter().enumerate() {
-                let sum = match then {
+        let then = then.part(0, left, rows, columns);
+        out.rows(T::zero(), |row, out| {
+            let sums = &sums[row * columns..][..columns];
+            for (column, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
+                let x = match then {
                     Then::Put => *sum,
-                    Then::Add => out[column].widen() + sum,
+                    Then::Add(add) => add[(row, column)].widen() + sum,
                     Then::Gelu(None) => gelu_of(*sum),
-                    Then::Gelu(Some(bias)) => gelu_of(sum + bias[left + column].widen()),
+                    Then::Gelu(Some(bias)) => gelu_of(sum + bias[column].widen()),
                 };
-                out[column] = T::narrow(sum);
+                *out = T::narrow(x);
             }
-        }
+        });
     }
 }
 
@@ -296,7 +316,8 @@ fn widened<T: Vector>(
 mod tests {
     use candle::{DType, Device, Result, Tensor};
 
-    use super::super::cpu::{Element, Operand, by_dtype};
+    use super::super::blank::filled;
+    use super::super::cpu::{Operand, by_dtype};
     use super::*;
     use crate::model::testing::{close, random};
 
@@ -329,14 +350,17 @@ mod tests {
         sum: Option<&Tensor>,
     ) -> Result<Tensor> {
         let ((rows, inner), columns) = (x.dims2()?, weight.dim(0)?);
-        let mut out = match sum {
-            Some(sum) => Operand::new(sum).slice::<T>()?.to_vec(),
-            None => vec![<T as Element>::narrow(f32::NAN); rows * columns],
-        };
+        let sum = sum.map(Operand::new);
         let (x, weight) = (Operand::new(x), Operand::new(weight));
-        let matrix = MatMut::from_row_major_slice_mut(&mut out, rows, columns);
-        let then = if sum.is_some() { Then::Add } else { Then::Put };
-        by(simd, x.slice()?, weight.slice()?, inner, matrix, then);
+        let (x, weight) = (x.slice::<T>()?, weight.slice::<T>()?);
+        let then = match &sum {
+            Some(sum) => {
+                let sum = sum.slice::<T>()?;
+                Then::Add(MatRef::from_row_major_slice(sum, rows, columns))
+            }
+            None => Then::Put,
+        };
+        let out = filled(rows, columns, |out| by(simd, x, weight, inner, out, then));
         Tensor::from_vec(out, (rows, columns), &Device::Cpu)
     }
 
