@@ -223,7 +223,7 @@ mod tests {
             (1, 2, 19, 6),
         ] {
             // a score of 16, common here, is known to 1e-6 in f32
-            for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::BF16, 5e-3), (DType::F16, 1e-3)]
+            for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::BF16, 5e-3), (DType::F16, 2e-3)]
             {
                 let make = |name: &str| {
                     (random(name, (batch, heads, tokens, size))? * 2.0)?.to_dtype(dtype)

@@ -127,7 +127,7 @@ fn strip<T: Vector>(
             T::as_f32(k).zip(T::as_f32(v)),
         ) {
             (Some((k, v)), _) if pairs.is_some() => {
-                let values = room(values, count.next_multiple_of(2) / 2 * size);
+                let values = room(values, count.div_ceil(2) * size);
                 paired_rows(v, size, values);
                 (Factor::Pairs(k), &*values)
             }
@@ -157,10 +157,10 @@ fn strip<T: Vector>(
             let running = &mut running[row / LANES..][..vectors];
             vectorized(
                 #[inline(always)]
-                || exponentials(scores, scale, running, attended),
+                || exponentials(scores, scale, start == 0, running, attended),
             );
             let (weights, units) = if pairs.is_some() {
-                let weights = room(weights, count.next_multiple_of(2) / 2 * lanes);
+                let weights = room(weights, count.div_ceil(2) * lanes);
                 paired_lanes(scores, lanes, weights);
                 (&*weights, count.div_ceil(2))
             } else {
@@ -203,9 +203,16 @@ enum Factor<'a> {
 }
 
 /// Replaces scores (keys, lanes) by exp(scale · (score − max)), with the maximum over these and all before; brings sum
-/// and what was attended to so far (size, lanes) to that maximum, and adds to the sum.
+/// and what was attended to so far (size, lanes) to that maximum, and adds to the sum. At the `first` keys nothing was
+/// attended to, and there may be anything in its place.
 #[inline(always)]
-fn exponentials(scores: &mut [f32], scale: f32, running: &mut [Running], attended: &mut [f32]) {
+fn exponentials(
+    scores: &mut [f32],
+    scale: f32,
+    first: bool,
+    running: &mut [Running],
+    attended: &mut [f32],
+) {
     let vectors = running.len();
     let scores = scores.as_chunks_mut::<LANES>().0;
     let attended = attended.as_chunks_mut::<LANES>().0;
@@ -216,13 +223,12 @@ fn exponentials(scores: &mut [f32], scale: f32, running: &mut [Running], attende
                 *max = if *x > *max { *x } else { *max };
             }
         }
-        if max != running.max {
+        if max.iter().zip(&running.max).any(|(new, old)| new > old) {
             let mut factor = [0f32; LANES];
             for ((factor, old), new) in factor.iter_mut().zip(&running.max).zip(&max) {
                 *factor = exp((old - new) * scale);
             }
-            // nothing was attended to before the first step, and there may be anything in its place
-            if running.sum != [0.0; LANES] {
+            if !first {
                 for out in attended[v..].iter_mut().step_by(vectors) {
                     for (out, factor) in out.iter_mut().zip(&factor) {
                         *out *= factor;

@@ -9,8 +9,17 @@
     unsafe_code,
     reason = "vector instructions and raw loads; every entry checks its slices first"
 )]
+#![allow(
+    clippy::wildcard_imports,
+    reason = "the names of instructions are unmistakable"
+)]
+#![expect(
+    clippy::unused_self,
+    reason = "who has an `Avx512` may call what needs it"
+)]
 
 use std::arch::x86_64::*;
+use std::mem::transmute;
 use std::sync::LazyLock;
 
 use faer::MatRef;
@@ -239,7 +248,7 @@ impl Avx512 {
         // by side, and every number of `out` is written
         unsafe {
             write_rows(panel, lanes, out.raw(), (rows, columns), add);
-            out.is_written();
+            out.all_written();
         }
     }
 }
@@ -315,7 +324,7 @@ unsafe fn transposed_into(
             for (row, tile) in tile[..here].iter_mut().enumerate() {
                 *tile = load(above + row, start * per_unit);
             }
-            let tile = transposed(tile);
+            let tile = transposed(&tile);
             for (unit, tile) in tile[..LANES.min(units - start)].iter().enumerate() {
                 let at = (start + unit) * vectors * LANES + above;
                 // SAFETY: before the end of the last unit's lanes
@@ -346,7 +355,7 @@ unsafe fn write_rows<T: Vector>(
                     _mm512_loadu_ps(panel.as_ptr().add((start + column) * lanes + above))
                 };
             }
-            let tile = transposed(tile);
+            let tile = transposed(&tile);
             for (row, x) in tile[..LANES.min(rows - above)].iter().enumerate() {
                 // SAFETY: the numbers from `start` of row `above + row`, those chosen within the row
                 unsafe {
@@ -368,9 +377,9 @@ unsafe fn write_rows<T: Vector>(
 /// Rows and columns of 16 vectors exchanged: within pairs, within fours, then the four quarters of a vector.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn transposed(rows: [__m512; LANES]) -> [__m512; LANES] {
+fn transposed(rows: &[__m512; LANES]) -> [__m512; LANES] {
     let wide = |x: __m512| _mm512_castps_pd(x);
-    let (mut pairs, mut fours, mut out) = (rows, rows, rows);
+    let (mut pairs, mut fours, mut out) = (*rows, *rows, *rows);
     for i in (0..LANES).step_by(2) {
         pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
         pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
@@ -463,6 +472,11 @@ kernel!(multiply_f32, "avx512f", |sum, a, b| _mm512_fmadd_ps(
 ));
 kernel!(multiply_bf16, "avx512f,avx512bf16", |sum, a, b| {
     // SAFETY: vectors of one size, any bits
-    let (a, b) = unsafe { (std::mem::transmute(a), std::mem::transmute(b)) };
+    let (a, b) = unsafe {
+        (
+            transmute::<__m512, __m512bh>(a),
+            transmute::<__m512, __m512bh>(b),
+        )
+    };
     _mm512_dpbf16_ps(sum, a, b)
 });

@@ -36,7 +36,7 @@ pub(super) fn filled<T: Copy>(rows: usize, columns: usize, fill: impl FnOnce(Bla
     out
 }
 
-impl<'a, T: Copy + Send> Blank<'a, T> {
+impl<T: Copy + Send> Blank<'_, T> {
     pub(super) fn nrows(&self) -> usize {
         self.matrix.nrows()
     }
@@ -107,7 +107,7 @@ impl<'a, T: Copy + Send> Blank<'a, T> {
     ///
     /// # Safety
     /// It has.
-    pub(super) unsafe fn is_written(self) {
+    pub(super) unsafe fn all_written(self) {
         let len = self.nrows() * self.ncols();
         self.written.fetch_add(len, Ordering::Relaxed);
     }
@@ -128,7 +128,7 @@ impl<'a, T: Copy + Send> Blank<'a, T> {
             row(i, slice);
         }
         // SAFETY: all rows, each as a whole
-        unsafe { self.is_written() };
+        unsafe { self.all_written() };
     }
 }
 

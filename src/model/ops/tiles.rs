@@ -3,6 +3,7 @@
 //! time, never as a whole.
 
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -17,8 +18,8 @@ use super::gelu::gelu_of;
 const TASK: usize = 1 << 21;
 /// Rows of a full panel.
 const PANEL: usize = VECTORS * LANES;
-/// Panels that share a pass over the weights: with [`DEEP`], 400 KB of the second cache.
-const PANELS: usize = 4;
+/// Panels that share a pass over the weights: with [`DEEP`], 300 KB of the second cache.
+const PANELS: usize = 3;
 /// Units of the inner dimension in one pass: eight columns of it are half of the first cache.
 const DEEP: usize = 512;
 /// Columns whose sums are kept while the passes over the inner dimension add to them.
@@ -28,6 +29,8 @@ const WIDE: usize = 256;
 #[derive(Default)]
 struct Scratch {
     panels: Vec<f32>,
+    /// Whose they are: the call and its first row.
+    packed: Option<(u64, usize)>,
     sums: Vec<f32>,
     widened: Vec<f32>,
 }
@@ -91,6 +94,8 @@ fn by<T: Vector>(
     if rows == 0 || columns == 0 {
         return;
     }
+    static CALLS: AtomicU64 = AtomicU64::new(0);
+    let call = CALLS.fetch_add(1, Ordering::Relaxed);
     let (tall, wide) = cut(rows, inner, columns, rayon::current_num_threads());
     let tile = |row: usize, column: usize, out: Blank<T>| {
         let (rows, columns) = (out.nrows(), out.ncols());
@@ -98,7 +103,7 @@ fn by<T: Vector>(
         let weight = &weight[column * inner..][..columns * inner];
         let then = then.part(row, column, rows, columns);
         SCRATCH.with_borrow_mut(|scratch| match simd {
-            Some(simd) => in_panels(simd, x, weight, inner, out, then, scratch),
+            Some(simd) => in_panels(simd, [x, weight], (call, row), inner, out, then, scratch),
             None => widened(x, weight, inner, out, then, scratch),
         });
     };
@@ -113,29 +118,31 @@ fn by<T: Vector>(
 
 /// Rows and columns of a task: whole panels, of one size as far as possible, and enough tasks for all threads.
 fn cut(rows: usize, inner: usize, columns: usize, threads: usize) -> (usize, usize) {
-    let tasks = (rows * inner * columns / TASK).clamp(1, 8 * threads);
+    let tasks = (rows * inner * columns / TASK).clamp(1, 16 * threads);
     if threads == 1 || tasks == 1 {
         return (PANELS * PANEL, columns);
     }
-    let (panels, groups) = (rows.div_ceil(PANEL), columns.div_ceil(LANES));
-    // a band of rows is packed once for each of its tasks: wide ones, unless there are too few
-    let across = columns.div_ceil(2 * WIDE);
-    let bands = panels
-        .div_ceil(PANELS)
-        .max(tasks.div_ceil(across))
-        .min(panels);
-    let across = tasks.div_ceil(bands).max(across).min(groups);
+    // wide strips, in which a step of the inner dimension that is in the cache goes a long way
+    let (panels, least) = (rows.div_ceil(PANEL), columns.div_ceil(2 * WIDE));
+    let bands = panels.div_ceil(PANELS);
+    let across = tasks.div_ceil(bands).min(columns.div_ceil(WIDE)).max(least);
+    let bands = tasks.div_ceil(across).clamp(bands, panels);
+    // narrow ones only where there are too few tasks otherwise
+    let across = (4 * threads)
+        .div_ceil(bands)
+        .min(columns.div_ceil(4 * LANES))
+        .max(across);
     (
         panels.div_ceil(bands) * PANEL,
-        groups.div_ceil(across) * LANES,
+        columns.div_ceil(LANES).div_ceil(across) * LANES,
     )
 }
 
-/// One task by the inner loops of `avx512`.
+/// One task by the inner loops of `avx512`: rows from the `first` on of this `call`.
 fn in_panels<T: Vector>(
     simd: Avx512,
-    x: &[T],
-    weight: &[T],
+    [x, weight]: [&[T]; 2],
+    (call, first): (u64, usize),
     inner: usize,
     out: Blank<T>,
     then: Then<T>,
@@ -164,7 +171,9 @@ fn in_panels<T: Vector>(
                 (row, here, here.div_ceil(LANES))
             })
         };
-        for (row, here, vectors) in of_panels() {
+        let packed = Some((call, first + top));
+        let repack = scratch.packed.replace((call, first + top)) != packed;
+        for (row, here, vectors) in of_panels().filter(|_| repack) {
             let panel = &mut panels[row * units..];
             let shape = (here, inner, inner);
             let from = (top + row) * inner;
@@ -266,6 +275,7 @@ fn widened<T: Vector>(
     scratch: &mut Scratch,
 ) {
     let rows = out.nrows();
+    scratch.packed = None;
     for (i, out) in out.strips(WIDE).enumerate() {
         let (left, columns) = (i * WIDE, out.ncols());
         let weight = &weight[left * inner..][..columns * inner];
