@@ -22,8 +22,9 @@ pub(super) type LowRank<'a> = (&'a Tensor, &'a Tensor, f64);
 /// `x·weightᵀ`, plus `scale·(x·aᵀ)·bᵀ`: `x` (rows, in), `weight` (out, in) to (rows, out), in the dtype of `x`. Weight and
 /// factors may have other dtypes; their products are in these.
 ///
-/// On the CPU in f32 through `faer`, otherwise through candle, whose product reads `/proc/cpuinfo` on every call to count
-/// threads, and packs small operands at a loss. Differentiable; the gradients of what is not tracked are not formed.
+/// On the CPU forwards through `tiles`, in f32 without AVX-512 and backwards through `faer`, and otherwise through candle,
+/// whose product reads `/proc/cpuinfo` on every call to count threads, and packs small operands at a loss. Differentiable;
+/// the gradients of what is not tracked are not formed.
 pub fn product(x: &Tensor, weight: &Tensor, low_rank: Option<LowRank>) -> Result<Tensor> {
     let Some((a, b, scale)) = low_rank else {
         return single(x, weight);

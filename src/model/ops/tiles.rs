@@ -120,7 +120,7 @@ fn by<T: Vector>(
 fn cut(rows: usize, inner: usize, columns: usize, threads: usize) -> (usize, usize) {
     let tasks = (rows * inner * columns / TASK).clamp(1, 16 * threads);
     if threads == 1 || tasks == 1 {
-        return (PANELS * PANEL, columns);
+        return (rows, columns);
     }
     // wide strips, in which a step of the inner dimension that is in the cache goes a long way
     let (panels, least) = (rows.div_ceil(PANEL), columns.div_ceil(2 * WIDE));
