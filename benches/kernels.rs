@@ -1,24 +1,28 @@
-//! The kernels one by one: attention, blocks by kind, a training step, calibration sums, least squares, saving
+//! The kernels one by one: products, attention, blocks by kind, a training step, calibration sums, least squares, saving
 //! a checkpoint.
 //!
 //! `cargo bench --bench kernels` (a minute), or `cargo bench --bench kernels -- attention` for those whose name holds
-//! a word. Median and quartiles of each, f32 on the CPU; whole steps of a model are `fastflux bench`'s business.
+//! a word. Median and quartiles of each, in f32 where nothing else is said, on the CPU; whole steps of a model are `fastflux bench`'s business.
 #![allow(clippy::print_stdout, reason = "a benchmark prints its result")]
 
 use anyhow::Result;
 use candle::{DType, Device, Tensor, Var};
 use fastflux::{
     calibrate::stats::{CalibrationStats, Gram, with_ones},
-    checkpoint::{init, save},
+    checkpoint::{Checkpoint, init, save},
     eval::latency::{Effort, Timing, measure},
     layout::{BlockId, BlockKind, BlockSpec, FluxConfig, Form, Replacement},
     model::{
-        Conditioning, Flux, Inputs, Lora, Rope, Stream,
+        Conditioning, Flux, Inputs, Linear, Lora, Rope, Stream,
         ops::{Norms, Projected, attend},
     },
     prune::fit,
     sample::latents,
 };
+
+/// The program's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const EFFORT: Effort = Effort {
     warm_up: 1,
@@ -53,8 +57,11 @@ fn main() -> Result<()> {
         }
         Ok(())
     };
-    for tokens in [256, 1280] {
-        attention_of(tokens, &report)?;
+    for dtype in [DType::F32, DType::BF16] {
+        products(dtype, &report)?;
+        for tokens in [256, 1280] {
+            attention_of(tokens, dtype, &report)?;
+        }
     }
     if ["block", "backward", "sums"]
         .iter()
@@ -72,21 +79,36 @@ fn normal(shape: &[usize]) -> Result<Tensor> {
     Ok(Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?)
 }
 
-fn attention_of(tokens: usize, report: &Report) -> Result<()> {
+/// The projections of a single block's 1,280 tokens.
+fn products(dtype: DType, report: &Report) -> Result<()> {
+    let rows = SIDE * SIDE / 4 + TEXT;
+    for (input, output) in [(WIDTH, 7 * WIDTH), (5 * WIDTH, WIDTH)] {
+        let linear = Linear::new(normal(&[output, input])?.to_dtype(dtype)?, None)?;
+        let x = normal(&[rows, input])?.to_dtype(dtype)?;
+        let name = format!("product of {rows} rows, {input} to {output}, {dtype:?}");
+        report(&name, &mut || {
+            linear.product(&x)?;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn attention_of(tokens: usize, dtype: DType, report: &Report) -> Result<()> {
     let (heads, axes) = (WIDTH / 128, [16, 56, 56]);
     let ids = latents::txt_ids(tokens, &Device::Cpu)?;
     let rope = Rope::new(&ids, &axes, 10_000.0, &Device::Cpu)?;
-    let one = Tensor::ones(128, DType::F32, &Device::Cpu)?;
+    let one = Tensor::ones(128, dtype, &Device::Cpu)?;
     let norms = Norms {
         query: one.clone(),
         key: one,
     };
     let stream = Projected {
-        qkv: &normal(&[1, tokens, 3 * WIDTH])?,
+        qkv: &normal(&[1, tokens, 3 * WIDTH])?.to_dtype(dtype)?,
         bias: None,
         norms: &norms,
     };
-    let name = format!("attention, {tokens} tokens, {heads} heads of 128");
+    let name = format!("attention, {tokens} tokens, {heads} heads of 128, {dtype:?}");
     report(&name, &mut || {
         attend(std::slice::from_ref(&stream), heads, &rope)?;
         Ok(())
@@ -124,16 +146,20 @@ fn config() -> FluxConfig {
     }
 }
 
-fn blocks(report: &Report) -> Result<()> {
-    let (config, device) = (config(), Device::Cpu);
-    let weights = init::random(&config, 0, safetensors::Dtype::F32)?;
-    let flux = Flux::new(&config, weights.var_builder(DType::F32, &device))?;
+/// A model and what its first block is called with.
+fn embedded(
+    config: &FluxConfig,
+    weights: &Checkpoint,
+    dtype: DType,
+) -> Result<(Flux, Stream, Conditioning)> {
+    let device = Device::Cpu;
+    let flux = Flux::new(config, weights.var_builder(dtype, &device))?;
     let img_ids = latents::img_ids(SIDE, SIDE, &device)?;
     let txt_ids = latents::txt_ids(TEXT, &device)?;
     let (img, txt, vec) = (
-        normal(&[1, img_ids.dim(0)?, 64])?,
-        normal(&[1, TEXT, 512])?,
-        normal(&[1, 256])?,
+        normal(&[1, img_ids.dim(0)?, 64])?.to_dtype(dtype)?,
+        normal(&[1, TEXT, 512])?.to_dtype(dtype)?,
+        normal(&[1, 256])?.to_dtype(dtype)?,
     );
     let (timestep, guidance) = (
         Tensor::new(&[0.6f32], &device)?,
@@ -148,6 +174,24 @@ fn blocks(report: &Report) -> Result<()> {
         vec: &vec,
         guidance: Some(&guidance),
     })?;
+    Ok((flux, stream, conditioning))
+}
+
+fn blocks(report: &Report) -> Result<()> {
+    let config = config();
+    let weights = init::random(&config, 0, safetensors::Dtype::F32)?;
+    let (half, stream, conditioning) = embedded(&config, &weights, DType::BF16)?;
+    for (spec, block) in half.trunk.entries() {
+        if let BlockSpec::Original(id) = spec {
+            let name = format!("block {id}, width {WIDTH}, 1024 + {TEXT} tokens, BF16");
+            report(&name, &mut || {
+                block.forward(&stream, &conditioning)?;
+                Ok(())
+            })?;
+        }
+    }
+    drop(half);
+    let (flux, stream, conditioning) = embedded(&config, &weights, DType::F32)?;
     for (spec, block) in flux.trunk.entries() {
         let name = match spec {
             BlockSpec::Original(id) if id.kind == BlockKind::Double => "double".to_owned(),
@@ -237,7 +281,7 @@ fn least_squares(report: &Report) -> Result<()> {
 }
 
 fn saving(report: &Report) -> Result<()> {
-    let mut checkpoint = fastflux::checkpoint::Checkpoint::default();
+    let mut checkpoint = Checkpoint::default();
     for i in 0..8 {
         let source = fastflux::checkpoint::Source::dense(&normal(&[2048, 1024])?)?;
         checkpoint.insert(format!("tensor.{i}"), source);

@@ -59,10 +59,7 @@ impl Half {
             bias: self.proj.bias(),
             gate: Some(gate),
         }])?;
-        let y = self
-            .mlp_in
-            .product(&ops::norm_modulate(&x, shift, scale)?)?;
-        let z = ops::gelu(&y, self.mlp_in.bias(), None)?;
+        let z = self.mlp_in.gelu(&ops::norm_modulate(&x, shift, scale)?)?;
         Ok(LastStep {
             name,
             x,

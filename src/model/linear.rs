@@ -128,6 +128,16 @@ impl Linear {
         y.reshape(shape)
     }
 
+    /// `gelu` of the product and the bias: `x` (batch, tokens, in) to (batch, tokens, out).
+    pub fn gelu(&self, x: &Tensor) -> Result<Tensor> {
+        if self.lora.is_none()
+            && let Some(y) = ops::gelu_of_product(x, &self.weight, self.bias())?
+        {
+            return Ok(y);
+        }
+        ops::gelu(&self.product(x)?, self.bias(), None)
+    }
+
     /// The product with the bias, for places where nothing follows that could fold it in.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::biased(&self.product(x)?, self.bias())

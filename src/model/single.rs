@@ -1,6 +1,6 @@
 //! The single block: all tokens with the same weights, attention and MLP side by side.
 
-use candle::Result;
+use candle::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::double::load_norms;
@@ -57,26 +57,39 @@ impl SingleBlock {
     ) -> Result<LastStep> {
         let x = &stream.tokens;
         let [shift, scale, gate] = self.modulation.forward(conditioning)?;
-        // (batch, tokens, 3·hidden + mlp)
-        let projected = self
-            .linear1
-            .product(&ops::norm_modulate(x, &shift, &scale)?)?;
-        // (batch, tokens, hidden + mlp)
-        let y = ops::attend_beside_gelu(
-            &Projected {
-                qkv: &projected,
-                bias: self.linear1.bias(),
-                norms: &self.norms,
-            },
-            self.num_heads,
-            &conditioning.rope,
-        )?;
+        let normed = ops::norm_modulate(x, &shift, &scale)?;
         Ok(LastStep {
             name: "linear2",
             x: x.clone(),
-            z: y,
+            z: self.inside(&normed, conditioning)?,
             gate,
         })
+    }
+
+    /// From what `linear1` is applied to, to what `linear2` is: (batch, tokens, hidden + mlp).
+    fn inside(&self, x: &Tensor, conditioning: &Conditioning) -> Result<Tensor> {
+        let Self {
+            linear1,
+            norms,
+            num_heads,
+            ..
+        } = self;
+        let (bias, rope) = (linear1.bias(), &conditioning.rope);
+        if linear1.lora().is_none()
+            && let Some(y) = ops::attend_beside_gelu_of_product(
+                x,
+                linear1.weight(),
+                bias,
+                norms,
+                *num_heads,
+                rope,
+            )?
+        {
+            return Ok(y);
+        }
+        // (batch, tokens, 3·hidden + mlp)
+        let qkv = &linear1.product(x)?;
+        ops::attend_beside_gelu(&Projected { qkv, bias, norms }, *num_heads, rope)
     }
 
     /// Every projection with its name below the block.

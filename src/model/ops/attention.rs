@@ -7,6 +7,9 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
+use super::attention_tiles;
+use super::avx512::{Avx512, Vector};
+use super::blank::filled;
 use super::cpu::{self, Element, Operand, by_dtype, fusable, vectorized};
 use super::heads::Heads;
 use super::wide;
@@ -28,12 +31,12 @@ pub(super) fn attention(heads: &Heads) -> Result<Tensor> {
         return flash(heads);
     }
     match fusable([q, k, v]) {
-        Some(dtype) => by_dtype!(dtype, fused(q, k, v)),
+        Some(dtype) => by_dtype!(dtype, fused(Avx512::detect(), q, k, v)),
         None => plain(q, k, v, MAX_SCORES),
     }
 }
 
-fn scale_of(q: &Tensor) -> Result<f64> {
+pub(super) fn scale_of(q: &Tensor) -> Result<f64> {
     Ok(1.0 / (q.dim(3)? as f64).sqrt())
 }
 
@@ -88,7 +91,7 @@ fn as_f32<'a, T: Element>(x: &'a [T], scratch: &'a mut Vec<f32>) -> &'a [f32] {
     scratch
 }
 
-fn fused<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+fn fused<T: Vector>(simd: Option<Avx512>, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let (batch, heads, tokens, size) = q.dims4()?;
     let scale = scale_of(q)? as f32;
     let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
@@ -101,10 +104,17 @@ fn fused<T: Element>(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         );
     }
     let width = heads * size;
+    let (q, k, v) = (Operand::new(&q), Operand::new(&k), Operand::new(&v));
+    let (q, k, v) = (q.slice::<T>()?, k.slice::<T>()?, v.slice::<T>()?);
+    if let Some(simd) = simd.filter(|_| attention_tiles::fits(size)) {
+        let shape = (heads, tokens, size);
+        let out = filled(batch * tokens, width, |out| {
+            attention_tiles::attention(simd, [q, k, v], shape, scale, out);
+        });
+        return Tensor::from_vec(out, (batch, tokens, width), &candle::Device::Cpu);
+    }
     let mut out = vec![T::zero(); batch * tokens * width];
     if !out.is_empty() {
-        let (q, k, v) = (Operand::new(&q), Operand::new(&k), Operand::new(&v));
-        let (q, k, v) = (q.slice::<T>()?, k.slice::<T>()?, v.slice::<T>()?);
         // enough tiles to keep every core busy, large enough for an efficient product
         let tile = (batch * tokens)
             .div_ceil(4 * rayon::current_num_threads())
@@ -209,9 +219,12 @@ mod tests {
             (1, 2, 28, 32),
             (3, 4, 33, 16),
             (3, 2, 150, 128),
+            (1, 1, 601, 24),
+            (1, 2, 19, 6),
         ] {
             // a score of 16, common here, is known to 1e-6 in f32
-            for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::BF16, 5e-3)] {
+            for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::BF16, 5e-3), (DType::F16, 2e-3)]
+            {
                 let make = |name: &str| {
                     (random(name, (batch, heads, tokens, size))? * 2.0)?.to_dtype(dtype)
                 };
@@ -222,6 +235,12 @@ mod tests {
                 };
                 let exact = exact(&heads)?;
                 close(&attention(&heads)?, &exact, tolerance)?;
+                let simd = Avx512::detect();
+                for simd in [None, simd, simd.map(Avx512::without_pairs)] {
+                    let Heads { q, k, v } = &heads;
+                    let got = by_dtype!(dtype, fused(simd, q, k, v))?;
+                    close(&got, &exact, tolerance)?;
+                }
                 for rows in [usize::MAX, 100] {
                     close(
                         &plain(&heads.q, &heads.k, &heads.v, rows)?,

@@ -11,6 +11,8 @@ use candle::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor, Wit
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::blank::{Blank, filled};
+
 /// Below this many elements a kernel runs on the calling thread: waking others would cost more than it saves.
 const PARALLEL_FROM: usize = 1 << 14;
 
@@ -23,6 +25,10 @@ pub(super) trait Element: WithDType {
     fn narrow(x: f32) -> Self;
     /// The slice itself where it is f32 already.
     fn as_f32(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+    /// The slice itself where it is bf16.
+    fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
         None
     }
 }
@@ -53,6 +59,9 @@ impl Element for f16 {
 }
 
 impl Element for bf16 {
+    fn as_bf16(x: &[Self]) -> Option<&[bf16]> {
+        Some(x)
+    }
     #[inline(always)]
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
@@ -172,35 +181,32 @@ pub(super) fn vectorized<R>(kernel: impl FnOnce() -> R) -> R {
     ARCH.dispatch(kernel)
 }
 
-/// Calls `kernel(row index, row)` for every row of `out`, in parallel where there is enough of it.
-pub(super) fn for_rows<T: Send>(
-    out: &mut [T],
+/// The rows that `kernel(row index, row)` writes, in parallel where there is enough of it.
+pub(super) fn for_rows<T: Element>(
+    rows: usize,
     width: usize,
     kernel: impl Fn(usize, &mut [T]) + Sync + Send,
-) {
-    if width == 0 {
-        return;
-    }
-    let rows_per_task = PARALLEL_FROM.div_ceil(width).max(1);
-    let task = |(i, chunk): (usize, &mut [T])| {
+) -> Vec<T> {
+    let rows_per_task = PARALLEL_FROM.div_ceil(width.max(1));
+    let task = |(i, band): (usize, Blank<T>)| {
         vectorized(
             #[inline(always)]
             || {
-                for (r, row) in chunk.chunks_exact_mut(width).enumerate() {
-                    kernel(i * rows_per_task + r, row);
-                }
+                band.rows(
+                    T::zero(),
+                    #[inline(always)]
+                    |row, out| kernel(i * rows_per_task + row, out),
+                );
             },
         );
     };
-    if out.len() < 2 * PARALLEL_FROM {
-        out.chunks_mut(rows_per_task * width)
-            .enumerate()
-            .for_each(task);
-    } else {
-        out.par_chunks_mut(rows_per_task * width)
-            .enumerate()
-            .for_each(task);
-    }
+    filled(rows, width, |out| {
+        if rows * width < 2 * PARALLEL_FROM {
+            out.bands(rows_per_task).enumerate().for_each(task);
+        } else {
+            out.par_bands(rows_per_task).enumerate().for_each(task);
+        }
+    })
 }
 
 /// Sum over a row of `f(x)`, in [`LANES`] independent accumulators.

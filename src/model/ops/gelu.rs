@@ -46,13 +46,12 @@ pub fn gelu(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Resul
 /// The gradient of x from that of gelu(x + bias), f32 on the CPU; both may be narrowed views.
 fn gelu_backward(x: &Tensor, bias: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
     let (batch, tokens, width) = x.dims3()?;
-    let mut out = vec![0f32; batch * tokens * width];
-    {
+    let out = {
         let (x, bias, grad) = (Operand::new(x), bias.map(Operand::new), Operand::new(grad));
         let (x, grad) = (x.rows::<f32>()?, grad.rows::<f32>()?);
         let bias = bias.as_ref().map(Operand::rows::<f32>).transpose()?;
         for_rows(
-            &mut out,
+            batch * tokens,
             width,
             #[inline(always)]
             |i, out| {
@@ -64,8 +63,8 @@ fn gelu_backward(x: &Tensor, bias: Option<&Tensor>, grad: &Tensor) -> Result<Ten
                     out,
                 );
             },
-        );
-    }
+        )
+    };
     Tensor::from_vec(out, (batch, tokens, width), x.device())
 }
 
@@ -116,8 +115,7 @@ fn gelu_fused<T: Element>(
             x.shape()
         );
     }
-    let mut out = vec![T::zero(); batch * tokens * (offset + width)];
-    {
+    let out = {
         let (x, bias, beside) = (
             Operand::new(x),
             bias.map(Operand::new),
@@ -127,7 +125,7 @@ fn gelu_fused<T: Element>(
         let bias = bias.as_ref().map(Operand::rows::<T>).transpose()?;
         let beside = beside.as_ref().map(Operand::rows::<T>).transpose()?;
         for_rows(
-            &mut out,
+            batch * tokens,
             offset + width,
             #[inline(always)]
             |i, out| {
@@ -150,14 +148,14 @@ fn gelu_fused<T: Element>(
                     }
                 }
             },
-        );
-    }
+        )
+    };
     Tensor::from_vec(out, (batch, tokens, offset + width), x.device())
 }
 
 /// ½x(1 + tanh u) = x·sigmoid(2u) with u = √(2/π)(x + 0.044715x³).
 #[inline(always)]
-fn gelu_of(x: f32) -> f32 {
+pub(super) fn gelu_of(x: f32) -> f32 {
     let u = SQRT_2_OVER_PI * x * (1.0 + CUBIC * x * x);
     x / (1.0 + exp(-2.0 * u))
 }

@@ -4,6 +4,7 @@
 use candle::{D, Result, Tensor};
 use rayon::prelude::*;
 
+use super::blank::{Blank, filled};
 use super::cpu::{Element, LANES, Operand, by_dtype, fusable, sum_map, vectorized};
 use super::{biased, wide};
 use crate::model::rope::Rope;
@@ -106,96 +107,92 @@ fn fused<T: Element>(streams: &[Projected], num_heads: usize, rope: &Rope) -> Re
     let (total, size) = (rope.tokens(), rope.head_dim());
     let hidden = num_heads * size;
     let device = streams[0].qkv.device();
-    let elements = batch * num_heads * total * size;
-    let (mut q, mut k, mut v) = (
-        vec![T::zero(); elements],
-        vec![T::zero(); elements],
-        vec![T::zero(); elements],
-    );
-    if elements > 0 {
-        let operands: Vec<_> = streams
-            .iter()
-            .map(|s| {
-                let norms = [Operand::new(&s.norms.query), Operand::new(&s.norms.key)];
-                (Operand::new(s.qkv), s.bias.map(Operand::new), norms)
-            })
-            .collect();
-        let mut parts = Vec::with_capacity(streams.len());
-        for (stream, (qkv, bias, [query, key])) in streams.iter().zip(&operands) {
-            let bias = bias.as_ref().map(Operand::rows::<T>).transpose()?;
-            let tokens = stream.qkv.dim(1)?;
-            let (query, key) = (query.rows::<T>()?, key.rows::<T>()?);
-            if stream.qkv.dims3()?.2 < 3 * hidden || query.width != size || key.width != size {
-                candle::bail!(
-                    "a projection of shape {:?} for {num_heads} heads of {size}",
-                    stream.qkv.shape()
-                );
-            }
-            parts.push((
-                tokens,
-                qkv.rows::<T>()?,
-                bias,
-                query.row(0, 0),
-                key.row(0, 0),
-            ));
-        }
-        let (cos, sin) = (Operand::new(rope.cos()), Operand::new(rope.sin()));
-        let (cos, sin) = (cos.rows::<f32>()?, sin.rows::<f32>()?);
-
-        let block = total * size;
-        let outputs = q
-            .par_chunks_mut(block)
-            .zip(k.par_chunks_mut(block))
-            .zip(v.par_chunks_mut(block));
-        outputs.enumerate().for_each(|(i, ((q, k), v))| {
-            let (b, head) = (i / num_heads, i % num_heads);
-            vectorized(
-                #[inline(always)]
-                || {
-                    let mut scratch = vec![0f32; size];
-                    let mut at = 0;
-                    for (tokens, qkv, bias, query_norm, key_norm) in &parts {
-                        for n in 0..*tokens {
-                            let row = qkv.row(b, n);
-                            let bias = bias.map(|bias| bias.row(0, 0));
-                            let column = |which: usize| {
-                                which * hidden + head * size..which * hidden + (head + 1) * size
-                            };
-                            // a table of shape (tokens, head size) is read by its first index
-                            let angle = (cos.row(at, 0), sin.row(at, 0));
-                            let out = at * size..(at + 1) * size;
-                            let load = |which: usize, scratch: &mut [f32]| {
-                                let x = &row[column(which)];
-                                match bias {
-                                    Some(bias) => {
-                                        for ((s, x), bias) in
-                                            scratch.iter_mut().zip(x).zip(&bias[column(which)])
-                                        {
-                                            *s = x.widen() + bias.widen();
-                                        }
-                                    }
-                                    None => {
-                                        for (s, x) in scratch.iter_mut().zip(x) {
-                                            *s = x.widen();
-                                        }
-                                    }
-                                }
-                            };
-                            load(0, &mut scratch);
-                            norm_rotate(&mut scratch, query_norm, angle, &mut q[out.clone()]);
-                            load(1, &mut scratch);
-                            norm_rotate(&mut scratch, key_norm, angle, &mut k[out.clone()]);
-                            load(2, &mut scratch);
-                            for (v, s) in v[out].iter_mut().zip(&scratch) {
-                                *v = T::narrow(*s);
-                            }
-                            at += 1;
-                        }
-                    }
-                },
+    let operands: Vec<_> = streams
+        .iter()
+        .map(|s| {
+            let norms = [Operand::new(&s.norms.query), Operand::new(&s.norms.key)];
+            (Operand::new(s.qkv), s.bias.map(Operand::new), norms)
+        })
+        .collect();
+    let mut parts = Vec::with_capacity(streams.len());
+    let mut start = 0;
+    for (stream, (qkv, bias, [query, key])) in streams.iter().zip(&operands) {
+        let bias = bias.as_ref().map(Operand::rows::<T>).transpose()?;
+        let tokens = stream.qkv.dim(1)?;
+        let (query, key) = (query.rows::<T>()?, key.rows::<T>()?);
+        if stream.qkv.dims3()?.2 < 3 * hidden || query.width != size || key.width != size {
+            candle::bail!(
+                "a projection of shape {:?} for {num_heads} heads of {size}",
+                stream.qkv.shape()
             );
-        });
+        }
+        parts.push((
+            start,
+            qkv.rows::<T>()?,
+            bias,
+            [query.row(0, 0), key.row(0, 0)],
+        ));
+        start += tokens;
     }
+    let (cos, sin) = (Operand::new(rope.cos()), Operand::new(rope.sin()));
+    let (cos, sin) = (cos.rows::<f32>()?, sin.rows::<f32>()?);
+
+    // queries, keys or values of all heads
+    let write = |which: usize| {
+        filled(batch * num_heads * total, size, |out: Blank<T>| {
+            out.par_bands(total.max(1))
+                .enumerate()
+                .for_each(|(i, out)| {
+                    let (b, head) = (i / num_heads, i % num_heads);
+                    let columns = which * hidden + head * size..which * hidden + (head + 1) * size;
+                    let mut scratch = vec![0f32; size];
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            out.rows(
+                                T::zero(),
+                                #[inline(always)]
+                                |at, out| {
+                                    let part = parts.iter().rev().find(|part| part.0 <= at);
+                                    let (start, qkv, bias, norms) = part.unwrap_or(&parts[0]);
+                                    let x = &qkv.row(b, at - start)[columns.clone()];
+                                    match bias {
+                                        Some(bias) => {
+                                            let bias = &bias.row(b, 0)[columns.clone()];
+                                            for ((s, x), bias) in
+                                                scratch.iter_mut().zip(x).zip(bias)
+                                            {
+                                                *s = x.widen() + bias.widen();
+                                            }
+                                        }
+                                        None => {
+                                            for (s, x) in scratch.iter_mut().zip(x) {
+                                                *s = x.widen();
+                                            }
+                                        }
+                                    }
+                                    match norms.get(which) {
+                                        // a table of shape (tokens, head size) is read by its first index
+                                        Some(norm) => norm_rotate(
+                                            &mut scratch,
+                                            norm,
+                                            (cos.row(at, 0), sin.row(at, 0)),
+                                            out,
+                                        ),
+                                        None => {
+                                            for (out, s) in out.iter_mut().zip(&scratch) {
+                                                *out = T::narrow(*s);
+                                            }
+                                        }
+                                    }
+                                },
+                            );
+                        },
+                    );
+                });
+        })
+    };
+    let [q, k, v] = [0, 1, 2].map(write);
     let shape = (batch, num_heads, total, size);
     Ok(Heads {
         q: Tensor::from_vec(q, shape, device)?,

@@ -6,6 +6,9 @@
 //! backward pass of its own (`function`), again fused or composed, so that no training flag can be forgotten and no
 //! fused operation drops a gradient.
 //!
+//! On CPUs with AVX-512 products and attention run on inner loops of our own (`avx512`), in bf16 on pairs where the CPU
+//! multiplies them; elsewhere on `faer`. Weights are read as they are stored: none is widened or repacked as a whole.
+//!
 //! Computed in f32 whatever the dtype: norm statistics, the rotation of queries and keys, softmax, gate and residual of
 //! the kernels. Results are rounded to the dtype of the input once.
 
@@ -17,17 +20,24 @@
 mod attend;
 mod attend_cpu;
 mod attention;
+mod attention_tiles;
+#[cfg_attr(not(target_arch = "x86_64"), path = "absent.rs")]
+mod avx512;
+mod blank;
 mod cpu;
 mod function;
 mod gelu;
 mod heads;
+mod joined;
 mod norm;
 mod product;
 mod residual;
+mod tiles;
 
 pub use attend::{attend, attend_beside_gelu};
 pub use gelu::gelu;
 pub use heads::{Norms, Projected};
+pub use joined::{attend_beside_gelu_of_product, gelu_of_product};
 pub use norm::norm_modulate;
 
 pub use product::product;

@@ -52,12 +52,11 @@ fn plain(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
 
 fn fused<T: Element>(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
     let (batch, tokens, width) = x.dims3()?;
-    let mut out = vec![T::zero(); batch * tokens * width];
-    {
+    let out = {
         let (x, shift, scale) = (Operand::new(x), Operand::new(shift), Operand::new(scale));
         let (x, shift, scale) = (x.rows::<T>()?, shift.rows::<T>()?, scale.rows::<T>()?);
         for_rows(
-            &mut out,
+            batch * tokens,
             width,
             #[inline(always)]
             |i, out| {
@@ -72,8 +71,8 @@ fn fused<T: Element>(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tenso
                     );
                 }
             },
-        );
-    }
+        )
+    };
     Tensor::from_vec(out, (batch, tokens, width), x.device())
 }
 

@@ -5,8 +5,11 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use super::cpu::Operand;
+use super::avx512::{Avx512, Vector};
+use super::blank::filled;
+use super::cpu::{Operand, by_dtype, fusable as same_format};
 use super::function::function;
+use super::tiles::{self, Then};
 
 /// Multiply-adds worth a task of their own: some 40 µs.
 const TASK: usize = 1 << 21;
@@ -19,8 +22,9 @@ pub(super) type LowRank<'a> = (&'a Tensor, &'a Tensor, f64);
 /// `x·weightᵀ`, plus `scale·(x·aᵀ)·bᵀ`: `x` (rows, in), `weight` (out, in) to (rows, out), in the dtype of `x`. Weight and
 /// factors may have other dtypes; their products are in these.
 ///
-/// On the CPU in f32 through `faer`, otherwise through candle, whose product reads `/proc/cpuinfo` on every call to count
-/// threads, and packs small operands at a loss. Differentiable; the gradients of what is not tracked are not formed.
+/// On the CPU forwards through `tiles`, in f32 without AVX-512 and backwards through `faer`, and otherwise through candle,
+/// whose product reads `/proc/cpuinfo` on every call to count threads, and packs small operands at a loss. Differentiable;
+/// the gradients of what is not tracked are not formed.
 pub fn product(x: &Tensor, weight: &Tensor, low_rank: Option<LowRank>) -> Result<Tensor> {
     let Some((a, b, scale)) = low_rank else {
         return single(x, weight);
@@ -82,6 +86,16 @@ fn fusable(a: &Tensor, b: &Tensor) -> bool {
 /// `a·bᵀ`: (m, k), (n, k) to (m, n), in the dtype of `b`; with `sum`, added to it, in its dtype.
 fn times_transposed(a: &Tensor, b: &Tensor, sum: Option<Tensor>) -> Result<Tensor> {
     let a = a.to_dtype(b.dtype())?;
+    if let Some(dtype) = same_format([&a, b])
+        && (dtype != DType::F32 || Avx512::detect().is_some())
+    {
+        return match sum {
+            Some(sum) if sum.dtype() != dtype => {
+                added(by_dtype!(dtype, tiled(&a, b, None))?, Some(sum))
+            }
+            sum => by_dtype!(dtype, tiled(&a, b, sum)),
+        };
+    }
     if fusable(&a, b) {
         return match sum {
             Some(sum) if sum.dtype() != DType::F32 => {
@@ -131,6 +145,32 @@ fn plain(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)
 }
 
+/// `a·bᵀ`, plus `sum`.
+fn tiled<T: Vector>(a: &Tensor, b: &Tensor, sum: Option<Tensor>) -> Result<Tensor> {
+    let ((rows, inner), (columns, width)) = (a.dims2()?, b.dims2()?);
+    if inner != width {
+        candle::bail!("a product of ({rows}, {inner}) with ({columns}, {width}) transposed");
+    }
+    let (a, b) = (a.contiguous()?, b.contiguous()?);
+    let (a, b) = (Operand::new(&a), Operand::new(&b));
+    if let Some(sum) = &sum {
+        check_sum(sum, rows, columns)?;
+    }
+    let sum = sum.as_ref().map(Operand::new);
+    let then = match &sum {
+        Some(sum) => {
+            let sum = sum.slice::<T>()?;
+            Then::Add(MatRef::from_row_major_slice(sum, rows, columns))
+        }
+        None => Then::Put,
+    };
+    let (a, b) = (a.slice::<T>()?, b.slice::<T>()?);
+    let out = filled(rows, columns, |out| {
+        tiles::times_transposed(a, b, inner, out, then);
+    });
+    Tensor::from_vec(out, (rows, columns), &candle::Device::Cpu)
+}
+
 /// The product of two matrices, each transposed first where asked for, plus `sum`.
 fn fused(
     a: &Tensor,
@@ -155,11 +195,10 @@ fn fused(
     }
     let (mut out, how) = match sum {
         None => (vec![0f32; rows * columns], Accum::Replace),
-        Some(sum) if sum.dtype() == DType::F32 && sum.dims() == [rows, columns] => {
-            let sum = Operand::new(&sum);
-            (sum.slice::<f32>()?.to_vec(), Accum::Add)
+        Some(sum) => {
+            check_sum(&sum, rows, columns)?;
+            (Operand::new(&sum).slice::<f32>()?.to_vec(), Accum::Add)
         }
-        Some(sum) => candle::bail!("({rows}, {columns}) was to be added to {:?}", sum.shape()),
     };
     {
         let out = MatMut::from_row_major_slice_mut(&mut out, rows, columns);
@@ -181,6 +220,14 @@ fn fused(
         }
     }
     Tensor::from_vec(out, (rows, columns), &candle::Device::Cpu)
+}
+
+/// Fails unless a product of this shape can be added to `sum`.
+fn check_sum(sum: &Tensor, rows: usize, columns: usize) -> Result<()> {
+    if sum.dims() != [rows, columns] {
+        candle::bail!("({rows}, {columns}) was to be added to {:?}", sum.shape());
+    }
+    Ok(())
 }
 
 /// Into how many bands of rows and of columns to cut a product: enough tasks for all threads, none too small to be

@@ -165,8 +165,7 @@ fn residual_fused<T: Element>(branches: &[Branch]) -> Result<Tensor> {
         check_bias(branch.bias, width)?;
         total += tokens;
     }
-    let mut out = vec![T::zero(); batch * total * width];
-    {
+    let out = {
         let operands = branches.iter().map(|b| {
             let gate = b.gate.map(|g| g.broadcast_as((batch, width))).transpose()?;
             Ok((b, gate))
@@ -193,7 +192,7 @@ fn residual_fused<T: Element>(branches: &[Branch]) -> Result<Tensor> {
         }
         let (ones, zeros) = (vec![T::narrow(1.0); width], vec![T::narrow(0.0); width]);
         for_rows(
-            &mut out,
+            batch * total,
             width,
             #[inline(always)]
             |i, out| {
@@ -213,8 +212,8 @@ fn residual_fused<T: Element>(branches: &[Branch]) -> Result<Tensor> {
                     *out = T::narrow(x.widen() + gate.widen() * (y.widen() + bias.widen()));
                 }
             },
-        );
-    }
+        )
+    };
     Tensor::from_vec(out, (batch, total, width), first.x.device())
 }
 

@@ -1,0 +1,457 @@
+//! Products with rows of weights, cut into tiles that stay in the caches: how work is shared out and in which order the
+//! inner loops of `avx512` run. Where the CPU lacks those, or has them for f32 alone, weights are widened a tile at a
+//! time, never as a whole.
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+
+use super::avx512::{Avx512, Columns, GROUP, LANES, VECTORS, Vector};
+use super::blank::Blank;
+use super::cpu::vectorized;
+use super::gelu::gelu_of;
+
+/// Multiply-adds worth a task of their own: some 20 µs.
+const TASK: usize = 1 << 21;
+/// Rows of a full panel.
+const PANEL: usize = VECTORS * LANES;
+/// Panels that share a pass over the weights: with [`DEEP`], 300 KB of the second cache.
+const PANELS: usize = 3;
+/// Units of the inner dimension in one pass: eight columns of it are half of the first cache.
+const DEEP: usize = 512;
+/// Columns whose sums are kept while the passes over the inner dimension add to them.
+const WIDE: usize = 256;
+
+/// Buffers of one thread, kept from product to product.
+#[derive(Default)]
+struct Scratch {
+    panels: Vec<f32>,
+    /// Whose they are: the call and its first row.
+    packed: Option<(u64, usize)>,
+    sums: Vec<f32>,
+    widened: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// At least `len` numbers of a buffer, whatever they are.
+pub(super) fn room(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+/// What becomes of the products.
+#[derive(Clone, Copy)]
+pub(super) enum Then<'a, T> {
+    /// They are the result.
+    Put,
+    /// They are added to these.
+    Add(MatRef<'a, T>),
+    /// GELU of them and a bias.
+    Gelu(Option<&'a [T]>),
+}
+
+impl<T> Then<'_, T> {
+    /// The same for a part of the result.
+    fn part(&self, row: usize, column: usize, rows: usize, columns: usize) -> Self {
+        match self {
+            Self::Put => Self::Put,
+            Self::Add(add) => Self::Add(add.submatrix(row, column, rows, columns)),
+            Self::Gelu(bias) => Self::Gelu(bias.map(|bias| &bias[column..][..columns])),
+        }
+    }
+}
+
+/// `x·weightᵀ` to `out`: `x` (rows, inner), `weight` (columns, inner), both row after row, to `out`
+/// (rows, columns). Summed in f32 and rounded once. Every number is the same however the work is cut.
+pub(super) fn times_transposed<T: Vector>(
+    x: &[T],
+    weight: &[T],
+    inner: usize,
+    out: Blank<T>,
+    then: Then<T>,
+) {
+    by(Avx512::detect(), x, weight, inner, out, then);
+}
+
+fn by<T: Vector>(
+    simd: Option<Avx512>,
+    x: &[T],
+    weight: &[T],
+    inner: usize,
+    out: Blank<T>,
+    then: Then<T>,
+) {
+    let (rows, columns) = (out.nrows(), out.ncols());
+    assert!(x.len() >= rows * inner && weight.len() >= columns * inner);
+    if rows == 0 || columns == 0 {
+        return;
+    }
+    static CALLS: AtomicU64 = AtomicU64::new(0);
+    let call = CALLS.fetch_add(1, Ordering::Relaxed);
+    let (tall, wide) = cut(rows, inner, columns, rayon::current_num_threads());
+    let tile = |row: usize, column: usize, out: Blank<T>| {
+        let (rows, columns) = (out.nrows(), out.ncols());
+        let x = &x[row * inner..][..rows * inner];
+        let weight = &weight[column * inner..][..columns * inner];
+        let then = then.part(row, column, rows, columns);
+        SCRATCH.with_borrow_mut(|scratch| match simd {
+            Some(simd) => in_panels(simd, [x, weight], (call, row), inner, out, then, scratch),
+            None => widened(x, weight, inner, out, then, scratch),
+        });
+    };
+    if tall >= rows && wide >= columns {
+        return tile(0, 0, out);
+    }
+    out.par_bands(tall).enumerate().for_each(|(i, band)| {
+        let tiles = band.par_strips(wide).enumerate();
+        tiles.for_each(|(j, out)| tile(i * tall, j * wide, out));
+    });
+}
+
+/// Rows and columns of a task: whole panels, of one size as far as possible, and enough tasks for all threads.
+fn cut(rows: usize, inner: usize, columns: usize, threads: usize) -> (usize, usize) {
+    let tasks = (rows * inner * columns / TASK).clamp(1, 16 * threads);
+    if threads == 1 || tasks == 1 {
+        return (rows, columns);
+    }
+    // wide strips, in which a step of the inner dimension that is in the cache goes a long way
+    let (panels, least) = (rows.div_ceil(PANEL), columns.div_ceil(2 * WIDE));
+    let bands = panels.div_ceil(PANELS);
+    let across = tasks.div_ceil(bands).min(columns.div_ceil(WIDE)).max(least);
+    let bands = tasks.div_ceil(across).clamp(bands, panels);
+    // narrow ones only where there are too few tasks otherwise
+    let across = (4 * threads)
+        .div_ceil(bands)
+        .min(columns.div_ceil(4 * LANES))
+        .max(across);
+    (
+        panels.div_ceil(bands) * PANEL,
+        columns.div_ceil(LANES).div_ceil(across) * LANES,
+    )
+}
+
+/// One task by the inner loops of `avx512`: rows from the `first` on of this `call`.
+fn in_panels<T: Vector>(
+    simd: Avx512,
+    [x, weight]: [&[T]; 2],
+    (call, first): (u64, usize),
+    inner: usize,
+    out: Blank<T>,
+    then: Then<T>,
+    scratch: &mut Scratch,
+) {
+    // an odd number of bf16 has no pairs
+    let pairs = simd.pairs() && inner.is_multiple_of(2);
+    let pairs = if pairs {
+        T::as_bf16(x).zip(T::as_bf16(weight))
+    } else {
+        None
+    };
+    let units = if pairs.is_some() { inner / 2 } else { inner };
+    let (rows, columns) = (out.nrows(), out.ncols());
+    let most = rows.next_multiple_of(LANES).min(PANELS * PANEL);
+    let panels = room(&mut scratch.panels, most * units);
+    let sums = room(
+        &mut scratch.sums,
+        most * columns.next_multiple_of(GROUP).min(WIDE),
+    );
+    for (i, out) in out.bands(PANELS * PANEL).enumerate() {
+        let (top, rows) = (i * PANELS * PANEL, out.nrows());
+        let of_panels = || {
+            (0..rows).step_by(PANEL).map(|row| {
+                let here = (rows - row).min(PANEL);
+                (row, here, here.div_ceil(LANES))
+            })
+        };
+        let packed = Some((call, first + top));
+        let repack = scratch.packed.replace((call, first + top)) != packed;
+        for (row, here, vectors) in of_panels().filter(|_| repack) {
+            let panel = &mut panels[row * units..];
+            let shape = (here, inner, inner);
+            let from = (top + row) * inner;
+            match pairs {
+                Some((x, _)) => simd.pack_pairs(&x[from..], shape, vectors, panel),
+                None => simd.pack(&x[from..], shape, vectors, panel),
+            }
+        }
+        for (i, out) in out.strips(WIDE).enumerate() {
+            let (left, columns) = (i * WIDE, out.ncols());
+            let padded = columns.next_multiple_of(GROUP);
+            for start in (0..units).step_by(DEEP) {
+                let units_here = (units - start).min(DEEP);
+                for group in (0..columns).step_by(GROUP) {
+                    // the last group repeats its last column, whose sums are not written
+                    let column = |n: usize| left + (group + n).min(columns - 1);
+                    let group_columns = match (pairs, T::as_f32(weight)) {
+                        (Some((_, weight)), _) => Columns::PairsApart(
+                            weight,
+                            std::array::from_fn(|n| column(n) * inner + 2 * start),
+                        ),
+                        (None, Some(weight)) => Columns::Apart(
+                            weight,
+                            std::array::from_fn(|n| column(n) * inner + start),
+                        ),
+                        (None, None) => {
+                            let widened = room(&mut scratch.widened, GROUP * DEEP);
+                            for (n, widened) in widened.chunks_exact_mut(DEEP).enumerate() {
+                                widen(&weight[column(n) * inner + start..][..units_here], widened);
+                            }
+                            Columns::Apart(widened, std::array::from_fn(|n| n * DEEP))
+                        }
+                    };
+                    for (row, _, vectors) in of_panels() {
+                        let lanes = vectors * LANES;
+                        simd.multiply(
+                            &panels[row * units + start * lanes..],
+                            units_here,
+                            vectors,
+                            group_columns,
+                            &mut sums[row * padded + group * lanes..],
+                            start > 0,
+                        );
+                    }
+                }
+            }
+            for ((row, here, vectors), out) in of_panels().zip(out.bands(PANEL)) {
+                let lanes = vectors * LANES;
+                let sums = &mut sums[row * padded..][..columns * lanes];
+                let add = match then.part(top + row, left, here, columns) {
+                    Then::Put => None,
+                    Then::Add(add) => Some(add),
+                    Then::Gelu(bias) => {
+                        vectorized(
+                            #[inline(always)]
+                            || gelu_of_columns(sums, lanes, bias),
+                        );
+                        None
+                    }
+                };
+                simd.write(sums, vectors, out, add);
+            }
+        }
+    }
+}
+
+/// GELU of sums (columns, lanes), and of a bias for each column.
+#[inline(always)]
+fn gelu_of_columns<T: Vector>(sums: &mut [f32], lanes: usize, bias: Option<&[T]>) {
+    for (column, sums) in sums.chunks_exact_mut(lanes).enumerate() {
+        let bias = bias.map_or(0.0, |bias| bias[column].widen());
+        for sums in sums.as_chunks_mut::<LANES>().0 {
+            for x in sums {
+                *x = gelu_of(*x + bias);
+            }
+        }
+    }
+}
+
+/// `x` as f32.
+pub(super) fn widen<T: Vector>(x: &[T], out: &mut [f32]) {
+    vectorized(
+        #[inline(always)]
+        || {
+            for (out, x) in out.iter_mut().zip(x) {
+                *out = x.widen();
+            }
+        },
+    );
+}
+
+/// One task without `avx512`: the portable twin.
+fn widened<T: Vector>(
+    x: &[T],
+    weight: &[T],
+    inner: usize,
+    out: Blank<T>,
+    then: Then<T>,
+    scratch: &mut Scratch,
+) {
+    let rows = out.nrows();
+    scratch.packed = None;
+    for (i, out) in out.strips(WIDE).enumerate() {
+        let (left, columns) = (i * WIDE, out.ncols());
+        let weight = &weight[left * inner..][..columns * inner];
+        let x = match T::as_f32(x) {
+            Some(x) => x,
+            None => {
+                let wide = room(&mut scratch.panels, rows * inner);
+                if left == 0 {
+                    widen(x, wide);
+                }
+                wide
+            }
+        };
+        let weight = match T::as_f32(weight) {
+            Some(weight) => weight,
+            None => {
+                let wide = room(&mut scratch.widened, columns * inner);
+                widen(weight, wide);
+                wide
+            }
+        };
+        let sums = room(&mut scratch.sums, rows * columns);
+        matmul(
+            MatMut::from_row_major_slice_mut(sums, rows, columns),
+            Accum::Replace,
+            MatRef::from_row_major_slice(x, rows, inner),
+            MatRef::from_row_major_slice(weight, columns, inner).transpose(),
+            1.0,
+            Par::Seq,
+        );
+        let then = then.part(0, left, rows, columns);
+        out.rows(T::zero(), |row, out| {
+            let sums = &sums[row * columns..][..columns];
+            for (column, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
+                let x = match then {
+                    Then::Put => *sum,
+                    Then::Add(add) => add[(row, column)].widen() + sum,
+                    Then::Gelu(None) => gelu_of(*sum),
+                    Then::Gelu(Some(bias)) => gelu_of(sum + bias[column].widen()),
+                };
+                *out = T::narrow(x);
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle::{DType, Device, Result, Tensor};
+
+    use super::super::blank::filled;
+    use super::super::cpu::{Operand, by_dtype};
+    use super::*;
+    use crate::model::testing::{close, random};
+
+    const SHAPES: [(usize, usize, usize); 9] = [
+        (1, 8, 3),
+        (3, 7, 1),
+        (16, 2, 8),
+        (47, 33, 17),
+        (49, 130, 250),
+        (193, 1030, 263),
+        (200, 64, 600),
+        (5, 2050, 9),
+        (390, 31, 40),
+    ];
+
+    /// Every way there is on this machine.
+    fn ways() -> Vec<Option<Avx512>> {
+        let simd = Avx512::detect();
+        let mut ways = vec![None];
+        ways.extend(simd.map(Some));
+        #[cfg(target_arch = "x86_64")]
+        ways.extend(simd.map(|simd| Some(simd.without_pairs())));
+        ways
+    }
+
+    fn product<T: Vector>(
+        simd: Option<Avx512>,
+        x: &Tensor,
+        weight: &Tensor,
+        sum: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let ((rows, inner), columns) = (x.dims2()?, weight.dim(0)?);
+        let sum = sum.map(Operand::new);
+        let (x, weight) = (Operand::new(x), Operand::new(weight));
+        let (x, weight) = (x.slice::<T>()?, weight.slice::<T>()?);
+        let then = match &sum {
+            Some(sum) => {
+                let sum = sum.slice::<T>()?;
+                Then::Add(MatRef::from_row_major_slice(sum, rows, columns))
+            }
+            None => Then::Put,
+        };
+        let out = filled(rows, columns, |out| by(simd, x, weight, inner, out, then));
+        Tensor::from_vec(out, (rows, columns), &Device::Cpu)
+    }
+
+    #[test]
+    fn every_way_is_the_exact_product_within_rounding() -> Result<()> {
+        // half a unit in the last place of the result
+        for (rows, inner, columns) in SHAPES {
+            for (dtype, tolerance) in [(DType::F32, 5e-7), (DType::BF16, 4e-3), (DType::F16, 5e-4)]
+            {
+                let x = random("x", (rows, inner))?.to_dtype(dtype)?;
+                let weight = random("w", (columns, inner))?.to_dtype(dtype)?;
+                let sum = random("s", (rows, columns))?.to_dtype(dtype)?;
+                let wide = |t: &Tensor| t.to_dtype(DType::F64);
+                let exact = wide(&x)?.matmul(&wide(&weight)?.t()?)?;
+                for simd in ways() {
+                    let got = by_dtype!(dtype, product(simd, &x, &weight, None))?;
+                    close(&got, &exact, tolerance)?;
+                    let got = by_dtype!(dtype, product(simd, &x, &weight, Some(&sum)))?;
+                    close(&got, &(&exact + wide(&sum)?)?, tolerance)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn numbers_beyond_the_end_of_a_row_or_panel_do_not_matter() -> Result<()> {
+        // every second row is not a number: its neighbours' products must be
+        let (rows, inner, columns) = (37, 70, 21);
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let x = random("x", (rows, inner))?.to_dtype(dtype)?;
+            let mut weight = random("w", (columns, inner))?.to_vec2::<f32>()?;
+            for row in weight.iter_mut().skip(1).step_by(2) {
+                row.fill(f32::NAN);
+            }
+            let weight = Tensor::new(weight, &Device::Cpu)?.to_dtype(dtype)?;
+            for simd in ways() {
+                let got = by_dtype!(dtype, product(simd, &x, &weight, None))?;
+                for row in got.to_dtype(DType::F32)?.to_vec2::<f32>()? {
+                    for (column, x) in row.iter().enumerate() {
+                        assert_eq!(x.is_nan(), column % 2 == 1, "{dtype:?}, column {column}");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_bits_do_not_depend_on_the_number_of_threads() -> Result<()> {
+        for dtype in [DType::F32, DType::BF16] {
+            let x = random("x", (300, 1100))?.to_dtype(dtype)?;
+            let weight = random("w", (700, 1100))?.to_dtype(dtype)?;
+            let run = |threads: usize| -> Result<Tensor> {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                let pool = pool.map_err(candle::Error::wrap)?;
+                pool.install(|| by_dtype!(dtype, product(Avx512::detect(), &x, &weight, None)))
+            };
+            let one = run(1)?;
+            for threads in [2, 5] {
+                close(&run(threads)?, &one, 0.0)?;
+            }
+            let top = by_dtype!(
+                dtype,
+                product(Avx512::detect(), &x.narrow(0, 0, 50)?, &weight, None)
+            )?;
+            close(&top, &one.narrow(0, 0, 50)?, 0.0)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn work_is_cut_into_enough_tasks_of_whole_panels() {
+        for (rows, inner, columns) in [(1280, 1024, 7168), (256, 4096, 1024), (1344, 128, 896)] {
+            for threads in [2, 16] {
+                let (tall, wide) = cut(rows, inner, columns, threads);
+                let tasks = rows.div_ceil(tall) * columns.div_ceil(wide);
+                assert!(tall % PANEL == 0 && wide % LANES == 0);
+                assert!(tasks >= 3 * threads, "{tasks} tasks for {threads} threads");
+            }
+        }
+        assert_eq!(cut(1, 128, 768, 8).1, 768);
+    }
+}
