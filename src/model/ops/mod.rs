@@ -24,6 +24,7 @@ mod heads;
 mod norm;
 mod product;
 mod residual;
+mod widen;
 
 pub use attend::{attend, attend_beside_gelu};
 pub use gelu::gelu;
@@ -32,6 +33,7 @@ pub use norm::norm_modulate;
 
 pub use product::product;
 pub use residual::{Branch, biased, gated_residual};
+pub use widen::widen;
 
 use candle::{DType, Result, Tensor};
 
