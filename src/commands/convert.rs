@@ -151,7 +151,7 @@ fn record(pipeline: &Pipeline, args: &ConvertArgs) -> Result<Record> {
         axes_dims: config.axes_dims.clone(),
         theta: config.theta,
         scheduler: pipeline.scheduler.clone(),
-        defaults: serde_json::to_value(&pipeline.defaults)?,
+        defaults: serde_json::to_value(pipeline.recorded_defaults()?)?,
         recipe,
     })
 }

@@ -240,7 +240,7 @@ fn record(
         axes_dims: config.axes_dims.clone(),
         theta: config.theta,
         scheduler: pipeline.scheduler.clone(),
-        defaults: serde_json::to_value(&pipeline.defaults)?,
+        defaults: serde_json::to_value(pipeline.recorded_defaults()?)?,
         recipe: json!({ "prune": recipe, "plan": found.plan }),
     })
 }
