@@ -29,12 +29,11 @@ impl Target {
         // what is not in the blocks stays in floats, as wide as it was
         let float = match source.format() {
             Format::Packed(_) => Format::Plain(Dtype::BF16),
-            plain => plain,
+            plain @ Format::Plain(_) => plain,
         };
         match self {
             Self::Plain(dtype) => Format::Plain(dtype),
             Self::Float8 { .. } if of_block => Format::Packed(Packed::F8E4M3),
-            Self::Float8 { .. } => float,
             // ComfyUI-GGUF and llama.cpp keep vectors in f32
             Self::Gguf(_) if !matrix => Format::Plain(Dtype::F32),
             Self::Gguf(packed) if of_block => {
@@ -45,7 +44,7 @@ impl Target {
                     .find(fits)
                     .map_or(Format::Plain(Dtype::F16), Format::Packed)
             }
-            Self::Gguf(_) => float,
+            Self::Float8 { .. } | Self::Gguf(_) => float,
         }
     }
 

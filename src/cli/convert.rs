@@ -12,6 +12,10 @@ use crate::{checkpoint::convert::Target, formats::Packed};
 /// `convert`.
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a switch of its own on the command line"
+)]
 pub struct ConvertArgs {
     #[command(flatten)]
     pub model: ModelArgs,

@@ -161,7 +161,7 @@ fn text(text: &str) -> Vec<u8> {
 fn entry(shape: &[u64], kind: u32, offset: u64) -> Vec<u8> {
     let mut out = text("img_in.weight");
     out.extend((shape.len() as u32).to_le_bytes());
-    shape.iter().for_each(|size| out.extend(size.to_le_bytes()));
+    out.extend(shape.iter().flat_map(|size| size.to_le_bytes()));
     out.extend(kind.to_le_bytes());
     out.extend(offset.to_le_bytes());
     out

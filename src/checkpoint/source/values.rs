@@ -19,7 +19,9 @@ impl Source {
             Data::Converted(from) => {
                 let mut values = from.values(range)?;
                 if let Some([scale]) = self.scale() {
-                    values.iter_mut().for_each(|v| *v /= scale);
+                    for value in &mut values {
+                        *value /= scale;
+                    }
                 }
                 ensure!(
                     values.iter().all(|v| v.is_finite()),
