@@ -239,7 +239,7 @@ fn training_step(
     };
     let mut block = block.clone();
     for (_, linear) in block.linears_mut() {
-        let (output, input) = linear.weight().dims2()?;
+        let (output, input) = linear.shape()?;
         let a = Var::from_tensor(&(normal(&[RANK, input])? * 0.01)?)?;
         let b = Var::from_tensor(&(normal(&[output, RANK])? * 0.01)?)?;
         linear.set_lora(Some(Lora {

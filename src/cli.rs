@@ -14,11 +14,13 @@ use crate::{
 };
 
 mod calibrate;
+mod convert;
 mod eval;
 mod score;
 mod train;
 
 pub use calibrate::{CALIBRATION, CalibrateArgs, CalibrationArgs, MergeStatsArgs};
+pub use convert::ConvertArgs;
 pub use eval::{BenchArgs, EvalArgs};
 pub use score::{GoalArgs, PlanArgs, ScoreArgs};
 pub use train::TrainArgs;
@@ -93,6 +95,11 @@ pub enum Command {
         after_help = "Examples:\n  python scripts/make_reference.py PIPELINE reference.safetensors\n  fastflux verify --model PIPELINE --reference reference.safetensors"
     )]
     Verify(VerifyArgs),
+    /// Write a model in another number format: bf16, f16, f32, float8 (e4m3), or GGUF for ComfyUI-GGUF and others.
+    #[command(
+        after_help = "Examples:\n  fastflux convert --dtype f8e4m3 --output tiny-fp8.safetensors\n  fastflux convert --model pruned --gguf q8_0 --output pruned-q8_0.gguf\n  fastflux convert --model flux1-dev.safetensors --gguf q4_k --output flux1-dev-q4_k.gguf --dry-run\n  fastflux convert --model flux1-dev-Q4_K_S.gguf --dtype bf16 --output wide"
+    )]
+    Convert(ConvertArgs),
     /// Write a randomly initialised checkpoint of any size, for tests and benchmarks.
     #[command(
         after_help = "Examples:\n  fastflux init --config flux1-dev --dry-run\n  fastflux init --config configs/tiny/transformer/config.json --seed 1 --output random/flux.safetensors"

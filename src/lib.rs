@@ -1,6 +1,7 @@
 //! fastflux: prune FLUX.1 by replacing its least important transformer blocks by linear layers.
 
 // what everything speaks of
+pub mod formats;
 pub mod layout;
 
 // a model's files, and the tensors in them

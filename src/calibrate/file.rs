@@ -256,12 +256,12 @@ impl Reader<'_> {
     fn get(&self, what: &str, shape: &[usize]) -> Result<Tensor> {
         let source = self.source(what)?;
         ensure!(
-            source.shape() == shape && source.dtype() == safetensors::Dtype::F64,
-            "`{}`: tensor `{}.{what}`: expected {shape:?} in F64, found {:?} in {:?}",
+            source.shape() == shape && source.format() == safetensors::Dtype::F64.into(),
+            "`{}`: tensor `{}.{what}`: expected {shape:?} in F64, found {:?} in {}",
             self.name,
             self.prefix,
             source.shape(),
-            source.dtype()
+            source.format()
         );
         source.tensor(&Device::Cpu)
     }

@@ -42,6 +42,7 @@ impl ConfigFile {
 /// # Errors
 /// When the tensors are not those of a FLUX transformer; the message says what was found and what was missing.
 pub fn canonical(checkpoint: &Checkpoint) -> Result<Checkpoint> {
+    let checkpoint = &super::scales::attached(checkpoint)?;
     if super::diffusers::is_diffusers(checkpoint) {
         return super::diffusers::to_original(checkpoint);
     }

@@ -9,21 +9,30 @@ use candle::{DType, Device, Shape, Tensor};
 use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use safetensors::SafeTensors;
 
-use crate::files::{Blob, Files};
+use crate::{
+    files::{Blob, Files},
+    formats::{Packed, name_of_scale},
+};
 
 pub mod config;
+pub mod convert;
 pub mod diffusers;
+mod format;
+mod gguf;
+mod gguf_write;
 pub mod init;
 pub mod keys;
 pub mod output;
 pub mod random;
 pub mod record;
 pub mod save;
+mod scales;
 pub mod shapes;
 mod source;
 pub mod transformer_json;
 
-pub use source::{Source, candle_dtype, safetensors_dtype};
+pub use format::Format;
+pub use source::{Source, safetensors_dtype};
 
 /// An ordered, lazy map from tensor names to their bytes. Cloning copies names, not data.
 #[derive(Clone, Debug, Default)]
@@ -36,11 +45,14 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens one safetensors file that is already mapped; `name` is for messages.
+    /// Opens one safetensors or GGUF file that is already mapped; `name` is for messages. Its first bytes say which.
     ///
     /// # Errors
     /// When the header is missing, lies about lengths or offsets, or holds an unknown dtype.
     pub fn from_blob(name: &str, blob: &Blob) -> Result<Self> {
+        if blob.starts_with(gguf::MAGIC) {
+            return gguf::read(name, blob);
+        }
         let mut out = Self {
             name: name.to_owned(),
             ..Self::default()
@@ -140,7 +152,7 @@ impl Checkpoint {
             let source = Source::mapped(
                 blob,
                 data + start..data + end,
-                info.dtype,
+                info.dtype.into(),
                 info.shape.clone(),
             );
             let known = self.tensors.insert(name.clone(), source);
@@ -227,6 +239,16 @@ impl Checkpoint {
         self.tensors.values().map(Source::byte_len).sum()
     }
 
+    /// Bytes of all tensors in memory when the model computes in `dtype`: packed matrices stay as they are.
+    pub fn bytes_loaded(&self, dtype: DType) -> usize {
+        let sources = self.tensors.values();
+        let bytes = sources.map(|source| match packed(source) {
+            Some(_) => source.byte_len(),
+            None => source.elements() * dtype.size_in_bytes(),
+        });
+        bytes.sum()
+    }
+
     /// The tensors with new names; those for which `rename` gives `None` are dropped.
     ///
     /// # Errors
@@ -283,10 +305,28 @@ fn damaged(file: &str, blob: &[u8], error: &safetensors::SafeTensorError) -> any
     )
 }
 
-/// [`Checkpoint`] as candle's source of weights.
+/// The format of a matrix that is served as its bytes too.
+fn packed(source: &Source) -> Option<Packed> {
+    match source.format() {
+        Format::Packed(packed) if source.shape().len() == 2 => Some(packed),
+        _ => None,
+    }
+}
+
+/// [`Checkpoint`] as candle's source of weights. Packed matrices are served in full under their own names, and as bytes
+/// and scales under those that `formats` gives them.
 struct Backend(Arc<Checkpoint>);
 
 impl Backend {
+    /// The packed matrix whose bytes or scales go by `name`.
+    fn packed<'a>(&self, name: &'a str) -> Option<(&'a str, &Source, Packed)> {
+        let (tensor, _) = name.rsplit_once('@')?;
+        let source = self.0.get(tensor)?;
+        let packed = packed(source)?;
+        let known = name == packed.name_of_bytes(tensor) || name == name_of_scale(tensor);
+        known.then_some((tensor, source, packed))
+    }
+
     fn load(
         &self,
         name: &str,
@@ -294,6 +334,17 @@ impl Backend {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
+        if let Some((tensor, source, packed)) = self.packed(name) {
+            let loaded = if name == name_of_scale(tensor) {
+                let scale = source.scale().unwrap_or(&[1.0]);
+                Tensor::from_slice(scale, scale.len(), device)
+            } else {
+                let [rows, columns] = self.0.dims(tensor)?;
+                let shape = [rows, packed.bytes(columns)];
+                Tensor::from_raw_buffer(&source.bytes()?, DType::U8, &shape, device)
+            };
+            return loaded.with_context(|| format!("`{}`: tensor `{tensor}`", self.0.name));
+        }
         let source = self.0.expect(name)?;
         if let Some(shape) = shape {
             ensure!(
@@ -327,7 +378,7 @@ impl SimpleBackend for Backend {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.0.contains(name)
+        self.packed(name).is_some() || self.0.contains(name)
     }
 }
 

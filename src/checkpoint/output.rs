@@ -164,7 +164,7 @@ mod tests {
         assert!(a.names().eq(b.names()));
         for (name, source) in a.iter() {
             let other = b.get(name).unwrap();
-            assert_eq!(source.dtype(), other.dtype(), "{name}");
+            assert_eq!(source.format(), other.format(), "{name}");
             assert_eq!(source.shape(), other.shape(), "{name}");
             assert!(source.bytes().unwrap() == other.bytes().unwrap(), "{name}");
         }

@@ -98,18 +98,13 @@ const SAMPLE: usize = 4096;
 pub fn fingerprint(checkpoint: &Checkpoint) -> Result<String> {
     let mut hash = Sha256::new();
     for (name, source) in checkpoint.iter() {
-        hash.update(format!(
-            "{name} {:?} {:?}\n",
-            source.dtype(),
-            source.shape()
-        ));
-        let flat = source.reshape(&[source.elements()])?;
-        let sample = (SAMPLE * 8 / source.dtype().bitsize().max(1)).min(source.elements());
-        hash.update(flat.rows(0..sample)?.bytes()?);
-        hash.update(
-            flat.rows(source.elements() - sample..source.elements())?
-                .bytes()?,
-        );
+        hash.update(format!("{name} {} {:?}\n", source.format(), source.shape()));
+        for scale in source.scale().unwrap_or_default() {
+            hash.update(scale.to_le_bytes());
+        }
+        for end in source.ends(SAMPLE)? {
+            hash.update(end);
+        }
     }
     let digest = hash.finalize();
     Ok(digest

@@ -9,7 +9,8 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
-use super::{Checkpoint, Source};
+use super::{Checkpoint, Source, gguf_write, scales};
+use crate::formats::Packed;
 
 /// Writes a checkpoint with its metadata to `path`, which appears whole or not at all.
 ///
@@ -32,6 +33,22 @@ pub fn write_with(
 ) -> Result<()> {
     let mut file = sibling(path)?;
     stream(checkpoint, file.as_file_mut(), written)
+        .with_context(|| format!("cannot write `{}`", path.display()))?;
+    persist(file, path)
+}
+
+/// As [`write_with()`], in GGUF, for a checkpoint whose matrices are mostly in the format `main`.
+///
+/// # Errors
+/// As [`write()`], and when a tensor is in a format that GGUF has not.
+pub fn write_gguf(
+    checkpoint: &Checkpoint,
+    main: Packed,
+    path: &Path,
+    written: &mut dyn FnMut(usize),
+) -> Result<()> {
+    let mut file = sibling(path)?;
+    gguf_write::write(checkpoint, main, file.as_file_mut(), written)
         .with_context(|| format!("cannot write `{}`", path.display()))?;
     persist(file, path)
 }
@@ -64,7 +81,10 @@ pub fn write_again(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
 /// The order is that of the safetensors library, so a file that it wrote comes out as it went in.
 fn in_file_order(checkpoint: &Checkpoint) -> Vec<(&str, &Source)> {
     let mut tensors: Vec<_> = checkpoint.iter().collect();
-    tensors.sort_by(|(a, left), (b, right)| right.dtype().cmp(&left.dtype()).then(a.cmp(b)));
+    tensors.sort_by(|(a, left), (b, right)| {
+        let order = right.format().dtype().cmp(&left.format().dtype());
+        order.then(a.cmp(b))
+    });
     tensors
 }
 
@@ -76,8 +96,11 @@ fn header(metadata: &BTreeMap<String, String>, tensors: &[(&str, &Source)]) -> R
     let mut at = 0;
     for (name, source) in tensors {
         let end = at + source.byte_len();
-        let entry =
-            json!({ "dtype": source.dtype(), "shape": source.shape(), "data_offsets": [at, end] });
+        let format = source.format();
+        let dtype = format
+            .dtype()
+            .with_context(|| format!("tensor `{name}`: safetensors has no {format}"))?;
+        let entry = json!({ "dtype": dtype, "shape": source.shape(), "data_offsets": [at, end] });
         header.insert((*name).to_owned(), entry);
         at = end;
     }
@@ -91,6 +114,7 @@ fn stream(
     file: &mut std::fs::File,
     written: &mut dyn FnMut(usize),
 ) -> Result<()> {
+    let checkpoint = &scales::detached(checkpoint)?;
     let tensors = in_file_order(checkpoint);
     let header = header(&checkpoint.metadata, &tensors)?;
     let mut out = BufWriter::with_capacity(1 << 20, file);

@@ -1,13 +1,15 @@
-//! Where one tensor's bytes come from: ranges of mapped files, random numbers, or a value we made.
+//! Where one tensor's bytes come from: ranges of mapped files, random numbers, a value we made, or another format.
 
-use std::{borrow::Cow, io::Write, ops::Range};
+use std::{borrow::Cow, io::Write, ops::Range, sync::Arc};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle::{DType, Device, Tensor};
 use safetensors::Dtype;
 
-use super::random::Random;
-use crate::files::Blob;
+use super::{format::Format, random::Random};
+use crate::{files::Blob, formats::Packed};
+
+mod values;
 
 /// How many bytes of a tensor are made at a time while it is written.
 const STEP: usize = 16 << 20;
@@ -15,9 +17,11 @@ const STEP: usize = 16 << 20;
 /// One named tensor of a checkpoint, not loaded yet. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct Source {
-    dtype: Dtype,
+    format: Format,
     shape: Vec<usize>,
     data: Data,
+    /// What float8 values are multiplied by: one number, or one for each row.
+    scale: Option<Arc<[f32]>>,
 }
 
 #[derive(Clone, Debug)]
@@ -27,6 +31,8 @@ enum Data {
     Pieces(Vec<Piece>),
     /// A value that is cast to the number format only when it is read.
     Dense(Tensor),
+    /// Another source, converted while it is read.
+    Converted(Box<Source>),
 }
 
 #[derive(Clone, Debug)]
@@ -64,23 +70,25 @@ impl Source {
     pub(super) fn mapped(
         blob: &Blob,
         range: Range<usize>,
-        dtype: Dtype,
+        format: Format,
         shape: Vec<usize>,
     ) -> Self {
-        Self::piece(dtype, shape, Whole::Blob(blob.clone()), range)
+        Self::piece(format, shape, Whole::Blob(blob.clone()), range)
     }
 
     /// Random numbers, made when they are asked for: the same ones for a seed and name, whatever else is asked for.
     pub fn random(shape: Vec<usize>, random: Random) -> Self {
         let bytes = shape.iter().product::<usize>() * random.dtype().bitsize() / 8;
-        Self::piece(random.dtype(), shape, Whole::Random(random), 0..bytes)
+        let format = random.dtype().into();
+        Self::piece(format, shape, Whole::Random(random), 0..bytes)
     }
 
-    fn piece(dtype: Dtype, shape: Vec<usize>, of: Whole, range: Range<usize>) -> Self {
+    fn piece(format: Format, shape: Vec<usize>, of: Whole, range: Range<usize>) -> Self {
         Self {
-            dtype,
+            format,
             shape,
             data: Data::Pieces(vec![Piece { of, range }]),
+            scale: None,
         }
     }
 
@@ -98,15 +106,61 @@ impl Source {
     /// When safetensors has no name for the dtype.
     pub fn dense_as(tensor: &Tensor, dtype: DType) -> Result<Self> {
         Ok(Self {
-            dtype: safetensors_dtype(dtype)?,
+            format: safetensors_dtype(dtype)?.into(),
             shape: tensor.dims().to_vec(),
             data: Data::Dense(tensor.clone()),
+            scale: None,
         })
     }
 
+    /// The same numbers in another format, converted a part at a time while they are written; as it is where it has the
+    /// format (and scale) already. `scale` is what float8 values are multiplied by again.
+    #[must_use]
+    pub fn converted(&self, format: Format, scale: Option<f32>) -> Self {
+        if self.format == format && (scale.is_none() == self.scale.is_none()) {
+            return self.clone();
+        }
+        Self {
+            format,
+            shape: self.shape.clone(),
+            data: Data::Converted(Box::new(self.clone())),
+            scale: scale.map(|s| Arc::from([s])),
+        }
+    }
+
+    /// Sets what float8 values are multiplied by: one number, or one for each row.
+    ///
+    /// # Errors
+    /// When the values are no float8, or there is another number of scales.
+    pub fn with_scale(mut self, scale: Vec<f32>) -> Result<Self> {
+        ensure!(
+            self.format == Format::Packed(Packed::F8E4M3),
+            "a tensor of {} has a scale beside it, which only F8_E4M3 may have",
+            self.format
+        );
+        let rows = self.shape.first().copied().unwrap_or(1);
+        ensure!(
+            scale.len() == 1 || scale.len() == rows,
+            "{} scales for shape {:?}, expected 1 or {rows}",
+            scale.len(),
+            self.shape
+        );
+        ensure!(
+            scale.iter().all(|s| s.is_finite()),
+            "a scale is NaN or infinite"
+        );
+        self.scale = Some(scale.into());
+        Ok(self)
+    }
+
+    /// What float8 values are multiplied by: one number, or one for each row.
+    pub fn scale(&self) -> Option<&[f32]> {
+        self.scale.as_deref()
+    }
+
     /// Number format on disk.
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
+    pub fn format(&self) -> Format {
+        self.format
     }
 
     /// Dimensions, outermost first.
@@ -121,7 +175,7 @@ impl Source {
 
     /// Size in bytes.
     pub fn byte_len(&self) -> usize {
-        (self.elements() * self.dtype.bitsize()).div_ceil(8)
+        self.format.bytes(self.elements())
     }
 
     /// The rows `rows` (of the outermost dimension).
@@ -141,17 +195,32 @@ impl Source {
         );
         let mut shape = self.shape.clone();
         shape[0] = rows.len();
+        let width: usize = shape[1..].iter().product();
+        ensure!(
+            [rows.start, rows.end]
+                .iter()
+                .all(|row| (row * width).is_multiple_of(self.format.block())),
+            "rows {rows:?} of shape {:?} are parts of blocks of {}",
+            self.shape,
+            self.format
+        );
+        let scale = self.scale.as_ref().map(|scale| match scale.len() {
+            1 => scale.clone(),
+            _ => scale[rows.clone()].into(),
+        });
         let data = match &self.data {
+            Data::Converted(from) => Data::Converted(Box::new(from.rows(rows)?)),
             Data::Dense(t) => Data::Dense(t.narrow(0, rows.start, rows.len())?),
             Data::Pieces(pieces) => {
-                let row = self.byte_len() / total.max(1);
-                Data::Pieces(cut(pieces, rows.start * row..rows.end * row))
+                let bytes = |row: usize| self.format.bytes(row * width);
+                Data::Pieces(cut(pieces, bytes(rows.start)..bytes(rows.end)))
             }
         };
         Ok(Self {
-            dtype: self.dtype,
+            format: self.format,
             shape,
             data,
+            scale,
         })
     }
 
@@ -168,17 +237,17 @@ impl Source {
         shape[0] = 0;
         for part in parts {
             ensure!(
-                part.dtype == first.dtype && part.shape[1..] == first.shape[1..],
-                "cannot fuse {:?} {:?} with {:?} {:?}",
-                first.dtype,
+                part.format == first.format && part.shape[1..] == first.shape[1..],
+                "cannot fuse {} {:?} with {} {:?}",
+                first.format,
                 first.shape,
-                part.dtype,
+                part.format,
                 part.shape
             );
             shape[0] += part.shape[0];
             match &part.data {
                 Data::Pieces(p) => pieces.extend(p.iter().cloned()),
-                Data::Dense(_) => {
+                Data::Dense(_) | Data::Converted(_) => {
                     let tensors = parts
                         .iter()
                         .map(|p| p.tensor(&Device::Cpu))
@@ -187,10 +256,24 @@ impl Source {
                 }
             }
         }
+        let scaled = parts.iter().any(|part| part.scale.is_some());
+        let scale = scaled.then(|| {
+            let each = parts.iter().flat_map(|part| {
+                let rows = part.shape[0];
+                let one = |row| match part.scale() {
+                    None => 1.0,
+                    Some([one]) => *one,
+                    Some(each) => each[row],
+                };
+                (0..rows).map(one).collect::<Vec<_>>()
+            });
+            each.collect()
+        });
         Ok(Self {
-            dtype: first.dtype,
+            format: first.format,
             shape,
             data: Data::Pieces(pieces),
+            scale,
         })
     }
 
@@ -206,13 +289,42 @@ impl Source {
         );
         let data = match &self.data {
             Data::Dense(t) => Data::Dense(t.reshape(shape)?),
-            pieces @ Data::Pieces(_) => pieces.clone(),
+            same => same.clone(),
         };
+        ensure!(
+            self.scale().is_none_or(|scale| scale.len() == 1),
+            "a tensor with a scale for each row keeps its shape"
+        );
         Ok(Self {
-            dtype: self.dtype,
+            format: self.format,
             shape: shape.to_vec(),
             data,
+            scale: self.scale.clone(),
         })
+    }
+
+    /// The first and the last bytes, at most `limit` of each: enough to tell tensors apart.
+    ///
+    /// # Errors
+    /// As [`Source::bytes`].
+    pub fn ends(&self, limit: usize) -> Result<[Vec<u8>; 2]> {
+        if let Data::Pieces(pieces) = &self.data {
+            let length = self.byte_len();
+            let count = limit.min(length);
+            let part = |range| {
+                let pieces = cut(pieces, range);
+                pieces.iter().flat_map(|p| p.bytes().into_owned()).collect()
+            };
+            return Ok([part(0..count), part(length - count..length)]);
+        }
+        let block = self.format.block();
+        let fitting = limit / self.format.bytes(block).max(1) * block;
+        let count = fitting.min(self.elements());
+        let part = |range| self.format.pack(&self.stored(range)?);
+        Ok([
+            part(0..count)?,
+            part(self.elements() - count..self.elements())?,
+        ])
     }
 
     /// The bytes in row-major order, as safetensors stores them; borrowed where they lie in one piece of a file.
@@ -237,9 +349,10 @@ impl Source {
     pub fn write_to(&self, out: &mut dyn Write) -> Result<()> {
         match &self.data {
             Data::Pieces(pieces) => Ok(pieces.iter().try_for_each(|piece| piece.write_to(out))?),
+            Data::Converted(_) => self.write_converted(out),
             Data::Dense(tensor) => {
                 let flat = tensor.flatten_all()?;
-                let dtype = candle_dtype(self.dtype)?;
+                let dtype = candle_dtype(self.format)?;
                 let step = STEP / 8;
                 for start in (0..self.elements()).step_by(step) {
                     let part = flat.narrow(0, start, step.min(self.elements() - start))?;
@@ -250,16 +363,22 @@ impl Source {
         }
     }
 
-    /// Loads the tensor in its own dtype.
+    /// Loads the tensor in its own dtype; packed ones in f32.
     ///
     /// # Errors
     /// When candle has no such dtype or the device is out of memory.
     pub fn tensor(&self, device: &Device) -> Result<Tensor> {
-        let dtype = candle_dtype(self.dtype)?;
+        if matches!(self.format, Format::Packed(_)) {
+            let values = self.values(0..self.elements())?;
+            return Ok(Tensor::from_vec(values, self.shape.as_slice(), device)?);
+        }
+        let dtype = candle_dtype(self.format)?;
         match &self.data {
             Data::Dense(tensor) => Ok(tensor.to_dtype(dtype)?.to_device(device)?),
-            Data::Pieces(_) => Tensor::from_raw_buffer(&self.bytes()?, dtype, &self.shape, device)
-                .context("cannot load the tensor"),
+            Data::Pieces(_) | Data::Converted(_) => {
+                Tensor::from_raw_buffer(&self.bytes()?, dtype, &self.shape, device)
+                    .context("cannot load the tensor")
+            }
         }
     }
 }
@@ -317,10 +436,11 @@ pub fn safetensors_dtype(dtype: DType) -> Result<Dtype> {
     })
 }
 
-/// The candle dtype of a safetensors name.
-///
-/// # Errors
-/// When candle cannot compute with it.
-pub fn candle_dtype(dtype: Dtype) -> Result<DType> {
-    DType::try_from(dtype).ok().with_context(|| format!("tensors of dtype {dtype:?} are not supported\nhint: use a float32, float16 or bfloat16 file"))
+/// The candle dtype of a format.
+fn candle_dtype(format: Format) -> Result<DType> {
+    let dtype = match format {
+        Format::Plain(dtype) => DType::try_from(dtype).ok(),
+        Format::Packed(_) => None,
+    };
+    dtype.with_context(|| format!("tensors of dtype {format} are not supported\nhint: use a float32, float16, bfloat16, F8_E4M3 or GGUF file"))
 }

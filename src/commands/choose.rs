@@ -90,7 +90,9 @@ pub(super) fn situation(pipeline: &Pipeline, runtime: &Runtime, settings: &Setti
     Situation {
         image_tokens: settings.size.tokens(),
         text_tokens: settings.text_tokens,
-        weight_bytes: runtime.dtype.size_in_bytes(),
+        element: runtime.dtype.size_in_bytes(),
+        weight_bytes: pipeline.transformer.bytes_loaded(runtime.dtype) as f64
+            / pipeline.transformer.parameters().max(1) as f64,
         file_bytes: file_bytes / pipeline.transformer.parameters().max(1) as f64,
     }
 }

@@ -64,8 +64,7 @@ impl Demand {
         };
         // 2 · rows · (k² / 2 + k d) multiply-adds
         let products = (kept * of_shard(rows)) as f64 * 2.0 * (d as f64) * (1.5 * d as f64);
-        let weights =
-            pipeline.transformer.parameters() as u64 * runtime.dtype.size_in_bytes() as u64;
+        let weights = pipeline.transformer.bytes_loaded(runtime.dtype) as u64;
         let sums = kept as u64 * gather::bytes_of_sums(config);
         let element = runtime.dtype.size_in_bytes() as u64;
         // the widest moment of a block: its input, projections of q, k, v and the MLP, and their activations

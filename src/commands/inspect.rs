@@ -36,7 +36,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
     let total = cost::model(config, image, text);
     let mut dtypes: BTreeMap<String, usize> = BTreeMap::new();
     for (_, source) in pipeline.transformer.iter() {
-        *dtypes.entry(format!("{:?}", source.dtype())).or_default() += source.elements();
+        *dtypes.entry(source.format().to_string()).or_default() += source.elements();
     }
     let parameters = pipeline.transformer.parameters();
     let bytes = pipeline.transformer.bytes();
@@ -130,7 +130,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
     ];
     if let Some(record) = &pipeline.record {
         lines.push(format!(
-            "pruned      from {} by {}",
+            "made        from {} by {}",
             record.base, record.tool
         ));
     }

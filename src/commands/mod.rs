@@ -15,6 +15,7 @@ mod bench;
 mod bench_inputs;
 mod calibrate;
 mod choose;
+mod convert;
 mod demand;
 mod eval;
 mod eval_output;
@@ -50,6 +51,7 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::TrainSandwich(args) => train_sandwich::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(&args),
+        Command::Convert(args) => convert::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Init(args) => init::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     calibrate::{file::Calibration, pass::Shard},
     checkpoint::{
-        Checkpoint, output,
+        Checkpoint, convert, output,
         record::{self, Record},
         save::{self, OutputFolder},
     },
@@ -120,6 +120,13 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
         &found.fits.layers,
     )?;
     apply::put_outputs(&mut checkpoint, &config, &found.fits.outputs)?;
+    let (checkpoint, widened) = convert::for_safetensors(&checkpoint);
+    if widened > 0 {
+        ui::note(format!(
+            "{widened} tensors that are GGML blocks in `{}` are written in bf16 (`fastflux convert` packs them again)",
+            pipeline.name
+        ));
+    }
     let record = record(&session, &recipe, &found, &config)?;
     let output = OutputFolder::create(&args.output, args.force)?;
     output::write(
@@ -233,7 +240,7 @@ fn record(
         axes_dims: config.axes_dims.clone(),
         theta: config.theta,
         scheduler: pipeline.scheduler.clone(),
-        defaults: serde_json::to_value(&pipeline.defaults)?,
+        defaults: serde_json::to_value(pipeline.recorded_defaults()?)?,
         recipe: json!({ "prune": recipe, "plan": found.plan }),
     })
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{load, train::Pair};
 use crate::{
     checkpoint::{
-        Checkpoint, Source, candle_dtype, output,
+        Checkpoint, Source, convert, output,
         record::Record,
         save::{self, OutputFolder},
     },
@@ -70,7 +70,8 @@ pub(super) fn healed(pair: &Pair, student: &Trunk, merge: bool) -> Result<Checkp
         let mut block = block.resident()?;
         for (projection, linear) in block.linears_mut() {
             let name = format!("{prefix}.{projection}");
-            for (part, value) in [("weight", Some(linear.weight())), ("bias", linear.bias())] {
+            let weight = linear.weight()?;
+            for (part, value) in [("weight", Some(&weight)), ("bias", linear.bias())] {
                 if let Some(value) = value.filter(|v| v.is_variable()) {
                     insert(&mut out, &format!("{name}.{part}"), value)?;
                 }
@@ -86,11 +87,11 @@ pub(super) fn healed(pair: &Pair, student: &Trunk, merge: bool) -> Result<Checkp
                     b: host(&lora.b)?,
                     scale: lora.scale,
                 }))?;
-                insert(&mut out, &name, sum.merge()?.weight())?;
+                insert(&mut out, &name, &sum.merge()?.weight()?)?;
             }
         }
     }
-    Ok(out)
+    Ok(convert::for_safetensors(&out).0)
 }
 
 fn host(t: &Tensor) -> Result<Tensor> {
@@ -102,10 +103,9 @@ fn moved(b: &Tensor) -> Result<bool> {
     Ok(host(b)?.abs()?.max_all()?.to_scalar::<f32>()? > 0.0)
 }
 
-/// Puts a value in the place of a tensor, in its number format.
+/// Puts a value in the place of a tensor, in its number format where that is a float of 16 bits or more.
 fn insert(out: &mut Checkpoint, name: &str, value: &Tensor) -> Result<()> {
-    let dtype =
-        candle_dtype(out.expect(name)?.dtype()).with_context(|| format!("tensor `{name}`"))?;
+    let dtype = out.expect(name)?.format().of_changed();
     let value = host(value)?.to_dtype(dtype)?;
     out.insert(name, Source::dense(&value)?);
     Ok(())

@@ -149,8 +149,8 @@ impl Block {
         };
         // the first three parts of three (single) or six (double)
         let first = |lin: &Linear| -> Result<Modulation<3>> {
-            let rows = 3 * lin.weight().dim(1)?;
-            let weight = lin.weight().narrow(0, 0, rows)?;
+            let rows = 3 * lin.shape()?.1;
+            let weight = lin.weight()?.narrow(0, 0, rows)?;
             let bias = lin.bias().map(|b| b.narrow(0, 0, rows)).transpose()?;
             Ok(Modulation {
                 lin: Linear::new(weight, bias)?,
@@ -215,8 +215,8 @@ mod tests {
         for (index, (spec, block)) in flux.trunk.entries_mut().iter_mut().enumerate() {
             let replaced = matches!(spec, BlockSpec::Replaced(_));
             for (name, linear) in block.linears_mut() {
-                let (output, input) = linear.weight().dims2()?;
-                let dtype = linear.weight().dtype();
+                let (output, input) = linear.shape()?;
+                let dtype = linear.weight()?.dtype();
                 let mut var = |part: &str, x: Tensor| -> Result<Tensor> {
                     let var = Var::from_tensor(&x.to_dtype(dtype)?)?;
                     let tensor = var.as_tensor().clone();
@@ -225,10 +225,8 @@ mod tests {
                 };
                 if replaced {
                     let bias = linear.bias().cloned().expect("replacements have a bias");
-                    *linear = Linear::new(
-                        var("weight", linear.weight().clone())?,
-                        Some(var("bias", bias)?),
-                    )?;
+                    *linear =
+                        Linear::new(var("weight", linear.weight()?)?, Some(var("bias", bias)?))?;
                 }
                 let a = var("a", (random(name, (2, input))? * 0.3)?)?;
                 let b = var("b", (random(name, (output, 2))? * 0.3)?)?;
@@ -319,7 +317,7 @@ mod tests {
                 for (_, linear) in block.linears_mut() {
                     let merged = linear.merge()?;
                     *linear =
-                        Linear::new(merged.weight().detach(), merged.bias().map(Tensor::detach))?;
+                        Linear::new(merged.weight()?.detach(), merged.bias().map(Tensor::detach))?;
                 }
             }
             let fused = flux.forward(&inputs.borrowed(), &mut ())?;

@@ -1,15 +1,16 @@
-//! The only projection type: dense weights with an optional LoRA beside them.
+//! The only projection type: a weight, dense or packed, with an optional LoRA beside it.
 //! Knows no names; which projection is where is the blocks' business.
 
-use candle::{DType, Result, Tensor};
+use candle::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::ops;
+use super::weight::Weight;
 
 /// `x·Wᵀ + scale·(x·Aᵀ)·Bᵀ + bias`.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
     lora: Option<Lora>,
 }
@@ -41,14 +42,18 @@ impl Lora {
 impl Linear {
     /// From `weight` (out, in) and `bias` (out,). Either may be a `Var`'s tensor, of a wider dtype than the activations.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        let (output, _) = weight.dims2()?;
+        Self::of(Weight::Dense(weight), bias)
+    }
+
+    fn of(weight: Weight, bias: Option<Tensor>) -> Result<Self> {
+        let (output, input) = weight.shape()?;
         if let Some(bias) = &bias
             && bias.dims() != [output]
         {
             candle::bail!(
                 "a bias of shape {:?} for a weight of shape {:?}",
                 bias.shape(),
-                weight.shape()
+                [output, input]
             );
         }
         Ok(Self {
@@ -58,17 +63,32 @@ impl Linear {
         })
     }
 
-    /// Reads `weight` (output, input) and `bias` (output,).
+    /// Reads `weight` (output, input) and `bias` (output,); a weight that is stored packed stays so.
     pub fn load(input: usize, output: usize, vb: &VarBuilder) -> Result<Self> {
-        Self::new(
-            vb.get((output, input), "weight")?,
+        Self::of(
+            Weight::load(output, input, vb)?,
             Some(vb.get(output, "bias")?),
         )
     }
 
+    /// Reads `weight` (output, input) of a projection without bias.
+    pub fn without_bias(input: usize, output: usize, vb: &VarBuilder) -> Result<Self> {
+        Self::of(Weight::load(output, input, vb)?, None)
+    }
+
+    /// (out, in); made anew where it is packed.
+    pub fn weight(&self) -> Result<Tensor> {
+        self.weight.dense()
+    }
+
     /// (out, in)
-    pub fn weight(&self) -> &Tensor {
-        &self.weight
+    pub fn shape(&self) -> Result<(usize, usize)> {
+        self.weight.shape()
+    }
+
+    /// Where the weight is.
+    pub fn device(&self) -> Device {
+        self.weight.device()
     }
 
     /// (out,)
@@ -84,14 +104,14 @@ impl Linear {
     /// Attaches a LoRA, or takes it off.
     pub fn set_lora(&mut self, lora: Option<Lora>) -> Result<()> {
         if let Some(Lora { a, b, .. }) = &lora {
-            let (output, input) = self.weight.dims2()?;
+            let (output, input) = self.weight.shape()?;
             let rank = a.dim(0)?;
             if a.dims() != [rank, input] || b.dims() != [output, rank] {
                 candle::bail!(
                     "a LoRA with A {:?} and B {:?} does not fit a weight of shape {:?}",
                     a.shape(),
                     b.shape(),
-                    self.weight.shape()
+                    [output, input]
                 );
             }
         }
@@ -103,7 +123,7 @@ impl Linear {
     #[must_use]
     pub fn detached(&self) -> Self {
         Self {
-            weight: self.weight.detach(),
+            weight: self.weight.detached(),
             bias: self.bias.as_ref().map(Tensor::detach),
             lora: self.lora.as_ref().map(Lora::detached),
         }
@@ -111,27 +131,29 @@ impl Linear {
 
     /// The product without the bias, for the operation that folds it in: `x` (…, in) to (…, out), in the dtype of `x`.
     pub fn product(&self, x: &Tensor) -> Result<Tensor> {
-        let (output, input) = self.weight.dims2()?;
+        let (output, input) = self.weight.shape()?;
         let mut shape = x.dims().to_vec();
         match shape.last_mut() {
             Some(last) if *last == input => *last = output,
             _ => candle::bail!(
                 "an input of shape {:?} for a weight of shape {:?}",
                 x.shape(),
-                self.weight.shape()
+                [output, input]
             ),
         }
         // one matrix product over all rows; on three dimensions candle would repeat the weight for every sample
         let x = x.reshape(((), input))?;
         let low_rank = self.lora.as_ref().map(|l| (&l.a, &l.b, l.scale));
-        let y = ops::product(&x, &self.weight, low_rank)?;
+        let y = ops::product(&x, &self.weight.dense()?, low_rank)?;
         y.reshape(shape)
     }
 
     /// `gelu` of the product and the bias: `x` (batch, tokens, in) to (batch, tokens, out).
     pub fn gelu(&self, x: &Tensor) -> Result<Tensor> {
+        // kernels on other devices do not join, and asking would widen a packed weight once more
         if self.lora.is_none()
-            && let Some(y) = ops::gelu_of_product(x, &self.weight, self.bias())?
+            && x.device().is_cpu()
+            && let Some(y) = ops::gelu_of_product(x, &self.weight.dense()?, self.bias())?
         {
             return Ok(y);
         }
@@ -145,16 +167,17 @@ impl Linear {
 
     /// The same map without LoRA: `W + scale·B·A`, summed in f32 and rounded to the weight's dtype once.
     pub fn merge(&self) -> Result<Self> {
+        let dense = self.weight.dense()?;
         let weight = match &self.lora {
-            None => self.weight.clone(),
+            None => dense,
             Some(Lora { a, b, scale }) => {
-                let wide = if self.weight.dtype() == DType::F64 {
+                let wide = if dense.dtype() == DType::F64 {
                     DType::F64
                 } else {
                     DType::F32
                 };
                 let delta = (b.to_dtype(wide)?.matmul(&a.to_dtype(wide)?)? * *scale)?;
-                (self.weight.to_dtype(wide)? + delta)?.to_dtype(self.weight.dtype())?
+                (dense.to_dtype(wide)? + delta)?.to_dtype(dense.dtype())?
             }
         };
         Self::new(weight, self.bias.clone())
@@ -184,7 +207,7 @@ mod tests {
         let linear = with_lora(DType::F32)?;
         for shape in [vec![2, 5, 16], vec![4, 16]] {
             let x = random("x", shape)?;
-            let plain = Linear::new(linear.weight.clone(), linear.bias.clone())?;
+            let plain = Linear::new(linear.weight()?, linear.bias.clone())?;
             close(&linear.merge()?.forward(&x)?, &linear.forward(&x)?, 1e-6)?;
             assert!(
                 close(&plain.forward(&x)?, &linear.forward(&x)?, 1e-2).is_err(),

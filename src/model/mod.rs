@@ -20,6 +20,7 @@ mod stream;
 #[cfg(test)]
 mod testing;
 mod trunk;
+mod weight;
 
 pub use block::Block;
 pub use double::DoubleBlock;

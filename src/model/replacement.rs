@@ -36,10 +36,7 @@ impl AffineLayer {
 
     fn load(hidden: usize, form: Form, vb: &VarBuilder) -> Result<Self> {
         let vec = match form {
-            Form::Conditioned => {
-                let weight = vb.pp("vec").get((hidden, hidden), "weight")?;
-                Some(Linear::new(weight, None)?)
-            }
+            Form::Conditioned => Some(Linear::without_bias(hidden, hidden, &vb.pp("vec"))?),
             _ => None,
         };
         let modulation = match form {

@@ -76,9 +76,10 @@ impl SingleBlock {
         } = self;
         let (bias, rope) = (linear1.bias(), &conditioning.rope);
         if linear1.lora().is_none()
+            && x.device().is_cpu()
             && let Some(y) = ops::attend_beside_gelu_of_product(
                 x,
-                linear1.weight(),
+                &linear1.weight()?,
                 bias,
                 norms,
                 *num_heads,

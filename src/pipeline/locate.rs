@@ -46,7 +46,7 @@ pub(super) fn locate(model: Option<&str>) -> Result<Found> {
             })
         }
         _ => bail!(
-            "`{model}` does not exist\nhint: name a folder, a .safetensors file, or a hub id such as black-forest-labs/FLUX.1-dev"
+            "`{model}` does not exist\nhint: name a folder, a .safetensors or .gguf file, or a hub id such as black-forest-labs/FLUX.1-dev"
         ),
     }
 }
@@ -59,17 +59,17 @@ fn in_folder(path: &Path) -> Result<Found> {
     let is_weights = |name: &String| {
         Path::new(name)
             .extension()
-            .is_some_and(|e| e == "safetensors")
+            .is_some_and(|e| e == "safetensors" || e == "gguf")
     };
     let weights: Vec<String> = files.list()?.into_iter().filter(is_weights).collect();
     match weights.as_slice() {
         [one] => in_file(&path.join(one)),
         [] => bail!(
-            "`{}` holds no FLUX model: there is no transformer/ folder and no .safetensors file",
+            "`{}` holds no FLUX model: there is no transformer/ folder and no .safetensors or .gguf file",
             path.display()
         ),
         many => bail!(
-            "`{}` holds several .safetensors files ({}); name one of them",
+            "`{}` holds several .safetensors or .gguf files ({}); name one of them",
             path.display(),
             many.join(", ")
         ),

@@ -247,6 +247,18 @@ impl Pipeline {
         Ok(limit.map_or(family, |limit| family.min(limit as usize)))
     }
 
+    /// The defaults as a file that leaves this folder must record them: with what VAE and tokenizer say.
+    ///
+    /// # Errors
+    /// When their configurations are damaged.
+    pub fn recorded_defaults(&self) -> Result<Defaults> {
+        Ok(Defaults {
+            size: Some(self.default_size()?),
+            text_length: Some(self.default_text_length()?),
+            ..self.defaults.clone()
+        })
+    }
+
     /// The folder with text encoders and tokenizers.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use candle::DType;
 
 use super::{layers::LayerMap, outputs::Outputs, plan::PruningPlan};
 use crate::{
-    checkpoint::{Checkpoint, Source, candle_dtype, keys},
+    checkpoint::{Checkpoint, Source, keys},
     layout::{BlockId, BlockSpec, FluxConfig},
 };
 
@@ -103,14 +103,14 @@ pub fn put_outputs(
             let before = checkpoint
                 .get(&name)
                 .with_context(|| format!("the checkpoint has no `{name}`"))?;
-            let dtype = storable(candle_dtype(before.dtype()).ok());
+            let dtype = before.format().of_changed();
             checkpoint.insert(name, Source::dense_as(tensor, dtype)?);
         }
     }
     Ok(())
 }
 
-/// The number format of a block's first weight; f32 for formats that cannot hold a fit.
+/// The number format of what replaces a block, by its first weight.
 fn block_dtype(checkpoint: &Checkpoint, slots: &BTreeMap<String, BlockSpec>, id: BlockId) -> DType {
     let prefix = slots
         .iter()
@@ -122,13 +122,5 @@ fn block_dtype(checkpoint: &Checkpoint, slots: &BTreeMap<String, BlockSpec>, id:
                 .as_ref()
                 .is_some_and(|prefix| name.starts_with(prefix))
     });
-    let dtype = weight.and_then(|(_, source)| candle_dtype(source.dtype()).ok());
-    storable(dtype)
-}
-
-/// `dtype`, or f32 where it cannot hold a fit.
-fn storable(dtype: Option<DType>) -> DType {
-    dtype
-        .filter(|d| matches!(d, DType::F16 | DType::BF16 | DType::F32 | DType::F64))
-        .unwrap_or(DType::F32)
+    weight.map_or(DType::F32, |(_, source)| source.format().of_changed())
 }

@@ -200,7 +200,8 @@ mod tests {
             situation: Situation {
                 image_tokens: 4096,
                 text_tokens: 512,
-                weight_bytes: 2,
+                element: 2,
+                weight_bytes: 2.0,
                 file_bytes: 2.0,
             },
             form: Form::Linear,

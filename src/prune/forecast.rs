@@ -15,8 +15,10 @@ pub struct Situation {
     pub image_tokens: usize,
     /// Text tokens.
     pub text_tokens: usize,
-    /// Bytes of one weight in memory: 2 for bf16.
-    pub weight_bytes: usize,
+    /// Bytes of one activation: 2 for bf16.
+    pub element: usize,
+    /// Bytes of one weight in memory, on average: 2 for bf16, less where weights stay packed.
+    pub weight_bytes: f64,
     /// Bytes of the whole unpruned checkpoint on disk for each parameter.
     pub file_bytes: f64,
 }
@@ -41,6 +43,7 @@ impl Forecast {
         let Situation {
             image_tokens,
             text_tokens,
+            element,
             weight_bytes,
             file_bytes,
         } = situation;
@@ -52,7 +55,8 @@ impl Forecast {
             parameters: cost.parameters,
             file_bytes: (cost.parameters as f64 * file_bytes).round() as u64,
             flops: cost.flops(),
-            memory_bytes: (cost.parameters + tokens * widest) * weight_bytes as u64,
+            memory_bytes: (cost.parameters as f64 * weight_bytes).round() as u64
+                + tokens * widest * element as u64,
         }
     }
 

@@ -178,7 +178,7 @@ impl StreamSums {
     fn solve_gated(self, ridge: Option<f64>, inputs: &Inputs, txt: bool) -> Result<Fitted> {
         let modulation = self.modulation.context("a modulated layer has one")?;
         let ridge = ridge.unwrap_or(fit::DEFAULT_RIDGE);
-        let device = modulation.lin.weight().device().clone();
+        let device = modulation.lin.device();
         let solution = self.gated.solve(ridge, &device, &mut |b| {
             let mut out = b.zeros_like()?;
             inputs(&mut |stream, conditioning, rows| {
@@ -194,7 +194,7 @@ impl StreamSums {
             .lin
             .bias()
             .context("the modulation has no bias")?;
-        let kept = (modulation.lin.weight().clone(), bias.clone());
+        let kept = (modulation.lin.weight()?, bias.clone());
         fitted(&solution, None, Some(kept), self.change_sq)
     }
 }

@@ -100,7 +100,7 @@ mod tests {
             .find(|(name, _)| *name == "linear1")
             .unwrap();
         let merged = linear1.merge().unwrap();
-        let delta = (merged.weight() - linear1.weight()).unwrap();
+        let delta = (merged.weight().unwrap() - linear1.weight().unwrap()).unwrap();
         let parts: Vec<Tensor> = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]
             .iter()
             .map(|module| {

@@ -89,9 +89,9 @@ pub fn attach(
                 Ok(tensor)
             };
             if replaced {
-                let (weight, bias) = (linear.weight().clone(), linear.bias().cloned());
+                let (weight, bias) = (linear.weight()?, linear.bias().cloned());
                 if weight.is_variable() {
-                    out.extend(listed(&name, linear));
+                    out.extend(listed(&name, linear)?);
                     continue;
                 }
                 let weight = var("weight", &|| Ok(weight.clone()))?;
@@ -101,9 +101,9 @@ pub fn attach(
                 };
                 *linear = Linear::new(weight, bias)?;
             } else if linear.lora().is_some() {
-                out.extend(listed(&name, linear));
+                out.extend(listed(&name, linear)?);
             } else if let Some(rank) = recipe.rank.filter(|_| wanted(recipe, projection)) {
-                let (output, input) = linear.weight().dims2()?;
+                let (output, input) = linear.shape()?;
                 let rank = rank.min(input).min(output);
                 let a = var("lora-a", &|| factor(seed, &name, rank, input))?;
                 let b = var("lora-b", &|| {
@@ -125,10 +125,10 @@ pub fn attach(
 }
 
 /// The trainables of a projection that is trainable already.
-fn listed(name: &str, linear: &Linear) -> Vec<Trainable> {
-    let lora = linear.lora();
+fn listed(name: &str, linear: &Linear) -> Result<Vec<Trainable>> {
+    let (weight, lora) = (linear.weight()?, linear.lora());
     let parts = [
-        ("weight", Some(linear.weight())),
+        ("weight", Some(&weight)),
         ("bias", linear.bias()),
         ("lora-a", lora.map(|l| &l.a)),
         ("lora-b", lora.map(|l| &l.b)),
@@ -139,7 +139,7 @@ fn listed(name: &str, linear: &Linear) -> Vec<Trainable> {
         let name = format!("{name}.{part}");
         Some(Trainable { name, var })
     });
-    trainables.collect()
+    Ok(trainables.collect())
 }
 
 /// A LoRA's A, (rank, input): normal with variance 1 / input, by the seed and the name alone.

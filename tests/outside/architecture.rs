@@ -7,14 +7,15 @@ use std::{
 };
 
 /// What each module may import of the crate. `commands` and `main` may import everything.
-const MAY_IMPORT: [(&str, &[&str]); 13] = [
+const MAY_IMPORT: [(&str, &[&str]); 14] = [
+    ("formats", &[]),
     ("layout", &[]),
     ("device", &[]),
     ("ui", &[]),
     ("files", &["ui"]),
-    ("checkpoint", &["layout", "files"]),
+    ("checkpoint", &["formats", "layout", "files"]),
     ("pipeline", &["layout", "ui", "files", "checkpoint"]),
-    ("model", &["layout"]),
+    ("model", &["formats", "layout"]),
     ("sample", &["files", "checkpoint", "model"]),
     (
         "calibrate",

@@ -121,6 +121,15 @@ impl<'a> Operand<'a> {
         }
     }
 
+    /// All elements of a contiguous tensor of bytes.
+    pub(super) fn bytes(&self) -> Result<&[u8]> {
+        let data = self.cpu()?.as_slice::<u8>()?;
+        match self.layout.contiguous_offsets() {
+            Some((start, end)) => Ok(&data[start..end]),
+            None => candle::bail!("a CPU kernel needs a contiguous tensor"),
+        }
+    }
+
     /// All elements of a contiguous tensor.
     pub(super) fn slice<T: Element>(&self) -> Result<&[T]> {
         let data = self.cpu()?.as_slice::<T>()?;

@@ -33,6 +33,7 @@ mod norm;
 mod product;
 mod residual;
 mod tiles;
+mod widen;
 
 pub use attend::{attend, attend_beside_gelu};
 pub use gelu::gelu;
@@ -42,6 +43,7 @@ pub use norm::norm_modulate;
 
 pub use product::product;
 pub use residual::{Branch, biased, gated_residual};
+pub use widen::widen;
 
 use candle::{DType, Result, Tensor};
 

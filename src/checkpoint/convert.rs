@@ -1,0 +1,107 @@
+//! What becomes of each tensor when a model is written in another number format. Nothing is read or written here.
+
+use anyhow::{Context, Result};
+use candle::quantized::GgmlDType;
+use safetensors::Dtype;
+
+use super::{Checkpoint, Source, format::Format, keys};
+use crate::formats::{LARGEST, Packed};
+
+/// What a model is converted to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// All tensors as floats of one width, in safetensors.
+    Plain(Dtype),
+    /// The blocks' matrices as float8 in safetensors, the rest as it is; with a scale for each matrix or without.
+    Float8 {
+        /// Whether each matrix is scaled to the range of float8.
+        scaled: bool,
+    },
+    /// The blocks' matrices as GGML blocks of this format in GGUF, the rest as floats.
+    Gguf(Packed),
+}
+
+impl Target {
+    /// The format that a tensor gets.
+    pub fn format(self, name: &str, source: &Source) -> Format {
+        let matrix = source.shape().len() == 2;
+        let of_block = matrix && keys::parse(name).is_some();
+        // what is not in the blocks stays in floats, as wide as it was
+        let float = match source.format() {
+            Format::Packed(_) => Format::Plain(Dtype::BF16),
+            plain @ Format::Plain(_) => plain,
+        };
+        match self {
+            Self::Plain(dtype) => Format::Plain(dtype),
+            Self::Float8 { .. } if of_block => Format::Packed(Packed::F8E4M3),
+            // ComfyUI-GGUF and llama.cpp keep vectors in f32
+            Self::Gguf(_) if !matrix => Format::Plain(Dtype::F32),
+            Self::Gguf(packed) if of_block => {
+                let width = source.shape().last().copied().unwrap_or(0);
+                let fits = |packed: &Packed| width.is_multiple_of(packed.block());
+                [packed, Packed::Blocks(GgmlDType::Q8_0)]
+                    .into_iter()
+                    .find(fits)
+                    .map_or(Format::Plain(Dtype::F16), Format::Packed)
+            }
+            Self::Float8 { .. } | Self::Gguf(_) => float,
+        }
+    }
+
+    /// Whether a tensor is to be scaled: its largest magnitude is needed before it is written.
+    pub fn scales(self, name: &str, source: &Source) -> bool {
+        let packed = Format::Packed(Packed::F8E4M3);
+        self == (Self::Float8 { scaled: true })
+            && self.format(name, source) == packed
+            && source.format() != packed
+    }
+}
+
+/// The checkpoint in another format, each tensor converted while it is written.
+///
+/// `largest` is asked for the largest magnitude of each matrix that is scaled.
+///
+/// # Errors
+/// Those of `largest`, with the tensor's name.
+pub fn converted(
+    checkpoint: &Checkpoint,
+    target: Target,
+    largest: &mut dyn FnMut(&Source) -> Result<f32>,
+) -> Result<Checkpoint> {
+    let mut out = Checkpoint {
+        name: checkpoint.name.clone(),
+        metadata: checkpoint.metadata.clone(),
+        ..Checkpoint::default()
+    };
+    for (name, source) in checkpoint.iter() {
+        let format = target.format(name, source);
+        let scale = if target.scales(name, source) {
+            let most = largest(source)
+                .with_context(|| format!("`{}`: tensor `{name}`", checkpoint.name))?;
+            // zeros stay zeros whatever the scale
+            Some(if most > 0.0 { most / LARGEST } else { 1.0 })
+        } else {
+            None
+        };
+        let keeps = format == source.format() && target == (Target::Float8 { scaled: true });
+        let converted = if keeps {
+            source.clone()
+        } else {
+            source.converted(format, scale)
+        };
+        out.insert(name, converted);
+    }
+    Ok(out)
+}
+
+/// The checkpoint with GGML's blocks, which safetensors cannot hold, as bf16, and how many tensors that are.
+pub fn for_safetensors(checkpoint: &Checkpoint) -> (Checkpoint, usize) {
+    let (mut out, mut count) = (checkpoint.clone(), 0);
+    for (name, source) in checkpoint.iter() {
+        if source.format().dtype().is_none() {
+            out.insert(name, source.converted(Format::Plain(Dtype::BF16), None));
+            count += 1;
+        }
+    }
+    (out, count)
+}

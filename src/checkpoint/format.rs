@@ -1,0 +1,124 @@
+//! The number format in which a file stores a tensor, and numbers as its bytes. Where the bytes lie is `source`'s business.
+
+use std::fmt;
+
+use anyhow::{Result, bail};
+use candle::DType;
+use half::{bf16, f16};
+use safetensors::Dtype;
+
+use crate::formats::Packed;
+
+/// How the values of a tensor are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// One after another, under safetensors' name for them.
+    Plain(Dtype),
+    /// In fewer bits than are computed with.
+    Packed(Packed),
+}
+
+impl From<Dtype> for Format {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F8_E4M3 => Self::Packed(Packed::F8E4M3),
+            dtype => Self::Plain(dtype),
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plain(dtype) => f.pad(&format!("{dtype:?}")),
+            Self::Packed(packed) => f.pad(packed.name()),
+        }
+    }
+}
+
+impl Format {
+    /// safetensors' name; `None` for blocks, which only GGUF has.
+    pub fn dtype(self) -> Option<Dtype> {
+        match self {
+            Self::Plain(dtype) => Some(dtype),
+            Self::Packed(Packed::F8E4M3) => Some(Dtype::F8_E4M3),
+            Self::Packed(Packed::Blocks(_)) => None,
+        }
+    }
+
+    /// The candle dtype in which a fit or another changed value is stored in such a tensor's place: its own where that
+    /// is a float of at least 16 bits, bf16 in place of packed values, f32 otherwise.
+    pub fn of_changed(self) -> DType {
+        match self {
+            Self::Packed(_) => DType::BF16,
+            Self::Plain(dtype) => DType::try_from(dtype)
+                .ok()
+                .filter(|d| matches!(d, DType::F16 | DType::BF16 | DType::F32 | DType::F64))
+                .unwrap_or(DType::F32),
+        }
+    }
+
+    /// Bytes of `values` values.
+    pub fn bytes(self, values: usize) -> usize {
+        match self {
+            Self::Plain(dtype) => (values * dtype.bitsize()).div_ceil(8),
+            Self::Packed(packed) => packed.bytes(values),
+        }
+    }
+
+    /// Values that must be taken together.
+    pub(super) fn block(self) -> usize {
+        match self {
+            Self::Plain(_) => 1,
+            Self::Packed(packed) => packed.block(),
+        }
+    }
+
+    /// The numbers that bytes stand for.
+    ///
+    /// # Errors
+    /// When they are no floats.
+    pub(super) fn widen(self, bytes: &[u8]) -> Result<Vec<f32>> {
+        fn each<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+            bytes.as_chunks().0.iter().map(|b| value(*b)).collect()
+        }
+        Ok(match self {
+            Self::Packed(packed) => {
+                let block = packed.bytes(packed.block());
+                let mut out = vec![0.0; bytes.len() / block * packed.block()];
+                packed.widen(bytes, &mut out)?;
+                out
+            }
+            Self::Plain(Dtype::F32) => each(bytes, f32::from_le_bytes),
+            Self::Plain(Dtype::F16) => each(bytes, |b| f16::from_le_bytes(b).to_f32()),
+            Self::Plain(Dtype::BF16) => each(bytes, |b| bf16::from_le_bytes(b).to_f32()),
+            Self::Plain(Dtype::F64) => each(bytes, |b| f64::from_le_bytes(b) as f32),
+            Self::Plain(dtype) => bail!("tensors of dtype {dtype:?} hold no weights"),
+        })
+    }
+
+    /// The nearest bytes.
+    ///
+    /// # Errors
+    /// When the format is none that we write, or a number is beyond float16's range.
+    pub(super) fn pack(self, values: &[f32]) -> Result<Vec<u8>> {
+        fn each<const N: usize>(values: &[f32], bytes: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
+            values.iter().flat_map(|v| bytes(*v)).collect()
+        }
+        Ok(match self {
+            Self::Packed(packed) => packed.pack(values)?,
+            Self::Plain(Dtype::F32) => each(values, f32::to_le_bytes),
+            Self::Plain(Dtype::BF16) => each(values, |v| bf16::from_f32(v).to_le_bytes()),
+            Self::Plain(Dtype::F16) => {
+                if let Some(v) = values
+                    .iter()
+                    .find(|v| v.is_finite() && !f16::from_f32(**v).is_finite())
+                {
+                    bail!("float16 cannot hold {v}\nhint: use bf16")
+                }
+                each(values, |v| f16::from_f32(v).to_le_bytes())
+            }
+            Self::Plain(dtype) => bail!("cannot write tensors of dtype {dtype:?}"),
+        })
+    }
+}

@@ -1,0 +1,109 @@
+//! float8 e4m3 without infinities: OCP 8-bit floating point, `torch.float8_e4m3fn`.
+
+/// The largest number it holds.
+pub const LARGEST: f32 = 448.0;
+/// The bits of [`LARGEST`]; all ones is NaN.
+const LARGEST_BITS: u8 = 0x7e;
+const NAN_BITS: u8 = 0x7f;
+
+/// What each byte stands for.
+pub const fn decode_table() -> &'static [f32; 256] {
+    static TABLE: [f32; 256] = make_table();
+    &TABLE
+}
+
+const fn make_table() -> [f32; 256] {
+    let mut table = [0.0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        table[byte] = decode(byte as u8);
+        byte += 1;
+    }
+    table
+}
+
+/// One sign, four bits of exponent (bias 7), three of mantissa; subnormals are eighths of 2⁻⁶.
+const fn decode(byte: u8) -> f32 {
+    let (exponent, mantissa) = (((byte >> 3) & 0xf) as u32, (byte & 7) as u32);
+    let magnitude = if byte & NAN_BITS == NAN_BITS {
+        f32::NAN
+    } else if exponent == 0 {
+        mantissa as f32 / 512.0
+    } else {
+        f32::from_bits(((exponent + 127 - 7) << 23) | (mantissa << 20))
+    };
+    if byte & 0x80 == 0 {
+        magnitude
+    } else {
+        -magnitude
+    }
+}
+
+/// The nearest byte, ties to even; numbers beyond ±448 become ±448.
+pub(super) fn encode(x: f32) -> u8 {
+    let sign = ((x.to_bits() >> 24) & 0x80) as u8;
+    let x = x.abs();
+    let bits = if x.is_nan() {
+        NAN_BITS
+    } else if x >= LARGEST {
+        LARGEST_BITS
+    } else if x < 1.0 / 64.0 {
+        // eight of these units are the smallest normal number, whose bits follow
+        (x * 512.0).round_ties_even() as u8
+    } else {
+        let bits = x.to_bits();
+        let rounded = (bits + 0x7_ffff + ((bits >> 20) & 1)) >> 20;
+        ((rounded - ((127 - 7) << 3)) as u8).min(LARGEST_BITS)
+    };
+    sign | bits
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_stand_for_what_the_specification_says() {
+        let table = decode_table();
+        for (byte, value) in [
+            (0x00, 0.0),
+            (0x01, 2f32.powi(-9)),
+            (0x07, 7.0 * 2f32.powi(-9)),
+            (0x08, 2f32.powi(-6)),
+            (0x38, 1.0),
+            (0x39, 1.125),
+            (0x7e, 448.0),
+            (0xb8, -1.0),
+        ] {
+            assert_eq!(table[byte].to_bits(), value.to_bits());
+        }
+        assert!(table[0x7f].is_nan() && table[0xff].is_nan());
+        assert_eq!(table.iter().filter(|v| !v.is_finite()).count(), 2);
+    }
+
+    #[test]
+    fn every_number_goes_to_the_nearest_byte() {
+        let table = decode_table();
+        for byte in 0..=255u8 {
+            let value = table[usize::from(byte)];
+            if value.is_finite() {
+                assert_eq!(encode(value), byte);
+            }
+        }
+        // halfway between neighbours: the one with an even mantissa
+        for byte in 0..LARGEST_BITS {
+            let (low, high) = (table[usize::from(byte)], table[usize::from(byte + 1)]);
+            let middle = f32::midpoint(low, high);
+            let even = byte + (byte & 1);
+            assert_eq!(encode(middle), even);
+            assert_eq!(encode(-middle), even | 0x80);
+            assert_eq!(encode(middle.next_down()), byte);
+            assert_eq!(encode(middle.next_up()), byte + 1);
+        }
+        for beyond in [449.0, 470.0, 1e30, f32::INFINITY] {
+            assert_eq!(encode(beyond), LARGEST_BITS);
+            assert_eq!(encode(-beyond), LARGEST_BITS | 0x80);
+        }
+        assert_eq!(encode(f32::NAN) & 0x7f, NAN_BITS);
+    }
+}

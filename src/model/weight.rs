@@ -1,0 +1,211 @@
+//! A projection's weight as it lies on the device: numbers, or packed bytes that are widened whenever it is used.
+//! A 12-billion-parameter model stored in 8 or 4 bits stays that small; only one weight at a time is wide.
+
+use std::sync::Arc;
+
+use candle::quantized::{QStorage, QTensor};
+use candle::{DType, Device, Result, Tensor};
+use candle_nn::VarBuilder;
+
+use super::ops;
+use crate::formats::{Packed, name_of_scale};
+
+/// (out, in).
+#[derive(Clone, Debug)]
+pub(super) enum Weight {
+    /// Numbers, trainable or not.
+    Dense(Tensor),
+    /// Frozen bytes.
+    Packed(Box<PackedWeight>),
+}
+
+/// A packed weight and what it is widened to.
+#[derive(Clone, Debug)]
+pub(super) struct PackedWeight {
+    format: Packed,
+    shape: (usize, usize),
+    dtype: DType,
+    bytes: Bytes,
+    /// f32, (1) or (out)
+    scale: Option<Tensor>,
+}
+
+#[derive(Clone, Debug)]
+enum Bytes {
+    /// u8 (out, bytes of a row)
+    Rows(Tensor),
+    /// GGML's blocks on a device that candle has kernels for.
+    Blocks(Arc<QTensor>),
+}
+
+impl Weight {
+    /// Reads `weight` (output, input), packed where `vb` has it so.
+    pub(super) fn load(output: usize, input: usize, vb: &VarBuilder) -> Result<Self> {
+        const NAME: &str = "weight";
+        let mut formats = Packed::ALL.into_iter();
+        let Some(format) = formats.find(|f| vb.contains_tensor(&f.name_of_bytes(NAME))) else {
+            return vb.get((output, input), NAME).map(Self::Dense);
+        };
+        let blocks = !vb.device().is_cpu() && format != Packed::F8E4M3;
+        let from = if blocks {
+            vb.clone().set_device(Device::Cpu)
+        } else {
+            vb.clone()
+        };
+        let rows = from.get_unchecked_dtype(&format.name_of_bytes(NAME), DType::U8)?;
+        if rows.dims() != [output, format.bytes(input)] {
+            candle::bail!(
+                "tensor `{}.{NAME}` of {format}: expected shape [{output}, {input}], found rows of bytes {:?}",
+                vb.prefix(),
+                rows.shape()
+            );
+        }
+        let (bytes, scale) = match format {
+            Packed::Blocks(dtype) if blocks => {
+                let bytes = rows.flatten_all()?.to_vec1::<u8>()?;
+                let storage = QStorage::from_data(bytes.into(), vb.device(), dtype)?;
+                let blocks = QTensor::new(storage, (output, input))?;
+                (Bytes::Blocks(Arc::new(blocks)), None)
+            }
+            Packed::Blocks(_) => (Bytes::Rows(rows), None),
+            Packed::F8E4M3 => {
+                let scale = vb.get_unchecked_dtype(&name_of_scale(NAME), DType::F32)?;
+                (Bytes::Rows(rows), Some(scale))
+            }
+        };
+        Ok(Self::Packed(Box::new(PackedWeight {
+            format,
+            shape: (output, input),
+            dtype: vb.dtype(),
+            bytes,
+            scale,
+        })))
+    }
+
+    pub(super) fn shape(&self) -> Result<(usize, usize)> {
+        match self {
+            Self::Dense(weight) => weight.dims2(),
+            Self::Packed(packed) => Ok(packed.shape),
+        }
+    }
+
+    pub(super) fn device(&self) -> Device {
+        match self {
+            Self::Dense(weight) => weight.device().clone(),
+            Self::Packed(packed) => match &packed.bytes {
+                Bytes::Rows(rows) => rows.device().clone(),
+                Bytes::Blocks(blocks) => blocks.device(),
+            },
+        }
+    }
+
+    /// The numbers, made anew where it is packed.
+    pub(super) fn dense(&self) -> Result<Tensor> {
+        match self {
+            Self::Dense(weight) => Ok(weight.clone()),
+            Self::Packed(packed) => packed.widen(),
+        }
+    }
+
+    /// The same weight outside of any gradient graph.
+    pub(super) fn detached(&self) -> Self {
+        match self {
+            Self::Dense(weight) => Self::Dense(weight.detach()),
+            packed @ Self::Packed(_) => packed.clone(),
+        }
+    }
+}
+
+impl PackedWeight {
+    fn widen(&self) -> Result<Tensor> {
+        match &self.bytes {
+            Bytes::Rows(rows) => {
+                let scale = self.scale.as_ref();
+                ops::widen(rows, self.format, scale, self.dtype)?.reshape(self.shape)
+            }
+            Bytes::Blocks(blocks) => blocks.dequantize(&blocks.device())?.to_dtype(self.dtype),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use candle::Var;
+    use candle::quantized::GgmlDType;
+
+    use super::*;
+    use crate::model::Linear;
+    use crate::model::testing::{close, random};
+
+    /// A layer of which the `VarBuilder` has packed bytes, and the same with the numbers they stand for.
+    fn pair(format: Packed, scale: Option<&[f32]>, dtype: DType) -> Result<[Linear; 2]> {
+        let weight = random("w", (24, 256))?;
+        let bytes = format.pack(&weight.flatten_all()?.to_vec1::<f32>()?)?;
+        let mut wide = vec![0.0; 24 * 256];
+        format.widen(&bytes, &mut wide)?;
+        for (i, value) in wide.iter_mut().enumerate() {
+            *value *= match scale {
+                None => 1.0,
+                Some([one]) => *one,
+                Some(each) => each[i / 256],
+            };
+        }
+        let cpu = Device::Cpu;
+        let wide = Tensor::from_vec(wide, (24, 256), &cpu)?;
+        let scale = scale.unwrap_or(&[1.0]);
+        let tensors = [
+            (
+                format.name_of_bytes("weight"),
+                Tensor::from_vec(bytes, (24, format.bytes(256)), &cpu)?,
+            ),
+            (
+                name_of_scale("weight"),
+                Tensor::from_slice(scale, scale.len(), &cpu)?,
+            ),
+            ("bias".to_owned(), random("b", 24)?),
+        ];
+        let tensors: HashMap<_, _> = tensors.into_iter().collect();
+        let vb = VarBuilder::from_tensors(tensors, dtype, &cpu);
+        let bias = random("b", 24)?.to_dtype(dtype)?;
+        Ok([
+            Linear::load(256, 24, &vb)?,
+            Linear::new(wide.to_dtype(dtype)?, Some(bias))?,
+        ])
+    }
+
+    #[test]
+    fn packed_weights_compute_what_their_numbers_do() -> Result<()> {
+        let rows: Vec<f32> = (0..24).map(|i| 0.5 + i as f32).collect();
+        for dtype in [DType::F32, DType::BF16, DType::F64] {
+            let x = random("x", (2, 5, 256))?.to_dtype(dtype)?;
+            for (format, scale) in [
+                (Packed::F8E4M3, None),
+                (Packed::F8E4M3, Some(&[0.3][..])),
+                (Packed::F8E4M3, Some(&rows[..])),
+                (Packed::Blocks(GgmlDType::Q8_0), None),
+                (Packed::Blocks(GgmlDType::Q4K), None),
+                (Packed::Blocks(GgmlDType::Q6K), None),
+            ] {
+                let [packed, dense] = pair(format, scale, dtype)?;
+                close(&packed.weight()?, &dense.weight()?, 0.0)?;
+                close(&packed.forward(&x)?, &dense.forward(&x)?, 0.0)?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn gradients_of_the_input_go_through() -> Result<()> {
+        let x = Var::from_tensor(&random("x", (2, 5, 256))?)?;
+        let gradient = |linear: &Linear| -> Result<Tensor> {
+            let loss = linear.forward(x.as_tensor())?.sqr()?.sum_all()?;
+            let gradients = loss.backward()?;
+            Ok(gradients.get(&x).expect("x is tracked").clone())
+        };
+        let [packed, dense] = pair(Packed::Blocks(GgmlDType::Q4K), None, DType::F32)?;
+        assert!(gradient(&dense)?.abs()?.max_all()?.to_scalar::<f32>()? > 0.0);
+        close(&gradient(&packed)?, &gradient(&dense)?, 0.0)
+    }
+}

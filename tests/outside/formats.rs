@@ -1,0 +1,292 @@
+//! Number formats: converting there and back, what is lost, and files that lie.
+
+use std::{fs, path::Path};
+
+use serde_json::Value;
+
+use crate::common::*;
+
+/// Relative error of the velocity that diffusers recorded for the small golden model.
+fn velocity_error(folder: &Path, model: &str) -> f64 {
+    let (pipe, reference) = (golden("dev/pipe"), golden("dev/reference.safetensors"));
+    let vae = golden("dev/pipe/vae");
+    let args = [
+        "verify",
+        "--model",
+        model,
+        "--text-encoders",
+        &pipe,
+        "--vae",
+        &vae,
+        "--reference",
+        &reference,
+        "--json",
+    ];
+    let out: Value = serde_json::from_slice(&fastflux(folder, &args).stdout).unwrap();
+    let tensors = out["tensors"].as_array().unwrap();
+    let velocity = tensors
+        .iter()
+        .find(|t| t["name"] == "transformer.velocity")
+        .unwrap();
+    velocity["relative"].as_f64().unwrap()
+}
+
+#[test]
+fn every_format_is_written_and_read_and_costs_what_its_bits_cost() {
+    let work = folder();
+    let (w, pipe) = (work.path(), golden("dev/pipe"));
+    for (output, flags, format, least, most) in [
+        ("f32.safetensors", vec!["--dtype", "f32"], "F32", 0.0, 1e-5),
+        (
+            "bf16.safetensors",
+            vec!["--dtype", "bf16"],
+            "BF16",
+            // the golden weights are bf16 numbers
+            0.0,
+            1e-5,
+        ),
+        (
+            "f8.safetensors",
+            vec!["--dtype", "f8e4m3"],
+            "F8_E4M3",
+            1e-3,
+            0.1,
+        ),
+        (
+            "plain8.safetensors",
+            vec!["--dtype", "f8e4m3", "--no-scale"],
+            "F8_E4M3",
+            1e-3,
+            0.1,
+        ),
+        ("q8.gguf", vec!["--gguf", "q8_0"], "Q8_0", 1e-4, 2e-2),
+    ] {
+        let args = ["convert", "--model", &pipe, "--json", "--output", output];
+        let dry = json(w, &[&args[..], &["--dry-run"], &flags[..]].concat());
+        assert!(!w.join(output).exists(), "{output}");
+        let out = json(w, &[&args[..], &flags[..]].concat());
+        assert_eq!(dry["bytes"], out["bytes"], "{output}");
+        let inspected = json(w, &["inspect", "--model", output, "--json"]);
+        assert_eq!(inspected["parameters"], out["parameters"], "{output}");
+        assert_eq!(inspected["bytes"], out["bytes"], "{output}");
+        assert!(inspected["dtypes"][format].as_u64() > Some(0), "{output}");
+        let error = velocity_error(w, output);
+        assert!(
+            (least..most).contains(&error),
+            "{output}: the velocity is off by {error}"
+        );
+        refused(w, &[&args[..], &flags[..]].concat(), &[output, "--force"]);
+    }
+    // widened, GGUF's numbers are the same
+    let args = ["--dtype", "f32", "--output", "back.safetensors"];
+    ok(w, &[&["convert", "--model", "q8.gguf"], &args[..]].concat());
+    let (packed, back) = (
+        velocity_error(w, "q8.gguf"),
+        velocity_error(w, "back.safetensors"),
+    );
+    assert!((packed - back).abs() < 1e-7, "{packed} {back}");
+}
+
+#[test]
+fn narrow_rows_fall_back_and_say_so() {
+    let work = folder();
+    let w = work.path();
+    let out = fastflux(w, &["convert", "--gguf", "q4_k", "--output", "q4"]);
+    let message = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success(), "{message}");
+    assert!(
+        message.contains("no multiple of 256") && message.contains("Q8_0"),
+        "{message}"
+    );
+    let inspected = json(w, &["inspect", "--model", "q4", "--json"]);
+    for format in ["Q4_K", "Q8_0", "F32"] {
+        assert!(inspected["dtypes"][format].as_u64() > Some(0), "{format}");
+    }
+    let prompt = ["--prompt", "a red circle", "--steps", "2"];
+    let args = ["generate", "--model", "q4", "--output", "a.png"];
+    ok(w, &[&args[..], &prompt[..]].concat());
+}
+
+#[test]
+fn packed_models_are_pruned_and_pruned_models_packed() {
+    let work = folder();
+    let w = work.path();
+    let convert = |args: &[&str]| ok(w, &[&["convert"], args].concat());
+    convert(&["--dtype", "f8e4m3", "--output", "f8.safetensors"]);
+    convert(&["--gguf", "q8_0", "--output", "q8.gguf"]);
+    for (model, output) in [("f8.safetensors", "from8"), ("q8.gguf", "fromq")] {
+        let out = quick_prune(w, output, &["--model", model, "--blocks", "single.03"]);
+        assert!(out["velocity_error"].as_f64().unwrap() < 0.1, "{model}");
+    }
+    let bytes = |path: &str| fs::read(w.join(path)).unwrap();
+    let (before, after) = (bytes("f8.safetensors"), bytes("from8/flux.safetensors"));
+    let before = safetensors::SafeTensors::deserialize(&before).unwrap();
+    let after = safetensors::SafeTensors::deserialize(&after).unwrap();
+    for name in [
+        "scaled_fp8",
+        "double_blocks.1.img_attn.qkv.weight",
+        "double_blocks.1.img_attn.qkv.scale_weight",
+        "single_blocks.1.linear2.weight",
+        "single_blocks.1.linear2.scale_weight",
+    ] {
+        let (before, after) = (before.tensor(name).unwrap(), after.tensor(name).unwrap());
+        assert_eq!(before.dtype(), after.dtype(), "{name}");
+        assert_eq!(before.data(), after.data(), "{name}");
+    }
+    let new = after.tensor("single_blocks.3.linear.img.weight").unwrap();
+    assert_eq!(new.dtype(), safetensors::Dtype::BF16);
+    // the pruned model again, in GGUF with its record
+    convert(&["--model", "from8", "--gguf", "q8_0", "--output", "p.gguf"]);
+    let inspected = json(w, &["inspect", "--model", "p.gguf", "--json"]);
+    assert_eq!(inspected["replaced_blocks"], 1);
+    let args = ["generate", "--model", "p.gguf", "--output", "a.png"];
+    ok(w, &[&args[..], &["--prompt", "x", "--steps", "2"]].concat());
+}
+
+/// A GGUF header: version, tensors, metadata pairs, and what follows.
+fn gguf(tensors: u64, pairs: u64, rest: &[u8]) -> Vec<u8> {
+    let mut out = b"GGUF\x03\0\0\0".to_vec();
+    out.extend(tensors.to_le_bytes());
+    out.extend(pairs.to_le_bytes());
+    out.extend(rest);
+    out
+}
+
+fn text(text: &str) -> Vec<u8> {
+    let mut out = (text.len() as u64).to_le_bytes().to_vec();
+    out.extend(text.as_bytes());
+    out
+}
+
+/// One tensor's entry.
+fn entry(shape: &[u64], kind: u32, offset: u64) -> Vec<u8> {
+    let mut out = text("img_in.weight");
+    out.extend((shape.len() as u32).to_le_bytes());
+    out.extend(shape.iter().flat_map(|size| size.to_le_bytes()));
+    out.extend(kind.to_le_bytes());
+    out.extend(offset.to_le_bytes());
+    out
+}
+
+#[test]
+fn lying_gguf_files_are_refused_by_name() {
+    let work = folder();
+    let w = work.path();
+    let architecture = |name: &str| {
+        let kind = 8u32.to_le_bytes().to_vec();
+        [text("general.architecture"), kind, text(name)].concat()
+    };
+    let mut array = text("tokens");
+    array.extend(9u32.to_le_bytes());
+    array.extend(0u32.to_le_bytes());
+    array.extend(u64::MAX.to_le_bytes());
+    let tensor = "img_in.weight";
+    for (name, bytes, words) in [
+        ("short", b"GGUF\x03".to_vec(), vec!["cut off"]),
+        ("version", b"GGUF\x09\0\0\0".to_vec(), vec!["version is 9"]),
+        ("tensors", gguf(u64::MAX, 0, &[]), vec!["cut off"]),
+        ("pairs", gguf(0, u64::MAX, &[]), vec!["cut off"]),
+        (
+            "string",
+            gguf(0, 1, &[0xff; 16]),
+            vec!["lies about a length"],
+        ),
+        ("array", gguf(0, 1, &array), vec!["tokens", "cut off"]),
+        (
+            "llama",
+            gguf(0, 1, &architecture("llama")),
+            vec!["architecture `llama`"],
+        ),
+        (
+            "type",
+            gguf(1, 0, &entry(&[32, 2], 22, 0)),
+            vec![tensor, "GGML type 22", "Q4_K"],
+        ),
+        (
+            "dimensions",
+            gguf(1, 0, &entry(&[1; 9], 0, 0)),
+            vec![tensor, "9 dimensions"],
+        ),
+        (
+            "shape",
+            gguf(1, 0, &entry(&[u64::MAX, u64::MAX], 0, 0)),
+            vec![tensor, "too many values"],
+        ),
+        (
+            "row",
+            gguf(1, 0, &entry(&[33, 2], 8, 0)),
+            vec![tensor, "whole blocks of Q8_0"],
+        ),
+        (
+            "offset",
+            gguf(1, 0, &entry(&[2, 2], 0, u64::MAX)),
+            vec![tensor, "beyond the end"],
+        ),
+        (
+            "data",
+            gguf(1, 0, &entry(&[1 << 20, 1 << 10], 0, 0)),
+            vec![tensor, "beyond the end"],
+        ),
+    ] {
+        // whatever its extension, the first bytes tell
+        let file = format!("{name}.safetensors");
+        fs::write(w.join(&file), bytes).unwrap();
+        let words = [vec![file.as_str()], words].concat();
+        refused(w, &["inspect", "--model", &file], &words);
+    }
+    ok(w, &["convert", "--gguf", "q8_0", "--output", "whole.gguf"]);
+    let whole = fs::read(w.join("whole.gguf")).unwrap();
+    for cut in [20, 100, 3000, whole.len() / 2, whole.len() - 100] {
+        fs::write(w.join("cut.gguf"), &whole[..cut]).unwrap();
+        refused(w, &["inspect", "--model", "cut.gguf"], &["cut.gguf"]);
+    }
+}
+
+#[test]
+fn scales_that_do_not_fit_and_senseless_conversions_are_refused() {
+    let work = folder();
+    let w = work.path();
+    let scaled = |scale: &str, bytes: usize| {
+        let header = format!(
+            r#"{{"img_in.weight":{{"dtype":"F8_E4M3","shape":[2,4],"data_offsets":[0,8]}},"img_in.scale_weight":{{"dtype":"F32","shape":{scale},"data_offsets":[8,{}]}}}}"#,
+            8 + bytes
+        );
+        safetensors(&w.join("scale.safetensors"), &header, &vec![0; 8 + bytes]);
+    };
+    scaled("[3]", 12);
+    let inspect = ["inspect", "--model", "scale.safetensors"];
+    refused(
+        w,
+        &inspect,
+        &["scale.safetensors", "img_in.scale_weight", "[3]", "[2, 4]"],
+    );
+    let other = r#"{"img_in.weight":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"img_in.comfy_quant":{"dtype":"U8","shape":[18],"data_offsets":[2,20]}}"#;
+    safetensors(
+        &w.join("nvfp4.safetensors"),
+        other,
+        &[b"xx", &br#"{"format":"nvfp4"}"#[..]].concat(),
+    );
+    refused(
+        w,
+        &["inspect", "--model", "nvfp4.safetensors"],
+        &["nvfp4.safetensors", "img_in.comfy_quant", "`nvfp4`"],
+    );
+    refused(
+        w,
+        &["convert", "--dtype", "bf16", "--output", "a.gguf"],
+        &["a.gguf", ".safetensors"],
+    );
+    refused(
+        w,
+        &["convert", "--dtype", "bf16", "--no-scale", "--output", "a"],
+        &["--no-scale"],
+    );
+    for args in [
+        &["--dtype", "bf16", "--gguf", "q8_0"][..],
+        &["--gguf", "q5_k"],
+        &[],
+    ] {
+        let out = fastflux(w, &[&["convert", "--output", "a"], args].concat());
+        assert_eq!(out.status.code(), Some(2), "{args:?}");
+    }
+}
