@@ -170,6 +170,19 @@ pub struct RunArgs {
     pub dtype: DTypeChoice,
 }
 
+/// How much of the device to use; none of this changes what is computed.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct MemoryArgs {
+    /// Keep no block of the transformer on the device: each is read from the mapped file when it is run, the next one
+    /// meanwhile.
+    #[arg(long)]
+    pub offload: bool,
+    /// Most memory to use on the device, such as 12GiB (on the CPU: of this machine): as many blocks stay there as fit,
+    /// the others are read when they are run. Default: what is free.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub max_vram: Option<u64>,
+}
+
 /// `inspect`.
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
@@ -226,6 +239,8 @@ pub struct PruneArgs {
     pub json: bool,
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
 }
 
 /// `generate`.
@@ -272,6 +287,8 @@ pub struct GenerateArgs {
     pub json: bool,
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
 }
 
 /// `verify`.

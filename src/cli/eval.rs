@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::RunArgs;
+use super::{MemoryArgs, RunArgs};
 use crate::device::{DTypeChoice, DeviceChoice};
 
 /// `eval`.
@@ -67,6 +67,8 @@ pub struct EvalArgs {
     pub json: bool,
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
 }
 
 /// `bench`.

@@ -12,6 +12,7 @@ use serde_json::json;
 use super::{
     demand::Demand,
     gather::{self, Gathering},
+    place::Place,
     session::{Session, Settings},
 };
 use crate::{
@@ -153,7 +154,6 @@ pub(super) fn gathering(args: &CalibrationArgs, output: &Path, sums: bool) -> Ga
         shard: Shard::WHOLE,
         partial: gather::partial(output),
         save_every: Duration::from_secs(args.save_every),
-        memory: args.stats_memory,
         sums,
     }
 }
@@ -164,19 +164,28 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
         save::check_free(&args.output, args.force)?;
     }
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
+    let place = Place::new(args.memory, &runtime);
     let pipeline = super::open(&args.pipeline.choice())?;
     let Input { settings, images } = input(&args.calibration, &recipe, &pipeline)?;
     let shard = args.shard.unwrap_or(Shard::WHOLE);
     if args.dry_run {
         let demand = Demand {
             shard,
-            memory: args.calibration.stats_memory,
+            sums: args.calibration.stats_memory,
             fitting: false,
         };
-        return demand.say(&pipeline, &runtime, &settings, args.json);
+        return demand.say(&pipeline, &place, &settings, args.json);
     }
     save::check_writable(&args.output)?;
-    let session = Session::open(&pipeline, &runtime, settings, images.as_deref())?;
+    let sums = args.calibration.stats_memory;
+    let session = Session::open(
+        &pipeline,
+        &runtime,
+        &place,
+        settings,
+        images.as_deref(),
+        sums,
+    )?;
     let gathering = Gathering {
         shard,
         ..gathering(&args.calibration, &args.output, true)

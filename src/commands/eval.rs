@@ -8,6 +8,7 @@ use candle::{DType, Tensor};
 use super::{
     eval_output, load,
     measure::{self, Measured, Task},
+    place::Place,
     planned::Planned,
 };
 use crate::{
@@ -55,6 +56,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         .transpose()?;
     save::check_free(&args.output, args.force)?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
+    let place = Place::new(args.memory, &runtime);
     let (baseline, mut models) = open(args)?;
     let plans: Vec<Planned> = args
         .plan
@@ -71,20 +73,21 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let (source, prompts) = prompts(args, given, &baseline, usual);
     save::check_writable(&args.output)?;
     for plan in plans {
-        models.push(plan.carry_out(&baseline, &runtime, &args.output)?);
+        models.push(plan.carry_out(&baseline, &runtime, &place, &args.output)?);
     }
 
     let all: Vec<&Pipeline> = std::iter::once(&baseline).chain(&models).collect();
     let bytes: usize = all.iter().map(|p| p.transformer.bytes()).sum();
     let task = Task {
         runtime: &runtime,
+        place: &place,
         encoded: load::encode_prompts(&baseline, &prompts, None, &runtime)?,
         schedule: load::schedule(&baseline)?,
         size,
         steps: args.steps.unwrap_or_else(|| baseline.default_steps()),
         guidance: args.guidance.unwrap_or_else(|| baseline.default_guidance()),
         seed: args.seed,
-        together: bytes <= TOGETHER,
+        together: bytes <= TOGETHER && !place.is_short_of(2 * bytes as u64),
     };
     let text_tokens = task.encoded.txt.dim(1)?;
     let (mut before, states) = task.baseline(&baseline)?;

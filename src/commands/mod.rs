@@ -24,6 +24,7 @@ mod init;
 mod inspect;
 mod load;
 mod measure;
+mod place;
 mod plan;
 mod planned;
 mod prune;

@@ -9,7 +9,9 @@ use super::{
     calibrate,
     choose::{self, Wanted},
     demand::Demand,
-    gather, load, score,
+    gather, load,
+    place::Place,
+    score,
     select::Selection,
     session::Session,
 };
@@ -71,6 +73,7 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
 fn dry_run(args: &PruneArgs) -> Result<()> {
     let mut recipe = recipe(args)?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
+    let place = Place::new(args.memory, &runtime);
     let pipeline = super::open(&args.pipeline.choice())?;
     let (settings, _) = calibrate::settings(
         &args.calibration,
@@ -80,10 +83,10 @@ fn dry_run(args: &PruneArgs) -> Result<()> {
     )?;
     let demand = Demand {
         shard: Shard::WHOLE,
-        memory: args.calibration.stats_memory,
+        sums: args.calibration.stats_memory,
         fitting: true,
     };
-    demand.say(&pipeline, &runtime, &settings, args.json)
+    demand.say(&pipeline, &place, &settings, args.json)
 }
 
 /// Does everything but print; returns what to print.
@@ -92,6 +95,7 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
     save::check_free(&args.output, args.force)?;
     let given = args.plan.as_deref().map(PruningPlan::read).transpose()?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
+    let place = Place::new(args.memory, &runtime);
     let pipeline = super::open(&args.pipeline.choice())?;
     let usual = Refit::usual(pipeline.config.hidden_size);
     recipe.fit.refit.get_or_insert(usual);
@@ -108,8 +112,20 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
     }
     save::check_writable(&args.output)?;
 
-    let session = Session::open(&pipeline, &runtime, settings, images.as_deref())?;
     let sums = matches!(wanted, Wanted::Choose { .. });
+    let memory = if sums {
+        args.calibration.stats_memory
+    } else {
+        Some(0)
+    };
+    let session = Session::open(
+        &pipeline,
+        &runtime,
+        &place,
+        settings,
+        images.as_deref(),
+        memory,
+    )?;
     let gathering = calibrate::gathering(&args.calibration, &args.output, sums);
     let calibration = gather::obtain(&session, args.stats.as_deref(), &gathering)?;
     let found = find(&session, &recipe, calibration, wanted)?;

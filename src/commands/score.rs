@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 
 use super::{
     calibrate, gather,
+    place::Place,
     select::{self, plain_fit},
     session::Session,
 };
@@ -27,6 +28,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     save::check_free(&args.output, args.force)?;
     save::check_free(&picture, args.force)?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
+    let place = Place::new(args.memory, &runtime);
     let pipeline = super::open(&args.pipeline.choice())?;
     let (settings, images) = calibrate::settings(
         &args.calibration,
@@ -35,7 +37,15 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
         &pipeline,
     )?;
     save::check_writable(&args.output)?;
-    let session = Session::open(&pipeline, &runtime, settings, images.as_deref())?;
+    let sums = args.calibration.stats_memory;
+    let session = Session::open(
+        &pipeline,
+        &runtime,
+        &place,
+        settings,
+        images.as_deref(),
+        sums,
+    )?;
     let gathering = calibrate::gathering(&args.calibration, &args.output, true);
     let calibration = gather::obtain(&session, args.stats.as_deref(), &gathering)?;
 

@@ -114,7 +114,7 @@ impl Pair {
             .teacher
             .transformer
             .var_builder(runtime.dtype, &runtime.device);
-        Flux::stored(&self.teacher.config, &vb)
+        Flux::stored(&self.teacher.config, &vb, &|_| false)
             .with_context(|| format!("cannot load the transformer of `{}`", self.teacher.name))
     }
 

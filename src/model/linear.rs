@@ -1,7 +1,7 @@
 //! The only projection type: dense weights with an optional LoRA beside them.
 //! Knows no names; which projection is where is the blocks' business.
 
-use candle::{DType, Result, Tensor};
+use candle::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::ops;
@@ -107,6 +107,23 @@ impl Linear {
             bias: self.bias.as_ref().map(Tensor::detach),
             lora: self.lora.as_ref().map(Lora::detached),
         }
+    }
+
+    /// The same projection with its tensors on `device`.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let lora = self.lora.as_ref().map(|lora| -> Result<Lora> {
+            Ok(Lora {
+                a: lora.a.to_device(device)?,
+                b: lora.b.to_device(device)?,
+                scale: lora.scale,
+            })
+        });
+        let bias = self.bias.as_ref().map(|bias| bias.to_device(device));
+        Ok(Self {
+            weight: self.weight.to_device(device)?,
+            bias: bias.transpose()?,
+            lora: lora.transpose()?,
+        })
     }
 
     /// The product without the bias, for the operation that folds it in: `x` (…, in) to (…, out), in the dtype of `x`.

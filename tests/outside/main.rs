@@ -14,6 +14,7 @@ mod bad_input;
 mod calibration;
 mod common;
 mod evaluation;
+mod memory;
 
 use common::*;
 
