@@ -183,6 +183,15 @@ pub struct MemoryArgs {
     pub max_vram: Option<u64>,
 }
 
+/// How pictures are decoded; up to rounding they are the same.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct DecodeArgs {
+    /// Decode pictures in bands of this many rows of pixels, which takes less memory; 0: at once. Default: at once where
+    /// there is room.
+    #[arg(long, value_name = "PIXELS")]
+    pub vae_tile: Option<usize>,
+}
+
 /// `inspect`.
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
@@ -241,6 +250,8 @@ pub struct PruneArgs {
     pub run: RunArgs,
     #[command(flatten)]
     pub memory: MemoryArgs,
+    #[command(flatten)]
+    pub decode: DecodeArgs,
 }
 
 /// `generate`.
@@ -289,6 +300,8 @@ pub struct GenerateArgs {
     pub run: RunArgs,
     #[command(flatten)]
     pub memory: MemoryArgs,
+    #[command(flatten)]
+    pub decode: DecodeArgs,
 }
 
 /// `verify`.

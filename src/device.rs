@@ -95,6 +95,11 @@ impl Runtime {
         Ok(Self { device, dtype })
     }
 
+    /// Whether convolutions write all that their taps see into memory before they multiply.
+    pub fn unfolds_convolutions(&self) -> bool {
+        !self.device.is_cpu() && !cfg!(feature = "cudnn")
+    }
+
     /// Memory of the device that is free right now, in bytes; `None` where nobody says.
     pub fn free_memory(&self) -> Option<u64> {
         match &self.device {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{MemoryArgs, RunArgs};
+use super::{DecodeArgs, MemoryArgs, RunArgs};
 use crate::device::{DTypeChoice, DeviceChoice};
 
 /// `eval`.
@@ -69,6 +69,8 @@ pub struct EvalArgs {
     pub run: RunArgs,
     #[command(flatten)]
     pub memory: MemoryArgs,
+    #[command(flatten)]
+    pub decode: DecodeArgs,
 }
 
 /// `bench`.

@@ -103,7 +103,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         }
     }
 
-    let vae = load::vae(&vae_files, &runtime)?;
+    let decoder = place.decoder(&vae_files, size.latent(), args.decode)?;
     let decode_seconds = {
         let one = before.latents.narrow(0, 0, 1)?;
         let effort = Effort {
@@ -113,7 +113,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             seconds: 0.5,
         };
         let work = &mut || {
-            load::pictures(&vae, &one, size.latent(), &runtime)?;
+            decoder.pictures(&one)?;
             Ok(())
         };
         latency::measure(&runtime.device, effort, &mut [work])?[0].median
@@ -121,19 +121,14 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let progress = ui::progress((1 + models.len()) * prompts.len(), "decoding");
     let mut drawn = Vec::new();
     for measured in std::iter::once(&before).chain(&after) {
-        drawn.push(load::pictures(
-            &vae,
-            &measured.latents,
-            size.latent(),
-            &runtime,
-        )?);
+        drawn.push(decoder.pictures(&measured.latents)?);
         progress.inc(prompts.len() as u64);
     }
     ui::done(
         &progress,
         format!("decoded {} pictures", drawn.len() * prompts.len()),
     );
-    drop(vae);
+    drop(decoder);
 
     let pairs = pairs(&prompts, args.seed, &before, &after, &drawn)?;
     let describe =

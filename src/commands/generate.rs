@@ -91,9 +91,9 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     let vae_files = pipeline.vae_files()?;
     let encoded = load::encode_prompts(&pipeline, &prompts, args.max_sequence_length, &runtime)?;
     let latents = denoise(&pipeline, &runtime, &place, &jobs, &encoded, size)?;
-    let vae = load::vae(&vae_files, &runtime)?;
+    let decoder = place.decoder(&vae_files, size.latent(), args.decode)?;
     for (i, job) in jobs.iter().enumerate() {
-        let picture = load::pictures(&vae, &latents.narrow(0, i, 1)?, size.latent(), &runtime)?;
+        let picture = decoder.pictures(&latents.narrow(0, i, 1)?)?;
         let picture = picture.first().context("the VAE gave no picture")?;
         write(job, picture, &pipeline)?;
         if !args.json {

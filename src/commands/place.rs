@@ -3,21 +3,30 @@
 
 use anyhow::{Context, Result, bail};
 
-use super::load;
+use candle::Device;
+
+use super::load::{self, Decoder, InBands};
 use crate::{
-    cli::MemoryArgs,
+    cli::{DecodeArgs, MemoryArgs},
     device::Runtime,
     layout::FluxConfig,
     model::{
         Flux,
         demand::{self, Format, Residence},
     },
-    pipeline::Pipeline,
+    pipeline::{Pipeline, VaeFiles},
+    sample::{
+        denoise::LatentSize,
+        vae::{Demand, VaeConfig},
+    },
     ui,
 };
 
 /// Share of the memory that is free at the start that counts as usable: allocators and kernels take some beside.
 const USABLE: f64 = 0.92;
+
+/// Rows of latents in the smallest band: less saves next to nothing.
+const LEAST_ROWS: usize = 4;
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -146,6 +155,96 @@ impl Place {
         }
         ui::warn(format!("{text}; trying all the same"));
         Ok(least)
+    }
+
+    /// The VAE, for pictures of one size: at once where they fit, otherwise in bands.
+    pub(super) fn decoder(
+        &self,
+        files: &VaeFiles,
+        size: LatentSize,
+        args: DecodeArgs,
+    ) -> Result<Decoder<'_>> {
+        let vae = load::vae(files, &self.runtime)?;
+        let element = vae.dtype().size_in_bytes() as u64;
+        let bands = match args.vae_tile {
+            Some(0) => None,
+            Some(pixels) => Some(InBands {
+                rows: (pixels / vae.config().downsampling()).max(1),
+                park: self.park(vae.config(), size, pixels / 8, element),
+            }),
+            None => self.bands(vae.config(), size, element),
+        };
+        if let Some(bands) = bands.as_ref().filter(|_| args.vae_tile.is_none()) {
+            ui::note(format!(
+                "decoding in bands of {} rows: at once it would take {}, and {} may be used",
+                bands.rows * vae.config().downsampling(),
+                ui::bytes(self.decoding(vae.config(), size, None, element).work as f64),
+                ui::bytes(self.limit.unwrap_or_default() as f64)
+            ));
+        }
+        Ok(Decoder {
+            vae,
+            size,
+            bands,
+            runtime: &self.runtime,
+        })
+    }
+
+    fn decoding(
+        &self,
+        config: &VaeConfig,
+        size: LatentSize,
+        rows: Option<usize>,
+        element: u64,
+    ) -> Demand {
+        let size = (size.height, size.width);
+        config.demand(size, rows, element, self.runtime.unfolds_convolutions())
+    }
+
+    /// Bytes for what is decoded, where anybody says.
+    fn room_beside(&self, config: &VaeConfig, element: u64) -> Option<u64> {
+        let weights = config.decoder_parameters() * element;
+        Some(self.limit?.saturating_sub(weights))
+    }
+
+    /// Where bands wait: on the device where they fit with what is computed.
+    fn park(&self, config: &VaeConfig, size: LatentSize, rows: usize, element: u64) -> Device {
+        let take = self.decoding(config, size, Some(rows), element);
+        let room = self.room_beside(config, element);
+        if room.is_none_or(|room| take.work + take.parked <= room) {
+            self.runtime.device.clone()
+        } else {
+            Device::Cpu
+        }
+    }
+
+    /// The widest bands that fit; `None` where the whole picture does.
+    fn bands(&self, config: &VaeConfig, size: LatentSize, element: u64) -> Option<InBands> {
+        let room = self.room_beside(config, element)?;
+        if self.decoding(config, size, None, element).work <= room {
+            return None;
+        }
+        let halves = std::iter::successors(Some(size.height / 2), |rows| Some(rows / 2));
+        let choices: Vec<usize> = halves.take_while(|rows| *rows >= LEAST_ROWS).collect();
+        let fitting = |with_parked: bool| {
+            choices.iter().copied().find(|rows| {
+                let take = self.decoding(config, size, Some(*rows), element);
+                take.work + if with_parked { take.parked } else { 0 } <= room
+            })
+        };
+        let least = choices.last().copied().unwrap_or(LEAST_ROWS);
+        let (rows, on_device) = match (fitting(true), fitting(false)) {
+            (Some(rows), _) => (rows, true),
+            (None, rows) => (rows.unwrap_or(least), false),
+        };
+        Some(InBands {
+            rows,
+            park: if on_device {
+                self.runtime.device.clone()
+            } else {
+                Device::Cpu
+            },
+        })
     }
 
     /// The transformer, with as many of its blocks on the device as there is room for.

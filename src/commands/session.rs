@@ -20,9 +20,7 @@ use crate::{
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
         image, latents,
-        png::Picture,
         schedule::Schedule,
-        vae::Vae,
     },
     ui,
 };
@@ -267,13 +265,8 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// The last `count` prompts drawn by each of `models`, one row each, and the prompts.
-    pub(super) fn draw(
-        &self,
-        vae: &Vae,
-        models: &[&Flux],
-        count: usize,
-    ) -> Result<(Vec<Vec<Picture>>, &[String])> {
+    /// The last `count` prompts drawn by each of `models`, packed latents on the CPU, and the prompts.
+    pub(super) fn draw(&self, models: &[&Flux], count: usize) -> Result<(Vec<Tensor>, &[String])> {
         let count = count.min(self.encoded.len());
         let last = self.encoded.len() - count..self.encoded.len();
         let encoded = self.encoded.range(last.clone())?;
@@ -293,7 +286,7 @@ impl<'a> Session<'a> {
                 seed,
                 &progress,
             )?;
-            rows.push(load::pictures(vae, &latents, denoise.size, self.runtime)?);
+            rows.push(latents);
         }
         ui::done(
             &progress,
