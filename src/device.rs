@@ -110,6 +110,17 @@ impl Runtime {
     }
 }
 
+/// What to do about an error of a device that ran out of memory; `None` for other errors.
+pub fn out_of_memory(error: &anyhow::Error) -> Option<&'static str> {
+    let ran_out = error.chain().any(|cause| {
+        let text = cause.to_string().to_lowercase();
+        text.contains("out of memory") || text.contains("out_of_memory")
+    });
+    ran_out.then_some(
+        "the device ran out of memory\nhint: --offload keeps no block on the device, --max-vram SIZE as many as fit; smaller pictures (--width, --height), batches and --dtype bf16 take less too",
+    )
+}
+
 /// What Linux says programs may still take without swapping.
 fn free_host_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
@@ -171,4 +182,18 @@ fn metal() -> Result<Device> {
         );
     }
     Device::new_metal(0).context("--device metal: cannot use the GPU\nhint: use --device cpu")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_for_want_of_memory_says_what_to_do() {
+        let driver = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+        let error = anyhow::anyhow!("{driver}").context("cannot load the transformer of `x`");
+        let advice = out_of_memory(&error).unwrap();
+        assert!(advice.contains("\nhint: --offload"), "{advice}");
+        assert_eq!(out_of_memory(&anyhow::anyhow!("no such file")), None);
+    }
 }

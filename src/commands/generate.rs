@@ -249,8 +249,17 @@ fn denoise(
         let noise = noise.index_select(&pick(|job| job.image_index)?, 0)?;
         latents.push(denoise.run(&noise, &prompts, &mut (), &mut || progress.inc(1))?);
     }
-    progress.finish_and_clear();
-    Ok(Tensor::cat(&latents, 0)?)
+    let latents = Tensor::cat(&latents, 0)?;
+    drop(flux);
+    ui::done(
+        &progress,
+        format!(
+            "drew {} picture{} and freed the transformer",
+            jobs.len(),
+            if jobs.len() == 1 { "" } else { "s" }
+        ),
+    );
+    Ok(latents)
 }
 
 fn write(job: &Job, picture: &Picture, pipeline: &Pipeline) -> Result<()> {

@@ -80,7 +80,14 @@ pub(super) fn encode_prompts(
     runtime: &Runtime,
 ) -> Result<Encoded> {
     let encoders = text_encoders(pipeline, &pipeline.text_files()?, length, runtime)?;
-    encode(&encoders, prompts)
+    let encoded = encode(&encoders, prompts)?;
+    drop(encoders);
+    ui::note(format!(
+        "encoded {} prompt{} and freed the text encoders",
+        prompts.len(),
+        if prompts.len() == 1 { "" } else { "s" }
+    ));
+    Ok(encoded)
 }
 
 /// The VAE.

@@ -32,6 +32,7 @@ mod score;
 mod select;
 mod session;
 mod train;
+mod train_memory;
 mod train_output;
 mod train_sandwich;
 mod verify;

@@ -67,6 +67,11 @@ impl Place {
         self.runtime.device.is_cpu()
     }
 
+    /// Bytes that may be used, where anybody says.
+    pub(super) fn limit(&self) -> Option<u64> {
+        self.limit
+    }
+
     /// What is computed with.
     pub(super) fn runtime(&self) -> &Runtime {
         &self.runtime

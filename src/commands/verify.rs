@@ -347,7 +347,12 @@ impl Check<'_> {
             Err(error) => self.skip("VAE", &error),
             Ok(files) => {
                 let vae = load::vae(&files, self.runtime)?;
-                let image = load::decode(&vae, &self.reference.get("vae.latents")?, None, self.runtime)?;
+                let image = load::decode(
+                    &vae,
+                    &self.reference.get("vae.latents")?,
+                    None,
+                    self.runtime,
+                )?;
                 self.compare("vae.image", &image, true)?;
             }
         }

@@ -159,3 +159,29 @@ impl Bands {
         Tensor::cat(&bands.parts, 2)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle::DType;
+
+    use super::super::Vae;
+    use super::*;
+    use crate::files::Files;
+    use crate::sample::noise::Generator;
+
+    #[test]
+    fn a_picture_in_bands_is_the_picture() -> anyhow::Result<()> {
+        let vae = Vae::load_folder(&Files::bundled().sub("vae"), DType::F32, &Device::Cpu)?;
+        let channels = vae.config().latent_channels;
+        let latents = Generator::new(3).randn((2, channels, 11, 6), &Device::Cpu)?;
+        let whole = vae.decode(&latents)?;
+        for rows in [1, 4, 5, 30] {
+            let bands = vae.decode_in_bands(&latents, rows, &Device::Cpu)?;
+            assert_eq!(bands.dims(), whole.dims());
+            let far = (&bands - &whole)?.abs()?.flatten_all()?.max(0)?;
+            let far = far.to_scalar::<f32>()?;
+            assert!(far <= 5e-5, "{rows} rows: {far}"); // colours go from -1 to 1
+        }
+        Ok(())
+    }
+}

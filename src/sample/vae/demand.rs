@@ -100,7 +100,10 @@ mod tests {
         let config = flux();
         // 49.5 million parameters in the file of FLUX.1
         let parameters = config.decoder_parameters();
-        assert!((48_000_000..51_000_000).contains(&parameters), "{parameters}");
+        assert!(
+            (48_000_000..51_000_000).contains(&parameters),
+            "{parameters}"
+        );
         let of = |side, rows, unfolded| config.demand((side, side), rows, 2, unfolded);
         let whole = of(128, None, true);
         assert_eq!(whole.parked, 0);
