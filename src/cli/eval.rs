@@ -56,6 +56,10 @@ pub struct EvalArgs {
     /// VAE file or folder, where the baseline comes without.
     #[arg(long, value_name = "FILE|DIR")]
     pub vae: Option<PathBuf>,
+    /// Score how well pictures fit their prompts with this CLIP model: a folder in transformers layout or a hub id, such
+    /// as openai/clip-vit-large-patch14.
+    #[arg(long, value_name = "DIR|ID")]
+    pub clip: Option<String>,
     /// Folder to write: report.html, report.json, pictures.png.
     #[arg(long, short, value_name = "DIR", default_value = "report")]
     pub output: PathBuf,

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle::{DType, Tensor};
 
 use super::{
+    eval_clip::ClipFiles,
     eval_output, load,
     measure::{self, Measured, Task},
     place::Place,
@@ -21,7 +22,7 @@ use crate::{
     eval::{
         detect,
         latency::{self, Effort, Machine},
-        metrics,
+        metrics::{self, Summary},
         report::{Distances, ModelReport, Pair, PairOfModel, PromptFollowing, Report, Settings},
         scene::Scene,
     },
@@ -64,6 +65,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         .map(|path| Planned::read(path, args.recipe.as_deref(), &baseline))
         .collect::<Result<_>>()?;
     let vae_files = baseline.vae_files()?;
+    let clip = args.clip.as_deref().map(ClipFiles::find).transpose()?;
     let size = super::picture_size(&baseline, args.width, args.height)?;
     let usual = if size.tokens() >= LARGE {
         PICTURES_LARGE
@@ -129,8 +131,19 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         format!("decoded {} pictures", drawn.len() * prompts.len()),
     );
     drop(decoder);
+    let clip_scores = clip
+        .as_ref()
+        .map(|clip| clip.scores(&prompts, &drawn, &runtime))
+        .transpose()?;
 
-    let pairs = pairs(&prompts, args.seed, &before, &after, &drawn)?;
+    let pairs = pairs(
+        &prompts,
+        args.seed,
+        &before,
+        &after,
+        &drawn,
+        clip_scores.as_deref(),
+    )?;
     let describe =
         |pipeline: &Pipeline, measured: &Measured, index: Option<usize>| -> Result<ModelReport> {
             let (config, step) = (&pipeline.config, measured.step);
@@ -159,6 +172,10 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
                 peak_memory: measured.memory,
                 against_baseline: against.transpose()?,
                 prompt_following: PromptFollowing::of(&verdicts),
+                clip_score: clip_scores.as_ref().map(|all| {
+                    let model = index.map_or(0, |index| index + 1);
+                    Summary::of(&all[model])
+                }),
                 recipe: pipeline.record.as_ref().map(|r| r.recipe.clone()),
             })
         };
@@ -179,6 +196,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             image_tokens: size.tokens(),
             text_tokens,
             runtime: runtime.to_string(),
+            clip: clip.map(|clip| clip.name),
             timed: if task.together {
                 "models in turn".to_owned()
             } else {
@@ -306,6 +324,7 @@ fn pairs(
     before: &Measured,
     after: &[Measured],
     drawn: &[Vec<Picture>],
+    clip: Option<&[Vec<f64>]>,
 ) -> Result<Vec<Pair>> {
     let mean_squares = |measured: &Measured| -> Result<Vec<f64>> {
         let difference: Tensor = (&measured.latents - &before.latents)?;
@@ -325,18 +344,21 @@ fn pairs(
                 .transpose()
         };
         let mut models = Vec::new();
-        for (latents, pictures) in latents.iter().zip(rest) {
+        let clip = |model: usize| clip.map(|all| all[model][i]);
+        for (model, (latents, pictures)) in latents.iter().zip(rest).enumerate() {
             models.push(PairOfModel {
                 latent_mse: latents[i],
                 psnr: metrics::psnr(&base[i], &pictures[i])?,
                 ssim: metrics::ssim(&base[i], &pictures[i])?,
                 verdict: judge(&pictures[i])?,
+                clip: clip(model + 1),
             });
         }
         out.push(Pair {
             prompt: prompt.clone(),
             seed: seed.wrapping_add(i as u64),
             baseline: judge(&base[i])?,
+            baseline_clip: clip(0),
             models,
         });
     }

@@ -17,6 +17,7 @@ mod calibrate;
 mod choose;
 mod demand;
 mod eval;
+mod eval_clip;
 mod eval_output;
 mod gather;
 mod generate;
