@@ -12,6 +12,7 @@ use crate::{
 };
 
 mod bench;
+mod bench_growth;
 mod bench_inputs;
 mod calibrate;
 mod choose;

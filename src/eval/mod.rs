@@ -3,6 +3,7 @@
 
 pub mod clip;
 pub mod detect;
+pub mod growth;
 pub mod html;
 pub mod latency;
 pub mod metrics;

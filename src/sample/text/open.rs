@@ -4,11 +4,11 @@
 use anyhow::{Context as _, Result, bail, ensure};
 use candle::{DType, Device};
 
-use super::{ClipText, TextEncoders};
 use super::clip::{Clip, ClipConfig};
 use super::ops::Activation;
 use super::t5::T5;
 use super::t5_config::{FeedForward, T5Config};
+use super::{ClipText, TextEncoders};
 use crate::checkpoint::Checkpoint;
 use crate::files::{Blob, Files};
 use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
@@ -112,8 +112,7 @@ impl ClipText {
         }
         let config: ClipConfig =
             serde_json::from_value(json).with_context(|| files.describe("config.json"))?;
-        let text = checkpoint
-            .rename(|name| Some(name.strip_prefix("text_model.")?.to_owned()))?;
+        let text = checkpoint.rename(|name| Some(name.strip_prefix("text_model.")?.to_owned()))?;
         check(&text, &config.tensors())?;
         Ok(Self {
             tokenizer: tokenizer_in(files, None, Family::Clip, config.vocab_size)?,
