@@ -277,10 +277,9 @@ pub(super) fn merge(args: &crate::cli::MergeStatsArgs) -> Result<()> {
         .context("merge-stats takes at least one file")?;
     let mut sum = Calibration::read(first, &Device::Cpu)?;
     for path in files {
-        sum.add(Calibration::read(path, &Device::Cpu)?)
-            .with_context(|| {
-                format!("`{}` does not add to `{}`", path.display(), first.display())
-            })?;
+        sum.add(Calibration::open(path)?).with_context(|| {
+            format!("`{}` does not add to `{}`", path.display(), first.display())
+        })?;
     }
     let header = &sum.header;
     if !header.is_complete() {

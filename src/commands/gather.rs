@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use candle::{Device, Tensor};
+use candle::Tensor;
 
 use super::{
     place::{Need, Place},
@@ -282,8 +282,7 @@ pub(super) fn obtain(
     gathering: &Gathering,
 ) -> Result<Calibration> {
     match stats {
-        // solving is the host's business
-        Some(path) => Calibration::read(path, &Device::Cpu),
+        Some(path) => Calibration::open(path),
         None => gather(session, gathering),
     }
 }

@@ -94,7 +94,7 @@ pub(super) fn write(scores: &Scores, path: &Path, picture: &Path) -> Result<()> 
 /// The plain fit of every block whose sums were gathered.
 fn fits(stats: &CalibrationStats, ridge: Option<f64>) -> Result<LayerMap> {
     let mut out = LayerMap::new();
-    for block in stats.blocks.iter().filter(|b| b.img.gram.is_some()) {
+    for block in stats.blocks.iter().filter(|b| b.img.has_sums()) {
         out.insert(block.id, plain_fit(block, ridge)?);
     }
     Ok(out)

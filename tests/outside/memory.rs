@@ -45,6 +45,65 @@ fn pictures_are_the_same_wherever_the_blocks_are() {
     );
 }
 
+/// The pixels of a PNG.
+fn pixels(path: &std::path::Path) -> Vec<u8> {
+    let file = std::io::BufReader::new(fs::File::open(path).unwrap());
+    let mut reader = png::Decoder::new(file).read_info().unwrap();
+    let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+    reader.next_frame(&mut pixels).unwrap();
+    pixels
+}
+
+#[test]
+fn a_picture_decoded_in_bands_is_the_picture() {
+    let work = folder();
+    let w = work.path();
+    let draw = |output: &str, tile: &str| {
+        let prompt = "a red circle on a white background";
+        let args = ["generate", "--steps", "2", "--output", output, "--prompt"];
+        ok(
+            w,
+            &[&args, [prompt, "--vae-tile", tile].as_slice()].concat(),
+        );
+        pixels(&w.join(output))
+    };
+    let whole = draw("whole.png", "0");
+    assert_eq!(whole.len(), 64 * 64 * 3);
+    for tile in ["8", "24"] {
+        let bands = draw(&format!("{tile}.png"), tile);
+        let far = whole.iter().zip(&bands).map(|(a, b)| a.abs_diff(*b)).max();
+        assert!(far <= Some(1), "{tile}: {far:?}");
+    }
+}
+
+#[test]
+fn growth_is_measured_and_drawn() {
+    let work = folder();
+    let w = work.path();
+    let model = golden("dev/pipe");
+    let args = ["bench", "--model", &model, "--seconds", "0"];
+    let more = ["--growth", "growth.svg", "--json"];
+    let report = json(w, &[args.as_slice(), &more].concat());
+    let points = report["points"].as_array().unwrap();
+    let on = |axis: &str| {
+        let points = points.iter().filter(|p| p["axis"] == axis);
+        points.collect::<Vec<_>>()
+    };
+    assert_eq!((on("size").len(), on("batch").len()), (6, 4));
+    assert!(on("blocks").len() > 2);
+    for axis in ["size", "batch", "blocks"] {
+        let number = |point: &serde_json::Value, key: &str| point[key].as_f64().unwrap();
+        let (least, most) = (on(axis)[0], on(axis)[2]);
+        assert!(number(most, "flops") > number(least, "flops"), "{axis}");
+        assert!(number(most, "forecast_bytes") > number(least, "forecast_bytes"));
+        assert!(number(least, "seconds") > 0.0 && number(least, "forecast_seconds") > 0.0);
+    }
+    let svg = fs::read_to_string(w.join("growth.svg")).unwrap();
+    assert!(svg.starts_with("<svg"));
+    let again = ["bench", "--growth", "growth.svg"];
+    refused(w, &again, &["growth.svg", "--force"]);
+}
+
 #[test]
 fn pruning_gives_the_same_bytes_without_a_block_on_the_device() {
     let work = folder();
@@ -86,7 +145,25 @@ fn scores_and_reports_are_the_same_without_a_block_on_the_device() {
         let output = ["--output", output, "--json"];
         json(w, &[&args, output.as_slice(), more].concat())
     };
-    let (want, got) = (eval("whole", &[]), eval("offload", &["--offload"]));
+    let clip = golden("clip");
+    let scored = ["--clip", clip.as_str()];
+    let (want, got) = (
+        eval("whole", &scored),
+        eval("offload", &[&scored[..], &["--offload"]].concat()),
+    );
+    for model in [&want["baseline"], &want["models"][0]] {
+        let score = &model["clip_score"];
+        assert_eq!(score["count"], 4);
+        let mean = score["mean"].as_f64().unwrap();
+        assert!(mean.abs() > 0.01 && mean.abs() < 100.0, "{mean}");
+    }
+    assert!(want["pairs"][0]["models"][0]["clip"].is_number());
+    let page = fs::read_to_string(w.join("whole/report.html")).unwrap();
+    assert!(page.contains("CLIP score"));
+    let none = ["eval", "--model", "pruned", "--clip", "nowhere"];
+    refused(w, &none, &["--clip", "`nowhere` does not exist", "hint:"]);
+    let not = ["eval", "--model", "pruned", "--clip", "pruned"];
+    refused(w, &not, &["model.safetensors"]);
     assert_eq!(want["pairs"], got["pairs"]);
     let error = |report: &serde_json::Value| report["models"][0]["against_baseline"].clone();
     assert_eq!(error(&want), error(&got));
