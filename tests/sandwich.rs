@@ -281,7 +281,7 @@ fn a_dry_run_says_what_it_takes_and_does_nothing() {
     assert_eq!(report["recompute"], true);
     assert!(report["peak_bytes"].as_f64().unwrap() <= less.parse().unwrap());
     refused(
-        &train(&[&few[..], &["10KB"]].concat()),
+        &train(&["--dry-run", "--max-vram", "10KB"]),
         &["--max-vram", "hint:", "--batch"],
     );
 }

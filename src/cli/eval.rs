@@ -108,9 +108,9 @@ pub struct BenchArgs {
     /// Whole steps only, no blocks.
     #[arg(long)]
     pub step_only: bool,
-    /// Measure instead how time and memory of a step grow with picture size (256² to 2048²), blocks and batch, as far as
-    /// they fit, and draw it beside the forecast into this file.
-    #[arg(long, value_name = "SVG", conflicts_with_all = ["against", "size", "batch", "step_only"])]
+    /// Measure instead how time and memory of a step grow with picture size (256² to 2048², or --size), blocks and batch,
+    /// as far as they fit, and draw it beside the forecast into this file.
+    #[arg(long, value_name = "SVG", conflicts_with_all = ["against", "batch", "step_only"])]
     pub growth: Option<PathBuf>,
     /// Overwrite an existing chart.
     #[arg(long, requires = "growth")]

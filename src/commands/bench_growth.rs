@@ -46,7 +46,12 @@ pub(super) fn run(
 ) -> Result<()> {
     save::check_free(output, args.force)?;
     save::check_writable(output)?;
-    let mut points = points(&subject.config, text, runtime);
+    let sizes = if args.size.is_empty() {
+        &SIZES[..]
+    } else {
+        &args.size
+    };
+    let mut points = points(&subject.config, sizes, text, runtime);
     let measured = Measuring {
         subject,
         runtime,
@@ -104,8 +109,12 @@ fn part(config: &FluxConfig, quarters: usize) -> FluxConfig {
 }
 
 /// Everything there is to measure, nothing measured yet.
-fn points(config: &FluxConfig, text: usize, runtime: &Runtime) -> Vec<Point> {
+fn points(config: &FluxConfig, sizes: &[usize], text: usize, runtime: &Runtime) -> Vec<Point> {
+    let most = sizes.iter().copied().max().unwrap_or(USUAL);
+    let usual = USUAL.min(most);
     let format = format(runtime);
+    // what the process takes before there is a model
+    let before = MemoryWatch::host_now().filter(|_| format.cpu).unwrap_or(0);
     let point = |axis, size: usize, batch: usize, config: &FluxConfig| {
         let image = (size / 16) * (size / 16);
         Point {
@@ -118,7 +127,8 @@ fn points(config: &FluxConfig, text: usize, runtime: &Runtime) -> Vec<Point> {
             flops: cost::model(config, image, text).flops() * batch as u64,
             seconds: None,
             bytes: None,
-            forecast_bytes: demand::weights(config, format)
+            forecast_bytes: before
+                + demand::weights(config, format)
                 + demand::activations(config, batch, image + text, format),
             forecast_seconds: None,
         }
@@ -127,11 +137,11 @@ fn points(config: &FluxConfig, text: usize, runtime: &Runtime) -> Vec<Point> {
     for quarters in QUARTERS {
         let config = part(config, quarters);
         if out.iter().all(|p: &Point| p.blocks != config.layout.len()) {
-            out.push(point(Axis::Blocks, USUAL, 1, &config));
+            out.push(point(Axis::Blocks, usual, 1, &config));
         }
     }
-    out.extend(BATCHES.map(|batch| point(Axis::Batch, USUAL, batch, config)));
-    out.extend(SIZES.map(|size| point(Axis::Size, size, 1, config)));
+    out.extend(BATCHES.map(|batch| point(Axis::Batch, usual, batch, config)));
+    out.extend(sizes.iter().map(|size| point(Axis::Size, *size, 1, config)));
     out
 }
 
@@ -161,7 +171,8 @@ impl Measuring<'_> {
             let free = self.runtime.free_memory().unwrap_or(u64::MAX);
             let held = model.is_some() && known.last().is_some_and(|p| p.blocks == point.blocks);
             let needed = if held {
-                point.forecast_bytes - demand::weights(&self.config(point), format(self.runtime))
+                let weights = demand::weights(&self.config(point), format(self.runtime));
+                point.forecast_bytes.saturating_sub(weights)
             } else {
                 model = None;
                 point.forecast_bytes

@@ -56,7 +56,7 @@ pub struct Point {
     /// Most memory of the process during the step, in bytes, mapped files left out; `None` where nobody says, and on
     /// devices with memory of their own.
     pub bytes: Option<u64>,
-    /// Weights and the widest moment of a block, in bytes.
+    /// What the process took before, weights, and the widest moment of a block, in bytes.
     pub forecast_bytes: u64,
     /// By the operations, at the speed of the point with the most of them; `None` until something was measured.
     pub forecast_seconds: Option<f64>,
@@ -133,6 +133,18 @@ fn curve(points: &[&Point], axis: Axis, value: impl Fn(&Point) -> Option<f64>) -
     points.filter(|(x, y)| *x > 0.0 && *y > 0.0).collect()
 }
 
+/// 1, 2 and 5 times powers of ten; powers of ten alone where there would be many.
+fn marks(low: f64, high: f64) -> Vec<f64> {
+    let steps: &[f64] = if high / low > 200.0 {
+        &[1.0]
+    } else {
+        &[1.0, 2.0, 5.0]
+    };
+    let powers = (low.log10().floor() as i32)..=(high.log10().ceil() as i32);
+    let all = powers.flat_map(|power| steps.iter().map(move |step| step * 10f64.powi(power)));
+    all.filter(|mark| (low..=high).contains(mark)).collect()
+}
+
 /// One panel.
 struct Curves {
     axis: Axis,
@@ -155,13 +167,18 @@ impl Curves {
                 0.1..1.0
             }
         };
+        let mut at: Vec<f64> = all().map(|p| p.0).collect();
+        at.sort_by(f64::total_cmp);
+        at.dedup();
+        let (across, up) = (range(|p| p.0, 1.12), range(|p| p.1, 1.5));
+        let marks = marks(up.start, up.end);
         let mut chart = ChartBuilder::on(panel)
             .margin(12)
             .x_label_area_size(40)
             .y_label_area_size(66)
             .build_cartesian_2d(
-                range(|p| p.0, 1.12).log_scale().base(2.0),
-                range(|p| p.1, 1.5).log_scale(),
+                across.log_scale().base(2.0).with_key_points(at),
+                up.log_scale().with_key_points(marks),
             )?;
         chart
             .configure_mesh()
@@ -173,11 +190,8 @@ impl Curves {
             .y_desc(self.y)
             .x_label_formatter(&|x| format!("{x:.0}"))
             .y_label_formatter(&|y| {
-                if *y < 0.01 {
-                    format!("{y:.0e}")
-                } else {
-                    format!("{y}")
-                }
+                let places = (-y.log10()).ceil().max(0.0) as usize;
+                format!("{y:.places$}")
             })
             .draw()?;
         let dashes = self.forecast.clone();
@@ -238,6 +252,12 @@ mod tests {
         let mut none = [point(Axis::Batch, 256, 100, None)];
         forecast(&mut none);
         assert_eq!(none[0].forecast_seconds, None);
+    }
+
+    #[test]
+    fn marks_are_round_and_few() {
+        assert_eq!(marks(0.3, 4.0), [0.5, 1.0, 2.0]);
+        assert_eq!(marks(0.003, 40.0), [0.01, 0.1, 1.0, 10.0]);
     }
 
     #[test]

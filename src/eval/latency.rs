@@ -190,6 +190,11 @@ impl MemoryWatch {
         Some(self.host()?.saturating_sub(status("RssFile:")?))
     }
 
+    /// Memory of this process now, in bytes, without the parts of mapped files; `None` where the system does not say.
+    pub fn host_now() -> Option<u64> {
+        status("RssAnon:")
+    }
+
     /// Most memory taken on the device since the start, as far as it was looked at, in bytes.
     pub fn device(&self) -> Option<u64> {
         Some(self.free_before?.saturating_sub(self.least_free?))

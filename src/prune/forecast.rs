@@ -5,7 +5,10 @@ use serde::Serialize;
 use super::plan::PruningPlan;
 use crate::{
     layout::FluxConfig,
-    model::cost::{self, Cost},
+    model::{
+        cost::{self, Cost},
+        demand::{self, Format},
+    },
 };
 
 /// Where and how large pictures are drawn: what arithmetic and memory are counted for.
@@ -45,14 +48,17 @@ impl Forecast {
             file_bytes,
         } = situation;
         let cost: Cost = cost::model(config, image_tokens, text_tokens);
-        let tokens = (image_tokens + text_tokens) as u64;
-        // a block's input and output, q, k, v and what attention makes of them, and the MLP before and after its activation
-        let widest = 2 * config.mlp_size as u64 + 8 * config.hidden_size as u64;
+        let format = Format {
+            element: weight_bytes as u64,
+            cpu: true, // no score matrix
+        };
+        let tokens = image_tokens + text_tokens;
         Self {
             parameters: cost.parameters,
             file_bytes: (cost.parameters as f64 * file_bytes).round() as u64,
             flops: cost.flops(),
-            memory_bytes: (cost.parameters + tokens * widest) * weight_bytes as u64,
+            memory_bytes: cost.parameters * format.element
+                + demand::activations(config, 1, tokens, format),
         }
     }
 
