@@ -129,8 +129,9 @@ impl Resnet {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.conv1.forward(&self.norm1.forward(x)?)?;
-        let y = self.conv2.forward(&self.norm2.forward(&y)?)?;
+        // assigned, not shadowed: each is as large as the picture, and the former goes
+        let mut y = self.conv1.forward(&self.norm1.forward(x)?)?;
+        y = self.conv2.forward(&self.norm2.forward(&y)?)?;
         match &self.shortcut {
             Some(shortcut) => shortcut.forward(x)? + y,
             None => x + y,
@@ -297,14 +298,14 @@ impl Level {
         })
     }
 
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut x = x.clone();
+    /// Takes the input, which is gone as soon as the first block has put out its own.
+    pub(super) fn forward(&self, mut x: Tensor) -> Result<Tensor> {
         for resnet in &self.resnets {
             x = resnet.forward(&x)?;
         }
         self.turn
             .as_ref()
-            .map_or(Ok(x.clone()), |turn| turn.forward(&x))
+            .map_or_else(|| Ok(x.clone()), |turn| turn.forward(&x))
     }
 }
 

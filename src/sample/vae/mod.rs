@@ -262,7 +262,7 @@ impl Encoder {
     fn forward(&self, image: &Tensor) -> Result<Tensor> {
         let mut x = self.conv_in.forward(image)?;
         for level in &self.levels {
-            x = level.forward(&x)?;
+            x = level.forward(x)?;
         }
         let x = self
             .conv_out
@@ -342,7 +342,7 @@ impl Decoder {
     fn forward(&self, latents: &Tensor) -> Result<Tensor> {
         let mut x = self.lowest(latents)?;
         for level in &self.levels {
-            x = level.forward(&x)?;
+            x = level.forward(x)?;
         }
         self.conv_out.forward(&self.norm_out.forward(&x)?)
     }
