@@ -22,6 +22,7 @@ pub mod save;
 pub mod shapes;
 mod source;
 pub mod transformer_json;
+mod widen;
 
 pub use source::{Source, candle_dtype, safetensors_dtype};
 
@@ -304,8 +305,7 @@ impl Backend {
                 shape.dims()
             );
         }
-        let tensor = source.tensor(device);
-        let tensor = tensor.and_then(|t| Ok(t.to_dtype(dtype)?));
+        let tensor = source.tensor_as(dtype, device);
         tensor.with_context(|| format!("`{}`: tensor `{name}`", self.0.name))
     }
 }

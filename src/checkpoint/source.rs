@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle::{DType, Device, Tensor};
 use safetensors::Dtype;
 
-use super::random::Random;
+use super::{random::Random, widen};
 use crate::files::Blob;
 
 /// How many bytes of a tensor are made at a time while it is written.
@@ -248,6 +248,21 @@ impl Source {
                 Ok(())
             }
         }
+    }
+
+    /// Loads the tensor in `dtype`.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    pub fn tensor_as(&self, dtype: DType, device: &Device) -> Result<Tensor> {
+        if device.is_cpu()
+            && dtype == DType::F32
+            && matches!(self.data, Data::Pieces(_))
+            && let Some(values) = widen::to_f32(&self.bytes()?, self.dtype)
+        {
+            return Ok(Tensor::from_vec(values, self.shape(), device)?);
+        }
+        Ok(self.tensor(device)?.to_dtype(dtype)?)
     }
 
     /// Loads the tensor in its own dtype.
