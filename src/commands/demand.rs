@@ -69,7 +69,7 @@ impl Demand {
         let weights = residence.bytes;
         let sums = kept as u64 * gather::bytes_of_sums(config);
         let element = runtime.dtype.size_in_bytes() as u64;
-        let activations = place.activations(config, batch, tokens as usize);
+        let activations = place.activations(config, batch, tokens);
         // one stream of one block in f32 (f64 on the CPU), its change, and the fresh products beside the sums
         let wide = if runtime.device.is_cpu() { 8 } else { 4 };
         let gathering = (batch * tokens) as u64 * 2 * d * wide + gather::bytes_of_sums(config);

@@ -17,8 +17,8 @@ const SUPPORT: f64 = 2.0;
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
 pub(super) struct Preparation {
-    image_mean: [f32; 3],
-    image_std: [f32; 3],
+    image_mean: [f64; 3],
+    image_std: [f64; 3],
 }
 
 impl Default for Preparation {
@@ -47,7 +47,10 @@ impl Preparation {
         let (left, top) = ((new_width - side) / 2, (new_height - side) / 2);
         let mut values = Vec::with_capacity(3 * side * side);
         for channel in 0..3 {
-            let (mean, std) = (self.image_mean[channel], self.image_std[channel]);
+            let (mean, std) = (
+                self.image_mean[channel] as f32,
+                self.image_std[channel] as f32,
+            );
             for y in top..top + side {
                 for x in left..left + side {
                     let value = f32::from(rgb[(y * new_width + x) * 3 + channel]) / 255.0;
