@@ -54,6 +54,8 @@ const MAY_IMPORT: [(&str, &[&str]); 13] = [
             // how numbers are written
             "ui",
             "device",
+            // where a CLIP model is
+            "files",
             "checkpoint",
             "model",
             "sample",
