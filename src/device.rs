@@ -121,8 +121,25 @@ pub fn out_of_memory(error: &anyhow::Error) -> Option<&'static str> {
     )
 }
 
-/// What Linux says programs may still take without swapping.
+/// What Linux says programs may still take without swapping, and this container, where it has a limit.
 fn free_host_memory() -> Option<u64> {
+    let machine = available()?;
+    Some(in_container().map_or(machine, |left| left.min(machine)))
+}
+
+/// What is left of the memory that this container may use (cgroup v2); `None` where it has no limit.
+fn in_container() -> Option<u64> {
+    let read = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/memory.{name}")).ok();
+    let limit: u64 = read("max")?.trim().parse().ok()?;
+    let used: u64 = read("current")?.trim().parse().ok()?;
+    // pages of files are given back when they are needed
+    let stat = read("stat")?;
+    let pages = stat.lines().find_map(|l| l.strip_prefix("inactive_file "));
+    let pages: u64 = pages?.trim().parse().ok()?;
+    Some(limit.saturating_sub(used.saturating_sub(pages)))
+}
+
+fn available() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
