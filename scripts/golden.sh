@@ -32,4 +32,5 @@ noise = {f"seed{s}": torch.randn(shape, generator=torch.Generator("cpu").manual_
 save_file(noise, sys.argv[1], metadata={"torch": torch.__version__.split("+")[0]})
 PY
 "$python" scripts/golden_sample.py
+"$python" scripts/golden_clip.py
 find "$golden" -type f -printf '%s\n' | awk '{ sum += $1 } END { print sum " bytes" }'

@@ -177,6 +177,28 @@ pub struct RunArgs {
     pub dtype: DTypeChoice,
 }
 
+/// How much of the device to use; none of this changes what is computed.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct MemoryArgs {
+    /// Keep no block of the transformer on the device: each is read from the mapped file when it is run, the next one
+    /// meanwhile.
+    #[arg(long)]
+    pub offload: bool,
+    /// Most memory to use on the device, such as 12GiB (on the CPU: of this machine): as many blocks stay there as fit,
+    /// the others are read when they are run. Default: what is free.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub max_vram: Option<u64>,
+}
+
+/// How pictures are decoded; up to rounding they are the same.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct DecodeArgs {
+    /// Decode pictures in bands of this many rows of pixels, which takes less memory; 0: at once. Default: at once where
+    /// there is room.
+    #[arg(long, value_name = "PIXELS")]
+    pub vae_tile: Option<usize>,
+}
+
 /// `inspect`.
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
@@ -233,6 +255,10 @@ pub struct PruneArgs {
     pub json: bool,
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+    #[command(flatten)]
+    pub decode: DecodeArgs,
 }
 
 /// `generate`.
@@ -279,6 +305,10 @@ pub struct GenerateArgs {
     pub json: bool,
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+    #[command(flatten)]
+    pub decode: DecodeArgs,
 }
 
 /// `verify`.

@@ -95,6 +95,11 @@ impl Runtime {
         Ok(Self { device, dtype })
     }
 
+    /// Whether convolutions write all that their taps see into memory before they multiply.
+    pub fn unfolds_convolutions(&self) -> bool {
+        !self.device.is_cpu() && !cfg!(feature = "cudnn")
+    }
+
     /// Memory of the device that is free right now, in bytes; `None` where nobody says.
     pub fn free_memory(&self) -> Option<u64> {
         match &self.device {
@@ -105,8 +110,36 @@ impl Runtime {
     }
 }
 
-/// What Linux says programs may still take without swapping.
+/// What to do about an error of a device that ran out of memory; `None` for other errors.
+pub fn out_of_memory(error: &anyhow::Error) -> Option<&'static str> {
+    let ran_out = error.chain().any(|cause| {
+        let text = cause.to_string().to_lowercase();
+        text.contains("out of memory") || text.contains("out_of_memory")
+    });
+    ran_out.then_some(
+        "the device ran out of memory\nhint: --offload keeps no block on the device, --max-vram SIZE as many as fit; smaller pictures (--width, --height), batches and --dtype bf16 take less too",
+    )
+}
+
+/// What Linux says programs may still take without swapping, and this container, where it has a limit.
 fn free_host_memory() -> Option<u64> {
+    let machine = available()?;
+    Some(in_container().map_or(machine, |left| left.min(machine)))
+}
+
+/// What is left of the memory that this container may use (cgroup v2); `None` where it has no limit.
+fn in_container() -> Option<u64> {
+    let read = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/memory.{name}")).ok();
+    let limit: u64 = read("max")?.trim().parse().ok()?;
+    let used: u64 = read("current")?.trim().parse().ok()?;
+    // pages of files are given back when they are needed
+    let stat = read("stat")?;
+    let pages = stat.lines().find_map(|l| l.strip_prefix("inactive_file "));
+    let pages: u64 = pages?.trim().parse().ok()?;
+    Some(limit.saturating_sub(used.saturating_sub(pages)))
+}
+
+fn available() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
@@ -166,4 +199,18 @@ fn metal() -> Result<Device> {
         );
     }
     Device::new_metal(0).context("--device metal: cannot use the GPU\nhint: use --device cpu")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_for_want_of_memory_says_what_to_do() {
+        let driver = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+        let error = anyhow::anyhow!("{driver}").context("cannot load the transformer of `x`");
+        let advice = out_of_memory(&error).unwrap();
+        assert!(advice.contains("\nhint: --offload"), "{advice}");
+        assert_eq!(out_of_memory(&anyhow::anyhow!("no such file")), None);
+    }
 }

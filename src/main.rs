@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use fastflux::{cli::Cli, commands, ui};
+use fastflux::{cli::Cli, commands, device, ui};
 
 /// Keeps the memory of tensors that come and go, where the system's allocator would return it page by page.
 #[global_allocator]
@@ -15,6 +15,10 @@ fn main() -> ExitCode {
     match commands::run(cli.command) {
         Ok(code) => code,
         Err(error) => {
+            let error = match device::out_of_memory(&error) {
+                Some(advice) => error.context(advice),
+                None => error,
+            };
             ui::error(&error);
             ExitCode::from(1)
         }

@@ -362,6 +362,18 @@ fn a_dry_run_says_what_it_takes_and_does_nothing() {
     assert_eq!(report["phases"].as_array().unwrap().len(), 3);
     assert!(report["peak_bytes"].as_f64().unwrap() > 1e6);
     assert!(!folder.join("dry").exists() && !folder.join("dry.state").exists());
+    // with less memory than that, less is kept; with none there is nothing to be done
+    assert_eq!(report["recompute"], false);
+    let less = (report["peak_bytes"].as_f64().unwrap() * 0.95).to_string();
+    let few = ["--output", "dry", "--dry-run", "--json", "--max-vram"];
+    let text = ok(folder, &train(&[&few[..], &[less.as_str()]].concat()));
+    let report: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(report["recompute"], true);
+    assert!(report["peak_bytes"].as_f64().unwrap() <= less.parse().unwrap());
+    refused(
+        &train(&["--dry-run", "--max-vram", "10KB"]),
+        &["--max-vram", "hint:", "--batch"],
+    );
 }
 
 #[test]

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     recipe::CalibrationRecipe,
-    stats::{BUCKETS, CalibrationStats, Gram, Moments, StreamStats},
+    stats::{BUCKETS, CalibrationStats, Moments, StreamStats, WaitingGram},
 };
 use crate::{
     checkpoint::{Checkpoint, Source, save},
@@ -166,7 +166,7 @@ impl Calibration {
                     Ok(())
                 };
                 insert("moments", &moments_tensor(&stats.buckets)?)?;
-                if let Some(gram) = &stats.gram {
+                if let Some(gram) = &stats.sums()? {
                     insert("gram", &gram.gram)?;
                     insert("cross", &gram.cross)?;
                     let totals = [gram.target_sq, stats.rows];
@@ -185,6 +185,21 @@ impl Calibration {
     /// # Errors
     /// When the file cannot be read, is damaged, or is no statistics file.
     pub fn read(path: &Path, device: &Device) -> Result<Self> {
+        let mut out = Self::open(path)?;
+        for block in &mut out.stats.blocks {
+            for stats in [&mut block.txt, &mut block.img] {
+                let waiting = stats.waiting.take();
+                stats.gram = waiting.map(|sums| sums.read(device)).transpose()?;
+            }
+        }
+        Ok(out)
+    }
+
+    /// The same, but sums stay in the file until they are needed.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn open(path: &Path) -> Result<Self> {
         let name = path.display().to_string();
         let (file, header) = open(path)?;
         let ids: BTreeSet<BlockId> = file
@@ -210,11 +225,9 @@ impl Calibration {
                     let k = reader.rows("gram")?;
                     let totals = reader.get("totals", &[2])?.to_vec1::<f64>()?;
                     stats.rows = totals[1];
-                    stats.gram = Some(Gram {
-                        gram: reader.get("gram", &[k, k])?.to_device(device)?,
-                        cross: reader
-                            .get("cross", &[k, k.saturating_sub(1)])?
-                            .to_device(device)?,
+                    stats.waiting = Some(WaitingGram {
+                        gram: reader.checked("gram", &[k, k])?.clone(),
+                        cross: reader.checked("cross", &[k, k.saturating_sub(1)])?.clone(),
                         target_sq: totals[0],
                     });
                 }
@@ -254,6 +267,10 @@ impl Reader<'_> {
     }
 
     fn get(&self, what: &str, shape: &[usize]) -> Result<Tensor> {
+        self.checked(what, shape)?.tensor(&Device::Cpu)
+    }
+
+    fn checked(&self, what: &str, shape: &[usize]) -> Result<&Source> {
         let source = self.source(what)?;
         ensure!(
             source.shape() == shape && source.format() == safetensors::Dtype::F64.into(),
@@ -263,7 +280,7 @@ impl Reader<'_> {
             source.shape(),
             source.format()
         );
-        source.tensor(&Device::Cpu)
+        Ok(source)
     }
 }
 

@@ -4,10 +4,11 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Result, bail};
-use candle::{DType, Tensor};
+use candle::{DType, Device, Tensor};
 
 use super::rows;
 use crate::{
+    checkpoint::Source,
     layout::{BlockId, BlockSpec},
     model::{Conditioning, Observer, Stream},
 };
@@ -93,9 +94,34 @@ impl Gram {
     }
 }
 
+/// A [`Gram`] that lies in a file and is read when it is needed: those of all blocks of a wide model take gigabytes.
+#[derive(Clone, Debug)]
+pub struct WaitingGram {
+    /// ZᵀZ, (k, k).
+    pub gram: Source,
+    /// ZᵀR, (k, d).
+    pub cross: Source,
+    /// Σ ‖R‖².
+    pub target_sq: f64,
+}
+
+impl WaitingGram {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// When memory is short.
+    pub fn read(&self, device: &Device) -> Result<Gram> {
+        Ok(Gram {
+            gram: self.gram.tensor(device)?,
+            cross: self.cross.tensor(device)?,
+            target_sq: self.target_sq,
+        })
+    }
+}
+
 /// The format for products of activations: on the CPU f64 costs little more than f32 and keeps the sums exact; f64
 /// units of GPUs are scarce, so products are f32 there and only sums f64.
-pub fn product_dtype(device: &candle::Device) -> DType {
+pub fn product_dtype(device: &Device) -> DType {
     if device.is_cpu() {
         DType::F64
     } else {
@@ -119,6 +145,8 @@ pub struct StreamStats {
     pub buckets: [Moments; BUCKETS],
     /// Sums for the fit; `None` until tokens were seen, or where only scalars were asked for.
     pub gram: Option<Gram>,
+    /// The same where they have not been read from their file.
+    pub waiting: Option<WaitingGram>,
     /// Tokens in [`Self::gram`]: all, or those that subsampling chose.
     pub rows: f64,
 }
@@ -140,9 +168,24 @@ impl StreamStats {
             sum.add(share);
         }
         self.rows += other.rows;
-        other
-            .gram
-            .map_or(Ok(()), |gram| gram.add_to(&mut self.gram))
+        let other = other.sums()?;
+        other.map_or(Ok(()), |gram| gram.add_to(&mut self.gram))
+    }
+
+    /// Whether there are sums for the fit.
+    pub fn has_sums(&self) -> bool {
+        self.gram.is_some() || self.waiting.is_some()
+    }
+
+    /// The sums for the fit, read from their file where they wait there.
+    ///
+    /// # Errors
+    /// When memory is short.
+    pub fn sums(&self) -> Result<Option<Gram>> {
+        match (&self.gram, &self.waiting) {
+            (None, Some(waiting)) => waiting.read(&Device::Cpu).map(Some),
+            (gram, _) => Ok(gram.clone()),
+        }
     }
 
     /// Adds the tokens `x` → `y`, both (batch, tokens, d), of samples at `times`.
@@ -276,7 +319,9 @@ impl CalibrationStats {
     /// Drops all products and keeps the scalars.
     pub fn forget_products(&mut self) {
         for block in &mut self.blocks {
-            (block.txt.gram, block.img.gram) = (None, None);
+            for stream in [&mut block.txt, &mut block.img] {
+                (stream.gram, stream.waiting) = (None, None);
+            }
         }
     }
 

@@ -30,6 +30,7 @@ mod scales;
 pub mod shapes;
 mod source;
 pub mod transformer_json;
+mod widen;
 
 pub use format::Format;
 pub use source::{Source, safetensors_dtype};
@@ -355,8 +356,7 @@ impl Backend {
                 shape.dims()
             );
         }
-        let tensor = source.tensor(device);
-        let tensor = tensor.and_then(|t| Ok(t.to_dtype(dtype)?));
+        let tensor = source.tensor_as(dtype, device);
         tensor.with_context(|| format!("`{}`: tensor `{name}`", self.0.name))
     }
 }

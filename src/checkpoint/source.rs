@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle::{DType, Device, Tensor};
 use safetensors::Dtype;
 
-use super::{format::Format, random::Random};
+use super::{format::Format, random::Random, widen};
 use crate::{files::Blob, formats::Packed};
 
 mod values;
@@ -361,6 +361,22 @@ impl Source {
                 Ok(())
             }
         }
+    }
+
+    /// Loads the tensor in `dtype`.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    pub fn tensor_as(&self, dtype: DType, device: &Device) -> Result<Tensor> {
+        if device.is_cpu()
+            && dtype == DType::F32
+            && matches!(self.data, Data::Pieces(_))
+            && let Format::Plain(stored) = self.format
+            && let Some(values) = widen::to_f32(&self.bytes()?, stored)
+        {
+            return Ok(Tensor::from_vec(values, self.shape(), device)?);
+        }
+        Ok(self.tensor(device)?.to_dtype(dtype)?)
     }
 
     /// Loads the tensor in its own dtype; packed ones in f32.

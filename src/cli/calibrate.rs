@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{PipelineArgs, RunArgs, bytes};
+use super::{MemoryArgs, PipelineArgs, RunArgs, bytes};
 use crate::calibrate::{pass::Shard, recipe::StateSource};
 
 /// The flags that make no sense beside a calibration that was made before.
@@ -89,6 +89,8 @@ pub struct CalibrateArgs {
     pub json: bool,
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
 }
 
 /// `merge-stats`.

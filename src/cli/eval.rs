@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::RunArgs;
+use super::{DecodeArgs, MemoryArgs, RunArgs};
 use crate::device::{DTypeChoice, DeviceChoice};
 
 /// `eval`.
@@ -56,6 +56,10 @@ pub struct EvalArgs {
     /// VAE file or folder, where the baseline comes without.
     #[arg(long, value_name = "FILE|DIR")]
     pub vae: Option<PathBuf>,
+    /// Score how well pictures fit their prompts with this CLIP model: a folder in transformers layout or a hub id, such
+    /// as openai/clip-vit-large-patch14.
+    #[arg(long, value_name = "DIR|ID")]
+    pub clip: Option<String>,
     /// Folder to write: report.html, report.json, pictures.png.
     #[arg(long, short, value_name = "DIR", default_value = "report")]
     pub output: PathBuf,
@@ -67,6 +71,10 @@ pub struct EvalArgs {
     pub json: bool,
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+    #[command(flatten)]
+    pub decode: DecodeArgs,
 }
 
 /// `bench`.
@@ -100,6 +108,13 @@ pub struct BenchArgs {
     /// Whole steps only, no blocks.
     #[arg(long)]
     pub step_only: bool,
+    /// Measure instead how time and memory of a step grow with picture size (256² to 2048², or --size), blocks and batch,
+    /// as far as they fit, and draw it beside the forecast into this file.
+    #[arg(long, value_name = "SVG", conflicts_with_all = ["against", "batch", "step_only"])]
+    pub growth: Option<PathBuf>,
+    /// Overwrite an existing chart.
+    #[arg(long, requires = "growth")]
+    pub force: bool,
     /// auto, cpu, cuda, cuda:N or metal.
     #[arg(long, default_value = "auto", value_parser = |s: &str| s.parse::<DeviceChoice>())]
     pub device: DeviceChoice,

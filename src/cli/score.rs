@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
 
-use super::{CalibrationArgs, PipelineArgs, RunArgs, bytes, count};
+use super::{CalibrationArgs, MemoryArgs, PipelineArgs, RunArgs, bytes, count};
 use crate::{layout::Form, score::Metric};
 
 /// `score`.
@@ -33,6 +33,8 @@ pub struct ScoreArgs {
     pub json: bool,
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
 }
 
 /// How far to prune; one of them.
@@ -92,4 +94,6 @@ pub struct PlanArgs {
     pub json: bool,
     #[command(flatten)]
     pub run: RunArgs,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{PipelineArgs, RunArgs};
+use super::{PipelineArgs, RunArgs, bytes};
 use crate::checkpoint::output::Format;
 
 /// `train-sandwich`.
@@ -77,6 +77,10 @@ pub struct TrainArgs {
     /// Keep only the blocks that are trained on the device; fetch the others when they are needed.
     #[arg(long)]
     pub offload: bool,
+    /// Most memory to use on the device, such as 24GiB (on the CPU: of this machine): --recompute and --offload where it
+    /// takes them. Default: what is free.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub max_vram: Option<u64>,
     /// Write the LoRA beside the checkpoint, in PEFT's names, instead of merging it.
     #[arg(long)]
     pub keep_lora: bool,

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::{
-    PixelSize,
+    PixelSize, bench_growth,
     bench_inputs::{Given, kinds, random_weights},
     init, load,
 };
@@ -28,9 +28,9 @@ const MOST_TEXT: usize = 8192;
 const MOST_SECONDS: f64 = 3600.0;
 
 /// What is timed: a model's shape with its weights, or random ones.
-struct Subject {
-    name: String,
-    config: FluxConfig,
+pub(super) struct Subject {
+    pub(super) name: String,
+    pub(super) config: FluxConfig,
     /// `None`: random weights in the format that is timed.
     pipeline: Option<Pipeline>,
     size: usize,
@@ -73,6 +73,11 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         sizes => sizes.to_vec(),
     };
     let text = args.text_tokens.unwrap_or(first.text);
+    if let Some(output) = &args.growth {
+        let dtype = args.dtype.first().copied().unwrap_or_default();
+        let runtime = Runtime::resolve(args.device, dtype)?;
+        return bench_growth::run(args, first, text, &runtime, output);
+    }
     let (mut rows, mut peaks) = (Vec::new(), Vec::new());
     for dtype in &args.dtype {
         let runtime = Runtime::resolve(args.device, *dtype)?;
@@ -223,15 +228,26 @@ fn subjects(args: &BenchArgs) -> Result<Vec<Subject>> {
 
 impl Subject {
     fn load(&self, runtime: &Runtime) -> Result<Flux> {
-        match &self.pipeline {
-            Some(pipeline) => load::flux(pipeline, runtime),
-            None => {
-                let weights = random_weights(&self.config, runtime.dtype)?;
-                let vb = weights.var_builder(runtime.dtype, &runtime.device);
-                Ok(Flux::new(&self.config, vb)?)
-            }
-        }
+        self.load_part(&self.config, runtime)
     }
+
+    /// A model of the first blocks of each kind.
+    pub(super) fn load_part(&self, config: &FluxConfig, runtime: &Runtime) -> Result<Flux> {
+        let random = self.pipeline.is_none();
+        let random = random.then(|| random_weights(config, runtime.dtype));
+        let weights = match (&self.pipeline, random.transpose()?) {
+            (Some(pipeline), _) => pipeline.transformer.clone(),
+            (None, weights) => weights.unwrap_or_default(),
+        };
+        let vb = weights.var_builder(runtime.dtype, &runtime.device);
+        Flux::new(config, vb)
+            .with_context(|| format!("cannot load the transformer of `{}`", self.name))
+    }
+}
+
+/// Milliseconds, where they are known.
+pub(super) fn row_of_time(seconds: Option<f64>) -> String {
+    seconds.map_or_else(|| "-".to_owned(), |s| format!("{:.3}", 1e3 * s))
 }
 
 fn kind(spec: &BlockSpec) -> String {

@@ -12,6 +12,7 @@ use serde_json::json;
 use super::{
     demand::Demand,
     gather::{self, Gathering},
+    place::Place,
     session::{Session, Settings},
 };
 use crate::{
@@ -153,7 +154,6 @@ pub(super) fn gathering(args: &CalibrationArgs, output: &Path, sums: bool) -> Ga
         shard: Shard::WHOLE,
         partial: gather::partial(output),
         save_every: Duration::from_secs(args.save_every),
-        memory: args.stats_memory,
         sums,
     }
 }
@@ -165,18 +165,27 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     }
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
+    let place = Place::new(args.memory, &runtime).of(&pipeline);
     let Input { settings, images } = input(&args.calibration, &recipe, &pipeline)?;
     let shard = args.shard.unwrap_or(Shard::WHOLE);
     if args.dry_run {
         let demand = Demand {
             shard,
-            memory: args.calibration.stats_memory,
+            sums: args.calibration.stats_memory,
             fitting: false,
         };
-        return demand.say(&pipeline, &runtime, &settings, args.json);
+        return demand.say(&pipeline, &place, &settings, args.json);
     }
     save::check_writable(&args.output)?;
-    let session = Session::open(&pipeline, &runtime, settings, images.as_deref())?;
+    let sums = args.calibration.stats_memory;
+    let session = Session::open(
+        &pipeline,
+        &runtime,
+        &place,
+        settings,
+        images.as_deref(),
+        sums,
+    )?;
     let gathering = Gathering {
         shard,
         ..gathering(&args.calibration, &args.output, true)
@@ -268,10 +277,9 @@ pub(super) fn merge(args: &crate::cli::MergeStatsArgs) -> Result<()> {
         .context("merge-stats takes at least one file")?;
     let mut sum = Calibration::read(first, &Device::Cpu)?;
     for path in files {
-        sum.add(Calibration::read(path, &Device::Cpu)?)
-            .with_context(|| {
-                format!("`{}` does not add to `{}`", path.display(), first.display())
-            })?;
+        sum.add(Calibration::open(path)?).with_context(|| {
+            format!("`{}` does not add to `{}`", path.display(), first.display())
+        })?;
     }
     let header = &sum.header;
     if !header.is_complete() {

@@ -134,7 +134,7 @@ pub(super) fn choose(
     budget: &Budget,
     protect: &[BlockId],
 ) -> Result<(Selection, PruningPlan)> {
-    let known = stats.blocks.iter().filter(|b| b.img.gram.is_some());
+    let known = stats.blocks.iter().filter(|b| b.img.has_sums());
     let candidates: Vec<BlockId> = known
         .map(|b| b.id)
         .filter(|id| !protect.contains(id))

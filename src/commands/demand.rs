@@ -5,11 +5,11 @@ use serde_json::json;
 
 use super::{
     gather,
+    place::Place,
     session::{DRAWS_LATER, Settings},
 };
 use crate::{
     calibrate::{pass::Shard, recipe::StateSource},
-    device::Runtime,
     model::cost,
     pipeline::Pipeline,
     prune::plan::originals,
@@ -21,8 +21,8 @@ use crate::{
 pub(super) struct Demand {
     /// Which units.
     pub(super) shard: Shard,
-    /// Bytes that the sums may take.
-    pub(super) memory: Option<u64>,
+    /// Bytes that the user allows for sums.
+    pub(super) sums: Option<u64>,
     /// Whether blocks are scored and layers fitted after it.
     pub(super) fitting: bool,
 }
@@ -32,10 +32,11 @@ impl Demand {
     pub(super) fn say(
         &self,
         pipeline: &Pipeline,
-        runtime: &Runtime,
+        place: &Place,
         settings: &Settings,
         json: bool,
     ) -> Result<()> {
+        let runtime = place.runtime();
         let shard = self.shard;
         let config = &pipeline.config;
         let steps = settings.recipe.steps.context("steps are resolved")?;
@@ -51,8 +52,9 @@ impl Demand {
         let tokens = settings.size.tokens() + settings.text_tokens;
         let per_state = cost::model(config, settings.size.tokens(), settings.text_tokens);
         let flops = |states: usize| of_shard(states) as f64 * per_state.flops() as f64;
-        let memory = self.memory.or_else(|| Some(runtime.free_memory()? / 2));
-        let kept = gather::blocks_within(config, memory);
+        let (need, room) = gather::need(pipeline, place, settings, self.sums);
+        let kept = gather::blocks_within(config, room);
+        let residence = place.residence(config, need)?;
         let d = config.hidden_size as u64;
         let states_in_sums = match settings.recipe.source {
             StateSource::Trajectory => samples * steps,
@@ -64,12 +66,10 @@ impl Demand {
         };
         // 2 · rows · (k² / 2 + k d) multiply-adds
         let products = (kept * of_shard(rows)) as f64 * 2.0 * (d as f64) * (1.5 * d as f64);
-        let weights = pipeline.transformer.bytes_loaded(runtime.dtype) as u64;
+        let weights = residence.bytes;
         let sums = kept as u64 * gather::bytes_of_sums(config);
         let element = runtime.dtype.size_in_bytes() as u64;
-        // the widest moment of a block: its input, projections of q, k, v and the MLP, and their activations
-        let widest = 2 * config.mlp_size as u64 + 8 * d;
-        let activations = batch as u64 * tokens as u64 * widest * element;
+        let activations = place.activations(config, batch, tokens);
         // one stream of one block in f32 (f64 on the CPU), its change, and the fresh products beside the sums
         let wide = if runtime.device.is_cpu() { 8 } else { 4 };
         let gathering = (batch * tokens) as u64 * 2 * d * wide + gather::bytes_of_sums(config);
@@ -99,6 +99,7 @@ impl Demand {
             "flops": { "sampling": flops(sampling), "statistics": flops(gathered), "products": products },
             "blocks": all,
             "blocks_with_sums": kept,
+            "blocks_on_the_device": residence.count(),
             "bytes": {
                 "weights": weights, "statistics": sums, "activations": activations + gathering,
                 "pictures": pictures, "file": sums + pictures,
@@ -135,7 +136,16 @@ impl Demand {
                 bytes("statistics"),
                 ui::bytes(gather::bytes_of_sums(config) as f64)
             ),
-            format!("weights     {}", bytes("weights")),
+            if residence.is_all() {
+                format!("weights     {}", bytes("weights"))
+            } else {
+                format!(
+                    "weights     {} at a time, {} of {} blocks all the time",
+                    bytes("weights"),
+                    residence.count(),
+                    residence.of()
+                )
+            },
             format!("activations {}", bytes("activations")),
         ];
         lines.push(if self.fitting {

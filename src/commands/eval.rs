@@ -6,8 +6,10 @@ use anyhow::{Context, Result, bail, ensure};
 use candle::{DType, Tensor};
 
 use super::{
+    eval_clip::ClipFiles,
     eval_output, load,
     measure::{self, Measured, Task},
+    place::Place,
     planned::Planned,
 };
 use crate::{
@@ -20,7 +22,7 @@ use crate::{
     eval::{
         detect,
         latency::{self, Effort, Machine},
-        metrics,
+        metrics::{self, Summary},
         report::{Distances, ModelReport, Pair, PairOfModel, PromptFollowing, Report, Settings},
         scene::Scene,
     },
@@ -55,6 +57,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         .transpose()?;
     save::check_free(&args.output, args.force)?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
+    let place = Place::new(args.memory, &runtime);
     let (baseline, mut models) = open(args)?;
     let plans: Vec<Planned> = args
         .plan
@@ -62,6 +65,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         .map(|path| Planned::read(path, args.recipe.as_deref(), &baseline))
         .collect::<Result<_>>()?;
     let vae_files = baseline.vae_files()?;
+    let clip = args.clip.as_deref().map(ClipFiles::find).transpose()?;
     let size = super::picture_size(&baseline, args.width, args.height)?;
     let usual = if size.tokens() >= LARGE {
         PICTURES_LARGE
@@ -71,20 +75,21 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let (source, prompts) = prompts(args, given, &baseline, usual);
     save::check_writable(&args.output)?;
     for plan in plans {
-        models.push(plan.carry_out(&baseline, &runtime, &args.output)?);
+        models.push(plan.carry_out(&baseline, &runtime, &place, &args.output)?);
     }
 
     let all: Vec<&Pipeline> = std::iter::once(&baseline).chain(&models).collect();
     let bytes: usize = all.iter().map(|p| p.transformer.bytes()).sum();
     let task = Task {
         runtime: &runtime,
+        place: &place,
         encoded: load::encode_prompts(&baseline, &prompts, None, &runtime)?,
         schedule: load::schedule(&baseline)?,
         size,
         steps: args.steps.unwrap_or_else(|| baseline.default_steps()),
         guidance: args.guidance.unwrap_or_else(|| baseline.default_guidance()),
         seed: args.seed,
-        together: bytes <= TOGETHER,
+        together: bytes <= TOGETHER && !place.is_short_of(2 * bytes as u64),
     };
     let text_tokens = task.encoded.txt.dim(1)?;
     let (mut before, states) = task.baseline(&baseline)?;
@@ -100,7 +105,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         }
     }
 
-    let vae = load::vae(&vae_files, &runtime)?;
+    let decoder = place.decoder(&vae_files, size.latent(), args.decode)?;
     let decode_seconds = {
         let one = before.latents.narrow(0, 0, 1)?;
         let effort = Effort {
@@ -110,7 +115,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             seconds: 0.5,
         };
         let work = &mut || {
-            load::pictures(&vae, &one, size.latent(), &runtime)?;
+            decoder.pictures(&one)?;
             Ok(())
         };
         latency::measure(&runtime.device, effort, &mut [work])?[0].median
@@ -118,21 +123,27 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let progress = ui::progress((1 + models.len()) * prompts.len(), "decoding");
     let mut drawn = Vec::new();
     for measured in std::iter::once(&before).chain(&after) {
-        drawn.push(load::pictures(
-            &vae,
-            &measured.latents,
-            size.latent(),
-            &runtime,
-        )?);
+        drawn.push(decoder.pictures(&measured.latents)?);
         progress.inc(prompts.len() as u64);
     }
     ui::done(
         &progress,
         format!("decoded {} pictures", drawn.len() * prompts.len()),
     );
-    drop(vae);
+    drop(decoder);
+    let clip_scores = clip
+        .as_ref()
+        .map(|clip| clip.scores(&prompts, &drawn, &runtime))
+        .transpose()?;
 
-    let pairs = pairs(&prompts, args.seed, &before, &after, &drawn)?;
+    let pairs = pairs(
+        &prompts,
+        args.seed,
+        &before,
+        &after,
+        &drawn,
+        clip_scores.as_deref(),
+    )?;
     let describe =
         |pipeline: &Pipeline, measured: &Measured, index: Option<usize>| -> Result<ModelReport> {
             let (config, step) = (&pipeline.config, measured.step);
@@ -161,6 +172,10 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
                 peak_memory: measured.memory,
                 against_baseline: against.transpose()?,
                 prompt_following: PromptFollowing::of(&verdicts),
+                clip_score: clip_scores.as_ref().map(|all| {
+                    let model = index.map_or(0, |index| index + 1);
+                    Summary::of(&all[model])
+                }),
                 recipe: pipeline.record.as_ref().map(|r| r.recipe.clone()),
             })
         };
@@ -181,6 +196,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             image_tokens: size.tokens(),
             text_tokens,
             runtime: runtime.to_string(),
+            clip: clip.map(|clip| clip.name),
             timed: if task.together {
                 "models in turn".to_owned()
             } else {
@@ -308,6 +324,7 @@ fn pairs(
     before: &Measured,
     after: &[Measured],
     drawn: &[Vec<Picture>],
+    clip: Option<&[Vec<f64>]>,
 ) -> Result<Vec<Pair>> {
     let mean_squares = |measured: &Measured| -> Result<Vec<f64>> {
         let difference: Tensor = (&measured.latents - &before.latents)?;
@@ -327,18 +344,21 @@ fn pairs(
                 .transpose()
         };
         let mut models = Vec::new();
-        for (latents, pictures) in latents.iter().zip(rest) {
+        let clip = |model: usize| clip.map(|all| all[model][i]);
+        for (model, (latents, pictures)) in latents.iter().zip(rest).enumerate() {
             models.push(PairOfModel {
                 latent_mse: latents[i],
                 psnr: metrics::psnr(&base[i], &pictures[i])?,
                 ssim: metrics::ssim(&base[i], &pictures[i])?,
                 verdict: judge(&pictures[i])?,
+                clip: clip(model + 1),
             });
         }
         out.push(Pair {
             prompt: prompt.clone(),
             seed: seed.wrapping_add(i as u64),
             baseline: judge(&base[i])?,
+            baseline_clip: clip(0),
             models,
         });
     }

@@ -141,6 +141,8 @@ fn losses(log: &str) -> Losses {
 
 /// What a terminal shows.
 pub(super) fn table(report: &Report) -> String {
+    // the last column only where there is something in it
+    let columns = if report.settings.clip.is_some() { 9 } else { 8 };
     let rows: Vec<Vec<String>> = std::iter::once(&report.baseline)
         .chain(&report.models)
         .map(|m| {
@@ -169,7 +171,15 @@ pub(super) fn table(report: &Report) -> String {
                         )
                     },
                 ),
+                m.clip_score.as_ref().map_or_else(
+                    || "-".to_owned(),
+                    |s| format!("{:.2} ± {:.2}", s.mean, s.deviation),
+                ),
             ]
+        })
+        .map(|mut row: Vec<String>| {
+            row.truncate(columns);
+            row
         })
         .collect();
     let header = [
@@ -181,8 +191,9 @@ pub(super) fn table(report: &Report) -> String {
         "PSNR, dB",
         "SSIM",
         "prompts followed, %",
+        "CLIP score",
     ];
-    let mut out = ui::table(&header, &rows, &[1, 2, 3, 4, 5, 6, 7]);
+    let mut out = ui::table(&header[..columns], &rows, &[1, 2, 3, 4, 5, 6, 7, 8]);
     for (model, index) in report.models.iter().zip(0..) {
         let worst = model
             .against_baseline

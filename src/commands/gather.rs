@@ -10,7 +10,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use candle::Tensor;
 
-use super::session::{Session, Settings};
+use super::{
+    place::{Need, Place},
+    session::{Session, Settings},
+};
 use crate::{
     calibrate::{
         file::{self, Calibration, Header},
@@ -21,6 +24,7 @@ use crate::{
     checkpoint::record,
     layout::{BlockId, FluxConfig},
     model::{Block, ReplacementBlock},
+    pipeline::Pipeline,
     prune::plan::originals,
     score::ablation::HeldOut,
     ui,
@@ -40,8 +44,6 @@ pub(super) struct Gathering {
     pub(super) partial: PathBuf,
     /// How often it is saved.
     pub(super) save_every: Duration,
-    /// Bytes that the sums may take.
-    pub(super) memory: Option<u64>,
     /// Whether sums are wanted, or the pictures alone.
     pub(super) sums: bool,
 }
@@ -64,6 +66,34 @@ pub(super) fn blocks_within(config: &FluxConfig, memory: Option<u64>) -> usize {
     let all = originals(config).len();
     let fit = memory.map_or(all, |bytes| (bytes / bytes_of_sums(config)) as usize);
     fit.clamp(1, all.max(1))
+}
+
+/// What is on the device during a calibration beside the blocks, and the bytes that its sums may take: `given` ones, or
+/// half of what is left; the other half is for solving.
+pub(super) fn need(
+    pipeline: &Pipeline,
+    place: &Place,
+    settings: &Settings,
+    given: Option<u64>,
+) -> (Need, Option<u64>) {
+    let config = &pipeline.config;
+    let (batch, tokens) = (
+        settings.batch,
+        settings.size.tokens() + settings.text_tokens,
+    );
+    // one stream of one block in f32 (f64 on the CPU), its change, and the fresh products beside the sums
+    let wide = if place.on_cpu() { 8 } else { 4 };
+    let rows = (batch * tokens * 2 * config.hidden_size) as u64;
+    let mut need = Need {
+        batch,
+        tokens,
+        beside: rows * wide + bytes_of_sums(config),
+    };
+    let sums = given.or_else(|| Some(place.spare(config, need)? / 2));
+    let kept = blocks_within(config, sums) as u64 * bytes_of_sums(config);
+    // layers and solver are on the host
+    need.beside += if place.on_cpu() { 2 * kept } else { kept };
+    (need, sums)
 }
 
 /// Goes through the units of `gathering.shard` that are not done yet.
@@ -101,7 +131,7 @@ pub(super) fn gather(session: &Session, gathering: &Gathering) -> Result<Calibra
     } else {
         session.probe()?;
         if gathering.sums {
-            header.products = products(session, gathering.memory)?;
+            header.products = products(session)?;
         }
         Calibration::new(header, &config.layout)
     };
@@ -169,12 +199,10 @@ pub(super) fn warn_of_few_rows(stats: &CalibrationStats, config: &FluxConfig) {
 const CHEAP_PICTURES: usize = 4;
 
 /// The blocks whose sums are kept: all where they fit, otherwise those whose removal changes the velocity least.
-fn products(session: &Session, memory: Option<u64>) -> Result<Vec<BlockId>> {
+fn products(session: &Session) -> Result<Vec<BlockId>> {
     let config = &session.pipeline.config;
     let all = originals(config);
-    // half of what is free: the other half is for activations and for solving
-    let memory = memory.or_else(|| Some(session.runtime.free_memory()? / 2));
-    let count = blocks_within(config, memory);
+    let count = blocks_within(config, session.sums);
     if count >= all.len() {
         return Ok(all);
     }
@@ -254,13 +282,13 @@ pub(super) fn obtain(
     gathering: &Gathering,
 ) -> Result<Calibration> {
     match stats {
-        Some(path) => Calibration::read(path, &session.runtime.device),
+        Some(path) => Calibration::open(path),
         None => gather(session, gathering),
     }
 }
 
 /// The header of a complete calibration of this model.
-pub(super) fn read_header(pipeline: &crate::pipeline::Pipeline, path: &Path) -> Result<Header> {
+pub(super) fn read_header(pipeline: &Pipeline, path: &Path) -> Result<Header> {
     let name = path.display();
     let (_, header) = file::open(path).context("--stats")?;
     let found = record::fingerprint(&pipeline.transformer)?;

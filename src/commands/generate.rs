@@ -6,7 +6,10 @@ use anyhow::{Context, Result, bail, ensure};
 use candle::Tensor;
 use serde::Serialize;
 
-use super::{PixelSize, load};
+use super::{
+    PixelSize, load,
+    place::{Need, Place},
+};
 use crate::{
     checkpoint::save,
     cli::GenerateArgs,
@@ -72,6 +75,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     }
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
+    let place = Place::new(args.memory, &runtime).of(&pipeline);
     let size = super::picture_size(&pipeline, args.width, args.height)?;
     if args.guidance.is_some() && !pipeline.config.guidance_embed {
         ui::note(format!(
@@ -86,10 +90,10 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     create_folders(&jobs)?;
     let vae_files = pipeline.vae_files()?;
     let encoded = load::encode_prompts(&pipeline, &prompts, args.max_sequence_length, &runtime)?;
-    let latents = denoise(&pipeline, &runtime, &jobs, &encoded, size)?;
-    let vae = load::vae(&vae_files, &runtime)?;
+    let latents = denoise(&pipeline, &runtime, &place, &jobs, &encoded, size)?;
+    let decoder = place.decoder(&vae_files, size.latent(), args.decode)?;
     for (i, job) in jobs.iter().enumerate() {
-        let picture = load::pictures(&vae, &latents.narrow(0, i, 1)?, size.latent(), &runtime)?;
+        let picture = decoder.pictures(&latents.narrow(0, i, 1)?)?;
         let picture = picture.first().context("the VAE gave no picture")?;
         write(job, picture, &pipeline)?;
         if !args.json {
@@ -188,6 +192,7 @@ fn create_folders(jobs: &[Job]) -> Result<()> {
 fn denoise(
     pipeline: &Pipeline,
     runtime: &Runtime,
+    place: &Place,
     jobs: &[Job],
     encoded: &Encoded,
     size: PixelSize,
@@ -195,7 +200,15 @@ fn denoise(
     let Some(first) = jobs.first() else {
         bail!("nothing to draw")
     };
-    let flux = load::flux(pipeline, runtime)?;
+    let tokens = size.tokens() + encoded.txt.dim(1)?;
+    let usual = TOKENS_PER_FORWARD / tokens;
+    let batch = place.batch(&pipeline.config, tokens, usual.min(jobs.len()));
+    let need = Need {
+        batch,
+        tokens,
+        beside: 0,
+    };
+    let flux = place.flux(pipeline, need)?;
     let schedule = load::schedule(pipeline)?;
     let denoise = Denoise {
         flux: &flux,
@@ -221,7 +234,6 @@ fn denoise(
         .max()
         .unwrap_or(1);
     let noise = starting_noise(first.seed, images, channels, denoise.size)?;
-    let batch = (TOKENS_PER_FORWARD / (size.tokens() + encoded.txt.dim(1)?)).max(1);
     let progress = ui::progress(jobs.len().div_ceil(batch) * denoise.steps, "drawing");
     let mut latents = Vec::new();
     for jobs in jobs.chunks(batch) {
@@ -237,8 +249,17 @@ fn denoise(
         let noise = noise.index_select(&pick(|job| job.image_index)?, 0)?;
         latents.push(denoise.run(&noise, &prompts, &mut (), &mut || progress.inc(1))?);
     }
-    progress.finish_and_clear();
-    Ok(Tensor::cat(&latents, 0)?)
+    let latents = Tensor::cat(&latents, 0)?;
+    drop(flux);
+    ui::done(
+        &progress,
+        format!(
+            "drew {} picture{} and freed the transformer",
+            jobs.len(),
+            if jobs.len() == 1 { "" } else { "s" }
+        ),
+    );
+    Ok(latents)
 }
 
 fn write(job: &Job, picture: &Picture, pipeline: &Pipeline) -> Result<()> {

@@ -80,7 +80,14 @@ pub(super) fn encode_prompts(
     runtime: &Runtime,
 ) -> Result<Encoded> {
     let encoders = text_encoders(pipeline, &pipeline.text_files()?, length, runtime)?;
-    encode(&encoders, prompts)
+    let encoded = encode(&encoders, prompts)?;
+    drop(encoders);
+    ui::note(format!(
+        "encoded {} prompt{} and freed the text encoders",
+        prompts.len(),
+        if prompts.len() == 1 { "" } else { "s" }
+    ));
+    Ok(encoded)
 }
 
 /// The VAE.
@@ -92,17 +99,35 @@ pub(super) fn vae(files: &VaeFiles, runtime: &Runtime) -> Result<Vae> {
 }
 
 /// Latents (b, c, h, w) → pictures in about \[-1, 1\], f32 on the CPU, one at a time: decoding takes far more memory
-/// than anything else per picture.
-pub(super) fn decode(vae: &Vae, latents: &Tensor, runtime: &Runtime) -> Result<Tensor> {
+/// than anything else per picture. In `bands` where they are given.
+pub(super) fn decode(
+    vae: &Vae,
+    latents: &Tensor,
+    bands: Option<&InBands>,
+    runtime: &Runtime,
+) -> Result<Tensor> {
     let latents = latents
         .to_device(&runtime.device)?
         .to_dtype(runtime.dtype)?;
     let mut images = Vec::new();
     for i in 0..latents.dim(0)? {
-        let image = vae.decode(&latents.narrow(0, i, 1)?)?;
+        let latents = latents.narrow(0, i, 1)?;
+        let image = match bands {
+            None => vae.decode(&latents)?,
+            Some(bands) => vae.decode_in_bands(&latents, bands.rows, &bands.park)?,
+        };
         images.push(image.to_dtype(DType::F32)?.to_device(&Device::Cpu)?);
     }
     Ok(Tensor::cat(&images, 0)?)
+}
+
+/// How a picture is decoded that does not fit into memory at once.
+#[derive(Clone, Debug)]
+pub(super) struct InBands {
+    /// Rows of latents.
+    pub(super) rows: usize,
+    /// Where bands wait for their turn.
+    pub(super) park: Device,
 }
 
 /// The same from packed latents (b, tokens, 4c).
@@ -110,26 +135,30 @@ pub(super) fn decode_packed(
     vae: &Vae,
     packed: &Tensor,
     size: LatentSize,
+    bands: Option<&InBands>,
     runtime: &Runtime,
 ) -> Result<Tensor> {
-    decode(
-        vae,
-        &latents::unpack(packed, size.height, size.width)?.contiguous()?,
-        runtime,
-    )
+    let latents = latents::unpack(packed, size.height, size.width)?.contiguous()?;
+    decode(vae, &latents, bands, runtime)
 }
 
-/// Packed latents → pictures.
-pub(super) fn pictures(
-    vae: &Vae,
-    packed: &Tensor,
-    size: LatentSize,
-    runtime: &Runtime,
-) -> Result<Vec<Picture>> {
-    let images = decode_packed(vae, packed, size, runtime)?;
-    (0..images.dim(0)?)
-        .map(|i| Picture::from_decoded(&images.get(i)?))
-        .collect()
+/// A VAE for pictures of one size, and how to decode them.
+pub(super) struct Decoder<'a> {
+    pub(super) vae: Vae,
+    pub(super) size: LatentSize,
+    pub(super) bands: Option<InBands>,
+    pub(super) runtime: &'a Runtime,
+}
+
+impl Decoder<'_> {
+    /// Packed latents (b, tokens, 4c) → pictures.
+    pub(super) fn pictures(&self, packed: &Tensor) -> Result<Vec<Picture>> {
+        let bands = self.bands.as_ref();
+        let images = decode_packed(&self.vae, packed, self.size, bands, self.runtime)?;
+        (0..images.dim(0)?)
+            .map(|i| Picture::from_decoded(&images.get(i)?))
+            .collect()
+    }
 }
 
 /// This program, as PNG and metadata name it.

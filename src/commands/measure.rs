@@ -3,7 +3,10 @@
 use anyhow::{Context, Result, ensure};
 use candle::Tensor;
 
-use super::{PixelSize, load};
+use super::{
+    PixelSize, load,
+    place::{Need, Place},
+};
 use crate::{
     calibrate::{self, states::States},
     device::Runtime,
@@ -36,6 +39,7 @@ const STEPS: Effort = Effort {
 /// What all models are given.
 pub(super) struct Task<'a> {
     pub(super) runtime: &'a Runtime,
+    pub(super) place: &'a Place,
     pub(super) encoded: Encoded,
     pub(super) schedule: Schedule,
     pub(super) size: PixelSize,
@@ -94,7 +98,15 @@ impl Task<'_> {
                 .flatten()
         };
         let mut memory = MemoryWatch::start(free());
-        let flux = load::flux(pipeline, runtime)?;
+        let tokens = self.size.tokens() + self.encoded.txt.dim(1)?;
+        let usual = TOKENS_PER_FORWARD / tokens;
+        let batch = self.place.batch(&pipeline.config, tokens, usual);
+        let need = Need {
+            batch,
+            tokens,
+            beside: 0,
+        };
+        let flux = self.place.flux(pipeline, need)?;
         let denoise = Denoise {
             flux: &flux,
             dtype: runtime.dtype,
@@ -104,8 +116,6 @@ impl Task<'_> {
             guidance: self.guidance,
             size: self.size.latent(),
         };
-        let text = self.encoded.txt.dim(1)?;
-        let batch = (TOKENS_PER_FORWARD / (self.size.tokens() + text)).max(1);
         let pictures = self.encoded.len();
         let progress = ui::progress(pictures.div_ceil(batch) * self.steps, "drawing");
         let channels = pipeline.config.out_channels / 4;

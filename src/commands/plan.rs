@@ -9,6 +9,7 @@ use super::{
     calibrate,
     choose::{self, Wanted},
     gather,
+    place::Place,
     session::{Session, Settings},
 };
 use crate::{
@@ -41,6 +42,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<()> {
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
+    let place = Place::new(args.memory, &runtime).of(&pipeline);
     let wanted = Wanted::new(&args.goal, &recipe, &pipeline, None)?;
     let (settings, images) = calibrate::settings(
         &args.calibration,
@@ -60,7 +62,15 @@ pub(super) fn run(args: &PlanArgs) -> Result<()> {
             if let Some(scores) = scores {
                 by_scores(args, &pipeline, &budget, &protect, &scores)?
             } else {
-                let session = Session::open(&pipeline, &runtime, settings, images.as_deref())?;
+                let sums = args.calibration.stats_memory;
+                let session = Session::open(
+                    &pipeline,
+                    &runtime,
+                    &place,
+                    settings,
+                    images.as_deref(),
+                    sums,
+                )?;
                 let gathering = calibrate::gathering(&args.calibration, &args.output, true);
                 let planned = by_model(args, &session, &recipe, &gathering, &budget, &protect)?;
                 calibrate::remove_partial(&gathering.partial)?;

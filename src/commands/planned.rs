@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
-use super::{calibrate, choose::Wanted, gather, load, session::Session};
+use super::{calibrate, choose::Wanted, gather, load, place::Place, session::Session};
 use crate::{
     checkpoint::record::{self, Record},
     cli::{CalibrationArgs, GoalArgs},
@@ -55,10 +55,11 @@ impl Planned {
         mut self,
         base: &Pipeline,
         runtime: &Runtime,
+        place: &Place,
         output: &Path,
     ) -> Result<Pipeline> {
         let (settings, _) = calibrate::settings(&arguments(), None, &mut self.recipe, base)?;
-        let session = Session::open(base, runtime, settings, None)?;
+        let session = Session::open(base, runtime, place, settings, None, Some(0))?;
         let gathering = calibrate::gathering(&arguments(), output, false);
         let calibration = gather::obtain(&session, None, &gathering)?;
         let states = session.states(&calibration)?;

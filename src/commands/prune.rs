@@ -9,7 +9,9 @@ use super::{
     calibrate,
     choose::{self, Wanted},
     demand::Demand,
-    gather, load, score,
+    gather, load,
+    place::Place,
+    score,
     select::Selection,
     session::Session,
 };
@@ -20,7 +22,7 @@ use crate::{
         record::{self, Record},
         save::{self, OutputFolder},
     },
-    cli::PruneArgs,
+    cli::{DecodeArgs, PruneArgs},
     device::Runtime,
     layout::{BlockId, FluxConfig},
     model::{Flux, cost},
@@ -40,6 +42,9 @@ use crate::{
 const PICTURES: usize = 8;
 /// Larger pictures take minutes each on small machines: draw fewer.
 const PICTURES_LARGE: usize = 2;
+
+/// The pictures of both.
+const PICTURE: &str = "before-after.png";
 
 /// What a run found.
 struct Found {
@@ -72,6 +77,7 @@ fn dry_run(args: &PruneArgs) -> Result<()> {
     let mut recipe = recipe(args)?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
+    let place = Place::new(args.memory, &runtime).of(&pipeline);
     let (settings, _) = calibrate::settings(
         &args.calibration,
         args.stats.as_deref(),
@@ -80,10 +86,10 @@ fn dry_run(args: &PruneArgs) -> Result<()> {
     )?;
     let demand = Demand {
         shard: Shard::WHOLE,
-        memory: args.calibration.stats_memory,
+        sums: args.calibration.stats_memory,
         fitting: true,
     };
-    demand.say(&pipeline, &runtime, &settings, args.json)
+    demand.say(&pipeline, &place, &settings, args.json)
 }
 
 /// Does everything but print; returns what to print.
@@ -93,6 +99,7 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
     let given = args.plan.as_deref().map(PruningPlan::read).transpose()?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
+    let place = Place::new(args.memory, &runtime).of(&pipeline);
     let usual = Refit::usual(pipeline.config.hidden_size);
     recipe.fit.refit.get_or_insert(usual);
     let wanted = Wanted::new(&args.goal, &recipe, &pipeline, given)?;
@@ -108,8 +115,20 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
     }
     save::check_writable(&args.output)?;
 
-    let session = Session::open(&pipeline, &runtime, settings, images.as_deref())?;
     let sums = matches!(wanted, Wanted::Choose { .. });
+    let memory = if sums {
+        args.calibration.stats_memory
+    } else {
+        Some(0)
+    };
+    let session = Session::open(
+        &pipeline,
+        &runtime,
+        &place,
+        settings,
+        images.as_deref(),
+        memory,
+    )?;
     let gathering = calibrate::gathering(&args.calibration, &args.output, sums);
     let calibration = gather::obtain(&session, args.stats.as_deref(), &gathering)?;
     let found = find(&session, &recipe, calibration, wanted)?;
@@ -137,11 +156,12 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
         args.format,
     )?;
     write(&session, output.path(), &found)?;
-    let drawn = draw_before_and_after(&session, &found, output.path())?;
-    let report = report(&session, &recipe, &found, &config, &checkpoint, args, drawn);
+    let mut report = report(&session, &recipe, &found, &config, &checkpoint, args);
+    let text = text(&session, &found, &report);
+    let drawn = draw_before_and_after(session, found, &place, args.decode, output.path())?;
+    report["picture"] = json!(drawn.then_some(PICTURE));
     output.finish()?;
     calibrate::remove_partial(&gathering.partial)?;
-    let text = text(&session, &found, &report);
     Ok((report, text))
 }
 
@@ -245,8 +265,15 @@ fn record(
     })
 }
 
-/// Draws the last prompts with both models into `before-after.png`: unpruned above, pruned below.
-fn draw_before_and_after(session: &Session, found: &Found, folder: &Path) -> Result<bool> {
+/// Draws the last prompts with both models into `before-after.png`: unpruned above, pruned below. The models are gone
+/// when the VAE comes.
+fn draw_before_and_after(
+    session: Session,
+    found: Found,
+    place: &Place,
+    decode: DecodeArgs,
+    folder: &Path,
+) -> Result<bool> {
     let files = match session.pipeline.vae_files() {
         Ok(files) => files,
         Err(error) => {
@@ -254,26 +281,30 @@ fn draw_before_and_after(session: &Session, found: &Found, folder: &Path) -> Res
             return Ok(false);
         }
     };
-    let vae = load::vae(&files, session.runtime)?;
     let count = if session.settings.large() {
         PICTURES_LARGE
     } else {
         PICTURES
     };
-    let (rows, prompts) = session.draw(&vae, &[&session.flux, &found.pruned], count)?;
-    let grid = crate::sample::grid::grid(&rows)?;
+    let (latents, prompts) = session.draw(&[&session.flux, &found.pruned], count)?;
+    let prompts = prompts.join("\n");
     let title = format!(
         "above: {}; below: {} of {} blocks replaced",
         session.pipeline.name,
         found.plan.blocks().count(),
         session.pipeline.config.original_ids().count()
     );
+    let size = session.settings.size.latent();
+    drop((session, found));
+    let decoder = place.decoder(&files, size, decode)?;
+    let rows: Result<Vec<_>> = latents.iter().map(|x| decoder.pictures(x)).collect();
+    let grid = crate::sample::grid::grid(&rows?)?;
     let text = [
         ("Title", title.as_str()),
-        ("prompts", &prompts.join("\n")),
+        ("prompts", &prompts),
         ("Software", &load::software()),
     ];
-    grid.save(&folder.join("before-after.png"), &text)?;
+    grid.save(&folder.join(PICTURE), &text)?;
     Ok(true)
 }
 
@@ -310,7 +341,6 @@ fn report(
     pruned: &FluxConfig,
     written: &Checkpoint,
     args: &PruneArgs,
-    drawn: bool,
 ) -> serde_json::Value {
     let pipeline = session.pipeline;
     let (image, text) = (session.settings.size.tokens(), session.settings.text_tokens);
@@ -348,7 +378,7 @@ fn report(
         "after": side(pruned, written),
         "layers": layers,
         "blocks": found.selection.as_ref().map(scores),
-        "picture": drawn.then_some("before-after.png"),
+        "picture": null,
         "recipe": recipe,
     })
 }

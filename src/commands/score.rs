@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 
 use super::{
     calibrate, gather,
+    place::Place,
     select::{self, plain_fit},
     session::Session,
 };
@@ -28,6 +29,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     save::check_free(&picture, args.force)?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
+    let place = Place::new(args.memory, &runtime).of(&pipeline);
     let (settings, images) = calibrate::settings(
         &args.calibration,
         args.stats.as_deref(),
@@ -35,7 +37,15 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
         &pipeline,
     )?;
     save::check_writable(&args.output)?;
-    let session = Session::open(&pipeline, &runtime, settings, images.as_deref())?;
+    let sums = args.calibration.stats_memory;
+    let session = Session::open(
+        &pipeline,
+        &runtime,
+        &place,
+        settings,
+        images.as_deref(),
+        sums,
+    )?;
     let gathering = calibrate::gathering(&args.calibration, &args.output, true);
     let calibration = gather::obtain(&session, args.stats.as_deref(), &gathering)?;
 
@@ -84,7 +94,7 @@ pub(super) fn write(scores: &Scores, path: &Path, picture: &Path) -> Result<()> 
 /// The plain fit of every block whose sums were gathered.
 fn fits(stats: &CalibrationStats, ridge: Option<f64>) -> Result<LayerMap> {
     let mut out = LayerMap::new();
-    for block in stats.blocks.iter().filter(|b| b.img.gram.is_some()) {
+    for block in stats.blocks.iter().filter(|b| b.img.has_sums()) {
         out.insert(block.id, plain_fit(block, ridge)?);
     }
     Ok(out)

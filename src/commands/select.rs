@@ -60,7 +60,7 @@ impl Candidates for Refits<'_> {
         let mut fits = LayerMap::new();
         for (spec, _) in trunk.entries() {
             let block = stats.get(spec.id());
-            let block = block.filter(|b| b.img.gram.is_some() && !chosen.contains(&b.id));
+            let block = block.filter(|b| b.img.has_sums() && !chosen.contains(&b.id));
             if let Some(block) = block {
                 fits.insert(block.id, plain_fit(block, self.recipe.fit.ridge)?);
             }
@@ -173,10 +173,9 @@ pub(super) fn is_original(spec: &BlockSpec) -> bool {
 pub(super) fn plain_fit(block: &BlockStats, ridge: Option<f64>) -> Result<Layers> {
     let fit = |stats: &StreamStats| -> Result<Box<Fitted>> {
         let sums = stats
-            .gram
-            .as_ref()
+            .sums()?
             .with_context(|| format!("block {}: no tokens were seen", block.id))?;
-        let solution = fit::solve(sums, ridge.unwrap_or(SCORING_RIDGE))
+        let solution = fit::solve(&sums, ridge.unwrap_or(SCORING_RIDGE))
             .with_context(|| format!("block {}", block.id))?;
         let width = solution.coefficients.ncols();
         Ok(Box::new(Fitted {

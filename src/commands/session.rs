@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use candle::Tensor;
 
-use super::{PixelSize, load};
+use super::{PixelSize, gather, load, place::Place};
 use crate::{
     calibrate::{
         FiniteCheck,
@@ -20,9 +20,7 @@ use crate::{
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
         image, latents,
-        png::Picture,
         schedule::Schedule,
-        vae::Vae,
     },
     ui,
 };
@@ -151,6 +149,8 @@ pub(super) struct Session<'a> {
     pub(super) runtime: &'a Runtime,
     pub(super) settings: Settings,
     pub(super) flux: Flux,
+    /// Bytes that the sums may take, where anybody knows.
+    pub(super) sums: Option<u64>,
     encoded: Encoded,
     schedule: Schedule,
     /// Given pictures as packed latents, (prompts, tokens, 4 · channels).
@@ -166,24 +166,29 @@ pub(super) struct AllStates {
 }
 
 impl<'a> Session<'a> {
-    /// Encodes the prompts (and `images`, one for each, where pictures are given) and loads the transformer.
+    /// Encodes the prompts (and `images`, one for each, where pictures are given) and loads the transformer. `sums` is
+    /// what the user allows for sums, in bytes.
     pub(super) fn open(
         pipeline: &'a Pipeline,
         runtime: &'a Runtime,
+        place: &Place,
         settings: Settings,
         images: Option<&[PathBuf]>,
+        sums: Option<u64>,
     ) -> Result<Self> {
         let schedule = load::schedule(pipeline)?;
         let images = images
             .map(|images| encode_images(pipeline, runtime, settings.size, images))
             .transpose()?;
         let encoded = load::encode_prompts(pipeline, &settings.prompts, None, runtime)?;
-        let flux = load::flux(pipeline, runtime)?;
+        let (need, sums) = gather::need(pipeline, place, &settings, sums);
+        let flux = place.flux(pipeline, need)?;
         Ok(Self {
             pipeline,
             runtime,
             settings,
             flux,
+            sums,
             encoded,
             schedule,
             images,
@@ -260,13 +265,8 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// The last `count` prompts drawn by each of `models`, one row each, and the prompts.
-    pub(super) fn draw(
-        &self,
-        vae: &Vae,
-        models: &[&Flux],
-        count: usize,
-    ) -> Result<(Vec<Vec<Picture>>, &[String])> {
+    /// The last `count` prompts drawn by each of `models`, packed latents on the CPU, and the prompts.
+    pub(super) fn draw(&self, models: &[&Flux], count: usize) -> Result<(Vec<Tensor>, &[String])> {
         let count = count.min(self.encoded.len());
         let last = self.encoded.len() - count..self.encoded.len();
         let encoded = self.encoded.range(last.clone())?;
@@ -286,7 +286,7 @@ impl<'a> Session<'a> {
                 seed,
                 &progress,
             )?;
-            rows.push(load::pictures(vae, &latents, denoise.size, self.runtime)?);
+            rows.push(latents);
         }
         ui::done(
             &progress,

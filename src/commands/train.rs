@@ -12,7 +12,7 @@ use super::{PixelSize, load};
 use crate::{
     calibrate,
     checkpoint::{Checkpoint, Source, keys, record, save},
-    cli::{Cli, Command, PruneArgs, TrainArgs},
+    cli::{Cli, Command, MemoryArgs, PruneArgs, TrainArgs},
     device::Runtime,
     files::Files,
     layout::{BlockSpec, FluxConfig},
@@ -22,12 +22,7 @@ use crate::{
         denoise::{Denoise, Encoded},
         schedule::Schedule,
     },
-    train::{
-        data::Pictures,
-        memory::{self, Forecast, Situation},
-        recipe::SandwichRecipe,
-        sandwich::Sandwich,
-    },
+    train::{data::Pictures, recipe::SandwichRecipe},
     ui,
 };
 
@@ -114,7 +109,7 @@ impl Pair {
             .teacher
             .transformer
             .var_builder(runtime.dtype, &runtime.device);
-        Flux::stored(&self.teacher.config, &vb)
+        Flux::stored(&self.teacher.config, &vb, &|_| false)
             .with_context(|| format!("cannot load the transformer of `{}`", self.teacher.name))
     }
 
@@ -203,6 +198,10 @@ pub(super) fn prune_bundled(args: &TrainArgs, folder: &Path) -> Result<ModelChoi
         };
         super::prune::make(&PruneArgs {
             run: args.run,
+            memory: MemoryArgs {
+                offload: args.offload,
+                max_vram: args.max_vram,
+            },
             ..prune
         })?;
     }
@@ -311,86 +310,6 @@ pub(super) fn settings(pair: &Pair, resolved: &Resolved, runtime: &Runtime) -> V
     })
 }
 
-/// Says what would be trained and what it takes.
-pub(super) fn dry_run(
-    args: &TrainArgs,
-    pair: &Pair,
-    resolved: &Resolved,
-    sandwiches: &[Sandwich],
-    recompute: bool,
-    runtime: &Runtime,
-) -> Result<()> {
-    let recipe = &resolved.recipe;
-    let situation = Situation {
-        element: runtime.dtype.size_in_bytes() as f64,
-        cpu: runtime.device.is_cpu(),
-        batch: resolved.batch,
-        tokens: (pair.teacher.default_text_length()?, resolved.size.tokens()),
-        recompute,
-        offload: args.offload,
-    };
-    let (pruned, teacher) = (&pair.pruned.config, &pair.teacher.config);
-    let take = |sandwich: Option<&Sandwich>| {
-        memory::forecast(pruned, teacher, sandwiches, sandwich, recipe, situation)
-    };
-    let mut phases: Vec<(String, usize, Forecast)> = Vec::new();
-    if recipe.steps > 0 {
-        let each = sandwiches.iter();
-        phases.extend(each.map(|s| (s.to_string(), recipe.steps, take(Some(s)))));
-    }
-    if recipe.finish.steps > 0 {
-        phases.push(("finish".to_owned(), recipe.finish.steps, take(None)));
-    }
-    let peak = phases.iter().map(|(_, _, f)| f.bytes()).fold(0.0, f64::max);
-    if args.json {
-        let phases: Vec<Value> = phases
-            .iter()
-            .map(|(name, steps, f)| json!({ "phase": name, "steps": steps, "memory": f }))
-            .collect();
-        return ui::json(&json!({
-            "phases": phases,
-            "peak_bytes": peak,
-            "pictures": resolved.prompts.len(),
-            "batch": resolved.batch,
-            "recompute": recompute,
-            "recipe": recipe,
-        }));
-    }
-    let rows: Vec<Vec<String>> = phases
-        .iter()
-        .map(|(name, steps, f)| {
-            let size = [f.weights, f.optimiser, f.activations, f.bytes()].map(ui::bytes);
-            let [weights, optimiser, activations, all] = size;
-            vec![
-                name.clone(),
-                steps.to_string(),
-                ui::count(f.trainables),
-                weights,
-                optimiser,
-                activations,
-                all,
-            ]
-        })
-        .collect();
-    let header = [
-        "trained",
-        "steps",
-        "values",
-        "weights",
-        "trainables",
-        "activations",
-        "all",
-    ];
-    ui::data(format!(
-        "{}\n\n{} pictures, {} states of {} tokens in a forward; peak on the device: {}",
-        ui::table(&header, &rows, &[1, 2, 3, 4, 5, 6]),
-        resolved.prompts.len(),
-        resolved.batch,
-        situation.tokens.0 + situation.tokens.1,
-        ui::bytes(peak)
-    ))
-}
-
 /// Where the teacher's pictures are kept, so that a run that goes on need not draw them again.
 const PICTURES_STEM: &str = "pictures";
 const PICTURES_KEY: &str = "fastflux-pictures";
@@ -400,10 +319,10 @@ pub(super) fn pictures(
     folder: &Path,
     pair: &Pair,
     resolved: &Resolved,
-    flux: &Flux,
+    flux: &dyn Fn() -> Result<Flux>,
     settings: &Value,
     runtime: &Runtime,
-) -> Result<Pictures> {
+) -> Result<(Flux, Pictures)> {
     let data = &resolved.recipe.data;
     let guidance = data.guidance.context("guidance is resolved")?;
     let new = |latents: Tensor, prompts: Encoded| {
@@ -433,13 +352,14 @@ pub(super) fn pictures(
             txt: tensor("txt")?,
             vec: tensor("vec")?,
         };
-        return new(tensor("latents")?, prompts);
+        return Ok((flux()?, new(tensor("latents")?, prompts)?));
     }
     let teacher = &pair.teacher;
     let encoded = load::encode_prompts(teacher, &resolved.prompts, None, runtime)?;
+    let flux = flux()?;
     let schedule: Schedule = load::schedule(teacher)?;
     let denoise = Denoise {
-        flux,
+        flux: &flux,
         dtype: runtime.dtype,
         device: &runtime.device,
         schedule: &schedule,
@@ -466,7 +386,7 @@ pub(super) fn pictures(
     std::fs::create_dir_all(folder)
         .with_context(|| format!("cannot create `{}`", folder.display()))?;
     save::write(&checkpoint, &path)?;
-    new(latents, encoded)
+    Ok((flux, new(latents, encoded)?))
 }
 
 /// How many of all pictures are held out.

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::{
     train::{self, Pair, Resolved},
-    train_output,
+    train_memory, train_output,
 };
 use crate::{
     checkpoint::save,
@@ -51,9 +51,9 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         &pair.teacher.config.layout,
         &resolved.recipe.sandwich,
     )?;
-    let recompute = args.recompute || args.offload || train::large(&resolved);
+    let way = train_memory::way(args, &pair, &resolved, &sandwiches, &runtime)?;
     if args.dry_run {
-        return train::dry_run(args, &pair, &resolved, &sandwiches, recompute, &runtime);
+        return train_memory::dry_run(args, &pair, &resolved, &sandwiches, way, &runtime);
     }
     save::check_writable(&args.output)?;
     let settings = train::settings(&pair, &resolved, &runtime);
@@ -74,10 +74,10 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
             saved.progress.step
         ));
     }
-    let flux = pair.flux(args.offload, &runtime)?;
-    let pictures = train::pictures(&folder, &pair, &resolved, &flux, &settings, &runtime)?;
+    let flux = || pair.flux(way.offload, &runtime);
+    let (flux, pictures) = train::pictures(&folder, &pair, &resolved, &flux, &settings, &runtime)?;
     let (pictures, held_out) = pictures.split(train::held_out_pictures(pictures.len()))?;
-    let (student, shared) = pair.student(&flux, args.offload, &runtime)?;
+    let (student, shared) = pair.student(&flux, way.offload, &runtime)?;
     let mut training = Training {
         teacher: &flux,
         student,
@@ -89,7 +89,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         held_out_states: resolved.held_out,
         recipe: &resolved.recipe,
         save_every: args.save_every,
-        recompute,
+        recompute: way.recompute,
     };
     let before = training.velocity_error()?;
     let start = Instant::now();

@@ -347,7 +347,12 @@ impl Check<'_> {
             Err(error) => self.skip("VAE", &error),
             Ok(files) => {
                 let vae = load::vae(&files, self.runtime)?;
-                let image = load::decode(&vae, &self.reference.get("vae.latents")?, self.runtime)?;
+                let image = load::decode(
+                    &vae,
+                    &self.reference.get("vae.latents")?,
+                    None,
+                    self.runtime,
+                )?;
                 self.compare("vae.image", &image, true)?;
             }
         }
@@ -405,7 +410,7 @@ impl Check<'_> {
         let vae = load::vae(&vae, self.runtime)?;
         let draw = |noise: &Tensor| -> Result<(Tensor, Tensor)> {
             let latents = denoise.run(noise, &prompts, &mut (), &mut || ())?;
-            let image = load::decode_packed(&vae, &latents, size, self.runtime)?;
+            let image = load::decode_packed(&vae, &latents, size, None, self.runtime)?;
             Ok((latents, (image.clamp(-1.0, 1.0)? * 0.5)?.affine(1.0, 0.5)?))
         };
         let (latents, image) = draw(&reference.get("pipeline.latents")?)?;

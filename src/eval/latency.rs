@@ -185,6 +185,16 @@ impl MemoryWatch {
         self.fresh.then(most_resident).flatten()
     }
 
+    /// The same without the parts of mapped files that are in memory now.
+    pub fn host_without_files(&self) -> Option<u64> {
+        Some(self.host()?.saturating_sub(status("RssFile:")?))
+    }
+
+    /// Memory of this process now, in bytes, without the parts of mapped files; `None` where the system does not say.
+    pub fn host_now() -> Option<u64> {
+        status("RssAnon:")
+    }
+
     /// Most memory taken on the device since the start, as far as it was looked at, in bytes.
     pub fn device(&self) -> Option<u64> {
         Some(self.free_before?.saturating_sub(self.least_free?))
@@ -193,8 +203,13 @@ impl MemoryWatch {
 
 /// The largest resident set of this process, in bytes.
 fn most_resident() -> Option<u64> {
+    status("VmHWM:")
+}
+
+/// A size that Linux gives of this process, in bytes.
+fn status(key: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    let line = text.lines().find_map(|l| l.strip_prefix(key))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kilobytes * 1024)
 }

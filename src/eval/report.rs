@@ -53,6 +53,9 @@ pub struct Settings {
     pub text_tokens: usize,
     /// Device and number format, `cpu, f32`.
     pub runtime: String,
+    /// The CLIP model, where one was named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip: Option<String>,
     /// How steps were timed: `models in turn`, which a busy machine slows alike, or `models one after another`.
     pub timed: String,
 }
@@ -89,6 +92,9 @@ pub struct ModelReport {
     /// How well pictures match captions of the bundled model's grammar; `None` where there are no such captions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_following: Option<PromptFollowing>,
+    /// CLIP score: 100 · cosine of picture and prompt; `None` where no CLIP model was named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip_score: Option<Summary>,
     /// The recipe in the checkpoint.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recipe: Option<Value>,
@@ -165,6 +171,9 @@ pub struct Pair {
     /// What the baseline's picture shows, where the prompt is a caption of the grammar.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub baseline: Option<Verdict>,
+    /// CLIP score of the baseline's picture.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub baseline_clip: Option<f64>,
     /// One for each model.
     pub models: Vec<PairOfModel>,
 }
@@ -181,6 +190,9 @@ pub struct PairOfModel {
     /// What the picture shows, where the prompt is a caption of the grammar.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Verdict>,
+    /// CLIP score.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip: Option<f64>,
 }
 
 impl Distances {
@@ -224,11 +236,13 @@ mod tests {
             prompt: String::new(),
             seed: 0,
             baseline: None,
+            baseline_clip: None,
             models: vec![PairOfModel {
                 latent_mse: 1.0 / psnr,
                 psnr,
                 ssim: psnr / 100.0,
                 verdict: None,
+                clip: None,
             }],
         };
         let pairs: Vec<Pair> = [30.0, 10.0, 20.0].map(pair).into();

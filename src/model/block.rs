@@ -34,6 +34,8 @@ pub struct Stored {
     spec: BlockSpec,
     vb: VarBuilder<'static>,
     lora: Vec<(&'static str, Lora)>,
+    /// Projections that have taken the place of stored ones, wherever their tensors are.
+    exchanged: Vec<(&'static str, Linear)>,
 }
 
 impl fmt::Debug for Stored {
@@ -69,7 +71,13 @@ impl Block {
             spec: spec.clone(),
             vb: vb.clone(),
             lora: Vec::new(),
+            exchanged: Vec::new(),
         }))
+    }
+
+    /// Whether its weights are read whenever it is run.
+    pub fn is_stored(&self) -> bool {
+        matches!(self, Self::Stored(_))
     }
 
     /// The block with its weights on the device.
@@ -79,11 +87,32 @@ impl Block {
         };
         let mut block = Self::new(&stored.config, &stored.spec, &stored.vb)?;
         for (name, linear) in block.linears_mut() {
+            if let Some((_, other)) = stored.exchanged.iter().find(|(other, _)| *other == name) {
+                *linear = other.to_device(stored.vb.device())?;
+            }
             if let Some((_, lora)) = stored.lora.iter().find(|(other, _)| *other == name) {
                 linear.set_lora(Some(lora.clone()))?;
             }
         }
         Ok(block)
+    }
+
+    /// Puts `linear` in the place of the projection `name`. A stored block keeps it where its tensors are, so that they
+    /// may wait on the host, and brings it to the device with the rest.
+    ///
+    /// Fails where there is no projection of that name.
+    pub fn exchange(&mut self, name: &'static str, linear: Linear) -> Result<()> {
+        if let Self::Stored(stored) = self {
+            stored.exchanged.retain(|(other, _)| *other != name);
+            stored.exchanged.push((name, linear));
+            return Ok(());
+        }
+        let mut linears = self.linears_mut().into_iter();
+        match linears.find(|(other, _)| *other == name) {
+            Some((_, place)) => *place = linear,
+            None => candle::bail!("there is no projection `{name}`"),
+        }
+        Ok(())
     }
 
     /// This stored block with the LoRA of `resident`; a block that is not stored is `resident` itself.

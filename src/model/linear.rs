@@ -129,6 +129,23 @@ impl Linear {
         }
     }
 
+    /// The same projection with its tensors on `device`.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let lora = self.lora.as_ref().map(|lora| -> Result<Lora> {
+            Ok(Lora {
+                a: lora.a.to_device(device)?,
+                b: lora.b.to_device(device)?,
+                scale: lora.scale,
+            })
+        });
+        let bias = self.bias.as_ref().map(|bias| bias.to_device(device));
+        Ok(Self {
+            weight: self.weight.to_device(device)?,
+            bias: bias.transpose()?,
+            lora: lora.transpose()?,
+        })
+    }
+
     /// The product without the bias, for the operation that folds it in: `x` (…, in) to (…, out), in the dtype of `x`.
     pub fn product(&self, x: &Tensor) -> Result<Tensor> {
         let (output, input) = self.weight.shape()?;

@@ -6,6 +6,7 @@
 
 mod block;
 pub mod cost;
+pub mod demand;
 mod double;
 mod embed;
 mod head;
@@ -64,11 +65,15 @@ impl Flux {
         Self::of(config, Trunk::load(config, &vb), &vb)
     }
 
-    /// The same with blocks that are read from `vb` whenever they are run.
+    /// The same with blocks that are read from `vb` whenever they are run, except those for which `resident` says yes.
     ///
     /// Fails as [`Flux::new`], but at missing blocks only when they are run.
-    pub fn stored(config: &FluxConfig, vb: &VarBuilder<'static>) -> Result<Self> {
-        Self::of(config, Trunk::stored(config, vb), vb)
+    pub fn stored(
+        config: &FluxConfig,
+        vb: &VarBuilder<'static>,
+        resident: &dyn Fn(usize) -> bool,
+    ) -> Result<Self> {
+        Self::of(config, Trunk::stored(config, vb, resident), vb)
     }
 
     fn of(config: &FluxConfig, trunk: Result<Trunk>, vb: &VarBuilder) -> Result<Self> {

@@ -1,6 +1,11 @@
 //! The trunk: a fold over blocks, watched by an observer.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    borrow::Cow,
+    ops::Range,
+    sync::Arc,
+    thread::{self, ScopedJoinHandle},
+};
 
 use candle::Result;
 use candle_nn::VarBuilder;
@@ -55,12 +60,18 @@ impl Trunk {
         })
     }
 
-    /// The blocks of `config.layout`, those with weights read only when they are run: memory for one at a time.
-    pub fn stored(config: &FluxConfig, vb: &VarBuilder<'static>) -> Result<Self> {
+    /// The blocks of `config.layout`; of the original ones those for which `resident` says no are read only when they are
+    /// run, so that memory for two of them is enough.
+    pub fn stored(
+        config: &FluxConfig,
+        vb: &VarBuilder<'static>,
+        resident: &dyn Fn(usize) -> bool,
+    ) -> Result<Self> {
         let shared = Arc::new(config.clone());
-        let entries = config.slots().into_iter().map(|(spec, prefix)| {
+        let slots = config.slots().into_iter().enumerate();
+        let entries = slots.map(|(index, (spec, prefix))| {
             let block = match (spec, prefix) {
-                (BlockSpec::Original(_), Some(prefix)) => {
+                (BlockSpec::Original(_), Some(prefix)) if !resident(index) => {
                     Block::stored(&shared, spec, &vb.pp(prefix))
                 }
                 (_, Some(prefix)) => Block::new(config, spec, &vb.pp(prefix))?,
@@ -109,6 +120,9 @@ impl Trunk {
     }
 
     /// Runs the entries of `range` on `stream`.
+    ///
+    /// While a block computes, another thread reads the next one that is not on the device, so that of those no more than
+    /// two are there at a time.
     pub fn forward_range(
         &self,
         range: Range<usize>,
@@ -119,12 +133,167 @@ impl Trunk {
         let Some(entries) = self.entries.get(range.clone()) else {
             candle::bail!("no entries {range:?} in a trunk of {}", self.len())
         };
-        let mut stream = stream.clone();
-        for (index, (spec, block)) in range.zip(entries) {
-            let output = block.forward(&stream, conditioning)?;
-            observer.block(index, spec, conditioning, &stream, &output)?;
-            stream = output;
+        thread::scope(|scope| {
+            let mut stream = stream.clone();
+            let mut ahead: Option<ScopedJoinHandle<Result<Block>>> = None;
+            for (at, (index, (spec, block))) in range.zip(entries).enumerate() {
+                let block = if block.is_stored() {
+                    Cow::Owned(match ahead.take() {
+                        None => block.resident()?,
+                        Some(reading) => read(reading, spec)?,
+                    })
+                } else {
+                    Cow::Borrowed(block)
+                };
+                if ahead.is_none() {
+                    let next = entries[at + 1..].iter().find(|(_, b)| b.is_stored());
+                    ahead = next.map(|(_, next)| scope.spawn(|| next.resident()));
+                }
+                let output = block.forward(&stream, conditioning)?;
+                observer.block(index, spec, conditioning, &stream, &output)?;
+                stream = output;
+            }
+            Ok(stream)
+        })
+    }
+}
+
+/// What the other thread has read.
+fn read(reading: ScopedJoinHandle<Result<Block>>, spec: &BlockSpec) -> Result<Block> {
+    match reading.join() {
+        Ok(block) => block,
+        Err(_) => candle::bail!("block {}: the thread that reads it failed", spec.id()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use candle::{DType, Device, Shape, Tensor};
+    use candle_nn::{Init, var_builder::SimpleBackend};
+
+    use super::*;
+    use crate::layout::unpruned;
+    use crate::model::testing::{SmallInputs, close, random, small_config};
+    use crate::model::{Flux, Linear};
+
+    /// Random weights, and which were asked for in which order.
+    #[derive(Clone, Default)]
+    struct Asked(Arc<Mutex<Vec<String>>>);
+
+    impl Asked {
+        fn weights(&self) -> VarBuilder<'static> {
+            VarBuilder::from_backend(Box::new(self.clone()), DType::F32, Device::Cpu)
         }
-        Ok(stream)
+
+        /// The single blocks that were read so far, one entry for each time.
+        fn singles(&self) -> Vec<usize> {
+            let names = self.0.lock().unwrap();
+            let slot = |name: &String| {
+                let rest = name.strip_prefix("single_blocks.")?;
+                rest.strip_suffix(".linear1.weight")?.parse().ok()
+            };
+            names.iter().filter_map(slot).collect()
+        }
+    }
+
+    impl SimpleBackend for Asked {
+        fn get(&self, s: Shape, name: &str, _: Init, _: DType, _: &Device) -> Result<Tensor> {
+            self.0.lock().unwrap().push(name.to_owned());
+            random(name, s)? * 0.2
+        }
+
+        fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
+            candle::bail!("`{name}` without a shape")
+        }
+
+        fn contains_tensor(&self, _: &str) -> bool {
+            true
+        }
+    }
+
+    /// Fails when a block further ahead than the next one was read.
+    struct OneAhead(Asked);
+
+    impl Observer for OneAhead {
+        fn block(
+            &mut self,
+            index: usize,
+            _: &BlockSpec,
+            _: &Conditioning,
+            _: &Stream,
+            _: &Stream,
+        ) -> Result<()> {
+            let furthest = self.0.singles().into_iter().max();
+            assert!(furthest <= Some(index + 1), "{furthest:?} at {index}");
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn blocks_that_are_read_when_they_are_run_compute_the_same() -> Result<()> {
+        let mut config = small_config();
+        config.layout = unpruned(0, 6);
+        let inputs = SmallInputs::new(&config, 2)?;
+        let whole = Flux::new(&config, Asked::default().weights())?;
+        let want = whole.forward(&inputs.borrowed(), &mut ())?;
+        for resident in [vec![], vec![0, 3], vec![1, 2, 5], vec![0, 1, 2, 3, 4, 5]] {
+            let asked = Asked::default();
+            let stays = |index: usize| resident.contains(&index);
+            let flux = Flux::stored(&config, &asked.weights(), &stays)?;
+            assert_eq!(asked.singles(), resident);
+            for round in 0..2 {
+                let mut observer = OneAhead(asked.clone());
+                let observer: &mut dyn Observer = if resident.is_empty() && round == 0 {
+                    &mut observer
+                } else {
+                    &mut ()
+                };
+                let got = flux.forward(&inputs.borrowed(), observer)?;
+                close(&got, &want, 0.0)?;
+                asked
+                    .0
+                    .lock()
+                    .unwrap()
+                    .retain(|name| !stays_named(name, &stays));
+            }
+            // those that stay once, the others in each forward
+            let streamed = 6 - resident.len();
+            assert_eq!(asked.singles().len(), 2 * streamed, "{resident:?}");
+        }
+        Ok(())
+    }
+
+    fn stays_named(name: &str, stays: &dyn Fn(usize) -> bool) -> bool {
+        let slot = name.strip_prefix("single_blocks.");
+        let slot = slot.and_then(|rest| rest.split('.').next()?.parse().ok());
+        slot.is_some_and(stays)
+    }
+
+    #[test]
+    fn an_exchanged_projection_is_used_whether_stored_or_not() -> Result<()> {
+        let mut config = small_config();
+        config.layout = unpruned(0, 2);
+        let inputs = SmallInputs::new(&config, 1)?;
+        let hidden = config.hidden_size;
+        let other = Linear::new(
+            random("other", (hidden, hidden + config.mlp_size))?,
+            Some(random("bias", hidden)?),
+        )?;
+        let weights = Asked::default().weights();
+        let mut whole = Flux::new(&config, weights.clone())?;
+        let before = whole.forward(&inputs.borrowed(), &mut ())?;
+        let mut stored = Flux::stored(&config, &weights, &|_| false)?;
+        for flux in [&mut whole, &mut stored] {
+            let (_, block) = &mut flux.trunk.entries_mut()[1];
+            block.exchange("linear2", other.clone())?;
+        }
+        let got = stored.forward(&inputs.borrowed(), &mut ())?;
+        close(&got, &whole.forward(&inputs.borrowed(), &mut ())?, 0.0)?;
+        assert!(close(&got, &before, 1e-3).is_err(), "nothing changed");
+        let (_, block) = &mut whole.trunk.entries_mut()[0];
+        assert!(block.exchange("linear3", other).is_err());
+        Ok(())
     }
 }

@@ -60,19 +60,11 @@ impl Weight {
                 rows.shape()
             );
         }
-        let (bytes, scale) = match format {
-            Packed::Blocks(dtype) if blocks => {
-                let bytes = rows.flatten_all()?.to_vec1::<u8>()?;
-                let storage = QStorage::from_data(bytes.into(), vb.device(), dtype)?;
-                let blocks = QTensor::new(storage, (output, input))?;
-                (Bytes::Blocks(Arc::new(blocks)), None)
-            }
-            Packed::Blocks(_) => (Bytes::Rows(rows), None),
-            Packed::F8E4M3 => {
-                let scale = vb.get_unchecked_dtype(&name_of_scale(NAME), DType::F32)?;
-                (Bytes::Rows(rows), Some(scale))
-            }
+        let scale = match format {
+            Packed::Blocks(_) => None,
+            Packed::F8E4M3 => Some(vb.get_unchecked_dtype(&name_of_scale(NAME), DType::F32)?),
         };
+        let bytes = Bytes::on(vb.device(), rows, format, (output, input))?;
         Ok(Self::Packed(Box::new(PackedWeight {
             format,
             shape: (output, input),
@@ -99,6 +91,30 @@ impl Weight {
         }
     }
 
+    /// The same weight on `device`.
+    pub(super) fn to_device(&self, device: &Device) -> Result<Self> {
+        let packed = match self {
+            Self::Dense(weight) => return weight.to_device(device).map(Self::Dense),
+            Self::Packed(packed) => packed,
+        };
+        let (output, input) = packed.shape;
+        let bytes = match &packed.bytes {
+            Bytes::Rows(rows) => Bytes::on(device, rows.clone(), packed.format, packed.shape)?,
+            Bytes::Blocks(blocks) if blocks.device().same_device(device) => packed.bytes.clone(),
+            Bytes::Blocks(blocks) => {
+                let width = packed.format.bytes(input);
+                let rows = Tensor::from_slice(&blocks.data()?, (output, width), &Device::Cpu)?;
+                Bytes::on(device, rows, packed.format, packed.shape)?
+            }
+        };
+        let scale = packed.scale.as_ref().map(|scale| scale.to_device(device));
+        Ok(Self::Packed(Box::new(PackedWeight {
+            bytes,
+            scale: scale.transpose()?,
+            ..(**packed).clone()
+        })))
+    }
+
     /// The numbers, made anew where it is packed.
     pub(super) fn dense(&self) -> Result<Tensor> {
         match self {
@@ -112,6 +128,20 @@ impl Weight {
         match self {
             Self::Dense(weight) => Self::Dense(weight.detach()),
             packed @ Self::Packed(_) => packed.clone(),
+        }
+    }
+}
+
+impl Bytes {
+    /// `rows` of a weight of `shape` as they are used on `device`.
+    fn on(device: &Device, rows: Tensor, format: Packed, shape: (usize, usize)) -> Result<Self> {
+        match format {
+            Packed::Blocks(dtype) if !device.is_cpu() => {
+                let bytes = rows.flatten_all()?.to_vec1::<u8>()?;
+                let storage = QStorage::from_data(bytes.into(), device, dtype)?;
+                Ok(Self::Blocks(Arc::new(QTensor::new(storage, shape)?)))
+            }
+            _ => rows.to_device(device).map(Self::Rows),
         }
     }
 }

@@ -5,7 +5,10 @@ use serde::Serialize;
 use super::plan::PruningPlan;
 use crate::{
     layout::FluxConfig,
-    model::cost::{self, Cost},
+    model::{
+        cost::{self, Cost},
+        demand::{self, Format},
+    },
 };
 
 /// Where and how large pictures are drawn: what arithmetic and memory are counted for.
@@ -48,15 +51,18 @@ impl Forecast {
             file_bytes,
         } = situation;
         let cost: Cost = cost::model(config, image_tokens, text_tokens);
-        let tokens = (image_tokens + text_tokens) as u64;
-        // a block's input and output, q, k, v and what attention makes of them, and the MLP before and after its activation
-        let widest = 2 * config.mlp_size as u64 + 8 * config.hidden_size as u64;
+        let format = Format {
+            element: element as u64,
+            weight: weight_bytes,
+            cpu: true, // no score matrix
+        };
+        let tokens = image_tokens + text_tokens;
         Self {
             parameters: cost.parameters,
             file_bytes: (cost.parameters as f64 * file_bytes).round() as u64,
             flops: cost.flops(),
             memory_bytes: (cost.parameters as f64 * weight_bytes).round() as u64
-                + tokens * widest * element as u64,
+                + demand::activations(config, 1, tokens, format),
         }
     }
 

@@ -194,19 +194,26 @@ impl Projection {
 /// When the model lacks one.
 pub fn put(flux: &mut Flux, outputs: &Outputs, runtime: &Runtime) -> Result<()> {
     for ((block, name), projection) in outputs {
-        let linear = projection.linear(runtime)?;
         let Some(id) = block else {
-            *flux.head_linear_mut() = linear;
+            *flux.head_linear_mut() = projection.linear(runtime)?;
             continue;
         };
-        let entry = flux.trunk.entries_mut().iter_mut();
-        let place = entry
-            .filter(|(spec, _)| spec.id() == *id)
-            .flat_map(|(_, block)| block.linears_mut())
-            .find(|(found, _)| found == name);
-        *place
-            .with_context(|| format!("block {id} has no `{name}`"))?
-            .1 = linear;
+        let mut entries = flux.trunk.entries_mut().iter_mut();
+        let (_, block) = entries
+            .find(|(spec, _)| spec.id() == *id)
+            .with_context(|| format!("the model has no block {id}"))?;
+        // waits on the host with the block's other weights
+        let linear = if block.is_stored() {
+            projection.linear(&Runtime {
+                device: Device::Cpu,
+                dtype: runtime.dtype,
+            })?
+        } else {
+            projection.linear(runtime)?
+        };
+        block
+            .exchange(name, linear)
+            .with_context(|| format!("block {id}"))?;
     }
     Ok(())
 }

@@ -5,6 +5,8 @@
 //! is fitted on the original's own activations. Output projections of kept blocks and head are always fitted on the
 //! pruned model's activations.
 
+use std::ops::Range;
+
 use anyhow::{Context, Result, bail, ensure};
 use candle::{DType, Device, Tensor};
 use indicatif::ProgressBar;
@@ -174,19 +176,22 @@ impl<'a> Walk<'a> {
                 self.kept(kept)?;
             }
         } else {
-            let range = self.at..index;
             let trunk = &self.flux.trunk;
-            for batch in &mut self.batches {
-                let (original, pruned) = batch.load(&self.runtime.device)?;
-                // the same stream until something is replaced
-                let run = |s| trunk.forward_range(range.clone(), s, &batch.conditioning, &mut ());
-                let after = run(&original)?;
-                let pruned = if self.out.layers.is_empty() {
-                    after.clone()
-                } else {
-                    run(&pruned)?
-                };
-                batch.store(&after, &pruned, &self.park)?;
+            for range in pieces(trunk, self.at..index) {
+                let trunk = resident(trunk, range.clone())?;
+                for batch in &mut self.batches {
+                    let (original, pruned) = batch.load(&self.runtime.device)?;
+                    // the same stream until something is replaced
+                    let run =
+                        |s| trunk.forward_range(0..range.len(), s, &batch.conditioning, &mut ());
+                    let after = run(&original)?;
+                    let pruned = if self.out.layers.is_empty() {
+                        after.clone()
+                    } else {
+                        run(&pruned)?
+                    };
+                    batch.store(&after, &pruned, &self.park)?;
+                }
             }
         }
         self.at = index;
@@ -203,11 +208,15 @@ impl<'a> Walk<'a> {
         let block = self.block(first)?;
         let mut sums = Sums::new(replacement, block)?;
         let mut inputs = Vec::new();
+        let trunk = match pieces(&self.flux.trunk, first..end).as_slice() {
+            [one] => resident(&self.flux.trunk, one.clone())?,
+            // too many for the device: read for each batch
+            _ => Trunk::new(self.flux.trunk.entries()[first..end].to_vec()),
+        };
         for batch in &mut self.batches {
             let (before, pruned) = batch.load(&self.runtime.device)?;
             let conditioning = &batch.conditioning;
-            let trunk = &self.flux.trunk;
-            let after = trunk.forward_range(first..end, &before, conditioning, &mut ())?;
+            let after = trunk.forward_range(0..trunk.len(), &before, conditioning, &mut ())?;
             let input = if self.fitting.sequential {
                 &pruned
             } else {
@@ -239,7 +248,7 @@ impl<'a> Walk<'a> {
 
     /// Fits the output projections of the kept block `index`, which is ahead.
     fn kept(&mut self, index: usize) -> Result<()> {
-        let mut block = self.block(index)?.clone();
+        let mut block = self.block(index)?.resident()?;
         let id = self.flux.trunk.entries()[index].0.id();
         let mut projections: Vec<(&'static str, Linear, OutputSums)> = Vec::new();
         for batch in &mut self.batches {
@@ -280,11 +289,7 @@ impl<'a> Walk<'a> {
             let projection = sums
                 .solve(&linear, self.fitting.ridge)
                 .with_context(|| format!("block {id}, `{name}`"))?;
-            for (found, linear) in block.linears_mut() {
-                if found == name {
-                    *linear = projection.linear(self.runtime)?;
-                }
-            }
+            block.exchange(name, projection.linear(self.runtime)?)?;
             self.out.outputs.insert((Some(id), name), projection);
         }
         self.pass(&block)
@@ -328,6 +333,32 @@ impl<'a> Walk<'a> {
         }
         Ok(())
     }
+}
+
+/// `range` in pieces that go through the batches one after another: a block that is not on the device alone, so that it
+/// is read once for all of them, and what lies between such blocks together.
+fn pieces(trunk: &Trunk, range: Range<usize>) -> Vec<Range<usize>> {
+    let stored = |index: usize| {
+        trunk
+            .entries()
+            .get(index)
+            .is_some_and(|(_, b)| b.is_stored())
+    };
+    let mut out: Vec<Range<usize>> = Vec::new();
+    for index in range {
+        match out.last_mut() {
+            Some(last) if !stored(index) && !stored(last.end - 1) => last.end = index + 1,
+            _ => out.push(index..index + 1),
+        }
+    }
+    out
+}
+
+/// A part of `trunk` with its weights on the device.
+fn resident(trunk: &Trunk, range: Range<usize>) -> Result<Trunk> {
+    let entries = trunk.entries().get(range).context("no such blocks")?.iter();
+    let entries = entries.map(|(spec, block)| Ok((spec.clone(), block.resident()?)));
+    Ok(Trunk::new(entries.collect::<Result<_>>()?))
 }
 
 /// The replacements in network order with the trunk entry each starts at.

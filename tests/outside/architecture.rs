@@ -55,6 +55,8 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
             // how numbers are written
             "ui",
             "device",
+            // where a CLIP model is
+            "files",
             "checkpoint",
             "model",
             "sample",

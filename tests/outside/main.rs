@@ -15,6 +15,7 @@ mod calibration;
 mod common;
 mod evaluation;
 mod formats;
+mod memory;
 
 use common::*;
 

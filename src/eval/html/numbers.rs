@@ -64,6 +64,13 @@ pub(super) fn headline(model: &ModelReport, report: &Report) -> String {
             ),
         ));
     }
+    if let (Some(score), Some(before)) = (&model.clip_score, &base.clip_score) {
+        cards.push((
+            format!("{:.2}", score.mean),
+            "CLIP score",
+            format!("before {:.2}; ± {:.2}", before.mean, score.deviation),
+        ));
+    }
     let replaced = match model.replaced.len() {
         0 => "no block replaced".to_owned(),
         n => format!(
@@ -164,6 +171,9 @@ pub(super) fn numbers(report: &Report) -> String {
             ))
         });
     }
+    row("CLIP score", &|m| {
+        m.clip_score.as_ref().map(|s| spread(s, 2))
+    });
     let head: String = models
         .iter()
         .map(|m| format!("<th>{}</th>", escape(&m.name)))

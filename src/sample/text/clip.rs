@@ -7,7 +7,8 @@ use candle::{Device, Module as _, Result, Tensor, bail};
 use candle_nn::{Embedding, LayerNorm, Linear, VarBuilder};
 use serde::Deserialize;
 
-use super::ops::{Activation, attention, id_tensor};
+pub(crate) use super::ops::Activation;
+use super::ops::{attention, id_tensor};
 
 /// `text_encoder/config.json`.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
@@ -89,15 +90,16 @@ impl Clip {
     /// Reads the weights; `vb` holds names as transformers 5 writes them (`embeddings.…`, `encoder.…`).
     pub(super) fn new(config: &ClipConfig, vb: &VarBuilder) -> Result<Self> {
         let d = config.hidden_size;
-        if config.num_attention_heads == 0 || !d.is_multiple_of(config.num_attention_heads) {
-            bail!(
-                "CLIP: {} attention heads do not divide `hidden_size` {d}",
-                config.num_attention_heads
-            )
-        }
         let embeddings = vb.pp("embeddings");
         let tokens = embeddings.get((config.vocab_size, d), "token_embedding.weight")?;
         let layers = vb.pp("encoder.layers");
+        let layer = LayerConfig {
+            hidden: d,
+            intermediate: config.intermediate_size,
+            heads: config.num_attention_heads,
+            act: config.hidden_act,
+            eps: config.layer_norm_eps,
+        };
         Ok(Self {
             tokens: Embedding::new(tokens, d),
             positions: embeddings.get(
@@ -105,7 +107,7 @@ impl Clip {
                 "position_embedding.weight",
             )?,
             layers: (0..config.num_hidden_layers)
-                .map(|i| Layer::new(config, &layers.pp(i)))
+                .map(|i| Layer::new(&layer, &layers.pp(i)))
                 .collect::<Result<_>>()?,
             norm: candle_nn::layer_norm(d, config.layer_norm_eps, vb.pp("final_layer_norm"))?,
             eos: config.eos_token_id,
@@ -169,8 +171,19 @@ fn causal_mask(n: usize, device: &Device) -> Result<Tensor> {
     Tensor::from_iter(values, device)?.reshape((1, 1, n, n))
 }
 
+/// Sizes of a layer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LayerConfig {
+    pub(crate) hidden: usize,
+    pub(crate) intermediate: usize,
+    pub(crate) heads: usize,
+    pub(crate) act: Activation,
+    pub(crate) eps: f64,
+}
+
+/// One layer of CLIP's text or vision model.
 #[derive(Debug)]
-struct Layer {
+pub(crate) struct Layer {
     norm1: LayerNorm,
     q: Linear,
     k: Linear,
@@ -184,12 +197,14 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(config: &ClipConfig, vb: &VarBuilder) -> Result<Self> {
-        let (d, m, eps) = (
-            config.hidden_size,
-            config.intermediate_size,
-            config.layer_norm_eps,
-        );
+    pub(crate) fn new(config: &LayerConfig, vb: &VarBuilder) -> Result<Self> {
+        let (d, m, eps) = (config.hidden, config.intermediate, config.eps);
+        if config.heads == 0 || !d.is_multiple_of(config.heads) {
+            bail!(
+                "CLIP: {} attention heads do not divide `hidden_size` {d}",
+                config.heads
+            )
+        }
         let attention = vb.pp("self_attn");
         Ok(Self {
             norm1: candle_nn::layer_norm(d, eps, vb.pp("layer_norm1"))?,
@@ -200,12 +215,13 @@ impl Layer {
             norm2: candle_nn::layer_norm(d, eps, vb.pp("layer_norm2"))?,
             fc1: candle_nn::linear(d, m, vb.pp("mlp.fc1"))?,
             fc2: candle_nn::linear(m, d, vb.pp("mlp.fc2"))?,
-            act: config.hidden_act,
-            heads: config.num_attention_heads,
+            act: config.act,
+            heads: config.heads,
         })
     }
 
-    fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    /// x (b, n, hidden) → the same; `mask` (1, 1, 1 or n, 1 or n) is added to the scores.
+    pub(crate) fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
         let y = self.norm1.forward(x)?;
         let (q, k, v) = (
             self.q.forward(&y)?,

@@ -7,11 +7,46 @@ use super::tokenize::PromptTokenizer;
 use clip::Clip;
 use t5::T5;
 
-mod clip;
+pub(crate) mod clip;
 mod open;
 mod ops;
 mod t5;
 mod t5_config;
+
+/// The text model of a whole CLIP with its tokenizer.
+#[derive(Debug)]
+pub struct ClipText {
+    clip: Clip,
+    tokenizer: PromptTokenizer,
+}
+
+impl ClipText {
+    /// The hidden state at the end-of-text token of each prompt, (b, hidden).
+    ///
+    /// # Errors
+    /// When a token has no embedding, or the device runs out of memory.
+    pub fn pooled(&self, prompts: &[String]) -> Result<Tensor> {
+        let ids = prompts
+            .iter()
+            .map(|prompt| clip_ids(&self.clip, &self.tokenizer, prompt));
+        let ids: Vec<Vec<u32>> = ids.collect::<Result<_>>()?;
+        self.clip.pooled(&ids).context("CLIP text model")
+    }
+
+    /// Width of what [`Self::pooled`] gives.
+    pub fn width(&self) -> usize {
+        self.clip.width()
+    }
+}
+
+/// Token ids of a prompt, cut and padded to what the model takes.
+fn clip_ids(clip: &Clip, tokenizer: &PromptTokenizer, prompt: &str) -> Result<Vec<u32>> {
+    let positions = clip.max_length();
+    let length = tokenizer
+        .model_max_length()
+        .map_or(positions, |n| n.min(positions));
+    tokenizer.encode(prompt, length).context("CLIP tokenizer")
+}
 
 /// Both text encoders with their tokenizers.
 pub struct TextEncoders {
@@ -58,15 +93,7 @@ impl TextEncoders {
     /// # Errors
     /// When the text length leaves no room for the tokenizer's special tokens.
     pub fn tokenize(&self, prompt: &str) -> Result<(Vec<u32>, Vec<u32>)> {
-        let positions = self.clip.max_length();
-        let length = self
-            .clip_tokenizer
-            .model_max_length()
-            .map_or(positions, |n| n.min(positions));
-        let clip = self
-            .clip_tokenizer
-            .encode(prompt, length)
-            .context("CLIP tokenizer")?;
+        let clip = clip_ids(&self.clip, &self.clip_tokenizer, prompt)?;
         let t5 = self
             .t5_tokenizer
             .encode(prompt, self.text_length)

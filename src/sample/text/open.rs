@@ -4,11 +4,11 @@
 use anyhow::{Context as _, Result, bail, ensure};
 use candle::{DType, Device};
 
-use super::TextEncoders;
 use super::clip::{Clip, ClipConfig};
 use super::ops::Activation;
 use super::t5::T5;
 use super::t5_config::{FeedForward, T5Config};
+use super::{ClipText, TextEncoders};
 use crate::checkpoint::Checkpoint;
 use crate::files::{Blob, Files};
 use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
@@ -92,6 +92,45 @@ impl TextEncoders {
             dtype,
         })
     }
+}
+
+impl ClipText {
+    /// From the files of a whole CLIP: `config` is the text model's part of its config, `checkpoint` holds all its
+    /// tensors. Computes in f32.
+    ///
+    /// # Errors
+    /// When the tokenizer is missing or damaged, or a tensor has another shape than the config says.
+    pub(crate) fn open(
+        files: &Files,
+        config: &serde_json::Value,
+        checkpoint: &Checkpoint,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut json = clip_defaults();
+        if let (Some(all), Some(said)) = (json.as_object_mut(), config.as_object()) {
+            all.extend(said.clone());
+        }
+        let config: ClipConfig =
+            serde_json::from_value(json).with_context(|| files.describe("config.json"))?;
+        let text = checkpoint.rename(|name| Some(name.strip_prefix("text_model.")?.to_owned()))?;
+        check(&text, &config.tensors())?;
+        Ok(Self {
+            tokenizer: tokenizer_in(files, None, Family::Clip, config.vocab_size)?,
+            clip: Clip::new(&config, &text.var_builder(DType::F32, device))?,
+        })
+    }
+}
+
+/// What transformers' `CLIPTextConfig` has where a config says nothing.
+fn clip_defaults() -> serde_json::Value {
+    serde_json::json!({
+        "vocab_size": FLUX1_CLIP_ROWS,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+    })
 }
 
 /// What a text encoder is called in a pipeline, in a single file's name, and by which tensor it is known.
@@ -255,11 +294,26 @@ fn infer_t5(checkpoint: &Checkpoint) -> Result<T5Config> {
 
 /// The tokenizer in the pipeline's folder, or FLUX.1's where there is none and the embedding has FLUX.1's size.
 fn tokenizer(files: &Files, family: Family, rows: usize) -> Result<PromptTokenizer> {
-    let (folder, flux1, flux1_rows) = match family {
-        Family::Clip => ("tokenizer", FLUX1_CLIP, FLUX1_CLIP_ROWS),
-        Family::T5 => ("tokenizer_2", FLUX1_T5, FLUX1_T5_ROWS),
+    let folder = match family {
+        Family::Clip => "tokenizer",
+        Family::T5 => "tokenizer_2",
     };
-    let sub = files.sub(folder);
+    let index = files.json("model_index.json")?;
+    let class = index.as_ref().and_then(|index| index[folder][1].as_str());
+    tokenizer_in(&files.sub(folder), class, family, rows)
+}
+
+/// The tokenizer in the folder `sub`, of the transformers class `class` where something says so.
+fn tokenizer_in(
+    sub: &Files,
+    class: Option<&str>,
+    family: Family,
+    rows: usize,
+) -> Result<PromptTokenizer> {
+    let (flux1, flux1_rows) = match family {
+        Family::Clip => (FLUX1_CLIP, FLUX1_CLIP_ROWS),
+        Family::T5 => (FLUX1_T5, FLUX1_T5_ROWS),
+    };
     let (json, vocab, merges) = (
         sub.get("tokenizer.json")?,
         sub.get("vocab.json")?,
@@ -277,9 +331,8 @@ fn tokenizer(files: &Files, family: Family, rows: usize) -> Result<PromptTokeniz
         sub.get("tokenizer_config.json")?,
         sub.get("special_tokens_map.json")?,
     );
-    let index = files.json("model_index.json")?;
     let tokenizer = TokenizerFiles {
-        class: index.as_ref().and_then(|index| index[folder][1].as_str()),
+        class,
         tokenizer: json.as_deref(),
         vocab: vocab.as_deref(),
         merges: merges.as_deref(),

@@ -6,7 +6,7 @@ use serde::Deserialize;
 /// An activation function under the names of transformers' `ACT2FN`.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Activation {
+pub(crate) enum Activation {
     /// max(x, 0)
     Relu,
     /// x·Φ(x), with the error function

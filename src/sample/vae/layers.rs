@@ -2,10 +2,15 @@
 //!
 //! Source: diffusers `models/resnet.py` (`ResnetBlock2D`), `models/unets/unet_2d_blocks.py`, `models/attention_processor.py`.
 
+use std::sync::Arc;
+
 use candle::{D, Module as _, Result, Tensor};
 use candle_nn::{Linear, VarBuilder};
 
-use super::{conv::Conv, norm::GroupNorm};
+use super::{
+    conv::Conv,
+    norm::{GroupNorm, Statistics},
+};
 
 /// Epsilon of every group norm in diffusers' autoencoder.
 const EPS: f64 = 1e-6;
@@ -44,10 +49,20 @@ impl Conv2d {
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.geometry.forward(x, &self.weight, &self.bias)
     }
+
+    /// Rows of the input that an output row sees on either side of its own.
+    pub(super) fn halo(&self) -> usize {
+        self.geometry.before
+    }
+
+    /// Rows that come out for each that goes in, where the size does not shrink.
+    pub(super) fn growth(&self) -> usize {
+        1 + usize::from(self.geometry.double)
+    }
 }
 
 /// A group norm, with or without SiLU behind it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Norm {
     weight: Tensor,
     bias: Tensor,
@@ -60,6 +75,7 @@ impl Norm {
             groups,
             eps: EPS,
             silu,
+            known: None,
         };
         Ok(Self {
             weight: vb.get(channels, "weight")?,
@@ -71,16 +87,32 @@ impl Norm {
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.form.forward(x, &self.weight, &self.bias)
     }
+
+    /// Mean and variance of the groups of `x`.
+    pub(super) fn statistics(&self, x: &Tensor) -> Result<Statistics> {
+        self.form.statistics(x)
+    }
+
+    /// The same norm with the mean and variance of a picture of which it sees parts.
+    pub(super) fn knowing(&self, known: Statistics) -> Self {
+        Self {
+            form: GroupNorm {
+                known: Some(Arc::new(known)),
+                ..self.form.clone()
+            },
+            ..self.clone()
+        }
+    }
 }
 
 /// `x + conv2(silu(norm2(conv1(silu(norm1(x))))))`, with a 1×1 convolution on `x` where the channels change.
 #[derive(Debug)]
-struct Resnet {
-    norm1: Norm,
-    conv1: Conv2d,
-    norm2: Norm,
-    conv2: Conv2d,
-    shortcut: Option<Conv2d>,
+pub(super) struct Resnet {
+    pub(super) norm1: Norm,
+    pub(super) conv1: Conv2d,
+    pub(super) norm2: Norm,
+    pub(super) conv2: Conv2d,
+    pub(super) shortcut: Option<Conv2d>,
 }
 
 impl Resnet {
@@ -97,8 +129,9 @@ impl Resnet {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.conv1.forward(&self.norm1.forward(x)?)?;
-        let y = self.conv2.forward(&self.norm2.forward(&y)?)?;
+        // assigned, not shadowed: each is as large as the picture, and the former goes
+        let mut y = self.conv1.forward(&self.norm1.forward(x)?)?;
+        y = self.conv2.forward(&self.norm2.forward(&y)?)?;
         match &self.shortcut {
             Some(shortcut) => shortcut.forward(x)? + y,
             None => x + y,
@@ -217,8 +250,8 @@ pub(super) enum Turn {
 /// One level of the pyramid: residual blocks, then a change of size except at the end.
 #[derive(Debug)]
 pub(super) struct Level {
-    resnets: Vec<Resnet>,
-    turn: Option<Conv2d>,
+    pub(super) resnets: Vec<Resnet>,
+    pub(super) turn: Option<Conv2d>,
 }
 
 impl Level {
@@ -265,14 +298,14 @@ impl Level {
         })
     }
 
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut x = x.clone();
+    /// Takes the input, which is gone as soon as the first block has put out its own.
+    pub(super) fn forward(&self, mut x: Tensor) -> Result<Tensor> {
         for resnet in &self.resnets {
             x = resnet.forward(&x)?;
         }
         self.turn
             .as_ref()
-            .map_or(Ok(x.clone()), |turn| turn.forward(&x))
+            .map_or_else(|| Ok(x.clone()), |turn| turn.forward(&x))
     }
 }
 

@@ -1,13 +1,17 @@
 //! The autoencoder between latents and pictures (diffusers' `AutoencoderKL`), under diffusers' tensor names. Other names: `keys.rs`.
 
 use anyhow::{Context as _, ensure};
-use candle::{DType, Result, Tensor, bail};
+use candle::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use serde::Deserialize;
 
+use bands::Bands;
+pub use demand::Demand;
 use layers::{Conv2d, Level, Mid, Norm, Turn};
 
+mod bands;
 mod conv;
+mod demand;
 pub mod keys;
 mod layers;
 mod norm;
@@ -141,6 +145,11 @@ impl Vae {
         })
     }
 
+    /// Number format of the weights.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// The configuration it was built from.
     pub fn config(&self) -> &VaeConfig {
         &self.config
@@ -152,10 +161,23 @@ impl Vae {
     /// # Errors
     /// When the latents have other channels.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        self.decoder.forward(&self.unscaled(latents)?)
+    }
+
+    /// The same a band of `rows` rows of latents at a time, each layer after the other; what waits for its turn is kept
+    /// on `park`, where the picture will be. Takes a little longer and gives the same picture up to rounding.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
+    pub fn decode_in_bands(&self, latents: &Tensor, rows: usize, park: &Device) -> Result<Tensor> {
+        self.decoder.in_bands(&self.unscaled(latents)?, rows, park)
+    }
+
+    fn unscaled(&self, latents: &Tensor) -> Result<Tensor> {
         let latents = latents.to_dtype(DType::F32)?;
         let latents =
             ((latents / self.config.scaling_factor)? + self.config.shift_factor.unwrap_or(0.0))?;
-        self.decoder.forward(&latents.to_dtype(self.dtype)?)
+        latents.to_dtype(self.dtype)
     }
 
     /// Pictures in [-1, 1] (b, in_channels, h, w), sizes divisible by [`VaeConfig::downsampling`] → the mean of their latents, as the
@@ -240,7 +262,7 @@ impl Encoder {
     fn forward(&self, image: &Tensor) -> Result<Tensor> {
         let mut x = self.conv_in.forward(image)?;
         for level in &self.levels {
-            x = level.forward(&x)?;
+            x = level.forward(x)?;
         }
         let x = self
             .conv_out
@@ -300,14 +322,27 @@ impl Decoder {
         })
     }
 
-    fn forward(&self, latents: &Tensor) -> Result<Tensor> {
+    /// The lowest level, whose attention is of every pixel to every pixel.
+    fn lowest(&self, latents: &Tensor) -> Result<Tensor> {
         let x = self
             .post_quant
             .as_ref()
             .map_or(Ok(latents.clone()), |conv| conv.forward(latents))?;
-        let mut x = self.mid.forward(&self.conv_in.forward(&x)?)?;
+        self.mid.forward(&self.conv_in.forward(&x)?)
+    }
+
+    fn in_bands(&self, latents: &Tensor, rows: usize, park: &Device) -> Result<Tensor> {
+        let mut x = Bands::cut(&self.lowest(latents)?, rows, park)?;
         for level in &self.levels {
-            x = level.forward(&x)?;
+            x = x.level(level)?;
+        }
+        x.finish(&self.norm_out, &self.conv_out)
+    }
+
+    fn forward(&self, latents: &Tensor) -> Result<Tensor> {
+        let mut x = self.lowest(latents)?;
+        for level in &self.levels {
+            x = level.forward(x)?;
         }
         self.conv_out.forward(&self.norm_out.forward(&x)?)
     }

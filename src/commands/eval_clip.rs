@@ -1,0 +1,65 @@
+//! CLIP scores of an evaluation's pictures: finds the CLIP model, and loads it when nothing else is on the device.
+
+use std::path::Path;
+
+use anyhow::{Result, bail, ensure};
+
+use crate::{
+    checkpoint::Checkpoint,
+    device::Runtime,
+    eval::clip::ClipModel,
+    files::{Files, parse_id},
+    sample::png::Picture,
+    ui,
+};
+
+/// The files of a CLIP model that is not loaded yet.
+pub(super) struct ClipFiles {
+    /// As it was named.
+    pub(super) name: String,
+    files: Files,
+}
+
+impl ClipFiles {
+    /// A folder or a hub id; fails where there is no CLIP, before anything is drawn.
+    pub(super) fn find(name: &str) -> Result<Self> {
+        let path = Path::new(name);
+        let files = match parse_id(name) {
+            _ if path.is_dir() => Files::folder(path),
+            Some((repo, revision)) if !name.starts_with(['.', '/', '~']) => {
+                Files::hub(&repo, revision.as_deref())?
+            }
+            _ => bail!(
+                "--clip: `{name}` does not exist\nhint: name a folder or a hub id such as openai/clip-vit-large-patch14"
+            ),
+        };
+        let whole = Checkpoint::open(&files, "model")?;
+        ensure!(
+            files.json("config.json")?.is_some() && whole.contains("visual_projection.weight"),
+            "--clip: `{name}` holds no whole CLIP in transformers layout (config.json and model.safetensors with both models)\nhint: openai/clip-vit-large-patch14 is one"
+        );
+        Ok(Self {
+            name: name.to_owned(),
+            files,
+        })
+    }
+
+    /// 100 · cosine of prompt and picture, for each row of `drawn` (one model's pictures, in the order of the prompts).
+    pub(super) fn scores(
+        &self,
+        prompts: &[String],
+        drawn: &[Vec<Picture>],
+        runtime: &Runtime,
+    ) -> Result<Vec<Vec<f64>>> {
+        let progress = ui::progress(drawn.len(), "scoring with CLIP");
+        let model = ClipModel::open(&self.files, &runtime.device)?;
+        let texts = model.texts(prompts)?;
+        let mut out = Vec::new();
+        for pictures in drawn {
+            out.push(model.scores(&texts, pictures)?);
+            progress.inc(1);
+        }
+        ui::done(&progress, format!("scored pictures with `{}`", self.name));
+        Ok(out)
+    }
+}

@@ -1,0 +1,187 @@
+//! What `train-sandwich` takes, and how it makes do with the memory that there is.
+
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
+
+use super::{
+    place::Place,
+    train::{self, Pair, Resolved},
+};
+use crate::{
+    cli::{MemoryArgs, TrainArgs},
+    device::Runtime,
+    train::{
+        memory::{self, Forecast, Situation},
+        sandwich::Sandwich,
+    },
+    ui,
+};
+
+/// What is not kept on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Way {
+    /// Only the inputs of blocks are kept, the rest is computed again on the way back.
+    pub(super) recompute: bool,
+    /// Blocks that are not trained are read when they are run.
+    pub(super) offload: bool,
+}
+
+/// One phase: its name, its steps and what it takes.
+type Taken = (String, usize, Forecast);
+
+/// The way that the user asks for, or the first that fits.
+pub(super) fn way(
+    args: &TrainArgs,
+    pair: &Pair,
+    resolved: &Resolved,
+    sandwiches: &[Sandwich],
+    runtime: &Runtime,
+) -> Result<Way> {
+    let recompute = args.recompute || args.offload || train::large(resolved);
+    let asked = Way {
+        recompute,
+        offload: args.offload,
+    };
+    let limits = MemoryArgs {
+        offload: args.offload,
+        max_vram: args.max_vram,
+    };
+    let Some(limit) = Place::new(limits, runtime).limit() else {
+        return Ok(asked);
+    };
+    let least = Way {
+        recompute: true,
+        offload: true,
+    };
+    let again = Way {
+        recompute: true,
+        ..asked
+    };
+    for way in [asked, again, least] {
+        let peak = peak(&phases(pair, resolved, sandwiches, way, runtime)?);
+        if peak <= limit as f64 {
+            if way != asked {
+                ui::note(format!(
+                    "within {}: {}",
+                    ui::bytes(limit as f64),
+                    if way.offload {
+                        "only blocks that are trained stay on the device (--offload)"
+                    } else {
+                        "activations are computed again on the way back (--recompute)"
+                    }
+                ));
+            }
+            return Ok(way);
+        }
+    }
+    let peak = peak(&phases(pair, resolved, sandwiches, least, runtime)?);
+    let text = format!(
+        "{} of memory are too little: training takes {} with nothing on the device that need not be there",
+        ui::bytes(limit as f64),
+        ui::bytes(peak)
+    );
+    if args.max_vram.is_some() {
+        bail!(
+            "--max-vram: {text}\nhint: a smaller --batch, smaller pictures (--width, --height) or a smaller --rank take less"
+        );
+    }
+    ui::warn(format!("{text}; trying all the same"));
+    Ok(least)
+}
+
+fn phases(
+    pair: &Pair,
+    resolved: &Resolved,
+    sandwiches: &[Sandwich],
+    way: Way,
+    runtime: &Runtime,
+) -> Result<Vec<Taken>> {
+    let recipe = &resolved.recipe;
+    let situation = Situation {
+        element: runtime.dtype.size_in_bytes() as f64,
+        cpu: runtime.device.is_cpu(),
+        batch: resolved.batch,
+        tokens: (pair.teacher.default_text_length()?, resolved.size.tokens()),
+        recompute: way.recompute,
+        offload: way.offload,
+    };
+    let (pruned, teacher) = (&pair.pruned.config, &pair.teacher.config);
+    let take = |sandwich: Option<&Sandwich>| {
+        memory::forecast(pruned, teacher, sandwiches, sandwich, recipe, situation)
+    };
+    let mut phases: Vec<Taken> = Vec::new();
+    if recipe.steps > 0 {
+        let each = sandwiches.iter();
+        phases.extend(each.map(|s| (s.to_string(), recipe.steps, take(Some(s)))));
+    }
+    if recipe.finish.steps > 0 {
+        phases.push(("finish".to_owned(), recipe.finish.steps, take(None)));
+    }
+    Ok(phases)
+}
+
+fn peak(phases: &[Taken]) -> f64 {
+    phases.iter().map(|(_, _, f)| f.bytes()).fold(0.0, f64::max)
+}
+
+/// Says what would be trained and what it takes.
+pub(super) fn dry_run(
+    args: &TrainArgs,
+    pair: &Pair,
+    resolved: &Resolved,
+    sandwiches: &[Sandwich],
+    way: Way,
+    runtime: &Runtime,
+) -> Result<()> {
+    let recipe = &resolved.recipe;
+    let phases = phases(pair, resolved, sandwiches, way, runtime)?;
+    let peak = peak(&phases);
+    if args.json {
+        let phases: Vec<Value> = phases
+            .iter()
+            .map(|(name, steps, f)| json!({ "phase": name, "steps": steps, "memory": f }))
+            .collect();
+        return ui::json(&json!({
+            "phases": phases,
+            "peak_bytes": peak,
+            "pictures": resolved.prompts.len(),
+            "batch": resolved.batch,
+            "recompute": way.recompute,
+            "offload": way.offload,
+            "recipe": recipe,
+        }));
+    }
+    let rows: Vec<Vec<String>> = phases
+        .iter()
+        .map(|(name, steps, f)| {
+            let size = [f.weights, f.optimiser, f.activations, f.bytes()].map(ui::bytes);
+            let [weights, optimiser, activations, all] = size;
+            vec![
+                name.clone(),
+                steps.to_string(),
+                ui::count(f.trainables),
+                weights,
+                optimiser,
+                activations,
+                all,
+            ]
+        })
+        .collect();
+    let header = [
+        "trained",
+        "steps",
+        "values",
+        "weights",
+        "trainables",
+        "activations",
+        "all",
+    ];
+    ui::data(format!(
+        "{}\n\n{} pictures, {} states of {} tokens in a forward; peak on the device: {}",
+        ui::table(&header, &rows, &[1, 2, 3, 4, 5, 6]),
+        resolved.prompts.len(),
+        resolved.batch,
+        pair.teacher.default_text_length()? + resolved.size.tokens(),
+        ui::bytes(peak)
+    ))
+}

@@ -1,0 +1,120 @@
+//! Memory that decoding takes, counted from the configuration alone. An upper estimate of what is alive at once.
+
+use super::VaeConfig;
+
+/// Bytes that decoding one picture takes beside the weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Demand {
+    /// Of what is computed with.
+    pub work: u64,
+    /// Of what waits for its turn, where bands are kept; nothing when the picture is decoded at once.
+    pub parked: u64,
+}
+
+impl VaeConfig {
+    /// Number of parameters of the decoder, roughly: of its 3×3 convolutions.
+    pub fn decoder_parameters(&self) -> u64 {
+        let widest = self.block_out_channels.last().copied().unwrap_or(0) as u64;
+        let mut sum = 4 * 9 * widest * widest + 4 * widest * widest;
+        for level in self.decoder_levels() {
+            let (input, output) = (level.input as u64, level.output as u64);
+            let inner = 2 * self.layers_per_block as u64 + 2; // of `output` channels, the change of size included
+            sum += 9 * output * (input + inner * output) + input * output;
+        }
+        sum
+    }
+
+    /// What decoding latents of `height`×`width` takes, at once or in bands of `rows` rows of them, in numbers of
+    /// `element` bytes; `unfolded` where convolutions write all that their taps see, nine times their input.
+    pub fn demand(
+        &self,
+        (height, width): (usize, usize),
+        rows: Option<usize>,
+        element: u64,
+        unfolded: bool,
+    ) -> Demand {
+        let columns = if unfolded { 9 } else { 0 };
+        let band = rows.unwrap_or(height).min(height) as u64;
+        let mut out = Demand::default();
+        let mut see = |pixels: u64, kept: u64, work: u64| {
+            let all = pixels * height as u64 * width as u64 * element;
+            out.parked = out.parked.max(all * kept);
+            // a band has a row of its neighbours on either side
+            let share = pixels * (band + 2).min(height as u64) * width as u64 * element;
+            // allocators keep some of what is freed: 3.3 GB were measured at 1024² where 2.7 are alive
+            out.work = out.work.max(share * work / 4 * 5);
+        };
+        for (i, level) in self.decoder_levels().enumerate() {
+            let (input, output) = (level.input as u64, level.output as u64);
+            let pixels = 1 << (2 * i);
+            // input, what is normed, output, and on the way back to the input what is added
+            see(pixels, input + output, (2 + columns) * input + output);
+            see(pixels, input + output, input + (3 + columns) * output);
+            if level.doubles {
+                let upsampled = if unfolded { 1 + columns } else { 0 };
+                see(pixels, 5 * output, (1 + 4 * (upsampled + 1)) * output);
+            }
+        }
+        if rows.is_none() {
+            out.parked = 0;
+        }
+        out
+    }
+
+    fn decoder_levels(&self) -> impl Iterator<Item = DecoderLevel> + '_ {
+        let count = self.block_out_channels.len();
+        let mut input = self.block_out_channels.last().copied().unwrap_or(0);
+        let levels = self.block_out_channels.iter().rev().enumerate();
+        levels.map(move |(i, &output)| {
+            let level = DecoderLevel {
+                input,
+                output,
+                doubles: i + 1 < count,
+            };
+            input = output;
+            level
+        })
+    }
+}
+
+struct DecoderLevel {
+    input: usize,
+    output: usize,
+    doubles: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flux() -> VaeConfig {
+        VaeConfig {
+            block_out_channels: vec![128, 256, 512, 512],
+            layers_per_block: 2,
+            latent_channels: 16,
+            ..VaeConfig::default()
+        }
+    }
+
+    #[test]
+    fn bands_take_a_fraction_of_the_whole() {
+        let config = flux();
+        // 49.5 million parameters in the file of FLUX.1
+        let parameters = config.decoder_parameters();
+        assert!(
+            (48_000_000..51_000_000).contains(&parameters),
+            "{parameters}"
+        );
+        let of = |side, rows, unfolded| config.demand((side, side), rows, 2, unfolded);
+        let whole = of(128, None, true);
+        assert_eq!(whole.parked, 0);
+        assert!((5e9..8e9).contains(&(whole.work as f64)), "{whole:?}");
+        let lean = of(128, None, false);
+        assert!((1.3e9..2.0e9).contains(&(lean.work as f64)), "{lean:?}");
+        let bands = of(128, Some(16), true);
+        assert!(bands.work < whole.work / 6, "{bands:?}");
+        assert!(bands.parked < whole.work / 4, "{bands:?}");
+        // four times the pixels, four times the memory
+        assert_eq!(of(256, None, true).work, 4 * whole.work);
+    }
+}
