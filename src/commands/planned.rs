@@ -92,7 +92,7 @@ impl Planned {
             axes_dims: config.axes_dims.clone(),
             theta: config.theta,
             scheduler: base.scheduler.clone(),
-            defaults: serde_json::to_value(&base.defaults)?,
+            defaults: serde_json::to_value(base.recorded_defaults()?)?,
             recipe: json!({ "prune": self.recipe, "plan": self.plan }),
         };
         let mut out = base.clone();
