@@ -272,6 +272,24 @@ pub fn unpruned(double: usize, single: usize) -> Vec<BlockSpec> {
     doubles.chain(singles).map(BlockSpec::Original).collect()
 }
 
+/// FLUX.1-dev, for tests that count.
+#[cfg(test)]
+pub(crate) fn flux_dev() -> FluxConfig {
+    FluxConfig {
+        in_channels: 64,
+        out_channels: 64,
+        hidden_size: 3072,
+        num_heads: 24,
+        context_in_dim: 4096,
+        vec_in_dim: 768,
+        guidance_embed: true,
+        axes_dims: vec![16, 56, 56],
+        theta: 10_000.0,
+        mlp_size: 12_288,
+        layout: unpruned(19, 38),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -141,24 +141,8 @@ pub fn model(config: &FluxConfig, img: usize, txt: usize) -> Cost {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::{BlockId, Replacement, unpruned};
+    use crate::layout::{BlockId, Replacement, flux_dev, unpruned};
     use crate::model::testing::small_config;
-
-    fn dev() -> FluxConfig {
-        FluxConfig {
-            in_channels: 64,
-            out_channels: 64,
-            hidden_size: 3072,
-            num_heads: 24,
-            context_in_dim: 4096,
-            vec_in_dim: 768,
-            guidance_embed: true,
-            axes_dims: vec![16, 56, 56],
-            theta: 10_000.0,
-            mlp_size: 12_288,
-            layout: unpruned(19, 38),
-        }
-    }
 
     fn original(kind: BlockKind) -> BlockSpec {
         BlockSpec::Original(BlockId { kind, index: 0 })
@@ -166,7 +150,7 @@ mod tests {
 
     #[test]
     fn flux_dev_costs_what_is_published() {
-        let config = dev();
+        let config = flux_dev();
         let double = block(&config, &original(BlockKind::Double), 4096, 512);
         let single = block(&config, &original(BlockKind::Single), 4096, 512);
         assert_eq!(double.parameters, 339_831_296);
@@ -180,7 +164,7 @@ mod tests {
 
     #[test]
     fn replacements_cost_a_layer_for_each_stream() {
-        let config = dev();
+        let config = flux_dev();
         let cost = |form, joint| {
             let replaces = vec![BlockId {
                 kind: BlockKind::Single,

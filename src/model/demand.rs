@@ -158,7 +158,7 @@ impl Residence {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::unpruned;
+    use crate::layout::flux_dev;
 
     const BF16: Format = Format {
         element: 2,
@@ -166,25 +166,9 @@ mod tests {
         cpu: false,
     };
 
-    fn dev() -> FluxConfig {
-        FluxConfig {
-            in_channels: 64,
-            out_channels: 64,
-            hidden_size: 3072,
-            num_heads: 24,
-            context_in_dim: 4096,
-            vec_in_dim: 768,
-            guidance_embed: true,
-            axes_dims: vec![16, 56, 56],
-            theta: 10_000.0,
-            mlp_size: 12_288,
-            layout: unpruned(19, 38),
-        }
-    }
-
     #[test]
     fn flux_dev_streams_its_blocks_within_4_gigabytes_and_stays_whole_within_25() {
-        let config = dev();
+        let config = flux_dev();
         let at_work = activations(&config, 1, 4608, BF16);
         // most of it scores: there is no kernel without them yet
         assert!(at_work < 2_400_000_000, "{at_work}");
@@ -199,7 +183,7 @@ mod tests {
 
     #[test]
     fn blocks_that_stay_fit_and_are_spread_over_the_trunk() {
-        let config = dev();
+        let config = flux_dev();
         let mut last = 0;
         for gigabytes in [2, 4, 8, 12, 16, 20, 23] {
             let limit = gigabytes * 1_000_000_000;

@@ -178,30 +178,14 @@ fn values(config: &FluxConfig, spec: &BlockSpec, recipe: &LoraRecipe) -> f64 {
 mod tests {
     use super::*;
     use crate::{
-        layout::{BlockId, Form, Replacement, unpruned},
+        layout::{BlockId, Form, Replacement, flux_dev, unpruned},
         train::{recipe::LayersRecipe, sandwich::sandwiches},
     };
 
-    fn dev() -> FluxConfig {
-        FluxConfig {
-            in_channels: 64,
-            out_channels: 64,
-            hidden_size: 3072,
-            num_heads: 24,
-            context_in_dim: 4096,
-            vec_in_dim: 768,
-            guidance_embed: true,
-            axes_dims: vec![16, 56, 56],
-            theta: 10_000.0,
-            mlp_size: 12_288,
-            layout: unpruned(19, 38),
-        }
-    }
-
     #[test]
     fn a_sandwich_of_flux_dev_fits_24_gigabytes_when_the_rest_is_elsewhere() {
-        let teacher = dev();
-        let mut pruned = dev();
+        let teacher = flux_dev();
+        let mut pruned = flux_dev();
         for block in [5, 20, 30] {
             let replaces = match pruned.layout[block] {
                 BlockSpec::Original(id) => vec![id],
@@ -248,7 +232,7 @@ mod tests {
             mlp_size: 96,
             axes_dims: vec![4, 6, 6],
             layout: unpruned(2, 2),
-            ..dev()
+            ..flux_dev()
         };
         let mut pruned = teacher.clone();
         pruned.layout[1] = BlockSpec::Replaced(Replacement {
