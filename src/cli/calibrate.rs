@@ -40,7 +40,7 @@ pub struct CalibrationArgs {
     /// How many prompts to sample for calibration. Default: 640 for small pictures, 96 for large ones.
     #[arg(long)]
     pub samples: Option<usize>,
-    /// Sampling steps of calibration. Default: the model's own.
+    /// Sampling steps of calibration. Default: 8, or the model's own where that is lower
     #[arg(long)]
     pub steps: Option<usize>,
     /// Picture width of calibration, in pixels.
