@@ -17,6 +17,11 @@ pub const ORIGINAL_STEM: &str = "flux";
 /// The stem of a transformer's weight file in diffusers layout.
 pub const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
 
+/// The module that diffusers loads with a model that it has no class of its own for; `scripts/check_diffusers.py` tries it.
+const DIFFUSERS_MODULE: &str = "fastflux_flux";
+const DIFFUSERS_CLASS: &str = "FastFluxTransformer2DModel";
+const DIFFUSERS_SOURCE: &str = include_str!("../../scripts/fastflux_flux.py");
+
 /// A `--format` value: names and places of what is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Format {
@@ -74,7 +79,7 @@ pub fn metadata(record: Option<&Record>) -> Result<BTreeMap<String, String>> {
 }
 
 /// Writes the weights and the `config.json` of a canonical checkpoint into `folder`: `flux.safetensors` and
-/// `config.json`, or both in diffusers' `transformer` sub-folder.
+/// `config.json`, or both in diffusers' `transformer` sub-folder, with the Python class for it where diffusers has none.
 ///
 /// # Errors
 /// When the folder is not writable or the disk is full.
@@ -94,10 +99,17 @@ pub fn write(
     let mut named = format.named(checkpoint)?;
     named.metadata = metadata(record)?;
     save::write(&named, &folder.join(format!("{stem}.safetensors")))?;
-    write_json(
-        &folder.join("config.json"),
-        &transformer_json::write(config, record),
-    )
+    let mut json = transformer_json::write(config, record);
+    if format == Format::Diffusers && !transformer_json::is_stock(config) {
+        json["_class_name"] = DIFFUSERS_CLASS.into();
+        json["auto_map"] =
+            serde_json::json!({ "AutoModel": format!("{DIFFUSERS_MODULE}.{DIFFUSERS_CLASS}") });
+        save::write_bytes(
+            &folder.join(format!("{DIFFUSERS_MODULE}.py")),
+            DIFFUSERS_SOURCE.as_bytes(),
+        )?;
+    }
+    write_json(&folder.join("config.json"), &json)
 }
 
 /// Writes a small JSON file for people to read, atomically.
@@ -118,7 +130,7 @@ mod tests {
     use super::*;
     use crate::{
         files::Files,
-        layout::{BlockId, Form},
+        layout::{BlockId, Form, Replacement},
         pipeline::{ModelChoice, Pipeline},
         prune::{
             apply::apply,
@@ -199,6 +211,48 @@ mod tests {
             same(&opened.transformer, &pruned);
             opened.base().unwrap();
             opened.text_files().unwrap();
+        }
+    }
+
+    #[test]
+    fn diffusers_gets_the_class_of_replaced_blocks_and_only_then() {
+        let base = Pipeline::open(&ModelChoice::default()).unwrap();
+        let blocks = vec![BlockId::single(3), BlockId::single(4)];
+        let fitted = layers(base.config.hidden_size, &blocks[..1]);
+        for (form, format, custom) in [
+            (Form::Linear, Format::Diffusers, true),
+            (Form::Linear, Format::Original, false),
+            (Form::Remove, Format::Diffusers, false),
+        ] {
+            let mut plan = plan(&base.config, Vec::new());
+            plan.replace = vec![Replacement {
+                replaces: blocks.clone(),
+                form,
+                joint: false,
+            }];
+            let (pruned, config) = apply(&base.transformer, &base.config, &plan, &fitted).unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            write(folder.path(), &pruned, &config, None, format).unwrap();
+            let folder = match format {
+                Format::Original => folder.path().to_path_buf(),
+                Format::Diffusers => folder.path().join("transformer"),
+            };
+            let text = std::fs::read(folder.join("config.json")).unwrap();
+            let json: Value = serde_json::from_slice(&text).unwrap();
+            let kept = if form == Form::Remove { 8 } else { 9 };
+            assert_eq!(json["num_single_layers"], kept);
+            let python = std::fs::read(folder.join("fastflux_flux.py")).ok();
+            if custom {
+                let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/fastflux_flux.py");
+                assert_eq!(python, std::fs::read(script).ok());
+                assert_eq!(json["_class_name"], "FastFluxTransformer2DModel");
+                let module = json["auto_map"]["AutoModel"].as_str();
+                assert_eq!(module, Some("fastflux_flux.FastFluxTransformer2DModel"));
+            } else {
+                assert_eq!(python, None);
+                assert_eq!(json["_class_name"], "FluxTransformer2DModel");
+                assert_eq!(json.get("auto_map"), None);
+            }
         }
     }
 

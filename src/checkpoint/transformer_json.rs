@@ -7,7 +7,7 @@ use super::{
     config::{ConfigFile, FLUX1_AXES, FLUX1_THETA},
     record::Record,
 };
-use crate::layout::{BlockKind, FluxConfig, unpruned};
+use crate::layout::{BlockKind, BlockSpec, FluxConfig, unpruned};
 
 /// Larger sizes are mistakes, and their products would not fit a machine word.
 const LARGEST: usize = 1 << 20;
@@ -89,8 +89,7 @@ pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
             file.name
         );
     }
-    let kept =
-        |spec: &crate::layout::BlockSpec| matches!(spec, crate::layout::BlockSpec::Original(_));
+    let kept = |spec: &BlockSpec| matches!(spec, BlockSpec::Original(_));
     ensure!(
         config.mlp_size > 0 && config.layout.iter().any(kept),
         "`{}` describes a transformer without blocks",
@@ -149,6 +148,15 @@ pub fn write(config: &FluxConfig, record: Option<&Record>) -> Value {
     json
 }
 
+/// Whether diffusers' own class computes this model: its blocks are all FLUX's, and it cannot be told another rotary base.
+pub fn is_stock(config: &FluxConfig) -> bool {
+    let replaced = config
+        .layout
+        .iter()
+        .any(|spec| spec.has_tensors() && matches!(spec, BlockSpec::Replaced(_)));
+    !replaced && config.theta == FLUX1_THETA
+}
+
 /// How many blocks of a kind own tensors.
 fn slots(config: &FluxConfig, key: &str) -> usize {
     let kind = if key == "num_layers" {
@@ -156,7 +164,7 @@ fn slots(config: &FluxConfig, key: &str) -> usize {
     } else {
         BlockKind::Single
     };
-    let owned = |spec: &&crate::layout::BlockSpec| spec.has_tensors() && spec.kind() == kind;
+    let owned = |spec: &&BlockSpec| spec.has_tensors() && spec.kind() == kind;
     config.layout.iter().filter(owned).count()
 }
 

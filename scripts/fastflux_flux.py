@@ -1,0 +1,252 @@
+"""FLUX.1 transformers pruned by fastflux, in diffusers.
+
+`fastflux prune --format diffusers` and `fastflux train-sandwich --format diffusers` put this file beside the weights:
+
+    transformer = AutoModel.from_pretrained("pruned/transformer", trust_remote_code=True, torch_dtype=torch.bfloat16)
+    pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", transformer=transformer, torch_dtype=torch.bfloat16)
+
+The single file that they write otherwise opens with this file in reach (`import fastflux_flux`):
+
+    transformer = fastflux_flux.FastFluxTransformer2DModel.from_single_file("pruned/flux.safetensors", torch_dtype=torch.bfloat16)
+"""
+
+import json
+import re
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import logging
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional as F
+
+logger = logging.get_logger(__name__)
+
+# Original module -> diffusers' modules, whose rows, one under the other, make it up.
+TOP = {
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    "time_in.in_layer": ["time_text_embed.timestep_embedder.linear_1"],
+    "time_in.out_layer": ["time_text_embed.timestep_embedder.linear_2"],
+    "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
+    "vector_in.out_layer": ["time_text_embed.text_embedder.linear_2"],
+    "guidance_in.in_layer": ["time_text_embed.guidance_embedder.linear_1"],
+    "guidance_in.out_layer": ["time_text_embed.guidance_embedder.linear_2"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    "final_layer.linear": ["proj_out"],
+}
+DOUBLE = {
+    "img_mod.lin": ["norm1.linear"],
+    "txt_mod.lin": ["norm1_context.linear"],
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "img_attn.norm.query_norm": ["attn.norm_q"],
+    "img_attn.norm.key_norm": ["attn.norm_k"],
+    "txt_attn.norm.query_norm": ["attn.norm_added_q"],
+    "txt_attn.norm.key_norm": ["attn.norm_added_k"],
+    "img_attn.proj": ["attn.to_out.0"],
+    "txt_attn.proj": ["attn.to_add_out"],
+    "img_mlp.0": ["ff.net.0.proj"],
+    "img_mlp.2": ["ff.net.2"],
+    "txt_mlp.0": ["ff_context.net.0.proj"],
+    "txt_mlp.2": ["ff_context.net.2"],
+}
+SINGLE = {
+    "modulation.lin": ["norm.linear"],
+    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+    "norm.query_norm": ["attn.norm_q"],
+    "norm.key_norm": ["attn.norm_k"],
+    "linear2": ["proj_out"],
+}
+BLOCKS = {"double": ("transformer_blocks", DOUBLE), "single": ("single_transformer_blocks", SINGLE)}
+
+
+class Layer(nn.Module):
+    """y = x + g * (W z + V silu(temb) + b) for the tokens x of a stream.
+
+    linear: z = x, no V, g = 1; conditioned: with V; modulated: z = LN(x) (1 + scale) + shift and the gate g, as the replaced block has them.
+    """
+
+    def __init__(self, width, form):
+        super().__init__()
+        # zeros: tokens pass unchanged until weights are loaded
+        self.weight = nn.Parameter(torch.zeros(width, width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.vec = nn.Linear(width, width, bias=False) if form == "conditioned" else None
+        self.modulation = nn.ModuleDict({"lin": nn.Linear(width, 3 * width)}) if form == "modulated" else None
+
+    def forward(self, x, temb):
+        if self.modulation is not None:
+            shift, scale, gate = self.modulation["lin"](F.silu(temb)).unsqueeze(1).chunk(3, dim=-1)
+            z = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+            y = x + gate * F.linear(z, self.weight, self.bias)
+        else:
+            y = x + F.linear(x, self.weight, self.bias)
+            if self.vec is not None:
+                y = y + self.vec(F.silu(temb)).unsqueeze(1)
+        # as diffusers' blocks do
+        return y.clip(-65504, 65504) if y.dtype == torch.float16 else y
+
+
+class ReplacedBlock(nn.Module):
+    """What stands for one or several replaced blocks: a layer for each stream, or one for both. Called as diffusers' blocks are, of either kind."""
+
+    def __init__(self, width, form, joint):
+        super().__init__()
+        self.linear = Layer(width, form) if joint else nn.ModuleDict({s: Layer(width, form) for s in ("txt", "img")})
+
+    def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
+        txt, img = (self.linear, self.linear) if isinstance(self.linear, Layer) else (self.linear["txt"], self.linear["img"])
+        return txt(encoder_hidden_states, temb), img(hidden_states, temb)
+
+
+class FastFluxTransformer2DModel(FluxTransformer2DModel):
+    """diffusers' FLUX transformer with linear layers in the place of some blocks; `fastflux["layout"]` says which."""
+
+    _auto_class = "AutoModel"  # `save_pretrained` writes the `auto_map` again
+    _no_split_modules = [*FluxTransformer2DModel._no_split_modules, "ReplacedBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        guidance_embeds: bool = False,
+        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
+        theta: float = 10000,
+        mlp_ratio: float = 4.0,
+        fastflux: dict | None = None,
+        auto_map: dict | None = None,  # of config.json; unused, but diffusers warns of what it does not find here
+    ):
+        super().__init__(
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=num_layers,
+            num_single_layers=num_single_layers,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=axes_dims_rope,
+        )
+        if mlp_ratio != 4:
+            raise ValueError(f"diffusers' FLUX blocks have MLPs 4 times as wide as the stream, this model's are {mlp_ratio} times")
+        self.pos_embed.theta = theta
+        for kind, slots in slots_of(fastflux).items():
+            blocks = getattr(self, BLOCKS[kind][0])
+            if fastflux is not None and len(slots) != len(blocks):
+                raise ValueError(f"the layout has {len(slots)} {kind} blocks, the configuration says {len(blocks)}")
+            for slot, entry in enumerate(slots):
+                if isinstance(entry, dict):
+                    blocks[slot] = ReplacedBlock(self.inner_dim, entry["form"], entry.get("joint", False))
+
+    @classmethod
+    def from_single_file(cls, path, torch_dtype=None, dtype=None, **_):
+        """Opens a .safetensors file that fastflux wrote under the original names. `dtype` or `torch_dtype`: default is the file's."""
+        with safe_open(path, "pt") as file:
+            record = (file.metadata() or {}).get("fastflux")
+            if record is None:
+                raise ValueError(f"`{path}` has no fastflux metadata; FluxTransformer2DModel.from_single_file opens other files")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+        state, config = diffusers_names(state, json.loads(record))
+        with torch.device("meta"):
+            model = cls(**config)
+        model.load_state_dict(state, assign=True)
+        return model.to(dtype or torch_dtype or state["x_embedder.weight"].dtype).eval()
+
+    def renumbered(self, lora):
+        """A LoRA of the unpruned model in diffusers' names, its blocks numbered as they are here; those that were replaced are left out."""
+        here = {}
+        for kind, slots in slots_of(self.config.fastflux).items():
+            for slot, entry in enumerate(slots):
+                if isinstance(entry, str):
+                    here[f"{BLOCKS[kind][0]}.{int(entry.split('.')[1])}"] = f"{BLOCKS[kind][0]}.{slot}"
+        out = {}
+        for name, tensor in lora.items():
+            block = re.search(r"(?:single_)?transformer_blocks\.\d+(?=\.)", name)
+            if block is None or block[0] in here:
+                out[name if block is None else name.replace(block[0], here[block[0]], 1)] = tensor
+        return out
+
+    def load_lora_adapter(self, *args, **kwargs):
+        slots = slots_of(self.config.fastflux).values()
+        if any(isinstance(entry, str) and int(entry.split(".")[1]) != slot for entries in slots for slot, entry in enumerate(entries)):
+            logger.warning(
+                "Blocks are numbered from 0 without gaps in this pruned model. Pass a LoRA of the unpruned one through "
+                "`transformer.renumbered(state_dict)` first."
+            )
+        return super().load_lora_adapter(*args, **kwargs)
+
+
+def slots_of(record):
+    """The entries of fastflux's layout that have tensors, by kind: `double.07` for a kept block, a dict for a replacement. Empty without a record."""
+    slots = {"double": [], "single": []}
+    for entry in record["layout"] if record else []:
+        if isinstance(entry, str):
+            slots[entry.split(".")[0]].append(entry)
+        elif entry["form"] != "remove":
+            slots[entry["replaces"][0].split(".")[0]].append(entry)
+    return slots
+
+
+def diffusers_names(state, record):
+    """The tensors of a file with original names under diffusers' names, and the configuration that they and its metadata tell."""
+    state = unscaled(state)
+    width, in_channels = state["img_in.weight"].shape
+    slots = slots_of(record)
+    norm = next(name for name in state if name.endswith("query_norm.scale"))
+    config = {
+        "in_channels": in_channels,
+        "out_channels": state["final_layer.linear.weight"].shape[0],
+        "num_layers": len(slots["double"]),
+        "num_single_layers": len(slots["single"]),
+        "attention_head_dim": state[norm].shape[0],
+        "num_attention_heads": width // state[norm].shape[0],
+        "joint_attention_dim": state["txt_in.weight"].shape[1],
+        "pooled_projection_dim": state["vector_in.in_layer.weight"].shape[1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in state,
+        "axes_dims_rope": tuple(record["axes-dims"]),
+        "theta": record["theta"],
+        "fastflux": record,
+    }
+    out = {}
+    for name, tensor in state.items():
+        block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)\.(\w+)", name)
+        if block is None:
+            module, leaf = name.rsplit(".", 1)
+            prefix, modules = "", TOP[module]
+        else:
+            kind, slot, module, leaf = block.groups()
+            blocks, table = BLOCKS[kind]
+            # replacement layers have one name in both
+            prefix, modules = f"{blocks}.{slot}.", [module] if module.split(".")[0] == "linear" else table[module]
+        if module == "final_layer.adaLN_modulation.1":
+            # the original's rows are shift and scale, diffusers' scale and shift
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        # every part is as wide as the stream, the last one takes what is left
+        sizes = [width] * (len(modules) - 1)
+        parts = tensor.split([*sizes, tensor.shape[0] - sum(sizes)])
+        leaf = "weight" if leaf == "scale" else leaf
+        out.update((f"{prefix}{part}.{leaf}", rows.contiguous()) for part, rows in zip(modules, parts))
+    return out, config
+
+
+def unscaled(state):
+    """float8 weights multiplied by their scales, in bfloat16; other tensors as they are."""
+    state.pop("scaled_fp8", None)
+    scales = {name.removesuffix(".scale_weight"): state.pop(name) for name in list(state) if name.endswith(".scale_weight")}
+    for name, tensor in state.items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            scale = scales.get(name.removesuffix(".weight"), torch.ones(())).float()
+            state[name] = (tensor.float() * scale).bfloat16()
+    return state
