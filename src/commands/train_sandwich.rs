@@ -90,6 +90,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         recipe: &resolved.recipe,
         save_every: args.save_every,
         recompute: way.recompute,
+        ahead: way.ahead,
     };
     let before = training.velocity_error()?;
     let start = Instant::now();
