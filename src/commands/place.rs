@@ -68,8 +68,7 @@ impl Place {
     /// With the weights of `pipeline`, which may stay packed.
     #[must_use]
     pub(super) fn of(mut self, pipeline: &Pipeline) -> Self {
-        let bytes = pipeline.transformer.bytes_loaded(self.runtime.dtype) as f64;
-        self.weight = bytes / pipeline.transformer.parameters().max(1) as f64;
+        self.weight = pipeline.bytes_of_a_weight(self.runtime.dtype);
         self
     }
 

@@ -122,6 +122,7 @@ fn ahead(
 fn situation(pair: &Pair, resolved: &Resolved, way: Way, runtime: &Runtime) -> Result<Situation> {
     Ok(Situation {
         element: runtime.dtype.size_in_bytes() as f64,
+        weight: pair.teacher.bytes_of_a_weight(runtime.dtype),
         cpu: runtime.device.is_cpu(),
         batch: resolved.batch,
         tokens: (pair.teacher.default_text_length()?, resolved.size.tokens()),

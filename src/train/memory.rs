@@ -27,8 +27,10 @@ const MOST_AHEAD: usize = 64;
 /// Where and how a run computes.
 #[derive(Clone, Copy, Debug)]
 pub struct Situation {
-    /// Bytes of a weight or activation.
+    /// Bytes of an activation.
     pub element: f64,
+    /// Bytes of a frozen weight, on average: fewer where weights stay packed.
+    pub weight: f64,
     /// Whether to the CPU, whose kernels hold the scores of a few rows only.
     pub cpu: bool,
     /// States in a forward.
@@ -118,9 +120,14 @@ pub fn forecast(
 
     let s = situation;
     let (text, image) = s.tokens;
-    let parameters =
+    let wide =
         |spec: &BlockSpec| cost::block(config, spec, image, text).parameters as f64 * s.element;
-    let outside = cost::embedder_and_head(config, image, text).parameters as f64 * s.element;
+    // new layers are never packed
+    let parameters = |spec: &BlockSpec| match spec {
+        BlockSpec::Original(_) => wide(spec) / s.element * s.weight,
+        BlockSpec::Replaced(_) => wide(spec),
+    };
+    let outside = cost::embedder_and_head(config, image, text).parameters as f64 * s.weight;
     let layers = config.layout.iter();
     let replaced: f64 = layers
         .filter(|spec| matches!(spec, BlockSpec::Replaced(_)))
@@ -139,6 +146,15 @@ pub fn forecast(
         outside + replaced + resident + largest
     } else {
         outside + replaced + teacher.layout.iter().map(parameters).sum::<f64>()
+    };
+
+    // the way back needs packed matrices wide, of one block or of all
+    let each = config.layout[range.clone()].iter();
+    let originals = each.filter(|spec| matches!(spec, BlockSpec::Original(_)));
+    let widened = match (s.weight < s.element, s.recompute) {
+        (false, _) => 0.0,
+        (true, true) => originals.map(wide).fold(0.0, f64::max),
+        (true, false) => originals.map(wide).sum(),
     };
 
     let rows = (s.batch * (text + image)) as f64;
@@ -162,8 +178,9 @@ pub fn forecast(
     };
     Forecast {
         trainables,
-        weights,
-        optimiser: 16.0 * trainables,
+        weights: weights + widened,
+        // on the CPU the best values so far are beside them
+        optimiser: if s.cpu { 20.0 } else { 16.0 } * trainables,
         // beside the graph: the sample (input and target) and gradients of the widest tensor
         activations: kept + attention + 6.0 * input,
         samples: (held_out + waiting) * s.sample(config) + ahead * input,
@@ -246,6 +263,7 @@ mod tests {
         let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
         let situation = |offload| Situation {
             element: 2.0,
+            weight: 2.0,
             cpu: false,
             batch: 1,
             tokens: (512, 4096),
@@ -271,6 +289,40 @@ mod tests {
     }
 
     #[test]
+    fn packed_weights_count_as_they_are_held() {
+        let teacher = flux_dev();
+        let mut pruned = flux_dev();
+        pruned.layout[5] = BlockSpec::Replaced(Replacement {
+            replaces: vec![BlockId::double(5)],
+            form: Form::Linear,
+            joint: false,
+        });
+        let recipe = SandwichRecipe::default();
+        let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
+        let weights = |weight, recompute| {
+            let situation = Situation {
+                element: 2.0,
+                weight,
+                cpu: false,
+                batch: 1,
+                tokens: (512, 4096),
+                recompute,
+                offload: false,
+                ahead: 1,
+            };
+            forecast(&pruned, &teacher, &found, found.first(), &recipe, situation).weights
+        };
+        let (dense, packed) = (weights(2.0, true), weights(1.0, true));
+        // half of it, and what is wide: a double block and the two new layers
+        let block = 2.0 * 339_821_056.0;
+        let layers = 2.0 * 2.0 * 3072.0 * 3073.0;
+        let want = (dense - layers) / 2.0 + layers + block;
+        assert!((packed - want).abs() < 1e6, "{packed} {want}");
+        assert!((weights(1.0, false) - packed - block).abs() < 1e6);
+        assert!((weights(2.0, false) - dense).abs() < 0.5);
+    }
+
+    #[test]
     fn as_many_batches_go_ahead_as_are_counted() {
         let teacher = flux_dev();
         let mut pruned = flux_dev();
@@ -283,6 +335,7 @@ mod tests {
         let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
         let alone = Situation {
             element: 2.0,
+            weight: 2.0,
             cpu: false,
             batch: 1,
             tokens: (512, 4096),

@@ -155,6 +155,7 @@ impl Training<'_> {
         let held_out = self.held_out_samples(phase)?;
         let measure = self.measure(phase, &held_out)?;
         let mut adam = Self::optimiser(trainables, saved)?;
+        forget(trainables, saved);
         if saved.progress.before.is_none() {
             let before = self.held_out_loss(phase, &held_out, &measure)?;
             ensure!(
@@ -199,6 +200,7 @@ impl Training<'_> {
                 })
                 .collect();
             adam.step(&vars, &grads, &rates, &recipe.optimiser)?;
+            drop(grads);
             saved.progress.step = step + 1;
             let look = (step + 1).is_multiple_of(recipe.evaluate_every) || step + 1 == phase.steps;
             let held_out_loss = look
@@ -228,11 +230,11 @@ impl Training<'_> {
                 saved.values.extend(trainables::values(trainables)?);
                 saved.moments = moments(trainables, &adam)?;
                 watch.save(saved)?;
+                forget(trainables, saved);
             }
         }
         trainables::restore(trainables, &saved.best)?;
         saved.values.extend(std::mem::take(&mut saved.best));
-        saved.moments = Default::default();
         let Progress {
             step, before, best, ..
         } = saved.progress;
@@ -362,6 +364,14 @@ impl Training<'_> {
             }
         }
         Ok(sum.0 / f64::from(sum.1.max(1) as u32))
+    }
+}
+
+/// Drops what was saved of values that are trained right now: on the CPU it would be in memory twice.
+fn forget(trainables: &[Trainable], saved: &mut Saved) {
+    saved.moments = Default::default();
+    for trainable in trainables {
+        saved.values.remove(&trainable.name);
     }
 }
 
