@@ -26,7 +26,7 @@ use crate::{
     model::{Block, ReplacementBlock},
     pipeline::Pipeline,
     prune::plan::originals,
-    score::ablation::HeldOut,
+    score::ablation::{HeldOut, TOGETHER},
     ui,
 };
 
@@ -83,11 +83,14 @@ pub(super) fn need(
     );
     // one stream of one block in f32 (f64 on the CPU), its change, and the fresh products beside the sums
     let wide = if place.on_cpu() { 8 } else { 4 };
-    let rows = (batch * tokens * 2 * config.hidden_size) as u64;
+    let stream = (batch * tokens * config.hidden_size) as u64;
+    // and, at another time, the streams of candidates that are scored together
+    let element = place.runtime().dtype.size_in_bytes() as u64;
+    let scored = TOGETHER.saturating_sub(1) as u64 * stream * element;
     let mut need = Need {
         batch,
         tokens,
-        beside: rows * wide + bytes_of_sums(config),
+        beside: (2 * stream * wide).max(scored) + bytes_of_sums(config),
     };
     let sums = given.or_else(|| Some(place.spare(config, need)? / 2));
     let kept = blocks_within(config, sums) as u64 * bytes_of_sums(config);

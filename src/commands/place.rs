@@ -164,8 +164,14 @@ impl Place {
             size(at_work)
         );
         if self.asked {
+            // what is drawn goes one by one before this; what is gathered keeps its batch
+            let fewer = if need.batch > 1 {
+                ", or fewer states in a forward (`calibration.batch` in the recipe)"
+            } else {
+                ""
+            };
             bail!(
-                "--max-vram: {text}\nhint: allow {}, or draw smaller pictures (--width, --height), or take --dtype bf16",
+                "--max-vram: {text}\nhint: allow {}, or draw smaller pictures (--width, --height){fewer}, or take --dtype bf16",
                 size(least.bytes + at_work)
             );
         }

@@ -214,16 +214,19 @@ pub(super) fn prune_bundled(args: &TrainArgs, folder: &Path) -> Result<ModelChoi
 /// Bytes at each end by which tensors are compared: weights that were trained differ everywhere.
 const COMPARED: usize = 4096;
 
+/// Whether the pruned model's tensor `a` is the teacher's `b`.
 fn same(a: &Source, b: &Source) -> Result<bool> {
     if a.shape() != b.shape() {
         return Ok(false);
     }
-    if a.format() != b.format() {
-        // pruning writes GGML's blocks as floats
-        let blocks = b.format().dtype().is_none();
-        return Ok(blocks && a.ends(COMPARED)? == b.converted(a.format(), None).ends(COMPARED)?);
+    if a.format() == b.format() {
+        return Ok(a.scale() == b.scale() && a.ends(COMPARED)? == b.ends(COMPARED)?);
     }
-    Ok(a.scale() == b.scale() && a.ends(COMPARED)? == b.ends(COMPARED)?)
+    let equal = |a: &Source, b: &Source| -> Result<bool> {
+        Ok(a.ends(COMPARED)? == b.converted(a.format(), None).ends(COMPARED)?)
+    };
+    // pruning writes GGML's blocks as floats; a format that holds all numbers of another, GGUF's f32, changes none
+    Ok(equal(a, b)? && (b.format().dtype().is_none() || equal(b, a)?))
 }
 
 /// What the recipe left open, filled in.
