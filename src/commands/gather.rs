@@ -23,10 +23,10 @@ use crate::{
     },
     checkpoint::record,
     layout::{BlockId, FluxConfig},
-    model::{Block, ReplacementBlock},
+    model::{Block, ReplacementBlock, demand::TOGETHER},
     pipeline::Pipeline,
     prune::plan::originals,
-    score::ablation::{HeldOut, TOGETHER},
+    score::ablation::HeldOut,
     ui,
 };
 
@@ -84,13 +84,12 @@ pub(super) fn need(
     // one stream of one block in f32 (f64 on the CPU), its change, and the fresh products beside the sums
     let wide = if place.on_cpu() { 8 } else { 4 };
     let stream = (batch * tokens * config.hidden_size) as u64;
-    // and, at another time, the streams of candidates that are scored together
-    let element = place.runtime().dtype.size_in_bytes() as u64;
-    let scored = TOGETHER.saturating_sub(1) as u64 * stream * element;
+    // and, at other times, candidates that are scored together, pictures that are drawn together
+    let waiting = place.waiting(config, batch, tokens);
     let mut need = Need {
         batch,
         tokens,
-        beside: (2 * stream * wide).max(scored) + bytes_of_sums(config),
+        beside: (2 * stream * wide).max(waiting) + bytes_of_sums(config),
     };
     let sums = given.or_else(|| Some(place.spare(config, need)? / 2));
     let kept = blocks_within(config, sums) as u64 * bytes_of_sums(config);
@@ -246,6 +245,7 @@ fn removal(session: &Session) -> Result<Vec<(BlockId, f64)>> {
                 &prompts,
                 pass.channels,
                 pass.batch,
+                TOGETHER,
                 seed,
                 &progress,
             )?

@@ -15,7 +15,7 @@ use crate::{
         report::Memory,
         velocity::Velocities,
     },
-    model::Flux,
+    model::{Flux, demand::TOGETHER},
     pipeline::Pipeline,
     sample::{
         denoise::{Denoise, Encoded},
@@ -105,7 +105,7 @@ impl Task<'_> {
         let need = Need {
             batch,
             tokens,
-            beside: 0,
+            beside: place.waiting(&pipeline.config, batch, tokens),
         };
         let flux = place.flux(pipeline, need)?;
         let denoise = Denoise {
@@ -125,6 +125,7 @@ impl Task<'_> {
             &self.encoded,
             channels,
             batch,
+            TOGETHER,
             self.seed,
             &progress,
         )

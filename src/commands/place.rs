@@ -105,6 +105,11 @@ impl Place {
         demand::activations(config, batch, tokens, self.format())
     }
 
+    /// Bytes of the batches that wait while one of them goes through a block that is read for all.
+    pub(super) fn waiting(&self, config: &FluxConfig, batch: usize, tokens: usize) -> u64 {
+        demand::waiting(config, batch, tokens, self.format())
+    }
+
     /// `usual` states in a forward, or as few as fit.
     pub(super) fn batch(&self, config: &FluxConfig, tokens: usize, usual: usize) -> usize {
         let format = self.format();

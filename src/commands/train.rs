@@ -317,13 +317,15 @@ pub(super) fn settings(pair: &Pair, resolved: &Resolved, runtime: &Runtime) -> V
 const PICTURES_STEM: &str = "pictures";
 const PICTURES_KEY: &str = "fastflux-pictures";
 
-/// The teacher's pictures of all prompts: as saved in `folder` by a run of the same settings, or drawn and saved there.
+/// The teacher's pictures of all prompts: as saved in `folder` by a run of the same settings, or drawn and saved there,
+/// `together` batches at a time where blocks are read.
 pub(super) fn pictures(
     folder: &Path,
     pair: &Pair,
     resolved: &Resolved,
     flux: &dyn Fn() -> Result<Flux>,
     settings: &Value,
+    together: usize,
     runtime: &Runtime,
 ) -> Result<(Flux, Pictures)> {
     let data = &resolved.recipe.data;
@@ -375,7 +377,9 @@ pub(super) fn pictures(
     let progress = ui::progress(encoded.len().div_ceil(batch) * denoise.steps, "sampling");
     let channels = teacher.config.out_channels / 4;
     let seed = resolved.recipe.seed;
-    let latents = calibrate::sample(&denoise, &encoded, channels, batch, seed, &progress)?;
+    let latents = calibrate::sample(
+        &denoise, &encoded, channels, batch, together, seed, &progress,
+    )?;
     ui::done(&progress, format!("sampled {} pictures", encoded.len()));
     let mut checkpoint = Checkpoint::default();
     for (name, tensor) in [

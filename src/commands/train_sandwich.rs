@@ -75,7 +75,9 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         ));
     }
     let flux = || pair.flux(way.offload, &runtime);
-    let (flux, pictures) = train::pictures(&folder, &pair, &resolved, &flux, &settings, &runtime)?;
+    let (flux, pictures) = train::pictures(
+        &folder, &pair, &resolved, &flux, &settings, way.ahead, &runtime,
+    )?;
     let (pictures, held_out) = pictures.split(train::held_out_pictures(pictures.len()))?;
     let (student, shared) = pair.student(&flux, way.offload, &runtime)?;
     let mut training = Training {

@@ -9,7 +9,7 @@ use indicatif::ProgressBar;
 use crate::{
     calibrate::states::{Batch, States},
     layout::BlockId,
-    model::{Block, Flux, Stream, Trunk},
+    model::{Block, Flux, Stream, Trunk, demand::TOGETHER},
 };
 
 /// Held-out states with the unpruned model's velocity on them.
@@ -121,10 +121,6 @@ impl HeldOut {
         self.batches.len()
     }
 }
-
-/// Candidates that go through blocks together that are read whenever they are run: each takes the memory of a stream, a
-/// twentieth of what a block takes at work.
-pub const TOGETHER: usize = 8;
 
 /// One step of the greedy choice.
 #[derive(Clone, Debug)]

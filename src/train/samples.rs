@@ -193,15 +193,18 @@ mod tests {
 
     use candle::{DType, Device, Shape, Tensor};
     use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
+    use indicatif::ProgressBar;
 
     use super::*;
     use crate::{
+        calibrate,
         device::Runtime,
         layout::{BlockId, BlockSpec, FluxConfig, Form, Replacement, flux_dev, unpruned},
         model::{Block, Flux},
         sample::{
-            denoise::{Encoded, LatentSize},
+            denoise::{Denoise, Encoded, LatentSize},
             noise::Generator,
+            schedule::Schedule,
         },
         train::{
             Entry, Watch, data::Pictures, recipe::SandwichRecipe, sandwich::sandwiches,
@@ -283,15 +286,8 @@ mod tests {
         recipe
     }
 
-    /// Trains a model of one double and four single blocks, of which the third one is replaced, all but the sandwich
-    /// being read whenever they are run; with the number of times that the first single block was read.
-    fn train(
-        recipe: &SandwichRecipe,
-        ahead: usize,
-        saved: Option<Saved>,
-        watch: &mut Killed,
-    ) -> (Result<Saved>, usize) {
-        let config = FluxConfig {
+    fn config() -> FluxConfig {
+        FluxConfig {
             in_channels: 8,
             out_channels: 8,
             hidden_size: 32,
@@ -302,7 +298,18 @@ mod tests {
             mlp_size: 96,
             layout: unpruned(1, 4),
             ..flux_dev()
-        };
+        }
+    }
+
+    /// Trains a model of one double and four single blocks, of which the third one is replaced, all but the sandwich
+    /// being read whenever they are run; with the number of times that the first single block was read.
+    fn train(
+        recipe: &SandwichRecipe,
+        ahead: usize,
+        saved: Option<Saved>,
+        watch: &mut Killed,
+    ) -> (Result<Saved>, usize) {
+        let config = config();
         let asked = Asked::default();
         let weights = VarBuilder::from_backend(Box::new(asked.clone()), DType::F32, Device::Cpu);
         let teacher = Flux::stored(&config, &weights, &|_| false).unwrap();
@@ -345,6 +352,43 @@ mod tests {
         };
         let done = training.run(saved, watch);
         (done, asked.times("single_blocks.0.linear1.weight"))
+    }
+
+    #[test]
+    fn pictures_are_drawn_together_through_stored_blocks() {
+        let (config, asked) = (config(), Asked::default());
+        let weights = VarBuilder::from_backend(Box::new(asked.clone()), DType::F32, Device::Cpu);
+        let prompts = Encoded {
+            txt: random("txt", (5, 4, config.context_in_dim)),
+            vec: random("vec", (5, config.vec_in_dim)),
+        };
+        let draw = |flux: &Flux, together: usize| {
+            let denoise = Denoise {
+                flux,
+                dtype: DType::F32,
+                device: &Device::Cpu,
+                schedule: &Schedule::flux_dev(),
+                steps: 3,
+                guidance: 3.5,
+                size: LatentSize {
+                    height: 4,
+                    width: 6,
+                },
+            };
+            let hidden = ProgressBar::hidden();
+            let drawn = calibrate::sample(&denoise, &prompts, 2, 2, together, 0, &hidden).unwrap();
+            drawn.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let want = draw(&Flux::new(&config, weights.clone()).unwrap(), 8);
+        assert!(want.iter().all(|x| x.is_finite()));
+        let stored = Flux::stored(&config, &weights, &|_| false).unwrap();
+        // once for the whole model, then in each of three steps for three batches, or for two and one
+        for (together, reads) in [(1, 9), (2, 6), (8, 3)] {
+            let before = asked.times("single_blocks.0.linear1.weight");
+            assert!(draw(&stored, together) == want, "{together}");
+            let after = asked.times("single_blocks.0.linear1.weight");
+            assert_eq!(after - before, reads, "{together}");
+        }
     }
 
     fn bits(saved: &Saved) -> Vec<(String, Vec<u32>)> {
