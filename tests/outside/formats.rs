@@ -217,7 +217,11 @@ fn models_pruned_from_packed_ones_are_trained() {
         ("q8.gguf", ["--gguf", "q8_0"], Dtype::BF16),
     ] {
         ok(w, &[&["convert", "--output", model], &format[..]].concat());
+        // with its own file as the teacher GGML's blocks are shared, which pruning has rounded
         for own in [false, true] {
+            if own && kept != Dtype::BF16 {
+                continue;
+            }
             let size = ["--width", "64", "--height", "64"];
             let mut more = vec!["--model", model, "--blocks", "double.01"];
             let (name, mut teacher) = (format!("{kept:?}-{own}"), vec![]);
