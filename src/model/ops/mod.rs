@@ -25,6 +25,8 @@ mod attention_tiles;
 mod avx512;
 mod blank;
 mod cpu;
+#[cfg_attr(not(feature = "cuda"), path = "cuda/absent.rs")]
+mod cuda;
 mod function;
 mod gelu;
 mod heads;
@@ -36,6 +38,7 @@ mod tiles;
 mod widen;
 
 pub use attend::{attend, attend_beside_gelu};
+pub use cuda::trouble;
 pub use gelu::gelu;
 pub use heads::{Norms, Projected};
 pub use joined::{attend_beside_gelu_of_product, gelu_of_product};
