@@ -11,7 +11,8 @@ use std::sync::OnceLock;
 
 use candle::backend::{BackendDevice, BackendStorage};
 use candle::cuda_backend::cudarc::driver::{
-    CudaFunction, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+    CudaFunction, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result,
+    sys::CUmemPool_attribute,
 };
 use candle::cuda_backend::cudarc::nvrtc::{CompileError, CompileOptions, compile_ptx_with_opts};
 use candle::cuda_backend::{CudaDType, WrapErr};
@@ -23,6 +24,9 @@ use super::super::cpu::by_dtype;
 const SOURCE: &str = include_str!("kernels.cu");
 /// The oldest GPUs with bfloat16. For newer ones the driver finishes the compilation.
 const ARCHITECTURE: &str = "compute_80";
+/// Bytes of freed memory that a device keeps for the tensors that come next. By itself it keeps none when it is waited
+/// for: every step would have its memory mapped anew.
+const KEPT: u64 = 2 << 30;
 /// How the kernels' names end.
 const FORMATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -144,6 +148,7 @@ impl Module {
         device: &CudaDevice,
         kernels: &[&'static str],
     ) -> std::result::Result<Self, String> {
+        keep_freed_memory(device);
         let ptx = compiled()?;
         let mut functions = HashMap::new();
         for kernel in kernels {
@@ -214,6 +219,18 @@ impl Blank {
     pub(super) fn tensor(self, shape: impl Into<Shape>) -> Tensor {
         Tensor::from_storage(Storage::Cuda(self.0), shape, BackpropOp::none(), false)
     }
+}
+
+/// See [`KEPT`]. Where it cannot be had, everything is slower and nothing else changes.
+fn keep_freed_memory(device: &CudaDevice) {
+    let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    let mut bytes = KEPT;
+    // SAFETY: the device exists, and this attribute is a number of 64 bits, read before the call returns
+    let _ = unsafe {
+        result::device::get_mem_pool(device.cuda_stream().context().cu_device()).and_then(|pool| {
+            result::mem_pool::set_attribute(pool, threshold, (&raw mut bytes).cast())
+        })
+    };
 }
 
 /// Where the first number of a tensor is.
