@@ -221,7 +221,7 @@ pub(super) fn heads(
             cos: table[0],
             sin: table[1],
             out: out.address()?,
-            heads: num_heads as i32,
+            number: num_heads as i32,
             size: size as i32,
             first: start as i32,
             total: total as i32,

@@ -104,8 +104,7 @@ fn agree(module: &Module, case: Case, dtype: DType, tolerance: f64) -> Result<()
         let (got, want) = (numbers(got)?, numbers(want)?);
         let error: f64 = got.iter().zip(&want).map(|(a, b)| (a - b).powi(2)).sum();
         let error = (error / want.iter().map(|x| x * x).sum::<f64>()).sqrt();
-        // written so that a NaN disagrees
-        if !(error <= tolerance) {
+        if error.is_nan() || error > tolerance {
             candle::bail!("result {i} is off by {error:.1e}");
         }
     }

@@ -252,7 +252,7 @@ struct Heads {
     Rows qkv, bias, query, key;  // bias may have no data
     const float *cos, *sin;      // (total, size): cosines twice each, sines negated for the first of a pair
     void *out;                   // (3, batch, heads, total, size), written from token `first` on
-    int heads, size, first, total, whole;
+    int number, size, first, total, whole;  // number of heads, and their size
     float eps;
 };
 
@@ -274,9 +274,9 @@ __device__ void heads(const Heads &p) {
         sine[2 * part + 1] = four[3];
     }
     // all threads go round equally often, for the sums
-    for (int begin = 0; begin < 3 * p.heads; begin += blockDim.y) {
-        const int index = begin + threadIdx.y, count = index < 3 * p.heads ? left : 0;
-        const int which = (index >= p.heads) + (index >= 2 * p.heads), head = index - which * p.heads;
+    for (int begin = 0; begin < 3 * p.number; begin += blockDim.y) {
+        const int index = begin + threadIdx.y, count = index < 3 * p.number ? left : 0;
+        const int which = (index >= p.number) + (index >= 2 * p.number), head = index - which * p.number;
         float x[N], factor[N];
         read<F>(x_row + index * p.size + at, count, p.whole, x);
         if (p.bias.data) {
@@ -299,7 +299,7 @@ __device__ void heads(const Heads &p) {
                 x[j + 1] = second * cosine[j / 2] + first * sine[j / 2];
             }
         }
-        const long long to = (((long long)which * gridDim.z + batch) * p.heads + head) * p.total + token;
+        const long long to = (((long long)which * gridDim.z + batch) * p.number + head) * p.total + token;
         write<F>(x, (typename F::Bits *)p.out + to * p.size + at, count, p.whole);
     }
 }

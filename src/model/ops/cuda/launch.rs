@@ -94,7 +94,7 @@ parameters! {
         cos: u64,
         sin: u64,
         out: u64,
-        heads: i32,
+        number: i32,
         size: i32,
         first: i32,
         total: i32,
@@ -134,7 +134,10 @@ pub(super) fn compiled() -> std::result::Result<&'static str, String> {
         };
         match compile_ptx_with_opts(SOURCE, options) {
             Ok(ptx) => Ok(ptx.to_src()),
-            Err(CompileError::CompileError { log, .. }) => Err(log.to_string_lossy().into_owned()),
+            Err(CompileError::CompileError { log, .. }) => {
+                let log = log.to_string_lossy();
+                Err(log.lines().next().unwrap_or_default().to_owned())
+            }
             Err(error) => Err(error.to_string()),
         }
     });
