@@ -58,7 +58,10 @@ run "lora-without-modulation" '{"lora": {"targets": ["attention", "mlp"]}}' "${n
 run "half-the-steps" '{}' --steps $((steps / 2)) --finish 0
 run "twice-the-steps" '{}' --steps $((steps * 2)) --finish 0
 run "cache-20" '{}' "${no_finish[@]}" --cache 20
-run "layers-at-a-third-of-the-rate" '{"optimiser": {"layer-lr": 0.3}}' "${no_finish[@]}"
+run "layers-at-the-full-rate" '{"optimiser": {"layer-lr": 1.0}}' "${no_finish[@]}"
 run "finish" '{}' --steps "$steps" --finish "$finish"
+run "finish-layers-at-the-full-rate" '{"optimiser": {"layer-lr": 1.0}}' --steps "$steps" --finish "$finish"
+run "finish-two-neighbours" '{"sandwich": {"neighbours": 2}}' --steps "$steps" --finish "$finish"
+run "finish-rank-64" '{}' --steps "$steps" --finish "$finish" --rank 64
 run "finish-neighbours-only" '{"finish": {"blocks": "sandwiches"}}' --steps "$steps" --finish "$finish"
 run "finish-alone" '{}' --steps 0 --finish "$finish"

@@ -37,10 +37,10 @@ pub struct CalibrationArgs {
     /// Default: latents.
     #[arg(long, conflicts_with = "images")]
     pub source: Option<StateSource>,
-    /// How many prompts to sample for calibration. Default: 160 for small pictures, 32 for large ones.
+    /// How many prompts to sample for calibration. Default: 640 for small pictures, 96 for large ones.
     #[arg(long)]
     pub samples: Option<usize>,
-    /// Sampling steps of calibration. Default: the model's own.
+    /// Sampling steps of calibration. Default: 8, or the model's own where that is lower
     #[arg(long)]
     pub steps: Option<usize>,
     /// Picture width of calibration, in pixels.

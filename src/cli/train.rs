@@ -26,7 +26,7 @@ pub struct TrainArgs {
     /// Prompts whose pictures are trained on, one a line. Default: a bundled list.
     #[arg(long, value_name = "FILE")]
     pub prompts: Option<PathBuf>,
-    /// How many prompts to sample. Default: all of the list.
+    /// How many prompts to sample. Default: all of the list, 128 where pictures are large.
     #[arg(long)]
     pub samples: Option<usize>,
     /// Steps for each sandwich.

@@ -3,11 +3,7 @@
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::{
-    gather,
-    place::Place,
-    session::{DRAWS_LATER, Settings},
-};
+use super::{gather, place::Place, session::Settings};
 use crate::{
     calibrate::{pass::Shard, recipe::StateSource},
     model::cost,
@@ -79,7 +75,7 @@ impl Demand {
         let (solving, streams) = if self.fitting {
             let layers = kept as u64 * 2 * d * (d + 1) * 4;
             let solver = 6 * (d + 1) * (d + 1) * 8;
-            let held = (samples * DRAWS_LATER * tokens) as u64;
+            let held = (samples * settings.draws_later() * tokens) as u64;
             (layers + solver, 2 * held * d * element)
         } else {
             (0, 0)

@@ -288,12 +288,10 @@ fn prompts(
             let count = args.num.unwrap_or(list.len()).min(MOST_PICTURES);
             (format!("`{}`", path.display()), list, count)
         }
-        _ if baseline.is_bundled() => {
+        _ if super::knows_only_scenes(baseline) => {
             let count = args.num.unwrap_or(usual);
-            let known: HashSet<&str> = include_str!("../../configs/tiny/prompts.txt")
-                .lines()
-                .collect();
-            // a quarter of all captions with one object are known
+            let known: HashSet<&str> = super::SCENES.lines().collect();
+            // half of all captions with one object are known, and a quarter of the others
             let captions = Scene::draw(4 * count + 16, CAPTIONS).map(|scene| scene.to_string());
             let fresh = captions.filter(|caption| !known.contains(caption.as_str()));
             let source = "captions of random scenes, none of the calibration list";

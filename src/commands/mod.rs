@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::{
     cli::Command,
     pipeline::{ModelChoice, Pipeline},
-    sample::denoise::LatentSize,
+    sample::{denoise::LatentSize, text},
     ui,
 };
 
@@ -151,10 +151,53 @@ fn read_prompts(flag: &str, path: &Path) -> Result<Vec<String>> {
 /// The prompts to calibrate with when the user names none: scenes the bundled model was trained on, or varied prompts
 /// for real models.
 fn bundled_prompts(pipeline: &Pipeline) -> Vec<String> {
-    let text = if pipeline.is_bundled() {
-        include_str!("../../configs/tiny/prompts.txt")
+    let text = if knows_only_scenes(pipeline) {
+        SCENES
     } else {
         include_str!("../../configs/prompts/calibration.txt")
     };
     text.lines().map(str::to_owned).collect()
+}
+
+/// Captions of the bundled model's scenes, calibrated with and trained on.
+const SCENES: &str = include_str!("../../configs/tiny/prompts.txt");
+
+/// Whether the model has words for the bundled model's scenes and spells all others, as that model and its kin do.
+fn knows_only_scenes(pipeline: &Pipeline) -> bool {
+    let spells = |prompt: &str| {
+        let tokens = text::token_count(&pipeline.text_files()?, prompt)?;
+        anyhow::Ok(tokens > 2 * prompt.split(' ').count())
+    };
+    let caption = SCENES.lines().next().unwrap_or_default();
+    match (spells(caption), spells("a photograph of a village")) {
+        (Ok(caption), Ok(other)) => other && !caption,
+        // where text encoders cannot be opened, that is said when they are needed
+        _ => false,
+    }
+}
+
+/// Steps in which pictures for calibration and training are drawn, unless asked otherwise: they are noised anew, so
+/// their number counts for more than their finish.
+const STEPS_OF_DATA: usize = 8;
+
+fn steps_of_data(pipeline: &Pipeline) -> usize {
+    pipeline.default_steps().min(STEPS_OF_DATA)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_given_prompts_that_it_has_words_for() {
+        let bundled = Pipeline::open(&ModelChoice::default()).unwrap();
+        assert!(bundled_prompts(&bundled)[0].contains("background"));
+        // FLUX.1's own tokenizers, which know both
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/flux1");
+        let flux1 = Pipeline::open(&ModelChoice {
+            text_encoders: Some(folder.into()),
+            ..ModelChoice::default()
+        });
+        assert!(!bundled_prompts(&flux1.unwrap())[0].contains("background"));
+    }
 }

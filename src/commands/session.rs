@@ -26,17 +26,21 @@ use crate::{
 };
 
 /// Prompts sampled for calibration unless asked otherwise.
-const SAMPLES: usize = 160;
+const SAMPLES: usize = 640;
 /// The same for models whose pictures have many tokens: each picture is thousands of rows.
-const SAMPLES_LARGE: usize = 32;
+const SAMPLES_LARGE: usize = 96;
 /// Image tokens from which a picture counts as large.
 const LARGE: usize = 1024;
 /// Tokens in one forward where the recipe names no batch.
 const TOKENS_PER_FORWARD: usize = 1536;
 /// Image tokens of all held-out states where the recipe names no number, within bounds.
 const HELD_OUT_TOKENS: usize = 131_072;
-/// Noised states of a picture that later stages look at: sequential fits and comparisons on held-out pictures.
-pub(super) const DRAWS_LATER: usize = 8;
+/// Noised states that later fits look at, of small and of large pictures, where that is at most as many of a picture as
+/// of a held-out one.
+const STATES_LATER: usize = 1280;
+const STATES_LATER_LARGE: usize = 256;
+/// Noised states of a held-out picture.
+const DRAWS_HELD_OUT: usize = 8;
 
 /// Everything a calibration needs to know before anything is loaded.
 #[derive(Clone, Debug)]
@@ -68,7 +72,11 @@ impl Settings {
         recipe.validate()?;
         let size = super::picture_size(pipeline, recipe.width, recipe.height)?;
         (recipe.width, recipe.height) = (Some(size.width), Some(size.height));
-        let steps = *recipe.steps.get_or_insert(pipeline.default_steps());
+        let usual = match recipe.source {
+            StateSource::Trajectory => pipeline.default_steps(),
+            _ => super::steps_of_data(pipeline),
+        };
+        let steps = *recipe.steps.get_or_insert(usual);
         recipe.guidance.get_or_insert(pipeline.default_guidance());
         let usual = (HELD_OUT_TOKENS / size.tokens()).clamp(16, 256);
         let held_out = held_out.unwrap_or(usual);
@@ -78,7 +86,7 @@ impl Settings {
             StateSource::Images => 4.0,
         };
         recipe.draws.get_or_insert(draws);
-        let held_out_prompts = held_out.div_ceil(DRAWS_LATER);
+        let held_out_prompts = held_out.div_ceil(DRAWS_HELD_OUT);
         let (samples, total) = match given {
             None => {
                 let usual = if size.tokens() >= LARGE {
@@ -124,7 +132,7 @@ impl Settings {
     ) -> Result<Self> {
         let recipe = &header.recipe;
         let size = super::picture_size(pipeline, recipe.width, recipe.height)?;
-        let kept = (header.prompts.len() - header.samples) * DRAWS_LATER;
+        let kept = (header.prompts.len() - header.samples) * DRAWS_HELD_OUT;
         let usual = (HELD_OUT_TOKENS / size.tokens()).clamp(16, 256);
         Ok(Self {
             recipe: recipe.clone(),
@@ -135,6 +143,16 @@ impl Settings {
             batch: recipe.batch.context("the statistics name no batch")?,
             text_tokens: pipeline.default_text_length()?,
         })
+    }
+
+    /// Noised states of each picture that later fits look at.
+    pub(super) fn draws_later(&self) -> usize {
+        let states = if self.large() {
+            STATES_LATER_LARGE
+        } else {
+            STATES_LATER
+        };
+        states.div_ceil(self.samples.max(1)).min(DRAWS_HELD_OUT)
     }
 
     /// Whether pictures take long to draw.
@@ -245,22 +263,20 @@ impl<'a> Session<'a> {
         let pictures = calibration.all_pictures()?;
         let denoise = self.denoise(&self.flux)?;
         let seed = self.settings.recipe.seed;
-        let noised = |range: std::ops::Range<usize>, seed| -> Result<States> {
+        let noised = |range: std::ops::Range<usize>, draws, seed| -> Result<States> {
             let part: Tensor = pictures.narrow(0, range.start, range.len())?;
             let prompts = self.encoded.range(range)?;
-            States::noised(
-                part,
-                prompts,
-                denoise.size,
-                denoise.guidance,
-                DRAWS_LATER,
-                seed,
-            )
+            States::noised(part, prompts, denoise.size, denoise.guidance, draws, seed)
         };
         let samples = self.settings.samples;
-        let held_out = noised(samples..self.encoded.len(), seed.wrapping_add(2))?;
+        let held_out = noised(
+            samples..self.encoded.len(),
+            DRAWS_HELD_OUT,
+            seed.wrapping_add(2),
+        )?;
+        let later = self.settings.draws_later();
         Ok(AllStates {
-            fit: noised(0..samples, seed.wrapping_add(1))?,
+            fit: noised(0..samples, later, seed.wrapping_add(1))?,
             held_out: held_out.first(self.settings.held_out),
         })
     }

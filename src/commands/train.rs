@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Prompts to sample unless asked otherwise, where pictures have many tokens.
-const SAMPLES_LARGE: usize = 36;
+const SAMPLES_LARGE: usize = 128;
 /// Share of the pictures that is held out.
 const HELD_OUT_SHARE: usize = 8;
 /// Image tokens from which a picture counts as large.
@@ -264,7 +264,7 @@ pub(super) fn resolve(args: &TrainArgs, teacher: &Pipeline) -> Result<Resolved> 
     let large = size.tokens() >= LARGE;
     let d = &mut recipe.data;
     (d.width, d.height) = (Some(size.width), Some(size.height));
-    d.steps.get_or_insert(teacher.default_steps());
+    d.steps.get_or_insert(super::steps_of_data(teacher));
     d.guidance.get_or_insert(teacher.default_guidance());
     let usual = if large { SAMPLES_LARGE } else { prompts.len() };
     let samples = *d.samples.get_or_insert(usual.max(2));

@@ -172,11 +172,6 @@ impl Pipeline {
         Ok(base)
     }
 
-    /// Whether this is the bundled model, or pruned from it.
-    pub fn is_bundled(&self) -> bool {
-        self.record.as_ref().map_or(&self.locator, |r| &r.base) == BUNDLED
-    }
-
     /// The family, for people: from the model's own defaults, or by its sizes.
     pub fn family(&self) -> String {
         if let Some(family) = &self.defaults.family {

@@ -35,9 +35,9 @@ pub struct SandwichRecipe {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct DataRecipe {
-    /// Prompts to sample; `null`: all of the list.
+    /// Prompts to sample; `null`: all of the list, 128 where pictures are large.
     pub samples: Option<usize>,
-    /// Sampling steps; `null`: the model's own default.
+    /// Sampling steps; `null`: 8, or the model's own default where that is lower.
     pub steps: Option<usize>,
     /// Guidance; `null`: the model's own default.
     pub guidance: Option<f64>,
@@ -254,8 +254,8 @@ impl Default for OptimiserRecipe {
     fn default() -> Self {
         Self {
             lr: 3e-3,
-            layer_lr: 1.0,
-            warmup: 20,
+            layer_lr: 0.3,
+            warmup: 40,
             final_lr: 0.0,
             beta1: 0.9,
             beta2: 0.95,
@@ -407,10 +407,11 @@ mod tests {
     fn the_learning_rate_warms_up_and_decays_to_nothing() {
         let recipe = OptimiserRecipe::default();
         let rate = |step| recipe.rate(1.0, step, 100);
-        assert!((rate(0) - 0.05).abs() < 1e-9);
-        assert!(rate(19) > 0.9 && rate(19) < 1.0);
+        assert!((rate(0) - 0.025).abs() < 1e-9);
+        assert!(rate(39) > 0.6 && rate(39) < 1.0);
+        assert!((0..39).all(|step| rate(step + 1) > rate(step)));
         assert!(rate(99) < 1e-3 && rate(99) > 0.0);
-        assert!((0..99).skip(20).all(|step| rate(step + 1) < rate(step)));
+        assert!((0..99).skip(40).all(|step| rate(step + 1) < rate(step)));
     }
 
     #[test]

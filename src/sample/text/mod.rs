@@ -5,6 +5,7 @@ use candle::{DType, Tensor};
 
 use super::tokenize::PromptTokenizer;
 use clip::Clip;
+pub use open::token_count;
 use t5::T5;
 
 pub(crate) mod clip;

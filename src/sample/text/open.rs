@@ -292,6 +292,14 @@ fn infer_t5(checkpoint: &Checkpoint) -> Result<T5Config> {
     })
 }
 
+/// Number of tokens that T5's tokenizer makes of `prompt`. `files`: as for [`TextEncoders::load`].
+///
+/// # Errors
+/// When the tokenizer is damaged.
+pub fn token_count(files: &Files, prompt: &str) -> Result<usize> {
+    tokenizer(files, Family::T5, FLUX1_T5_ROWS)?.token_count(prompt)
+}
+
 /// The tokenizer in the pipeline's folder, or FLUX.1's where there is none and the embedding has FLUX.1's size.
 fn tokenizer(files: &Files, family: Family, rows: usize) -> Result<PromptTokenizer> {
     let folder = match family {
