@@ -1,40 +1,73 @@
 #!/usr/bin/env bash
-# The results of README.md on the bundled model: what removal, replacement and training leave of it at four
-# ratios, as numbers and pictures.
+# The numbers and pictures of README.md, part by part. What is there already is not made again.
 #
-#   scripts/reproduce.sh [WORK]      (default: reproduced; what is there already is not made again)
+#   scripts/reproduce.sh [WORK [PART...]]      (default: reproduced results)
+#
+#   results   removal, replacement and training at four ratios, judged on captions they have not seen (45 minutes of CPU time)
+#   formats   what float8 and GGUF cost (1 minute)
+#   pruning   what each choice of pruning is worth: ablation_prune.sh (20 minutes)
+#   training  what each choice of training is worth: ablation_sandwich.sh (1 hour)
+#   speed     a forward beside candle-transformers and diffusers: bench_peers.py (needs diffusers; 10 minutes to compile)
 #
 # Environment: FASTFLUX, the program (default: target/release/fastflux); RATIOS, shares of blocks to replace; NUM, pictures
-# that each model draws; TRAIN, flags for train-sandwich (a quick look: TRAIN="--steps 20 --finish 20"). All of it takes
-# some 40 minutes on two cores, nearly all of it training. The comparison of training choices is ablation_sandwich.sh, the
-# speed beside others bench_peers.py.
+# that each model draws; TRAIN, flags for train-sandwich (a quick look: TRAIN="--steps 20 --finish 20").
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-fastflux=${FASTFLUX:-target/release/fastflux}
+export FASTFLUX=${FASTFLUX:-target/release/fastflux}
 work=${1:-reproduced}
+shift $(($# > 0))
 num=${NUM:-256}
 read -r -a train <<<"${TRAIN:-}"
 mkdir -p "$work"
 
-# made FOLDER COMMAND...: unless it is there
+# made OUTPUT COMMAND...: unless it is there
 made() {
-    local folder=$1
+    local output=$1
     shift
-    [ -d "$folder" ] || "$fastflux" -q "$@" --output "$folder" >/dev/null
+    [ -e "$output" ] || "$FASTFLUX" -q "$@" --output "$output" >/dev/null
 }
 
-models=()
-for ratio in ${RATIOS:-0.1 0.2 0.3 0.4}; do
-    made "$work/brll-$ratio" prune --ratio "$ratio"
-    blocks=$(grep -o '"\(double\|single\)\.[0-9]*"' "$work/brll-$ratio/plan.json" | tr -d '"' | paste -sd,)
-    made "$work/remove-$ratio" prune --blocks "$blocks" --form remove
-    made "$work/sandwich-$ratio" train-sandwich --model "$work/brll-$ratio" "${train[@]}"
-    models+=("remove-$ratio" "brll-$ratio" "sandwich-$ratio")
+# judged TABLE PICTURES MODEL...
+judged() {
+    local table="$work/$1" num=$2
+    shift 2
+    if [ ! -f "$table.txt" ]; then
+        "$FASTFLUX" -q eval --baseline bundled "${@/#/--model=$work/}" --num "$num" --output "$table" --force >"$table.part"
+        mv "$table.part" "$table.txt"
+    fi
+    cat "$table.txt"
+}
+
+results() {
+    local ratio blocks models=()
+    for ratio in ${RATIOS:-0.1 0.2 0.3 0.4}; do
+        made "$work/brll-$ratio" prune --ratio "$ratio"
+        blocks=$(grep -o '"\(double\|single\)\.[0-9]*"' "$work/brll-$ratio/plan.json" | tr -d '"' | paste -sd,)
+        made "$work/remove-$ratio" prune --blocks "$blocks" --form remove
+        made "$work/sandwich-$ratio" train-sandwich --model "$work/brll-$ratio" "${train[@]}"
+        models+=("remove-$ratio" "brll-$ratio" "sandwich-$ratio")
+    done
+    judged results "$num" "${models[@]}"
+    echo "pictures: $work/brll-*/before-after.png, $work/results/report.html" >&2
+}
+
+formats() {
+    made "$work/f8e4m3.safetensors" convert --dtype f8e4m3
+    made "$work/f8e4m3-no-scale.safetensors" convert --dtype f8e4m3 --no-scale
+    made "$work/q8_0.gguf" convert --gguf q8_0
+    judged formats 64 f8e4m3.safetensors f8e4m3-no-scale.safetensors q8_0.gguf
+}
+
+for part in "${@:-results}"; do
+    case $part in
+    results | formats) "$part" ;;
+    pruning) scripts/ablation_prune.sh "$work/pruning" ;;
+    training) scripts/ablation_sandwich.sh "$work/training" ;;
+    speed) python3 scripts/bench_peers.py --rounds 1 --runs 3 ;;
+    *)
+        echo "$part: expected results, formats, pruning, training or speed" >&2
+        exit 2
+        ;;
+    esac
 done
-if [ ! -f "$work/table.txt" ]; then
-    "$fastflux" -q eval "${models[@]/#/--model=$work/}" --num "$num" --output "$work/report" --force >"$work/table.part"
-    mv "$work/table.part" "$work/table.txt"
-fi
-cat "$work/table.txt"
-echo "pictures: $work/brll-*/before-after.png, $work/report/report.html" >&2

@@ -160,17 +160,27 @@ impl Calibration {
         file.metadata = BTreeMap::from([(KEY.to_owned(), header)]);
         for block in &self.stats.blocks {
             for (stream, stats) in [("txt", &block.txt), ("img", &block.img)] {
-                let mut insert = |what: &str, tensor: &Tensor| -> Result<()> {
-                    let name = format!("{}.{stream}.{what}", block.id);
-                    file.insert(name, Source::dense(tensor)?);
-                    Ok(())
+                let mut insert = |what: &str, source: Source| {
+                    file.insert(format!("{}.{stream}.{what}", block.id), source);
                 };
-                insert("moments", &moments_tensor(&stats.buckets)?)?;
-                if let Some(gram) = &stats.sums()? {
-                    insert("gram", &gram.gram)?;
-                    insert("cross", &gram.cross)?;
-                    let totals = [gram.target_sq, stats.rows];
-                    insert("totals", &Tensor::new(&totals, &Device::Cpu)?)?;
+                insert("moments", Source::dense(&moments_tensor(&stats.buckets)?)?);
+                // what lies in files is not read before it is written
+                let sums = match (&stats.gram, &stats.waiting) {
+                    (Some(sums), _) => Some(WaitingGram {
+                        gram: Source::dense(&sums.gram)?,
+                        cross: Source::dense(&sums.cross)?,
+                        target_sq: sums.target_sq,
+                    }),
+                    (None, waiting) => waiting.clone(),
+                };
+                if let Some(sums) = sums {
+                    let totals = [sums.target_sq, stats.rows];
+                    insert("gram", sums.gram);
+                    insert("cross", sums.cross);
+                    insert(
+                        "totals",
+                        Source::dense(&Tensor::new(&totals, &Device::Cpu)?)?,
+                    );
                 }
             }
         }

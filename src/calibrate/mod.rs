@@ -23,7 +23,8 @@ use stats::CalibrationStats;
 
 /// Samples one picture for each prompt, `batch` at a time; packed latents (prompts, tokens, channels), f32, on the CPU.
 ///
-/// Picture i starts from the noise of seed `seed + i`, whatever the batch.
+/// Picture i starts from the noise of seed `seed + i`, whatever the batch. Where blocks are read whenever they are run,
+/// `together` batches share each reading.
 ///
 /// # Errors
 /// When a forward fails or the latents become NaN or infinite.
@@ -32,20 +33,28 @@ pub fn sample(
     prompts: &Encoded,
     channels: usize,
     batch: usize,
+    together: usize,
     seed: u64,
     progress: &ProgressBar,
 ) -> Result<Tensor> {
+    let trunk = &denoise.flux.trunk;
+    let stored = trunk.has_stored(0..trunk.len());
+    let together = if stored { together.max(1) } else { 1 };
+    let starts: Vec<usize> = (0..prompts.len()).step_by(batch).collect();
     let mut pictures = Vec::new();
-    for start in (0..prompts.len()).step_by(batch) {
-        let range = start..(start + batch).min(prompts.len());
-        let noise = range
-            .clone()
-            .map(|i| starting_noise(seed.wrapping_add(i as u64), 1, channels, denoise.size));
-        let noise = Tensor::cat(&noise.collect::<Result<Vec<_>>>()?, 0)?;
-        let latents = denoise.run(&noise, &prompts.range(range)?, &mut (), &mut || {
-            progress.inc(1);
-        })?;
-        pictures.push(latents.to_device(&candle::Device::Cpu)?);
+    for some in starts.chunks(together) {
+        let given = some.iter().map(|start| {
+            let range = *start..(start + batch).min(prompts.len());
+            let noise = range
+                .clone()
+                .map(|i| starting_noise(seed.wrapping_add(i as u64), 1, channels, denoise.size));
+            let noise = Tensor::cat(&noise.collect::<Result<Vec<_>>>()?, 0)?;
+            Ok((noise, prompts.range(range)?))
+        });
+        let given: Vec<(Tensor, Encoded)> = given.collect::<Result<_>>()?;
+        for latents in denoise.run_each(&given, &mut || progress.inc(1))? {
+            pictures.push(latents.to_device(&candle::Device::Cpu)?);
+        }
     }
     Ok(Tensor::cat(&pictures, 0)?)
 }

@@ -61,7 +61,8 @@ pub struct CalibrationRecipe {
     pub height: Option<usize>,
     /// Seed of starting noise and noised states.
     pub seed: u64,
-    /// States in one forward; `null`: as many as make some 1,536 tokens.
+    /// States in one forward; `null`: as many as make some 1,536 tokens, whatever the memory: which rows share a product
+    /// shows in its last bits, and the same settings give the same bytes everywhere.
     pub batch: Option<usize>,
     /// Tokens of each stream that enter the products of one forward; `null`: all.
     pub tokens_per_forward: Option<usize>,

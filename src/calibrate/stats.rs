@@ -106,6 +106,18 @@ pub struct WaitingGram {
 }
 
 impl WaitingGram {
+    /// The sums over the rows of both, added up when they are read.
+    ///
+    /// # Errors
+    /// When they are of different problems.
+    pub fn plus(&self, other: &Self) -> Result<Self> {
+        Ok(Self {
+            gram: self.gram.plus(&other.gram)?,
+            cross: self.cross.plus(&other.cross)?,
+            target_sq: self.target_sq + other.target_sq,
+        })
+    }
+
     /// Reads it.
     ///
     /// # Errors
@@ -168,8 +180,17 @@ impl StreamStats {
             sum.add(share);
         }
         self.rows += other.rows;
-        let other = other.sums()?;
-        other.map_or(Ok(()), |gram| gram.add_to(&mut self.gram))
+        if self.gram.is_none() && other.gram.is_none() {
+            // both lie in files, and so does their sum
+            self.waiting = match (self.waiting.take(), other.waiting) {
+                (Some(sum), Some(share)) => Some(sum.plus(&share)?),
+                (sum, share) => sum.or(share),
+            };
+            return Ok(());
+        }
+        let (sum, share) = (self.sums()?, other.sums()?);
+        (self.gram, self.waiting) = (sum, None);
+        share.map_or(Ok(()), |gram| gram.add_to(&mut self.gram))
     }
 
     /// Whether there are sums for the fit.

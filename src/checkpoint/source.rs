@@ -9,6 +9,7 @@ use safetensors::Dtype;
 use super::{format::Format, random::Random, widen};
 use crate::{files::Blob, formats::Packed};
 
+mod sum;
 mod values;
 
 /// How many bytes of a tensor are made at a time while it is written.
@@ -33,6 +34,8 @@ enum Data {
     Dense(Tensor),
     /// Another source, converted while it is read.
     Converted(Box<Source>),
+    /// Others of f64, added up while they are read.
+    Sum(Vec<Source>),
 }
 
 #[derive(Clone, Debug)]
@@ -210,6 +213,10 @@ impl Source {
         });
         let data = match &self.data {
             Data::Converted(from) => Data::Converted(Box::new(from.rows(rows)?)),
+            Data::Sum(parts) => {
+                let parts = parts.iter().map(|part| part.rows(rows.clone()));
+                Data::Sum(parts.collect::<Result<_>>()?)
+            }
             Data::Dense(t) => Data::Dense(t.narrow(0, rows.start, rows.len())?),
             Data::Pieces(pieces) => {
                 let bytes = |row: usize| self.format.bytes(row * width);
@@ -247,7 +254,7 @@ impl Source {
             shape[0] += part.shape[0];
             match &part.data {
                 Data::Pieces(p) => pieces.extend(p.iter().cloned()),
-                Data::Dense(_) | Data::Converted(_) => {
+                Data::Dense(_) | Data::Converted(_) | Data::Sum(_) => {
                     let tensors = parts
                         .iter()
                         .map(|p| p.tensor(&Device::Cpu))
@@ -350,6 +357,7 @@ impl Source {
         match &self.data {
             Data::Pieces(pieces) => Ok(pieces.iter().try_for_each(|piece| piece.write_to(out))?),
             Data::Converted(_) => self.write_converted(out),
+            Data::Sum(_) => self.write_sum(out),
             Data::Dense(tensor) => {
                 let flat = tensor.flatten_all()?;
                 let dtype = candle_dtype(self.format)?;
@@ -391,7 +399,7 @@ impl Source {
         let dtype = candle_dtype(self.format)?;
         match &self.data {
             Data::Dense(tensor) => Ok(tensor.to_dtype(dtype)?.to_device(device)?),
-            Data::Pieces(_) | Data::Converted(_) => {
+            Data::Pieces(_) | Data::Converted(_) | Data::Sum(_) => {
                 Tensor::from_raw_buffer(&self.bytes()?, dtype, &self.shape, device)
                     .context("cannot load the tensor")
             }

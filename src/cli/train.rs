@@ -74,7 +74,8 @@ pub struct TrainArgs {
     /// Keep the input of each block only and compute the rest again on the way back. Default: for large pictures.
     #[arg(long)]
     pub recompute: bool,
-    /// Keep only the blocks that are trained on the device; fetch the others when they are needed.
+    /// Keep only the blocks that are trained on the device; read the others when they are needed, once for the batches of
+    /// several steps.
     #[arg(long)]
     pub offload: bool,
     /// Most memory to use on the device, such as 24GiB (on the CPU: of this machine): --recompute and --offload where it

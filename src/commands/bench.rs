@@ -17,7 +17,10 @@ use crate::{
     device::Runtime,
     eval::latency::{self, Effort, Machine, Peak, Timing},
     layout::{BlockKind, BlockSpec, FluxConfig},
-    model::{Flux, Trunk, cost},
+    model::{
+        Flux, Trunk, cost,
+        demand::{self, Format},
+    },
     pipeline::{ModelChoice, Pipeline},
     ui,
 };
@@ -161,9 +164,8 @@ fn check_numbers(args: &BenchArgs) -> Result<()> {
 
 /// Fails before memory runs out where the weights alone do not fit into what is free.
 fn check_memory(subjects: &[Subject], runtime: &Runtime) -> Result<()> {
-    let parameters = |s: &Subject| cost::model(&s.config, 1, 1).parameters;
-    let parameters: u64 = subjects.iter().map(parameters).sum();
-    let bytes = parameters * runtime.dtype.size_in_bytes() as u64;
+    let bytes = |s: &Subject| demand::weights(&s.config, s.format(runtime));
+    let bytes: u64 = subjects.iter().map(bytes).sum();
     let free = runtime.free_memory().unwrap_or(u64::MAX);
     ensure!(
         bytes <= free,
@@ -227,12 +229,26 @@ fn subjects(args: &BenchArgs) -> Result<Vec<Subject>> {
 }
 
 impl Subject {
+    /// What a forward is computed with: weights as they are held, packed ones in fewer bytes.
+    pub(super) fn format(&self, runtime: &Runtime) -> Format {
+        let element = runtime.dtype.size_in_bytes();
+        let weight = self.pipeline.as_ref().map_or(element as f64, |pipeline| {
+            pipeline.bytes_of_a_weight(runtime.dtype)
+        });
+        Format {
+            element: element as u64,
+            weight,
+            cpu: runtime.device.is_cpu(),
+        }
+    }
+
     fn load(&self, runtime: &Runtime) -> Result<Flux> {
         self.load_part(&self.config, runtime)
     }
 
     /// A model of the first blocks of each kind.
     pub(super) fn load_part(&self, config: &FluxConfig, runtime: &Runtime) -> Result<Flux> {
+        load::check_kernels(runtime);
         let random = self.pipeline.is_none();
         let random = random.then(|| random_weights(config, runtime.dtype));
         let weights = match (&self.pipeline, random.transpose()?) {
@@ -257,6 +273,14 @@ fn kind(spec: &BlockSpec) -> String {
         BlockSpec::Replaced(r) if r.joint => format!("{}, joint", r.form),
         BlockSpec::Replaced(r) => r.form.to_string(),
     }
+}
+
+/// What is read and written once.
+struct Moved {
+    /// Bytes of weights, as they are held.
+    weights: u64,
+    /// Values of one sample that go in and out.
+    tokens: usize,
 }
 
 /// How to measure on one device in one format.
@@ -291,7 +315,9 @@ impl Bench<'_> {
                 let cost = cost::model(&subject.config, given.image_tokens, given.text_tokens);
                 let tokens =
                     given.image_tokens * (subject.config.in_channels + subject.config.out_channels);
-                let mut row = self.row(&subject.name, "step", given, time, cost, tokens);
+                let weights = demand::weights(&subject.config, subject.format(self.runtime));
+                let moved = Moved { weights, tokens };
+                let mut row = self.row(&subject.name, "step", given, time, cost, moved);
                 row.speed_up = (i > 0).then(|| reference.median / time.median);
                 row
             });
@@ -318,12 +344,13 @@ impl Bench<'_> {
             let time = time.first().copied().unwrap_or_default();
             let cost = cost::block(config, spec, given.image_tokens, given.text_tokens);
             let tokens = 2 * config.hidden_size * (given.image_tokens + given.text_tokens);
-            rows.push(self.row(model, &kind(spec), given, time, cost, tokens));
+            let weights = cost.parameters * self.runtime.dtype.size_in_bytes() as u64;
+            let moved = Moved { weights, tokens };
+            rows.push(self.row(model, &kind(spec), given, time, cost, moved));
         }
         Ok(rows)
     }
 
-    /// `tokens` is the number of values of one sample that go in and out.
     fn row(
         &self,
         model: &str,
@@ -331,11 +358,11 @@ impl Bench<'_> {
         given: &Given,
         time: Timing,
         cost: cost::Cost,
-        tokens: usize,
+        moved: Moved,
     ) -> Row {
         let width = self.runtime.dtype.size_in_bytes() as u64;
         let (batch, flops) = (given.batch as u64, cost.flops() * given.batch as u64);
-        let bytes = width * (cost.parameters + batch * tokens as u64);
+        let bytes = moved.weights + width * batch * moved.tokens as u64;
         let (flops_per_second, bytes_per_second) =
             (flops as f64 / time.median, bytes as f64 / time.median);
         Row {

@@ -51,7 +51,7 @@ pub(super) fn run(
     } else {
         &args.size
     };
-    let mut points = points(&subject.config, sizes, text, runtime);
+    let mut points = points(&subject.config, sizes, text, subject.format(runtime));
     let measured = Measuring {
         subject,
         runtime,
@@ -84,14 +84,6 @@ pub(super) fn run(
     Ok(())
 }
 
-fn format(runtime: &Runtime) -> Format {
-    Format {
-        element: runtime.dtype.size_in_bytes() as u64,
-        weight: runtime.dtype.size_in_bytes() as f64,
-        cpu: runtime.device.is_cpu(),
-    }
-}
-
 /// The model's first blocks: `quarters` quarters of each kind.
 fn part(config: &FluxConfig, quarters: usize) -> FluxConfig {
     let of_kind = |kind: BlockKind| {
@@ -110,10 +102,9 @@ fn part(config: &FluxConfig, quarters: usize) -> FluxConfig {
 }
 
 /// Everything there is to measure, nothing measured yet.
-fn points(config: &FluxConfig, sizes: &[usize], text: usize, runtime: &Runtime) -> Vec<Point> {
+fn points(config: &FluxConfig, sizes: &[usize], text: usize, format: Format) -> Vec<Point> {
     let most = sizes.iter().copied().max().unwrap_or(USUAL);
     let usual = USUAL.min(most);
-    let format = format(runtime);
     // what the process takes before there is a model
     let before = MemoryWatch::host_now().filter(|_| format.cpu).unwrap_or(0);
     let point = |axis, size: usize, batch: usize, config: &FluxConfig| {
@@ -172,7 +163,8 @@ impl Measuring<'_> {
             let free = self.runtime.free_memory().unwrap_or(u64::MAX);
             let held = model.is_some() && known.last().is_some_and(|p| p.blocks == point.blocks);
             let needed = if held {
-                let weights = demand::weights(&self.config(point), format(self.runtime));
+                let weights =
+                    demand::weights(&self.config(point), self.subject.format(self.runtime));
                 point.forecast_bytes.saturating_sub(weights)
             } else {
                 model = None;

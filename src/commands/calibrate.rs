@@ -6,7 +6,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use candle::Device;
 use serde_json::json;
 
 use super::{
@@ -275,7 +274,8 @@ pub(super) fn merge(args: &crate::cli::MergeStatsArgs) -> Result<()> {
     let first = files
         .next()
         .context("merge-stats takes at least one file")?;
-    let mut sum = Calibration::read(first, &Device::Cpu)?;
+    // sums stay in the files and are added up a part at a time while the result is written
+    let mut sum = Calibration::open(first)?;
     for path in files {
         sum.add(Calibration::open(path)?).with_context(|| {
             format!("`{}` does not add to `{}`", path.display(), first.display())

@@ -91,8 +91,7 @@ pub(super) fn situation(pipeline: &Pipeline, runtime: &Runtime, settings: &Setti
         image_tokens: settings.size.tokens(),
         text_tokens: settings.text_tokens,
         element: runtime.dtype.size_in_bytes(),
-        weight_bytes: pipeline.transformer.bytes_loaded(runtime.dtype) as f64
-            / pipeline.transformer.parameters().max(1) as f64,
+        weight_bytes: pipeline.bytes_of_a_weight(runtime.dtype),
         file_bytes: file_bytes / pipeline.transformer.parameters().max(1) as f64,
     }
 }

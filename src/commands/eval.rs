@@ -75,11 +75,13 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let (source, prompts) = prompts(args, given, &baseline, usual);
     save::check_writable(&args.output)?;
     for plan in plans {
+        let place = place.clone().of(&baseline);
         models.push(plan.carry_out(&baseline, &runtime, &place, &args.output)?);
     }
 
     let all: Vec<&Pipeline> = std::iter::once(&baseline).chain(&models).collect();
-    let bytes: usize = all.iter().map(|p| p.transformer.bytes()).sum();
+    let bytes = |p: &&Pipeline| p.transformer.bytes_loaded(runtime.dtype);
+    let bytes: usize = all.iter().map(bytes).sum();
     let task = Task {
         runtime: &runtime,
         place: &place,

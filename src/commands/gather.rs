@@ -23,7 +23,7 @@ use crate::{
     },
     checkpoint::record,
     layout::{BlockId, FluxConfig},
-    model::{Block, ReplacementBlock},
+    model::{Block, ReplacementBlock, demand::TOGETHER},
     pipeline::Pipeline,
     prune::plan::originals,
     score::ablation::HeldOut,
@@ -83,11 +83,13 @@ pub(super) fn need(
     );
     // one stream of one block in f32 (f64 on the CPU), its change, and the fresh products beside the sums
     let wide = if place.on_cpu() { 8 } else { 4 };
-    let rows = (batch * tokens * 2 * config.hidden_size) as u64;
+    let stream = (batch * tokens * config.hidden_size) as u64;
+    // and, at other times, candidates that are scored together, pictures that are drawn together
+    let waiting = place.waiting(config, batch, tokens);
     let mut need = Need {
         batch,
         tokens,
-        beside: rows * wide + bytes_of_sums(config),
+        beside: (2 * stream * wide).max(waiting) + bytes_of_sums(config),
     };
     let sums = given.or_else(|| Some(place.spare(config, need)? / 2));
     let kept = blocks_within(config, sums) as u64 * bytes_of_sums(config);
@@ -243,6 +245,7 @@ fn removal(session: &Session) -> Result<Vec<(BlockId, f64)>> {
                 &prompts,
                 pass.channels,
                 pass.batch,
+                TOGETHER,
                 seed,
                 &progress,
             )?

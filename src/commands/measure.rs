@@ -15,7 +15,7 @@ use crate::{
         report::Memory,
         velocity::Velocities,
     },
-    model::Flux,
+    model::{Flux, demand::TOGETHER},
     pipeline::Pipeline,
     sample::{
         denoise::{Denoise, Encoded},
@@ -100,13 +100,14 @@ impl Task<'_> {
         let mut memory = MemoryWatch::start(free());
         let tokens = self.size.tokens() + self.encoded.txt.dim(1)?;
         let usual = TOKENS_PER_FORWARD / tokens;
-        let batch = self.place.batch(&pipeline.config, tokens, usual);
+        let place = self.place.clone().of(pipeline);
+        let batch = place.batch(&pipeline.config, tokens, usual);
         let need = Need {
             batch,
             tokens,
-            beside: 0,
+            beside: place.waiting(&pipeline.config, batch, tokens),
         };
-        let flux = self.place.flux(pipeline, need)?;
+        let flux = place.flux(pipeline, need)?;
         let denoise = Denoise {
             flux: &flux,
             dtype: runtime.dtype,
@@ -124,6 +125,7 @@ impl Task<'_> {
             &self.encoded,
             channels,
             batch,
+            TOGETHER,
             self.seed,
             &progress,
         )

@@ -31,6 +31,7 @@ mod place;
 mod plan;
 mod planned;
 mod prune;
+mod recorded;
 mod score;
 mod select;
 mod session;

@@ -68,8 +68,7 @@ impl Place {
     /// With the weights of `pipeline`, which may stay packed.
     #[must_use]
     pub(super) fn of(mut self, pipeline: &Pipeline) -> Self {
-        let bytes = pipeline.transformer.bytes_loaded(self.runtime.dtype) as f64;
-        self.weight = bytes / pipeline.transformer.parameters().max(1) as f64;
+        self.weight = pipeline.bytes_of_a_weight(self.runtime.dtype);
         self
     }
 
@@ -104,6 +103,11 @@ impl Place {
     /// Bytes of a forward's activations.
     pub(super) fn activations(&self, config: &FluxConfig, batch: usize, tokens: usize) -> u64 {
         demand::activations(config, batch, tokens, self.format())
+    }
+
+    /// Bytes of the batches that wait while one of them goes through a block that is read for all.
+    pub(super) fn waiting(&self, config: &FluxConfig, batch: usize, tokens: usize) -> u64 {
+        demand::waiting(config, batch, tokens, self.format())
     }
 
     /// `usual` states in a forward, or as few as fit.
@@ -165,8 +169,14 @@ impl Place {
             size(at_work)
         );
         if self.asked {
+            // what is drawn goes one by one before this; what is gathered keeps its batch
+            let fewer = if need.batch > 1 {
+                ", or fewer states in a forward (`calibration.batch` in the recipe)"
+            } else {
+                ""
+            };
             bail!(
-                "--max-vram: {text}\nhint: allow {}, or draw smaller pictures (--width, --height), or take --dtype bf16",
+                "--max-vram: {text}\nhint: allow {}, or draw smaller pictures (--width, --height){fewer}, or take --dtype bf16",
                 size(least.bytes + at_work)
             );
         }
@@ -282,6 +292,7 @@ impl Place {
             size(self.at_work(config, need)),
             limit.map_or_else(String::new, |limit| format!(", of {}", size(limit)))
         ));
+        load::check_kernels(&self.runtime);
         let vb = pipeline
             .transformer
             .var_builder(self.runtime.dtype, &self.runtime.device);

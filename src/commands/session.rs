@@ -15,7 +15,7 @@ use crate::{
         states::States,
     },
     device::Runtime,
-    model::Flux,
+    model::{Flux, demand::TOGETHER},
     pipeline::Pipeline,
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
@@ -299,6 +299,7 @@ impl<'a> Session<'a> {
                 &encoded,
                 self.channels(),
                 batch,
+                TOGETHER,
                 seed,
                 &progress,
             )?;

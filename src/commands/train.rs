@@ -105,6 +105,7 @@ impl Pair {
         if !offload {
             return load::flux(&self.teacher, runtime);
         }
+        load::check_kernels(runtime);
         let vb = self
             .teacher
             .transformer
@@ -214,16 +215,19 @@ pub(super) fn prune_bundled(args: &TrainArgs, folder: &Path) -> Result<ModelChoi
 /// Bytes at each end by which tensors are compared: weights that were trained differ everywhere.
 const COMPARED: usize = 4096;
 
+/// Whether the pruned model's tensor `a` is the teacher's `b`.
 fn same(a: &Source, b: &Source) -> Result<bool> {
     if a.shape() != b.shape() {
         return Ok(false);
     }
-    if a.format() != b.format() {
-        // pruning writes GGML's blocks as floats
-        let blocks = b.format().dtype().is_none();
-        return Ok(blocks && a.ends(COMPARED)? == b.converted(a.format(), None).ends(COMPARED)?);
+    if a.format() == b.format() {
+        return Ok(a.scale() == b.scale() && a.ends(COMPARED)? == b.ends(COMPARED)?);
     }
-    Ok(a.scale() == b.scale() && a.ends(COMPARED)? == b.ends(COMPARED)?)
+    let equal = |a: &Source, b: &Source| -> Result<bool> {
+        Ok(a.ends(COMPARED)? == b.converted(a.format(), None).ends(COMPARED)?)
+    };
+    // pruning writes GGML's blocks as floats; a format that holds all numbers of another, GGUF's f32, changes none
+    Ok(equal(a, b)? && (b.format().dtype().is_none() || equal(b, a)?))
 }
 
 /// What the recipe left open, filled in.
@@ -314,13 +318,15 @@ pub(super) fn settings(pair: &Pair, resolved: &Resolved, runtime: &Runtime) -> V
 const PICTURES_STEM: &str = "pictures";
 const PICTURES_KEY: &str = "fastflux-pictures";
 
-/// The teacher's pictures of all prompts: as saved in `folder` by a run of the same settings, or drawn and saved there.
+/// The teacher's pictures of all prompts: as saved in `folder` by a run of the same settings, or drawn and saved there,
+/// `together` batches at a time where blocks are read.
 pub(super) fn pictures(
     folder: &Path,
     pair: &Pair,
     resolved: &Resolved,
     flux: &dyn Fn() -> Result<Flux>,
     settings: &Value,
+    together: usize,
     runtime: &Runtime,
 ) -> Result<(Flux, Pictures)> {
     let data = &resolved.recipe.data;
@@ -372,7 +378,9 @@ pub(super) fn pictures(
     let progress = ui::progress(encoded.len().div_ceil(batch) * denoise.steps, "sampling");
     let channels = teacher.config.out_channels / 4;
     let seed = resolved.recipe.seed;
-    let latents = calibrate::sample(&denoise, &encoded, channels, batch, seed, &progress)?;
+    let latents = calibrate::sample(
+        &denoise, &encoded, channels, batch, together, seed, &progress,
+    )?;
     ui::done(&progress, format!("sampled {} pictures", encoded.len()));
     let mut checkpoint = Checkpoint::default();
     for (name, tensor) in [

@@ -24,6 +24,8 @@ pub(super) struct Way {
     pub(super) recompute: bool,
     /// Blocks that are not trained are read when they are run.
     pub(super) offload: bool,
+    /// Batches that pass through such a block together.
+    pub(super) ahead: usize,
 }
 
 /// One phase: its name, its steps and what it takes.
@@ -41,17 +43,19 @@ pub(super) fn way(
     let asked = Way {
         recompute,
         offload: args.offload,
+        ahead: 1,
     };
     let limits = MemoryArgs {
         offload: args.offload,
         max_vram: args.max_vram,
     };
     let Some(limit) = Place::new(limits, runtime).limit() else {
-        return Ok(asked);
+        return ahead(asked, None, pair, resolved, sandwiches, runtime);
     };
     let least = Way {
         recompute: true,
         offload: true,
+        ahead: 1,
     };
     let again = Way {
         recompute: true,
@@ -71,7 +75,7 @@ pub(super) fn way(
                     }
                 ));
             }
-            return Ok(way);
+            return ahead(way, Some(limit), pair, resolved, sandwiches, runtime);
         }
     }
     let peak = peak(&phases(pair, resolved, sandwiches, least, runtime)?);
@@ -89,6 +93,45 @@ pub(super) fn way(
     Ok(least)
 }
 
+/// `way` with as many batches together through a stored block as there is room for.
+fn ahead(
+    way: Way,
+    limit: Option<u64>,
+    pair: &Pair,
+    resolved: &Resolved,
+    sandwiches: &[Sandwich],
+    runtime: &Runtime,
+) -> Result<Way> {
+    let recipe = &resolved.recipe;
+    let peak = peak(&phases(pair, resolved, sandwiches, way, runtime)?);
+    let steps = recipe.steps.max(recipe.finish.steps) * recipe.data.accumulate;
+    let held_out = resolved.held_out.div_ceil(resolved.batch.max(1));
+    let samples = match recipe.data.cache {
+        0 => steps,
+        cache => cache.min(steps),
+    };
+    let room = limit.map(|limit| limit as f64 - peak);
+    let situation = situation(pair, resolved, way, runtime)?;
+    let config = &pair.pruned.config;
+    Ok(Way {
+        ahead: situation.most_ahead(config, samples.max(held_out), room),
+        ..way
+    })
+}
+
+fn situation(pair: &Pair, resolved: &Resolved, way: Way, runtime: &Runtime) -> Result<Situation> {
+    Ok(Situation {
+        element: runtime.dtype.size_in_bytes() as f64,
+        weight: pair.teacher.bytes_of_a_weight(runtime.dtype),
+        cpu: runtime.device.is_cpu(),
+        batch: resolved.batch,
+        tokens: (pair.teacher.default_text_length()?, resolved.size.tokens()),
+        recompute: way.recompute,
+        offload: way.offload,
+        ahead: way.ahead,
+    })
+}
+
 fn phases(
     pair: &Pair,
     resolved: &Resolved,
@@ -97,14 +140,7 @@ fn phases(
     runtime: &Runtime,
 ) -> Result<Vec<Taken>> {
     let recipe = &resolved.recipe;
-    let situation = Situation {
-        element: runtime.dtype.size_in_bytes() as f64,
-        cpu: runtime.device.is_cpu(),
-        batch: resolved.batch,
-        tokens: (pair.teacher.default_text_length()?, resolved.size.tokens()),
-        recompute: way.recompute,
-        offload: way.offload,
-    };
+    let situation = situation(pair, resolved, way, runtime)?;
     let (pruned, teacher) = (&pair.pruned.config, &pair.teacher.config);
     let take = |sandwich: Option<&Sandwich>| {
         memory::forecast(pruned, teacher, sandwiches, sandwich, recipe, situation)
@@ -148,14 +184,15 @@ pub(super) fn dry_run(
             "batch": resolved.batch,
             "recompute": way.recompute,
             "offload": way.offload,
+            "batches_ahead": way.ahead,
             "recipe": recipe,
         }));
     }
     let rows: Vec<Vec<String>> = phases
         .iter()
         .map(|(name, steps, f)| {
-            let size = [f.weights, f.optimiser, f.activations, f.bytes()].map(ui::bytes);
-            let [weights, optimiser, activations, all] = size;
+            let size = [f.weights, f.optimiser, f.activations, f.samples, f.bytes()];
+            let [weights, optimiser, activations, samples, all] = size.map(ui::bytes);
             vec![
                 name.clone(),
                 steps.to_string(),
@@ -163,6 +200,7 @@ pub(super) fn dry_run(
                 weights,
                 optimiser,
                 activations,
+                samples,
                 all,
             ]
         })
@@ -174,14 +212,20 @@ pub(super) fn dry_run(
         "weights",
         "trainables",
         "activations",
+        "batches",
         "all",
     ];
     ui::data(format!(
-        "{}\n\n{} pictures, {} states of {} tokens in a forward; peak on the device: {}",
-        ui::table(&header, &rows, &[1, 2, 3, 4, 5, 6]),
+        "{}\n\n{} pictures, {} states of {} tokens in a forward; {}peak on the device: {}",
+        ui::table(&header, &rows, &[1, 2, 3, 4, 5, 6, 7]),
         resolved.prompts.len(),
         resolved.batch,
         pair.teacher.default_text_length()? + resolved.size.tokens(),
+        if way.offload {
+            format!("a block that is read serves {} of them; ", way.ahead)
+        } else {
+            String::new()
+        },
         ui::bytes(peak)
     ))
 }

@@ -75,7 +75,9 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         ));
     }
     let flux = || pair.flux(way.offload, &runtime);
-    let (flux, pictures) = train::pictures(&folder, &pair, &resolved, &flux, &settings, &runtime)?;
+    let (flux, pictures) = train::pictures(
+        &folder, &pair, &resolved, &flux, &settings, way.ahead, &runtime,
+    )?;
     let (pictures, held_out) = pictures.split(train::held_out_pictures(pictures.len()))?;
     let (student, shared) = pair.student(&flux, way.offload, &runtime)?;
     let mut training = Training {
@@ -90,6 +92,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         recipe: &resolved.recipe,
         save_every: args.save_every,
         recompute: way.recompute,
+        ahead: way.ahead,
     };
     let before = training.velocity_error()?;
     let start = Instant::now();

@@ -6,7 +6,10 @@ use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 use serde::Serialize;
 
-use super::load;
+use super::{
+    load,
+    recorded::{Reference, distance},
+};
 use crate::{
     checkpoint::Checkpoint,
     cli::VerifyArgs,
@@ -15,7 +18,10 @@ use crate::{
     layout::{BlockKind, BlockSpec},
     model::{Conditioning, Flux, Inputs, Observer, Stream},
     pipeline::Pipeline,
-    sample::denoise::{Denoise, Encoded, LatentSize, starting_noise},
+    sample::{
+        denoise::{Denoise, Encoded, LatentSize, starting_noise},
+        vae::Vae,
+    },
     ui,
 };
 
@@ -35,11 +41,6 @@ struct Comparison {
     max_abs: f64,
     relative: f64,
     ok: bool,
-}
-
-/// A reference file and what it says about how it was recorded.
-struct Reference {
-    tensors: Checkpoint,
 }
 
 pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
@@ -65,9 +66,9 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
         skipped: Vec::new(),
     };
     check.text()?;
-    let flux = check.transformer()?;
-    check.vae()?;
-    check.pipeline(flux)?;
+    let prompts = check.prompts()?;
+    let drawn = check.transformer(prompts)?;
+    check.vae(drawn)?;
     ensure!(
         !check.done.is_empty(),
         "`{name}` holds no tensor that this model can be compared with\nhint: record one with scripts/make_reference.py"
@@ -114,41 +115,14 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
     })
 }
 
-impl Reference {
-    fn has(&self, name: &str) -> bool {
-        self.tensors.contains(name)
-    }
-
-    /// A recorded tensor, floats in f32, on the CPU.
-    fn get(&self, name: &str) -> Result<Tensor> {
-        let tensor = self.tensors.expect(name)?.tensor(&Device::Cpu)?;
-        Ok(if tensor.dtype().is_float() {
-            tensor.to_dtype(DType::F32)?
-        } else {
-            tensor
-        })
-    }
-
-    /// A number of the metadata.
-    fn number<T: std::str::FromStr>(&self, key: &str) -> Result<T> {
-        let text = self.text(key)?;
-        text.parse().ok().with_context(|| {
-            format!(
-                "`{}`: its metadata says `{key}` = `{text}`, which is not a number",
-                self.tensors.name
-            )
-        })
-    }
-
-    fn text(&self, key: &str) -> Result<&str> {
-        let value = self.tensors.metadata.get(key);
-        value
-            .map(String::as_str)
-            .with_context(|| format!("`{}`: its metadata lacks `{key}`", self.tensors.name))
-    }
+/// What the whole pipeline made of a recorded prompt: packed latents from the recorded noise, and from a recorded seed.
+struct Drawn {
+    size: LatentSize,
+    latents: Tensor,
+    seeded: Option<Tensor>,
 }
 
-/// The comparison under way.
+/// The comparison under way. Text encoders, transformer and VAE come and go one after another.
 struct Check<'a> {
     reference: &'a Reference,
     pipeline: &'a Pipeline,
@@ -274,13 +248,48 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Compares one recorded call, block by block; gives the loaded model back for the pipeline's steps.
-    fn transformer(&mut self) -> Result<Option<Flux>> {
+    /// The prompt that the whole pipeline draws, where it is recorded and everything for it is there.
+    fn prompts(&mut self) -> Result<Option<Encoded>> {
         let reference = self.reference;
-        if !reference.has("transformer.img") {
+        if !reference.has("pipeline.latents") {
+            return Ok(None);
+        }
+        if reference.has("pipeline.sigmas") {
+            let schedule = load::schedule(self.pipeline)?;
+            let tokens = reference.size()?.tokens();
+            let sigmas = schedule.sigmas(reference.number("steps")?, tokens)?;
+            let sigmas = Tensor::new(sigmas, &Device::Cpu)?;
+            self.compare("pipeline.sigmas", &sigmas, false)?;
+        }
+        let files = match (self.pipeline.text_files(), self.pipeline.vae_files()) {
+            (Ok(text), Ok(_)) => text,
+            (Err(error), _) | (_, Err(error)) => {
+                self.skip("pipeline", &error);
+                return Ok(None);
+            }
+        };
+        let length = Some(reference.number("t5_len")?);
+        let encoders = load::text_encoders(self.pipeline, &files, length, self.runtime)?;
+        load::encode(&encoders, &[reference.text("prompt")?.to_owned()]).map(Some)
+    }
+
+    /// Compares one recorded call and draws `prompts`.
+    fn transformer(&mut self, prompts: Option<Encoded>) -> Result<Option<Drawn>> {
+        let recorded = self.reference.has("transformer.img");
+        if !recorded && prompts.is_none() {
             return Ok(None);
         }
         let flux = load::flux(self.pipeline, self.runtime)?;
+        if recorded {
+            self.call(&flux)?;
+        }
+        let drawn = prompts.map(|prompts| self.draw(&flux, &prompts));
+        drawn.transpose()
+    }
+
+    /// Compares one recorded call, block by block.
+    fn call(&mut self, flux: &Flux) -> Result<()> {
+        let reference = self.reference;
         let get = |name: &str| reference.get(&format!("transformer.{name}"));
         let device = &self.runtime.device;
         let place = |t: Tensor| -> Result<Tensor> {
@@ -336,116 +345,77 @@ impl Check<'_> {
         if reference.has("transformer.velocity") {
             self.compare("transformer.velocity", &Tensor::cat(&velocity, 0)?, false)?;
         }
-        Ok(Some(flux))
-    }
-
-    fn vae(&mut self) -> Result<()> {
-        if !self.reference.has("vae.latents") || !self.reference.has("vae.image") {
-            return Ok(());
-        }
-        match self.pipeline.vae_files() {
-            Err(error) => self.skip("VAE", &error),
-            Ok(files) => {
-                let vae = load::vae(&files, self.runtime)?;
-                let image = load::decode(
-                    &vae,
-                    &self.reference.get("vae.latents")?,
-                    None,
-                    self.runtime,
-                )?;
-                self.compare("vae.image", &image, true)?;
-            }
-        }
         Ok(())
     }
 
-    /// The whole pipeline, from prompt and noise to the picture.
-    fn pipeline(&mut self, flux: Option<Flux>) -> Result<()> {
+    /// The pipeline's steps, from the recorded noise and from that of the recorded seed.
+    fn draw(&self, flux: &Flux, prompts: &Encoded) -> Result<Drawn> {
         let reference = self.reference;
-        if !reference.has("pipeline.latents") {
-            return Ok(());
-        }
-        let size = LatentSize {
-            height: reference.number::<usize>("height")? / 8,
-            width: reference.number::<usize>("width")? / 8,
-        };
-        let steps = reference.number("steps")?;
-        let schedule = load::schedule(self.pipeline)?;
-        if reference.has("pipeline.sigmas") {
-            let sigmas = schedule.sigmas(steps, size.tokens())?;
-            self.compare(
-                "pipeline.sigmas",
-                &Tensor::new(sigmas, &Device::Cpu)?,
-                false,
-            )?;
-        }
-        let (text, vae) = match (self.pipeline.text_files(), self.pipeline.vae_files()) {
-            (Ok(text), Ok(vae)) => (text, vae),
-            (Err(error), _) | (_, Err(error)) => {
-                self.skip("pipeline", &error);
-                return Ok(());
-            }
-        };
-        let encoders = load::text_encoders(
-            self.pipeline,
-            &text,
-            Some(reference.number("t5_len")?),
-            self.runtime,
-        )?;
-        let prompts: Encoded = load::encode(&encoders, &[reference.text("prompt")?.to_owned()])?;
-        drop(encoders);
-        let flux = match flux {
-            Some(flux) => flux,
-            None => load::flux(self.pipeline, self.runtime)?,
-        };
+        let size = reference.size()?;
         let denoise = Denoise {
-            flux: &flux,
+            flux,
             dtype: self.runtime.dtype,
             device: &self.runtime.device,
-            schedule: &schedule,
-            steps,
+            schedule: &load::schedule(self.pipeline)?,
+            steps: reference.number("steps")?,
             guidance: reference.number("guidance")?,
             size,
         };
-        let vae = load::vae(&vae, self.runtime)?;
-        let draw = |noise: &Tensor| -> Result<(Tensor, Tensor)> {
-            let latents = denoise.run(noise, &prompts, &mut (), &mut || ())?;
-            let image = load::decode_packed(&vae, &latents, size, None, self.runtime)?;
-            Ok((latents, (image.clamp(-1.0, 1.0)? * 0.5)?.affine(1.0, 0.5)?))
-        };
-        let (latents, image) = draw(&reference.get("pipeline.latents")?)?;
-        if reference.has("pipeline.final_latents") {
-            self.compare("pipeline.final_latents", &latents, true)?;
-        }
-        if reference.has("pipeline.image") {
-            self.compare_picture("pipeline.image", &image)?;
-        }
-        if reference.has("pipeline.seeded_image") {
+        let draw = |noise: &Tensor| denoise.run(noise, prompts, &mut (), &mut || ());
+        let seeded = || {
             let channels = self.pipeline.config.out_channels / 4;
             let noise = starting_noise(reference.number("image_seed")?, 1, channels, size)?;
-            self.compare_picture("pipeline.seeded_image", &draw(&noise)?.1)?;
+            draw(&noise)
+        };
+        let wanted = reference.has("pipeline.seeded_image");
+        Ok(Drawn {
+            size,
+            latents: draw(&reference.get("pipeline.latents")?)?,
+            seeded: wanted.then(seeded).transpose()?,
+        })
+    }
+
+    fn vae(&mut self, drawn: Option<Drawn>) -> Result<()> {
+        let reference = self.reference;
+        let recorded = reference.has("vae.latents") && reference.has("vae.image");
+        if !recorded && drawn.is_none() {
+            return Ok(());
+        }
+        let files = match self.pipeline.vae_files() {
+            Ok(files) => files,
+            Err(error) => {
+                self.skip("VAE", &error);
+                return Ok(());
+            }
+        };
+        let vae = load::vae(&files, self.runtime)?;
+        if recorded {
+            let latents = reference.get("vae.latents")?;
+            let image = load::decode(&vae, &latents, None, self.runtime)?;
+            self.compare("vae.image", &image, true)?;
+        }
+        drawn.map_or(Ok(()), |drawn| self.pictures(&vae, &drawn))
+    }
+
+    /// The whole pipeline, from prompt and noise to the picture.
+    fn pictures(&mut self, vae: &Vae, drawn: &Drawn) -> Result<()> {
+        let reference = self.reference;
+        if reference.has("pipeline.final_latents") {
+            self.compare("pipeline.final_latents", &drawn.latents, true)?;
+        }
+        let wanted = reference.has("pipeline.image").then_some(&drawn.latents);
+        for (name, latents) in [
+            ("pipeline.image", wanted),
+            ("pipeline.seeded_image", drawn.seeded.as_ref()),
+        ] {
+            if let Some(latents) = latents {
+                let image = load::decode_packed(vae, latents, drawn.size, None, self.runtime)?;
+                let image = (image.clamp(-1.0, 1.0)? * 0.5)?.affine(1.0, 0.5)?;
+                self.compare_picture(name, &image)?;
+            }
         }
         Ok(())
     }
-}
-
-/// Largest absolute difference and ‖a − b‖ / ‖b‖.
-fn distance(name: &str, got: &Tensor, want: &Tensor) -> Result<(f64, f64)> {
-    let got = got.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
-    let want = want.to_dtype(DType::F64)?;
-    ensure!(
-        got.dims() == want.dims(),
-        "`{name}`: computed shape {:?}, recorded shape {:?}: the reference is not of this model",
-        got.dims(),
-        want.dims()
-    );
-    let difference = (got - &want)?;
-    let norm = |t: &Tensor| -> Result<f64> { Ok(t.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt()) };
-    let max_abs = difference.abs()?.max_all()?.to_scalar::<f64>()?;
-    Ok((
-        max_abs,
-        norm(&difference)? / norm(&want)?.max(f64::MIN_POSITIVE),
-    ))
 }
 
 /// Keeps the block outputs that the reference has, under the names it gives them.

@@ -7,6 +7,10 @@ use crate::layout::{BlockSpec, FluxConfig};
 /// Attention scores that are held at once where there is no kernel without a score matrix: in `ops::attention`.
 const SCORES: u64 = 1 << 28;
 
+/// Streams that go together through a block that is read whenever it is run, unless more are asked for: each waits in a
+/// twentieth of the memory that a block takes at work.
+pub const TOGETHER: usize = 8;
+
 /// What a forward is computed with.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Format {
@@ -57,6 +61,12 @@ pub fn activations(config: &FluxConfig, samples: usize, tokens: usize, format: F
         scores * (4 + format.element)
     };
     rows * widest * format.element + scores
+}
+
+/// Bytes of the streams of `samples` of `tokens` tokens that wait for their turn at a block, [`TOGETHER`] at most.
+pub fn waiting(config: &FluxConfig, samples: usize, tokens: usize, format: Format) -> u64 {
+    let stream = (samples * tokens * config.hidden_size) as u64 * format.element;
+    (TOGETHER as u64 - 1) * stream
 }
 
 /// Which entries of the layout stay on the device; the others are read whenever they are run.

@@ -119,22 +119,25 @@ impl Trunk {
         Ok(trunk)
     }
 
-    /// Runs the entries of `range` on `stream`.
+    /// Whether an entry of `range` is read whenever it is run.
+    pub fn has_stored(&self, range: Range<usize>) -> bool {
+        let entries = self.entries.get(range).into_iter().flatten();
+        entries.into_iter().any(|(_, block)| block.is_stored())
+    }
+
+    /// Shows the entries of `range` to `visit` in order, each with its weights on the device.
     ///
-    /// While a block computes, another thread reads the next one that is not on the device, so that of those no more than
-    /// two are there at a time.
-    pub fn forward_range(
+    /// While it looks at a block, another thread reads the next one that is not on the device, so that of those no more
+    /// than two are there at a time.
+    pub fn walk(
         &self,
         range: Range<usize>,
-        stream: &Stream,
-        conditioning: &Conditioning,
-        observer: &mut dyn Observer,
-    ) -> Result<Stream> {
+        visit: &mut dyn FnMut(usize, &BlockSpec, &Block) -> Result<()>,
+    ) -> Result<()> {
         let Some(entries) = self.entries.get(range.clone()) else {
             candle::bail!("no entries {range:?} in a trunk of {}", self.len())
         };
         thread::scope(|scope| {
-            let mut stream = stream.clone();
             let mut ahead: Option<ScopedJoinHandle<Result<Block>>> = None;
             for (at, (index, (spec, block))) in range.zip(entries).enumerate() {
                 let block = if block.is_stored() {
@@ -147,13 +150,52 @@ impl Trunk {
                 };
                 if ahead.is_none() {
                     let next = entries[at + 1..].iter().find(|(_, b)| b.is_stored());
-                    ahead = next.map(|(_, next)| scope.spawn(|| next.resident()));
+                    ahead = next.map(|(_, next)| scope.spawn(|| next.resident_elsewhere()));
                 }
-                let output = block.forward(&stream, conditioning)?;
-                observer.block(index, spec, conditioning, &stream, &output)?;
-                stream = output;
+                visit(index, spec, &block)?;
             }
-            Ok(stream)
+            Ok(())
+        })
+    }
+
+    /// Runs the entries of `range` on `stream`; blocks that are not on the device come and go as in [`Self::walk`].
+    pub fn forward_range(
+        &self,
+        range: Range<usize>,
+        stream: &Stream,
+        conditioning: &Conditioning,
+        observer: &mut dyn Observer,
+    ) -> Result<Stream> {
+        let mut stream = stream.clone();
+        self.walk(range, &mut |index, spec, block| {
+            let output = block.forward(&stream, conditioning)?;
+            observer.block(index, spec, conditioning, &stream, &output)?;
+            stream = output;
+            Ok(())
+        })?;
+        Ok(stream)
+    }
+
+    /// Runs the entries of `range` on each of `streams` in place, block after block, so that a block that is not on the
+    /// device is read once for all of them. The same numbers as one stream after another.
+    pub fn forward_each(
+        &self,
+        range: Range<usize>,
+        streams: &mut [Stream],
+        conditionings: &[&Conditioning],
+    ) -> Result<()> {
+        if streams.len() != conditionings.len() {
+            candle::bail!(
+                "{} streams, {} conditionings",
+                streams.len(),
+                conditionings.len()
+            );
+        }
+        self.walk(range, &mut |_, _, block| {
+            for (stream, conditioning) in streams.iter_mut().zip(conditionings) {
+                *stream = block.forward(stream, conditioning)?;
+            }
+            Ok(())
         })
     }
 }
@@ -262,6 +304,39 @@ mod tests {
             let streamed = 6 - resident.len();
             assert_eq!(asked.singles().len(), 2 * streamed, "{resident:?}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_block_is_read_once_for_several_streams() -> Result<()> {
+        let mut config = small_config();
+        config.layout = unpruned(0, 4);
+        let asked = Asked::default();
+        let flux = Flux::stored(&config, &asked.weights(), &|index| index == 2)?;
+        assert!(flux.trunk.has_stored(1..3) && !flux.trunk.has_stored(2..3));
+        asked.0.lock().unwrap().clear();
+        let starts =
+            [1, 3, 2].map(|batch| flux.embed(&SmallInputs::new(&config, batch)?.borrowed()));
+        let (mut streams, conditionings): (Vec<_>, Vec<_>) = starts
+            .into_iter()
+            .collect::<Result<Vec<_>>>()?
+            .into_iter()
+            .unzip();
+        let want = streams.iter().zip(&conditionings);
+        let want: Vec<_> = want
+            .map(|(stream, c)| flux.trunk.forward_range(0..4, stream, c, &mut ()))
+            .collect::<Result<_>>()?;
+        assert_eq!(asked.singles(), [0, 1, 3, 0, 1, 3, 0, 1, 3]);
+        asked.0.lock().unwrap().clear();
+        let conditionings: Vec<_> = conditionings.iter().collect();
+        flux.trunk
+            .forward_each(0..4, &mut streams, &conditionings)?;
+        assert_eq!(asked.singles(), [0, 1, 3]);
+        for (got, want) in streams.iter().zip(&want) {
+            close(&got.tokens, &want.tokens, 0.0)?;
+        }
+        let few = &conditionings[..1];
+        assert!(flux.trunk.forward_each(0..4, &mut streams, few).is_err());
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
+use candle::DType;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -191,6 +192,13 @@ impl Pipeline {
             _ => "FLUX.1 without guidance embedding",
         };
         name.to_owned()
+    }
+
+    /// Bytes that a weight of the transformer takes in memory when it computes in `dtype`, on average: packed ones stay
+    /// packed.
+    pub fn bytes_of_a_weight(&self, dtype: DType) -> f64 {
+        let bytes = self.transformer.bytes_loaded(dtype) as f64;
+        bytes / self.transformer.parameters().max(1) as f64
     }
 
     /// Steps to sample with when the user names none.

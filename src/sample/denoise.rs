@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use candle::{DType, Device, Tensor};
 
 use super::{latents, noise, schedule::Schedule};
-use crate::model::{Flux, Inputs, Observer};
+use crate::model::{Conditioning, Flux, Inputs, Observer};
 
 /// Prompts as the transformer sees them.
 #[derive(Clone, Debug)]
@@ -104,40 +104,117 @@ impl Denoise<'_> {
         observer: &mut dyn Observer,
         on_step: &mut dyn FnMut(),
     ) -> Result<Tensor> {
+        let sigmas = self.schedule.sigmas(self.steps, self.size.tokens())?;
+        let mut drawing = self.start(noise, prompts)?;
+        for pair in sigmas.windows(2) {
+            let (img, timestep) = self.at(&drawing, pair[0])?;
+            let velocity = self
+                .flux
+                .forward(&drawing.inputs(&img, &timestep), observer)?;
+            drawing.step(&velocity, pair)?;
+            on_step();
+        }
+        drawing.finished()
+    }
+
+    /// The same of several batches of noise and prompts, each step of all of them together through one block after
+    /// another, so that a block that is not on the device is read once for all. The same numbers.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_each(
+        &self,
+        batches: &[(Tensor, Encoded)],
+        on_step: &mut dyn FnMut(),
+    ) -> Result<Vec<Tensor>> {
+        let sigmas = self.schedule.sigmas(self.steps, self.size.tokens())?;
+        let mut drawings = Vec::new();
+        for (noise, prompts) in batches {
+            drawings.push(self.start(noise, prompts)?);
+        }
+        let trunk = &self.flux.trunk;
+        for pair in sigmas.windows(2) {
+            let (mut streams, mut conditionings) = (Vec::new(), Vec::new());
+            for drawing in &drawings {
+                let (img, timestep) = self.at(drawing, pair[0])?;
+                let (stream, conditioning) = self.flux.embed(&drawing.inputs(&img, &timestep))?;
+                streams.push(stream);
+                conditionings.push(conditioning);
+            }
+            let borrowed: Vec<&Conditioning> = conditionings.iter().collect();
+            trunk.forward_each(0..trunk.len(), &mut streams, &borrowed)?;
+            for ((drawing, end), conditioning) in drawings.iter_mut().zip(streams).zip(borrowed) {
+                drawing.step(&self.flux.head(&end, conditioning)?, pair)?;
+                on_step();
+            }
+        }
+        drawings.into_iter().map(Drawing::finished).collect()
+    }
+
+    fn start(&self, noise: &Tensor, prompts: &Encoded) -> Result<Drawing> {
         let batch = noise.dim(0)?;
         ensure!(
             batch == prompts.len(),
             "{batch} noises of {} prompts",
             prompts.len()
         );
-        let sigmas = self.schedule.sigmas(self.steps, self.size.tokens())?;
         let place =
             |t: &Tensor| -> Result<Tensor> { Ok(t.to_device(self.device)?.to_dtype(self.dtype)?) };
         let (txt, vec) = (place(&prompts.txt)?, place(&prompts.vec)?);
-        let img_ids = latents::img_ids(self.size.height, self.size.width, self.device)?;
-        let txt_ids = latents::txt_ids(txt.dim(1)?, self.device)?;
-        let guidance = Tensor::full(self.guidance as f32, batch, self.device)?;
-        let mut x = noise.to_device(self.device)?.to_dtype(DType::F32)?;
-        for pair in sigmas.windows(2) {
-            let timestep = Tensor::full(self.schedule.timestep(pair[0]), batch, self.device)?;
-            let inputs = Inputs {
-                img: &x.to_dtype(self.dtype)?,
-                img_ids: &img_ids,
-                txt: &txt,
-                txt_ids: &txt_ids,
-                timestep: &timestep,
-                vec: &vec,
-                guidance: Some(&guidance),
-            };
-            let velocity = self.flux.forward(&inputs, observer)?.to_dtype(DType::F32)?;
-            x = (x + (velocity * f64::from(pair[1] - pair[0]))?)?;
-            on_step();
+        Ok(Drawing {
+            x: noise.to_device(self.device)?.to_dtype(DType::F32)?,
+            img_ids: latents::img_ids(self.size.height, self.size.width, self.device)?,
+            txt_ids: latents::txt_ids(txt.dim(1)?, self.device)?,
+            guidance: Tensor::full(self.guidance as f32, batch, self.device)?,
+            txt,
+            vec,
+        })
+    }
+
+    /// The latents and the noise level as the model takes them.
+    fn at(&self, drawing: &Drawing, sigma: f32) -> Result<(Tensor, Tensor)> {
+        let batch = drawing.x.dim(0)?;
+        let timestep = Tensor::full(self.schedule.timestep(sigma), batch, self.device)?;
+        Ok((drawing.x.to_dtype(self.dtype)?, timestep))
+    }
+}
+
+/// A batch of pictures under way.
+struct Drawing {
+    /// Packed latents, (b, tokens, channels), f32.
+    x: Tensor,
+    img_ids: Tensor,
+    txt: Tensor,
+    txt_ids: Tensor,
+    vec: Tensor,
+    guidance: Tensor,
+}
+
+impl Drawing {
+    fn inputs<'a>(&'a self, img: &'a Tensor, timestep: &'a Tensor) -> Inputs<'a> {
+        Inputs {
+            img,
+            img_ids: &self.img_ids,
+            txt: &self.txt,
+            txt_ids: &self.txt_ids,
+            timestep,
+            vec: &self.vec,
+            guidance: Some(&self.guidance),
         }
-        let norm = x.sqr()?.sum_all()?.to_scalar::<f32>()?;
+    }
+
+    fn step(&mut self, velocity: &Tensor, pair: &[f32]) -> Result<()> {
+        let velocity = velocity.to_dtype(DType::F32)?;
+        self.x = (&self.x + (velocity * f64::from(pair[1] - pair[0]))?)?;
+        Ok(())
+    }
+
+    fn finished(self) -> Result<Tensor> {
+        let norm = self.x.sqr()?.sum_all()?.to_scalar::<f32>()?;
         ensure!(
             norm.is_finite(),
             "the latents became NaN or infinite\nhint: try --dtype f32, or check the model with `fastflux verify`"
         );
-        Ok(x)
+        Ok(self.x)
     }
 }

@@ -9,7 +9,7 @@ use indicatif::ProgressBar;
 use crate::{
     calibrate::states::{Batch, States},
     layout::BlockId,
-    model::{Block, Flux, Trunk},
+    model::{Block, Flux, Stream, Trunk, demand::TOGETHER},
 };
 
 /// Held-out states with the unpruned model's velocity on them.
@@ -65,7 +65,8 @@ impl HeldOut {
 
     /// The error of `trunk` with each of `candidates` (index in the trunk → replacement) exchanged in turn.
     ///
-    /// The trunk is a fold, so the prefix before a block is computed once for all candidates behind it.
+    /// The trunk is a fold, so the prefix before a block is computed once for all candidates behind it. Where blocks are
+    /// read whenever they are run, several candidates go through each together; the numbers are the same.
     ///
     /// # Errors
     /// When a forward fails.
@@ -77,22 +78,39 @@ impl HeldOut {
         progress: &ProgressBar,
     ) -> Result<BTreeMap<usize, f64>> {
         let mut errors: BTreeMap<usize, f64> = candidates.keys().map(|k| (*k, 0.0)).collect();
+        let order: Vec<usize> = candidates.keys().copied().collect();
+        let together = if trunk.has_stored(0..trunk.len()) {
+            TOGETHER
+        } else {
+            1
+        };
         for (batch, velocity) in &self.batches {
             let (mut prefix, conditioning) = flux.embed(&batch.inputs())?;
-            for index in 0..trunk.len() {
-                if let Some(block) = candidates.get(&index) {
-                    let replaced = block.forward(&prefix, &conditioning)?;
-                    let end = trunk.forward_range(
-                        index + 1..trunk.len(),
-                        &replaced,
-                        &conditioning,
-                        &mut (),
-                    )?;
+            let mut start = 0;
+            for group in order.chunks(together) {
+                let last = group.last().copied().unwrap_or(start);
+                // what came out of the candidates so far, on its way to the end
+                let mut under_way: Vec<(usize, Stream)> = Vec::new();
+                trunk.walk(start..trunk.len(), &mut |index, _, block| {
+                    for (_, stream) in &mut under_way {
+                        *stream = block.forward(stream, &conditioning)?;
+                    }
+                    if let Some(candidate) = candidates.get(&index)
+                        && group.contains(&index)
+                    {
+                        under_way.push((index, candidate.forward(&prefix, &conditioning)?));
+                    }
+                    if index < last {
+                        prefix = block.forward(&prefix, &conditioning)?;
+                    }
+                    Ok(())
+                })?;
+                for (index, end) in under_way {
                     let got = flux.head(&end, &conditioning)?.to_dtype(DType::F32)?;
                     *errors.entry(index).or_default() += sum_sq(&(got - velocity)?)? / self.norm_sq;
                     progress.inc(1);
                 }
-                prefix = trunk.forward_range(index..index + 1, &prefix, &conditioning, &mut ())?;
+                start = last;
             }
         }
         Ok(errors)

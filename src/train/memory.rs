@@ -19,11 +19,18 @@ use crate::{
 /// Scores that the backward pass of attention holds at once on a GPU: four tensors of f32 of this many elements.
 const SCORES: f64 = (1u64 << 26) as f64;
 
+/// Bytes on the device for batches that pass through a stored block together, where there is room for so many.
+const AHEAD_BYTES: f64 = (1u64 << 31) as f64;
+/// Batches from which reading takes a small part of the time: more would only take memory.
+const MOST_AHEAD: usize = 64;
+
 /// Where and how a run computes.
 #[derive(Clone, Copy, Debug)]
 pub struct Situation {
-    /// Bytes of a weight or activation.
+    /// Bytes of an activation.
     pub element: f64,
+    /// Bytes of a frozen weight, on average: fewer where weights stay packed.
+    pub weight: f64,
     /// Whether to the CPU, whose kernels hold the scores of a few rows only.
     pub cpu: bool,
     /// States in a forward.
@@ -34,6 +41,36 @@ pub struct Situation {
     pub recompute: bool,
     /// Whether blocks that are not trained stay off the device.
     pub offload: bool,
+    /// Batches that pass through such a block together; at least 1.
+    pub ahead: usize,
+}
+
+impl Situation {
+    /// Bytes of the tokens of one batch between two blocks.
+    fn input(self, config: &FluxConfig) -> f64 {
+        let (text, image) = self.tokens;
+        (config.hidden_size * self.batch * (text + image)) as f64 * self.element
+    }
+
+    /// Bytes of one batch at the entry of what is trained: input and target, and the rotary table.
+    fn sample(self, config: &FluxConfig) -> f64 {
+        let (text, image) = self.tokens;
+        let head = config.axes_dims.iter().sum::<usize>();
+        2.0 * self.input(config) + (4 * head * (text + image)) as f64
+    }
+
+    /// How many batches may pass through a stored block together: as many as fit into 2 GiB and into `room` bytes, of the
+    /// `samples` that there are, 64 at most.
+    pub fn most_ahead(self, config: &FluxConfig, samples: usize, room: Option<f64>) -> usize {
+        if !self.offload {
+            return 1;
+        }
+        // a sample, and another stream of it on its way through a block
+        let each = self.sample(config) + self.input(config);
+        let room = room.unwrap_or(AHEAD_BYTES).clamp(0.0, AHEAD_BYTES);
+        let more = (room / each) as usize;
+        (1 + more).min(samples).clamp(1, MOST_AHEAD)
+    }
 }
 
 /// What one phase takes, in bytes on the device.
@@ -48,12 +85,14 @@ pub struct Forecast {
     pub optimiser: f64,
     /// Activations and gradients of the tokens.
     pub activations: f64,
+    /// Batches that wait: held-out ones, those that are used again, and those that were made ahead.
+    pub samples: f64,
 }
 
 impl Forecast {
     /// All bytes.
     pub fn bytes(&self) -> f64 {
-        self.weights + self.optimiser + self.activations
+        self.weights + self.optimiser + self.activations + self.samples
     }
 }
 
@@ -81,9 +120,14 @@ pub fn forecast(
 
     let s = situation;
     let (text, image) = s.tokens;
-    let parameters =
+    let wide =
         |spec: &BlockSpec| cost::block(config, spec, image, text).parameters as f64 * s.element;
-    let outside = cost::embedder_and_head(config, image, text).parameters as f64 * s.element;
+    // new layers are never packed
+    let parameters = |spec: &BlockSpec| match spec {
+        BlockSpec::Original(_) => wide(spec) / s.element * s.weight,
+        BlockSpec::Replaced(_) => wide(spec),
+    };
+    let outside = cost::embedder_and_head(config, image, text).parameters as f64 * s.weight;
     let layers = config.layout.iter();
     let replaced: f64 = layers
         .filter(|spec| matches!(spec, BlockSpec::Replaced(_)))
@@ -104,9 +148,18 @@ pub fn forecast(
         outside + replaced + teacher.layout.iter().map(parameters).sum::<f64>()
     };
 
+    // the way back needs packed matrices wide, of one block or of all
+    let each = config.layout[range.clone()].iter();
+    let originals = each.filter(|spec| matches!(spec, BlockSpec::Original(_)));
+    let widened = match (s.weight < s.element, s.recompute) {
+        (false, _) => 0.0,
+        (true, true) => originals.map(wide).fold(0.0, f64::max),
+        (true, false) => originals.map(wide).sum(),
+    };
+
     let rows = (s.batch * (text + image)) as f64;
     let graph = |i: usize| graph(config, &config.layout[i]) * rows * s.element;
-    let input = config.hidden_size as f64 * rows * s.element;
+    let input = s.input(config);
     let kept = if s.recompute {
         input * range.len() as f64 + range.clone().map(graph).fold(0.0, f64::max)
     } else {
@@ -116,12 +169,21 @@ pub fn forecast(
     let scores = if s.cpu { 0.0 } else { 4.0 * 4.0 * SCORES };
     let full = (s.batch * config.num_heads) as f64 * ((text + image) as f64).powi(2) * 16.0;
     let attention = 24.0 * config.hidden_size as f64 * rows * 4.0 + scores.min(full);
+    let data = &recipe.data;
+    let held_out = data.held_out.unwrap_or(0) as f64 / s.batch.max(1) as f64;
+    let ahead = s.ahead.saturating_sub(1) as f64;
+    let waiting = match data.cache {
+        0 => ahead,
+        cache => cache as f64,
+    };
     Forecast {
         trainables,
-        weights,
-        optimiser: 16.0 * trainables,
+        weights: weights + widened,
+        // on the CPU the best values so far are beside them
+        optimiser: if s.cpu { 20.0 } else { 16.0 } * trainables,
         // beside the graph: the sample (input and target) and gradients of the widest tensor
         activations: kept + attention + 6.0 * input,
+        samples: (held_out + waiting) * s.sample(config) + ahead * input,
     }
 }
 
@@ -201,11 +263,13 @@ mod tests {
         let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
         let situation = |offload| Situation {
             element: 2.0,
+            weight: 2.0,
             cpu: false,
             batch: 1,
             tokens: (512, 4096),
             recompute: true,
             offload,
+            ahead: 1,
         };
         for sandwich in found.iter().map(Some).chain([None]) {
             let take = |offload| {
@@ -222,6 +286,81 @@ mod tests {
             assert!(take(true) < 12e9, "{} {sandwich:?}", take(true));
             assert!(take(false) > 23.8e9, "{}", take(false));
         }
+    }
+
+    #[test]
+    fn packed_weights_count_as_they_are_held() {
+        let teacher = flux_dev();
+        let mut pruned = flux_dev();
+        pruned.layout[5] = BlockSpec::Replaced(Replacement {
+            replaces: vec![BlockId::double(5)],
+            form: Form::Linear,
+            joint: false,
+        });
+        let recipe = SandwichRecipe::default();
+        let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
+        let weights = |weight, recompute| {
+            let situation = Situation {
+                element: 2.0,
+                weight,
+                cpu: false,
+                batch: 1,
+                tokens: (512, 4096),
+                recompute,
+                offload: false,
+                ahead: 1,
+            };
+            forecast(&pruned, &teacher, &found, found.first(), &recipe, situation).weights
+        };
+        let (dense, packed) = (weights(2.0, true), weights(1.0, true));
+        // half of it, and what is wide: a double block and the two new layers
+        let block = 2.0 * 339_821_056.0;
+        let layers = 2.0 * 2.0 * 3072.0 * 3073.0;
+        let want = (dense - layers) / 2.0 + layers + block;
+        assert!((packed - want).abs() < 1e6, "{packed} {want}");
+        assert!((weights(1.0, false) - packed - block).abs() < 1e6);
+        assert!((weights(2.0, false) - dense).abs() < 0.5);
+    }
+
+    #[test]
+    fn as_many_batches_go_ahead_as_are_counted() {
+        let teacher = flux_dev();
+        let mut pruned = flux_dev();
+        pruned.layout[5] = BlockSpec::Replaced(Replacement {
+            replaces: vec![BlockId::double(5)],
+            form: Form::Linear,
+            joint: false,
+        });
+        let recipe = SandwichRecipe::default();
+        let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
+        let alone = Situation {
+            element: 2.0,
+            weight: 2.0,
+            cpu: false,
+            batch: 1,
+            tokens: (512, 4096),
+            recompute: true,
+            offload: true,
+            ahead: 1,
+        };
+        let peak = |ahead| {
+            let situation = Situation { ahead, ..alone };
+            forecast(&pruned, &teacher, &found, found.first(), &recipe, situation).bytes()
+        };
+        let most = alone.most_ahead(&pruned, 1000, None);
+        assert!((20..=MOST_AHEAD).contains(&most), "{most}");
+        assert!(peak(most) <= peak(1) + AHEAD_BYTES);
+        assert!(peak(most + 1) > peak(1) + AHEAD_BYTES);
+        let room = 5e8;
+        let few = alone.most_ahead(&pruned, 1000, Some(room));
+        assert!(peak(few) <= peak(1) + room && peak(few + 1) > peak(1) + room);
+        assert_eq!(alone.most_ahead(&pruned, 3, None), 3);
+        assert_eq!(alone.most_ahead(&pruned, 1000, Some(-1.0)), 1);
+        let resident = Situation {
+            offload: false,
+            ..alone
+        };
+        assert_eq!(resident.most_ahead(&pruned, 1000, None), 1);
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub mod peft;
 mod phase;
 pub mod recipe;
 mod run;
+mod samples;
 pub mod sandwich;
 pub mod state;
 pub mod trainables;

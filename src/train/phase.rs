@@ -72,7 +72,8 @@ pub(super) fn phases(
     out
 }
 
-/// One batch at the entry of what is trained.
+/// One batch at the entry of what is trained. Clones share the tensors.
+#[derive(Clone)]
 pub(super) struct Sample {
     pub(super) stream: Stream,
     pub(super) conditioning: Conditioning,

@@ -7,17 +7,15 @@ use super::{
     Entry, PhaseReport,
     adamw::{self, AdamW},
     backward,
-    data::{Key, Pictures},
+    data::Pictures,
     phase::{Kind, Measure, Phase, Sample, phases},
-    recipe::{SandwichRecipe, Target},
+    recipe::SandwichRecipe,
+    samples::Samples,
     sandwich::Sandwich,
     state::{Progress, Saved},
     trainables::{self, Trainable, Values},
 };
-use crate::{
-    calibrate::states::Batch,
-    model::{Block, Flux, Stream, Trunk},
-};
+use crate::model::{Block, Flux, Trunk};
 
 /// A held-out loss this many times that from before is no accident.
 const DIVERGED: f64 = 10.0;
@@ -62,6 +60,8 @@ pub struct Training<'a> {
     pub save_every: usize,
     /// Whether to keep the input of each block only and compute the rest again on the way back.
     pub recompute: bool,
+    /// Batches that pass through a block together where it is read whenever it is run; at least 1. Changes no number.
+    pub ahead: usize,
 }
 
 impl Training<'_> {
@@ -155,6 +155,7 @@ impl Training<'_> {
         let held_out = self.held_out_samples(phase)?;
         let measure = self.measure(phase, &held_out)?;
         let mut adam = Self::optimiser(trainables, saved)?;
+        forget(trainables, saved);
         if saved.progress.before.is_none() {
             let before = self.held_out_loss(phase, &held_out, &measure)?;
             ensure!(
@@ -167,15 +168,13 @@ impl Training<'_> {
             Self::log(phase, &mut saved.progress, None, Some(before), watch)?;
         }
         let before = saved.progress.before.unwrap_or(f64::INFINITY);
-        let mut pool: Vec<Option<Sample>> = Vec::new();
-        pool.resize_with(recipe.data.cache, || None);
-        let purpose = saved.progress.phase as u64;
+        let mut samples = Samples::new(self, phase, saved.progress.phase as u64);
         while saved.progress.step < phase.steps {
             let step = saved.progress.step;
             let lr = recipe.optimiser.rate(phase.lr, step, phase.steps);
             let at = || format!("step {}, learning rate {lr:.2e}", step + 1);
             let (loss, mut grads) = self
-                .step(phase, &vars, &measure, purpose, step, &mut pool)
+                .step(phase, &vars, &measure, step, &mut samples)
                 .with_context(at)?;
             let norm = adamw::norm(&grads)?;
             if !loss.is_finite() || !norm.is_finite() {
@@ -201,6 +200,7 @@ impl Training<'_> {
                 })
                 .collect();
             adam.step(&vars, &grads, &rates, &recipe.optimiser)?;
+            drop(grads);
             saved.progress.step = step + 1;
             let look = (step + 1).is_multiple_of(recipe.evaluate_every) || step + 1 == phase.steps;
             let held_out_loss = look
@@ -230,11 +230,11 @@ impl Training<'_> {
                 saved.values.extend(trainables::values(trainables)?);
                 saved.moments = moments(trainables, &adam)?;
                 watch.save(saved)?;
+                forget(trainables, saved);
             }
         }
         trainables::restore(trainables, &saved.best)?;
         saved.values.extend(std::mem::take(&mut saved.best));
-        saved.moments = Default::default();
         let Progress {
             step, before, best, ..
         } = saved.progress;
@@ -302,26 +302,14 @@ impl Training<'_> {
         phase: &Phase,
         vars: &[Var],
         measure: &Measure,
-        purpose: u64,
         step: usize,
-        pool: &mut [Option<Sample>],
+        samples: &mut Samples,
     ) -> Result<(f64, Vec<Tensor>)> {
         let accumulate = self.recipe.data.accumulate;
         let mut total: Option<(f64, Vec<Tensor>)> = None;
         for part in 0..accumulate {
-            let index = step * accumulate + part;
-            let fresh;
-            let sample = if pool.is_empty() {
-                fresh = self.sample(phase, &self.draw(purpose, index)?)?;
-                &fresh
-            } else {
-                let index = index % pool.len();
-                let slot = &mut pool[index];
-                match slot {
-                    Some(sample) => sample,
-                    None => slot.insert(self.sample(phase, &self.draw(purpose, index)?)?),
-                }
-            };
+            let sample = samples.get(step * accumulate + part)?;
+            let sample = &*sample;
             let got = backward::gradients(
                 &self.student.trunk,
                 phase.range.clone(),
@@ -348,74 +336,6 @@ impl Training<'_> {
         Ok((loss * share, grads.collect::<candle::Result<_>>()?))
     }
 
-    fn draw(&self, purpose: u64, index: usize) -> Result<Batch> {
-        let key = Key {
-            seed: self.recipe.seed,
-            purpose,
-            index: index as u64,
-        };
-        self.pictures.draw(key, self.batch)
-    }
-
-    fn held_out_samples(&self, phase: &Phase) -> Result<Vec<Sample>> {
-        let mut out = Vec::new();
-        let mut left = self.held_out_states;
-        while left > 0 {
-            let key = Key {
-                seed: self.recipe.seed,
-                purpose: Key::HELD_OUT,
-                index: out.len() as u64,
-            };
-            let count = left.min(self.batch);
-            out.push(self.sample(phase, &self.held_out.draw(key, count)?)?);
-            left -= count;
-        }
-        Ok(out)
-    }
-
-    /// Entries at the start that still compute what the teacher's do.
-    fn untouched(&self) -> usize {
-        let entries = self.student.trunk.entries();
-        let touched = entries.iter().position(|(_, block)| block.has_lora());
-        touched.map_or(self.shared, |touched| touched.min(self.shared))
-    }
-
-    /// Runs a batch up to what the phase trains, and what it is to put out.
-    fn sample(&self, phase: &Phase, batch: &Batch) -> Result<Sample> {
-        let teacher = &self.teacher.trunk;
-        let (start, conditioning) = self.teacher.embed(&batch.inputs())?;
-        let (low, shared) = (phase.range.start, self.untouched().min(phase.range.start));
-        let run = |trunk: &Trunk, range, stream: &Stream| {
-            trunk.forward_range(range, stream, &conditioning, &mut ())
-        };
-        // the entries before the first that differs are computed once for both
-        let common = run(teacher, 0..shared, &start)?;
-        let stream = if shared == low {
-            common.clone()
-        } else {
-            run(
-                &trainables::frozen(&self.student.trunk),
-                shared..low,
-                &common,
-            )?
-        };
-        let target = match &phase.kind {
-            Kind::Finish => {
-                let end = run(teacher, shared..teacher.len(), &common)?;
-                self.teacher.head(&end, &conditioning)?
-            }
-            Kind::Sandwich(sandwich) => match self.recipe.sandwich.target {
-                Target::Global => run(teacher, shared..sandwich.teacher.end, &common)?.tokens,
-                Target::Local => run(teacher, sandwich.teacher.clone(), &stream)?.tokens,
-            },
-        };
-        Ok(Sample {
-            stream,
-            conditioning,
-            target,
-        })
-    }
-
     fn measure(&self, phase: &Phase, held_out: &[Sample]) -> Result<Measure> {
         let entries = self.student.trunk.len();
         Measure::new(
@@ -431,18 +351,27 @@ impl Training<'_> {
     fn held_out_loss(&self, phase: &Phase, held_out: &[Sample], measure: &Measure) -> Result<f64> {
         let student = trainables::frozen(&self.student.trunk);
         let mut sum = (0.0, 0);
-        for sample in held_out {
-            let output = student.forward_range(
-                phase.range.clone(),
-                &sample.stream,
-                &sample.conditioning,
-                &mut (),
-            )?;
-            let weight = sample.stream.tokens.dim(0)?;
-            sum.0 += measure.judge(&self.student, &output, sample)?.0 * weight as f64;
-            sum.1 += weight;
+        for samples in held_out.chunks(self.together(&student, phase.range.clone())) {
+            let (mut streams, conditionings): (Vec<_>, Vec<_>) = samples
+                .iter()
+                .map(|s| (s.stream.clone(), &s.conditioning))
+                .unzip();
+            student.forward_each(phase.range.clone(), &mut streams, &conditionings)?;
+            for (output, sample) in streams.iter().zip(samples) {
+                let weight = output.tokens.dim(0)?;
+                sum.0 += measure.judge(&self.student, output, sample)?.0 * weight as f64;
+                sum.1 += weight;
+            }
         }
         Ok(sum.0 / f64::from(sum.1.max(1) as u32))
+    }
+}
+
+/// Drops what was saved of values that are trained right now: on the CPU it would be in memory twice.
+fn forget(trainables: &[Trainable], saved: &mut Saved) {
+    saved.moments = Default::default();
+    for trainable in trainables {
+        saved.values.remove(&trainable.name);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{fs, path::Path};
 
+use safetensors::Dtype;
 use serde_json::Value;
 
 use crate::common::*;
@@ -141,6 +142,138 @@ fn packed_models_are_pruned_and_pruned_models_packed() {
     assert_eq!(inspected["replaced_blocks"], 1);
     let args = ["generate", "--model", "p.gguf", "--output", "a.png"];
     ok(w, &[&args[..], &["--prompt", "x", "--steps", "2"]].concat());
+}
+
+#[test]
+fn packed_models_draw_the_same_picture_wherever_their_blocks_are() {
+    let work = folder();
+    let w = work.path();
+    let prompt = "a red circle left of a blue square on a white background";
+    for (model, format) in [
+        ("f8.safetensors", ["--dtype", "f8e4m3"]),
+        ("q8.gguf", ["--gguf", "q8_0"]),
+    ] {
+        ok(w, &[&["convert", "--output", model], &format[..]].concat());
+        let draw = |output: &str, more: &[&str]| {
+            let args = ["generate", "--model", model, "--steps", "2"];
+            let what = ["--force", "--output", output, "--prompt", prompt];
+            let out = fastflux(w, &[&args[..], &what, more].concat());
+            let talk = String::from_utf8(out.stderr).unwrap();
+            assert!(out.status.success(), "{model}: {talk}");
+            let staying = talk.find(" of 15 blocks stay").map(|at| {
+                let count = talk[..at].rsplit(' ').next().unwrap();
+                count.parse::<usize>().unwrap()
+            });
+            (fs::read(w.join(output)).unwrap(), staying)
+        };
+        let (whole, staying) = draw("whole.png", &[]);
+        assert_eq!(staying, None, "{model}");
+        let (offloaded, staying) = draw("offload.png", &["--offload"]);
+        assert!(offloaded == whole && staying == Some(0), "{model}");
+        // two thirds of the packed weights, and what is computed
+        let (some, staying) = draw("some.png", &["--max-vram", "5MB"]);
+        let staying = staying.unwrap();
+        assert!(
+            some == whole && (2..15).contains(&staying),
+            "{model}: {staying}"
+        );
+    }
+}
+
+/// Without its record a packed file is a model of its own: what is pruned from it has it as its teacher.
+fn without_record(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    let found: Vec<usize> = [&b"\"fastflux\":"[..], b"fastflux.record"]
+        .iter()
+        .filter_map(|key| bytes.windows(key.len()).position(|part| part == *key))
+        .collect();
+    let [at] = found[..] else {
+        panic!("{}: one record", path.display())
+    };
+    let at = at + usize::from(bytes[at] == b'"');
+    bytes[at] = b'x';
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn models_pruned_from_packed_ones_are_trained() {
+    let work = folder();
+    let w = work.path();
+    let tiny = format!("{}/configs/tiny", env!("CARGO_MANIFEST_DIR"));
+    let (vae, config) = (
+        format!("{tiny}/vae"),
+        format!("{tiny}/transformer/config.json"),
+    );
+    let parts = ["--text-encoders", &tiny, "--vae", &vae, "--config", &config];
+    fs::write(
+        w.join("recipe.json"),
+        r#"{ "data": { "steps": 2, "held-out": 8, "width": 64, "height": 64 }, "steps": 4,
+             "evaluate-every": 2, "optimiser": { "lr": 3e-5, "warmup": 1 },
+             "finish": { "steps": 4, "lr": 3e-5 } }"#,
+    )
+    .unwrap();
+    for (model, format, kept) in [
+        ("f8.safetensors", ["--dtype", "f8e4m3"], Dtype::F8_E4M3),
+        ("q8.gguf", ["--gguf", "q8_0"], Dtype::BF16),
+    ] {
+        ok(w, &[&["convert", "--output", model], &format[..]].concat());
+        // with its own file as the teacher GGML's blocks are shared, which pruning has rounded
+        for own in [false, true] {
+            if own && kept != Dtype::BF16 {
+                continue;
+            }
+            let size = ["--width", "64", "--height", "64"];
+            let mut more = vec!["--model", model, "--blocks", "double.01"];
+            let (name, mut teacher) = (format!("{kept:?}-{own}"), vec![]);
+            if own {
+                without_record(&w.join(model));
+                more.extend(parts);
+                more.extend(size);
+                teacher.extend(parts);
+                teacher.extend(["--teacher", model]);
+            }
+            quick_prune(w, &name, &more);
+            let train = |output: &str, more: &[&str]| {
+                let args = [
+                    "train-sandwich",
+                    "--model",
+                    &name,
+                    "--recipe",
+                    "recipe.json",
+                ];
+                let few = ["--samples", "8", "--batch", "8", "--rank", "4", "--json"];
+                let all = [&args[..], &few, &["--output", output], &teacher, more].concat();
+                let report = json(w, &all);
+                let error = report["velocity_error"]["before"].as_f64().unwrap();
+                assert!(error > 1e-6 && error < 0.05, "{name}: {error}");
+                let trained = fs::read(w.join(output).join("flux.safetensors")).unwrap();
+                (trained, report["phases"].clone())
+            };
+            let trained = train(&format!("{name}-whole"), &["--recompute"]);
+            let offloaded = train(&format!("{name}-offload"), &["--offload"]);
+            assert!(trained == offloaded, "{name}");
+            if own {
+                // so near its teacher that a few steps do not better it
+                continue;
+            }
+            let (trained, _) = trained;
+            let before = fs::read(w.join(&name).join("flux.safetensors")).unwrap();
+            let before = safetensors::SafeTensors::deserialize(&before).unwrap();
+            let after = safetensors::SafeTensors::deserialize(&trained).unwrap();
+            let layer = "double_blocks.1.linear.img.weight";
+            let of = |tensor: &str| {
+                (
+                    before.tensor(tensor).unwrap(),
+                    after.tensor(tensor).unwrap(),
+                )
+            };
+            assert!(of(layer).0.data() != of(layer).1.data(), "{name}");
+            // what was trained is no longer packed
+            let (was, is) = of("double_blocks.2.img_attn.qkv.weight");
+            assert_eq!((was.dtype(), is.dtype()), (kept, Dtype::BF16), "{name}");
+            assert!(was.data() != is.data(), "{name}");
+        }
+    }
 }
 
 /// A GGUF header: version, tensors, metadata pairs, and what follows.

@@ -127,6 +127,42 @@ fn pruning_gives_the_same_bytes_without_a_block_on_the_device() {
     assert!(weights(&few) < WHOLE / 3, "{}", weights(&few));
 }
 
+/// States that share a forward are part of what a calibration is: little memory takes blocks away, never states.
+#[test]
+fn statistics_are_the_same_bytes_in_little_memory() {
+    let work = folder();
+    let w = work.path();
+    let recipe = r#"{"calibration": {"samples": 12, "steps": 2, "draws": 1, "batch": 6}, "score": {"held-out": 8}}"#;
+    fs::write(w.join("recipe.json"), recipe).unwrap();
+    let calibrate = |output: &str, more: &[&str]| {
+        let args = ["calibrate", "--recipe", "recipe.json", "--output", output];
+        // the same room for sums, so that all of them are kept
+        let sums = ["--stats-memory", "1GiB"];
+        let out = fastflux(w, &[&args[..], &sums, more].concat());
+        let talk = String::from_utf8(out.stderr).unwrap();
+        assert!(out.status.success(), "{talk}");
+        (fs::read(w.join(output)).unwrap(), talk)
+    };
+    let (want, talk) = calibrate("whole.safetensors", &[]);
+    assert!(!talk.contains("blocks stay"), "{talk}");
+    let (got, talk) = calibrate("little.safetensors", &["--max-vram", "30MB"]);
+    assert!(talk.contains("of 15 blocks stay"), "{talk}");
+    assert!(got == want);
+    let few = ["--output", "none.safetensors", "--max-vram", "8MB"];
+    let args = [
+        "calibrate",
+        "--recipe",
+        "recipe.json",
+        "--stats-memory",
+        "1GiB",
+    ];
+    refused(
+        w,
+        &[args.as_slice(), &few].concat(),
+        &["--max-vram", "6 states of", "calibration.batch"],
+    );
+}
+
 #[test]
 fn scores_and_reports_are_the_same_without_a_block_on_the_device() {
     let work = folder();

@@ -33,6 +33,10 @@ impl Source {
                 let flat = tensor.flatten_all()?.narrow(0, range.start, range.len())?;
                 Ok(flat.to_dtype(DType::F32)?.to_vec1()?)
             }
+            Data::Sum(_) => {
+                let sums = self.doubles(range)?.into_iter();
+                Ok(sums.map(|x| x as f32).collect())
+            }
             Data::Pieces(pieces) => {
                 let bytes = |at: usize| self.format.bytes(at);
                 let pieces = cut(pieces, bytes(range.start)..bytes(range.end));
