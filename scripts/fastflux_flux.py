@@ -161,8 +161,9 @@ class FastFluxTransformer2DModel(FluxTransformer2DModel):
         state, config = diffusers_names(state, json.loads(record))
         with torch.device("meta"):
             model = cls(**config)
-        model.load_state_dict(state, assign=True)
-        return model.to(dtype or torch_dtype or state["x_embedder.weight"].dtype).eval()
+        dtype = dtype or torch_dtype or state["x_embedder.weight"].dtype
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+        return model.eval()
 
     def renumbered(self, lora):
         """A LoRA of the unpruned model in diffusers' names, its blocks numbered as they are here; those that were replaced are left out."""
