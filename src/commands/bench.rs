@@ -248,6 +248,7 @@ impl Subject {
 
     /// A model of the first blocks of each kind.
     pub(super) fn load_part(&self, config: &FluxConfig, runtime: &Runtime) -> Result<Flux> {
+        load::check_kernels(runtime);
         let random = self.pipeline.is_none();
         let random = random.then(|| random_weights(config, runtime.dtype));
         let weights = match (&self.pipeline, random.transpose()?) {

@@ -1,12 +1,14 @@
 //! Loads the parts of a pipeline onto the device, with progress and errors that name files.
 
+use std::sync::Once;
+
 use anyhow::{Context, Result};
 use candle::{DType, Device, Tensor};
 
 use crate::{
     device::Runtime,
     files::Files,
-    model::Flux,
+    model::{Flux, ops},
     pipeline::{Pipeline, VaeFiles},
     sample::{
         denoise::{Encoded, LatentSize},
@@ -24,11 +26,24 @@ const PROMPTS_PER_CALL: usize = 32;
 
 /// The transformer in the runtime's format on its device.
 pub(super) fn flux(pipeline: &Pipeline, runtime: &Runtime) -> Result<Flux> {
+    check_kernels(runtime);
     let vb = pipeline
         .transformer
         .var_builder(runtime.dtype, &runtime.device);
     Flux::new(&pipeline.config, vb)
         .with_context(|| format!("cannot load the transformer of `{}`", pipeline.name))
+}
+
+/// Says once if the device's kernels are not used: results are the same, slower.
+pub(super) fn check_kernels(runtime: &Runtime) {
+    static ASKED: Once = Once::new();
+    ASKED.call_once(|| {
+        if let Some(why) = ops::trouble(&runtime.device) {
+            ui::warn(format!(
+                "slower than it could be, without our CUDA kernels: {why}"
+            ));
+        }
+    });
 }
 
 /// The scheduler.

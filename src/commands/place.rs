@@ -292,6 +292,7 @@ impl Place {
             size(self.at_work(config, need)),
             limit.map_or_else(String::new, |limit| format!(", of {}", size(limit)))
         ));
+        load::check_kernels(&self.runtime);
         let vb = pipeline
             .transformer
             .var_builder(self.runtime.dtype, &self.runtime.device);

@@ -105,6 +105,7 @@ impl Pair {
         if !offload {
             return load::flux(&self.teacher, runtime);
         }
+        load::check_kernels(runtime);
         let vb = self
             .teacher
             .transformer

@@ -97,6 +97,16 @@ impl Block {
         Ok(block)
     }
 
+    /// [`resident`](Self::resident), for another thread to run: candle gives every thread a CUDA stream of its own, so the
+    /// copies that this one has started must have ended.
+    pub(super) fn resident_elsewhere(&self) -> Result<Self> {
+        let block = self.resident()?;
+        if let Self::Stored(stored) = self {
+            stored.vb.device().synchronize()?;
+        }
+        Ok(block)
+    }
+
     /// Puts `linear` in the place of the projection `name`. A stored block keeps it where its tensors are, so that they
     /// may wait on the host, and brings it to the device with the rest.
     ///
@@ -222,11 +232,14 @@ mod tests {
     use super::*;
     use crate::layout::{BlockId, Form, Replacement, unpruned};
     use crate::model::Flux;
-    use crate::model::testing::{SmallInputs, close, random, random_flux, small_config};
+    use crate::model::testing::{SmallInputs, close, random, random_flux_on, small_config};
 
     /// A double block, a single block, and one replaced jointly and one for each stream.
     fn all_kinds(dtype: DType) -> Result<Flux> {
-        let mut config = small_config();
+        all_kinds_on(&Device::Cpu, small_config(), dtype)
+    }
+
+    fn all_kinds_on(device: &Device, mut config: FluxConfig, dtype: DType) -> Result<Flux> {
         config.layout = unpruned(1, 3);
         for (index, joint) in [(1, true), (2, false)] {
             config.layout[index] = BlockSpec::Replaced(Replacement {
@@ -235,7 +248,7 @@ mod tests {
                 joint,
             });
         }
-        random_flux(&config, dtype)
+        random_flux_on(device, &config, dtype)
     }
 
     /// Makes LoRA factors of every projection, and weights and biases of replacements, trainable.
@@ -245,9 +258,9 @@ mod tests {
             let replaced = matches!(spec, BlockSpec::Replaced(_));
             for (name, linear) in block.linears_mut() {
                 let (output, input) = linear.shape()?;
-                let dtype = linear.weight()?.dtype();
+                let (dtype, device) = (linear.weight()?.dtype(), linear.device());
                 let mut var = |part: &str, x: Tensor| -> Result<Tensor> {
-                    let var = Var::from_tensor(&x.to_dtype(dtype)?)?;
+                    let var = Var::from_tensor(&x.to_dtype(dtype)?.to_device(&device)?)?;
                     let tensor = var.as_tensor().clone();
                     vars.push((format!("{index}.{name}.{part}"), var));
                     Ok(tensor)
@@ -268,6 +281,7 @@ mod tests {
     fn loss(flux: &Flux, inputs: &SmallInputs) -> Result<Tensor> {
         let velocity = flux.forward(&inputs.borrowed(), &mut ())?;
         let weights = random("loss", velocity.dims())?.to_dtype(velocity.dtype())?;
+        let weights = weights.to_device(velocity.device())?;
         (velocity.sqr()? + velocity * weights)?.sum_all()
     }
 
@@ -330,6 +344,46 @@ mod tests {
         let (fused, composed) = (gradients(DType::F32)?, gradients(DType::F64)?);
         for ((name, fused), (_, composed)) in fused.iter().zip(&composed) {
             close(fused, composed, 2e-5).map_err(|e| candle::Error::Msg(format!("{name}: {e}")))?;
+        }
+        Ok(())
+    }
+
+    /// With the head size of the bundled model, which all builds of flash attention have.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_gpu_computes_and_learns_what_a_cpu_does() -> Result<()> {
+        let Some(gpu) = crate::model::testing::gpu() else {
+            return Ok(());
+        };
+        let mut config = small_config();
+        (config.hidden_size, config.axes_dims) = (64, vec![8, 12, 12]);
+        let inputs = SmallInputs::new(&config, 3)?;
+        let run = |device: &Device, dtype, train: bool| -> Result<Vec<(String, Tensor)>> {
+            let mut flux = all_kinds_on(device, config.clone(), dtype)?;
+            let inputs = inputs.to_device(device)?;
+            let on_cpu = |x: &Tensor| x.to_device(&Device::Cpu);
+            if !train {
+                let velocity = flux.forward(&inputs.borrowed(), &mut ())?;
+                return Ok(vec![("velocity".to_owned(), on_cpu(&velocity)?)]);
+            }
+            let vars = trainables(&mut flux)?;
+            let gradients = loss(&flux, &inputs)?.backward()?;
+            let each = vars.into_iter().map(|(name, var)| {
+                let gradient = gradients.get(&var).expect("every trainable has one");
+                Ok((name, on_cpu(gradient)?))
+            });
+            each.collect()
+        };
+        for (dtype, train, tolerance) in [
+            (DType::F32, false, 2e-5),
+            (DType::BF16, false, 3e-2),
+            (DType::F32, true, 2e-5),
+        ] {
+            let (got, want) = (run(&gpu, dtype, train)?, run(&Device::Cpu, dtype, train)?);
+            for ((name, got), (_, want)) in got.iter().zip(&want) {
+                close(got, want, tolerance)
+                    .map_err(|e| candle::Error::Msg(format!("{name} in {dtype:?}: {e}")))?;
+            }
         }
         Ok(())
     }

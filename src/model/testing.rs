@@ -107,13 +107,31 @@ impl SimpleBackend for RandomWeights {
     }
 }
 
-/// A model with random weights.
+/// A model with random weights on the CPU.
 pub(super) fn random_flux(config: &FluxConfig, dtype: DType) -> Result<Flux> {
+    random_flux_on(&Device::Cpu, config, dtype)
+}
+
+/// A model with random weights, the same on every device.
+pub(super) fn random_flux_on(device: &Device, config: &FluxConfig, dtype: DType) -> Result<Flux> {
     let backend: Box<dyn SimpleBackend> = Box::new(RandomWeights::default());
     Flux::new(
         config,
-        VarBuilder::from_backend(backend, dtype, Device::Cpu),
+        VarBuilder::from_backend(backend, dtype, device.clone()),
     )
+}
+
+/// The first GPU, for tests that leave it at a note where there is none.
+#[cfg(feature = "cuda")]
+#[expect(clippy::print_stderr, reason = "a test that does nothing says so")]
+pub(super) fn gpu() -> Option<Device> {
+    match Device::new_cuda(0) {
+        Ok(gpu) => Some(gpu),
+        Err(_) => {
+            eprintln!("no GPU here: nothing was tested");
+            None
+        }
+    }
 }
 
 /// The tensors that a model of this configuration reads.
@@ -159,6 +177,20 @@ impl SmallInputs {
                 .affine(0.1, 0.0)?,
             vec: random("vec", (batch, config.vec_in_dim))?,
             guidance: Tensor::arange(1, 1 + batch as u32, &Device::Cpu)?.to_dtype(DType::F32)?,
+        })
+    }
+
+    /// The same on another device.
+    #[cfg(feature = "cuda")]
+    pub(super) fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            img: self.img.to_device(device)?,
+            img_ids: self.img_ids.to_device(device)?,
+            txt: self.txt.to_device(device)?,
+            txt_ids: self.txt_ids.to_device(device)?,
+            timestep: self.timestep.to_device(device)?,
+            vec: self.vec.to_device(device)?,
+            guidance: self.guidance.to_device(device)?,
         })
     }
 

@@ -150,7 +150,7 @@ impl Trunk {
                 };
                 if ahead.is_none() {
                     let next = entries[at + 1..].iter().find(|(_, b)| b.is_stored());
-                    ahead = next.map(|(_, next)| scope.spawn(|| next.resident()));
+                    ahead = next.map(|(_, next)| scope.spawn(|| next.resident_elsewhere()));
                 }
                 visit(index, spec, &block)?;
             }

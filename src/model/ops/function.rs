@@ -28,7 +28,7 @@ pub(super) fn function(
         .collect();
     let node = Node {
         shape: output.shape().clone(),
-        output: Mutex::new(Some(output.contiguous()?)),
+        output: Mutex::new(Some(whole(&output)?)),
         tracked: tracked.clone(),
         backward: Arc::new(backward),
     };
@@ -39,6 +39,15 @@ pub(super) fn function(
         [a, b, c] => inputs[*a].apply_op3(inputs[*b], inputs[*c], node),
         more => candle::bail!("an operation with {} tracked inputs", more.len()),
     }
+}
+
+/// The same numbers from the beginning of a storage: on GPUs candle copies storages without regard to where in them a
+/// tensor lies.
+fn whole(x: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() && x.layout().start_offset() > 0 {
+        return x.force_contiguous();
+    }
+    x.contiguous()
 }
 
 /// The gradients of `inputs` by candle's own rules: `forward` is run once more on them in a graph.

@@ -3,6 +3,7 @@
 use candle::{DType, Result, Tensor};
 
 use super::cpu::{Element, Operand, by_dtype, exp, for_rows, fusable};
+use super::cuda;
 use super::function::{by_recomputing, function};
 use super::residual::{biased, check_bias};
 
@@ -15,17 +16,17 @@ const CUBIC: f32 = 0.044_715;
 /// `x` (batch, tokens, width), may be a narrowed view; `bias` (width,); `beside` (batch, tokens, any), put in front.
 pub fn gelu(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Result<Tensor> {
     if bias.is_some_and(Tensor::track_op) {
-        return gelu_plain(x, bias, beside);
+        return plain(x, bias, beside);
     }
     let (data, bias) = (x.detach(), bias.cloned());
     let beside_data = beside.map(Tensor::detach);
     let operands = [&data].into_iter().chain(&bias).chain(&beside_data);
     let y = match fusable(operands) {
-        Some(dtype) => by_dtype!(
-            dtype,
-            gelu_fused(&data, bias.as_ref(), beside_data.as_ref())
-        ),
-        None => gelu_plain(&data, bias.as_ref(), beside_data.as_ref()),
+        Some(dtype) => by_dtype!(dtype, fused(&data, bias.as_ref(), beside_data.as_ref())),
+        None => match cuda::gelu(&data, bias.as_ref(), beside_data.as_ref())? {
+            Some(y) => Ok(y),
+            None => plain(&data, bias.as_ref(), beside_data.as_ref()),
+        },
     }?;
     let inputs: Vec<&Tensor> = [x].into_iter().chain(beside).collect();
     let front = beside.map_or(Ok(0), |t| t.dim(2))?;
@@ -34,7 +35,7 @@ pub fn gelu(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Resul
         let mut out = if fusable([&data].into_iter().chain(&bias)) == Some(DType::F32) {
             vec![Some(gelu_backward(&data, bias.as_ref(), &own)?)]
         } else {
-            by_recomputing(&[&data], &own, |t| gelu_plain(&t[0], bias.as_ref(), None))?
+            by_recomputing(&[&data], &own, |t| plain(&t[0], bias.as_ref(), None))?
         };
         if grad.dim(2)? > width {
             out.push(Some(grad.narrow(2, 0, front)?.contiguous()?));
@@ -93,7 +94,7 @@ fn gelu_slope(x: f32) -> f32 {
     s + 2.0 * x * s * (1.0 - s) * SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x)
 }
 
-fn gelu_plain(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Result<Tensor> {
+pub(super) fn plain(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Result<Tensor> {
     let y = biased(x, bias)?.gelu()?;
     match beside {
         Some(beside) => Tensor::cat(&[beside, &y], 2),
@@ -101,11 +102,7 @@ fn gelu_plain(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Res
     }
 }
 
-fn gelu_fused<T: Element>(
-    x: &Tensor,
-    bias: Option<&Tensor>,
-    beside: Option<&Tensor>,
-) -> Result<Tensor> {
+fn fused<T: Element>(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Result<Tensor> {
     let (batch, tokens, width) = x.dims3()?;
     check_bias(bias, width)?;
     let offset = beside.map_or(Ok(0), |t| t.dim(2))?;
@@ -179,7 +176,7 @@ mod tests {
                     for beside in [None, Some(&beside)] {
                         close(
                             &gelu(&x, bias, beside)?,
-                            &gelu_plain(&x, bias, beside)?,
+                            &plain(&x, bias, beside)?,
                             tolerance,
                         )?;
                     }

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::blank::{Blank, filled};
 use super::cpu::{Element, LANES, Operand, by_dtype, fusable, sum_map, vectorized};
-use super::{biased, wide};
+use super::{biased, cuda, wide};
 use crate::model::rope::Rope;
 
 /// Epsilon of the RMS norms of queries and keys (diffusers `FluxAttention`, BFL `layers.py`).
@@ -66,7 +66,10 @@ pub(super) fn heads(streams: &[Projected], num_heads: usize, rope: &Rope) -> Res
     });
     match fusable(operands.flatten()) {
         Some(dtype) => by_dtype!(dtype, fused(streams, num_heads, rope)),
-        None => plain(streams, num_heads, rope),
+        None => match cuda::heads(streams, num_heads, rope)? {
+            Some(heads) => Ok(heads),
+            None => plain(streams, num_heads, rope),
+        },
     }
 }
 

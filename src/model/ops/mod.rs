@@ -1,8 +1,8 @@
 //! What blocks are made of: products, norms, heads, attention, GELU, residuals.
 //!
 //! Every operation exists twice: a plain composition of candle operations, which runs on every device, and a fused CPU
-//! kernel that does it in one pass. The choice is made by the operands: a kernel runs where all are on the CPU, in one
-//! number format. Where an operand is tracked for gradients the result becomes one node of candle's graph with a
+//! kernel that does it in one pass; those between the products have a kernel for NVIDIA GPUs too (`cuda`). The choice is
+//! made by the operands: a kernel runs where all are on one such device, in one number format. Where an operand is tracked for gradients the result becomes one node of candle's graph with a
 //! backward pass of its own (`function`), again fused or composed, so that no training flag can be forgotten and no
 //! fused operation drops a gradient.
 //!
@@ -25,6 +25,8 @@ mod attention_tiles;
 mod avx512;
 mod blank;
 mod cpu;
+#[cfg_attr(not(feature = "cuda"), path = "cuda/absent.rs")]
+mod cuda;
 mod function;
 mod gelu;
 mod heads;
@@ -36,6 +38,7 @@ mod tiles;
 mod widen;
 
 pub use attend::{attend, attend_beside_gelu};
+pub use cuda::trouble;
 pub use gelu::gelu;
 pub use heads::{Norms, Projected};
 pub use joined::{attend_beside_gelu_of_product, gelu_of_product};

@@ -6,10 +6,10 @@ use rayon::prelude::*;
 
 use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, sum_map, sum_product, vectorized};
 use super::function::{by_recomputing, function};
-use super::wide;
+use super::{cuda, wide};
 
 /// LayerNorm's epsilon (diffusers `transformer_flux.py`, BFL `layers.py`).
-const EPS: f64 = 1e-6;
+pub(super) const EPS: f64 = 1e-6;
 
 /// `layer_norm(x) · (1 + scale) + shift`; statistics in f32 whatever the dtype (f64 stays f64).
 ///
@@ -25,7 +25,10 @@ pub fn norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tenso
     let data = [x.detach(), shift.detach(), scale.detach()];
     let y = match fusable(&data) {
         Some(dtype) => by_dtype!(dtype, fused(&data[0], &data[1], &data[2])),
-        None => plain(&data[0], &data[1], &data[2]),
+        None => match cuda::norm_modulate(&data[0], &data[1], &data[2])? {
+            Some(y) => Ok(y),
+            None => plain(&data[0], &data[1], &data[2]),
+        },
     }?;
     function(&[x, &shift, &scale], y, move |grad| {
         if fusable(&data) == Some(DType::F32) {
@@ -37,7 +40,7 @@ pub fn norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tenso
     })
 }
 
-fn plain(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
+pub(super) fn plain(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
     let dtype = x.dtype();
     let x = wide(x)?;
     let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, vectorized};
 use super::function::function;
-use super::wide;
+use super::{cuda, wide};
 
 /// One stream's part of [`gated_residual`].
 pub struct Branch<'a> {
@@ -27,8 +27,11 @@ pub fn gated_residual(branches: &[Branch]) -> Result<Tensor> {
         .flatten();
     let mut tracked = operands.clone().filter(|x| x.track_op());
     match fusable(operands.clone()) {
-        Some(dtype) => by_dtype!(dtype, residual_fused(branches)),
-        None if tracked.next().is_none() => residual_plain(branches),
+        Some(dtype) => by_dtype!(dtype, fused(branches)),
+        None if tracked.next().is_none() => match cuda::gated_residual(branches)? {
+            Some(y) => Ok(y),
+            None => plain(branches),
+        },
         None => {
             let sums = branches.iter().map(residual_tracked);
             match sums.collect::<Result<Vec<_>>>()?.as_slice() {
@@ -131,7 +134,7 @@ fn gate_backward(
     ))
 }
 
-fn residual_plain(branches: &[Branch]) -> Result<Tensor> {
+pub(super) fn plain(branches: &[Branch]) -> Result<Tensor> {
     let sums = branches.iter().map(|branch| {
         let y = biased(branch.y, branch.bias)?;
         let y = match branch.gate {
@@ -146,7 +149,7 @@ fn residual_plain(branches: &[Branch]) -> Result<Tensor> {
     }
 }
 
-fn residual_fused<T: Element>(branches: &[Branch]) -> Result<Tensor> {
+fn fused<T: Element>(branches: &[Branch]) -> Result<Tensor> {
     let Some(first) = branches.first() else {
         candle::bail!("no branches to join")
     };
@@ -279,11 +282,7 @@ mod tests {
                     &[first()],
                     &[third()],
                 ] {
-                    close(
-                        &gated_residual(branches)?,
-                        &residual_plain(branches)?,
-                        tolerance,
-                    )?;
+                    close(&gated_residual(branches)?, &plain(branches)?, tolerance)?;
                 }
             }
         }

@@ -1,0 +1,29 @@
+//! Stands in for `cuda` where it is not built in: no kernel ever runs.
+#![expect(clippy::unnecessary_wraps, reason = "the others may fail")]
+
+use candle::{Device, Result, Tensor};
+
+use super::heads::{Heads, Projected};
+use super::residual::Branch;
+use crate::model::rope::Rope;
+
+/// Why kernels of this device are not used: nothing to say, there are none.
+pub fn trouble(_: &Device) -> Option<String> {
+    None
+}
+
+pub(super) fn norm_modulate(_: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn gated_residual(_: &[Branch]) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn heads(_: &[Projected], _: usize, _: &Rope) -> Result<Option<Heads>> {
+    Ok(None)
+}
+
+pub(super) fn gelu(_: &Tensor, _: Option<&Tensor>, _: Option<&Tensor>) -> Result<Option<Tensor>> {
+    Ok(None)
+}

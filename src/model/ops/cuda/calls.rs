@@ -1,0 +1,280 @@
+//! How each kernel is called: what fits it, which thread does what, where the result lies.
+
+use candle::{DType, Result, Tensor};
+
+use super::super::heads::{self, Heads, Projected};
+use super::super::norm;
+use super::super::residual::Branch;
+use super::launch::{self, GatedResidual, Gelu, Module, NormModulate, Rows, address_of};
+use crate::model::rope::Rope;
+
+/// Bytes that a thread moves at a time.
+const PIECE: usize = 16;
+/// Threads in a block, where a row does not ask for more.
+const THREADS: usize = 128;
+/// Tokens for which a thread keeps bias and gate.
+const TOKENS: usize = 4;
+/// Pieces of a row that a thread of `norm_modulate` holds (`HELD`), and the most threads there are for a row.
+const HELD: usize = 4;
+const MOST_THREADS: usize = 512;
+/// Threads that add up among themselves.
+const WARP: usize = 32;
+/// The largest second and third size of a grid.
+const MOST_BLOCKS: usize = 65_535;
+
+/// Collects the operands of a call; remembers what does not fit.
+struct Operands {
+    size: usize,
+    /// Whether everything begins and ends on whole pieces.
+    whole: bool,
+    fits: bool,
+}
+
+impl Operands {
+    fn new(dtype: DType) -> Self {
+        Self {
+            size: dtype.size_in_bytes(),
+            whole: true,
+            fits: true,
+        }
+    }
+
+    /// Numbers in a piece.
+    fn piece(&self) -> usize {
+        PIECE / self.size
+    }
+
+    fn fits(&mut self, condition: bool) {
+        self.fits &= condition;
+    }
+
+    /// A width, or a number of columns before others.
+    fn width(&mut self, width: usize) {
+        self.whole &= width.is_multiple_of(self.piece());
+    }
+
+    fn rows<'a>(&mut self, x: &'a Tensor, shape: &[usize]) -> Result<Rows<'a>> {
+        self.fits(x.dims() == shape);
+        let rows = Rows::of(x)?;
+        self.fits(rows.is_some());
+        let rows = rows.unwrap_or_default();
+        let aligned = |bytes: i64| bytes % PIECE as i64 == 0;
+        let size = self.size as i64;
+        self.whole &=
+            aligned(rows.data as i64) && aligned(rows.batch * size) && aligned(rows.token * size);
+        Ok(rows)
+    }
+
+    fn some_rows<'a>(&mut self, x: Option<&'a Tensor>, shape: &[usize]) -> Result<Rows<'a>> {
+        x.map_or(Ok(Rows::default()), |x| self.rows(x, shape))
+    }
+
+    /// The address of a contiguous tensor of f32.
+    fn table(&mut self, x: &Tensor) -> Result<u64> {
+        self.fits(x.dtype() == DType::F32 && x.is_contiguous());
+        let address = address_of(x)?;
+        self.whole &= address.is_multiple_of(PIECE as u64);
+        Ok(address)
+    }
+}
+
+/// Blocks for `columns` pieces of each token, of `tokens` tokens, [`TOKENS`] for a thread, and `batch` samples.
+fn grid(columns: usize, tokens: usize, batch: usize) -> [usize; 3] {
+    let rows = tokens.div_ceil(TOKENS).min(MOST_BLOCKS);
+    [columns.div_ceil(THREADS), rows, batch]
+}
+
+/// `norm::norm_modulate`: `x` (batch, tokens, width), `shift` and `scale` (batch, width).
+pub(super) fn norm_modulate(
+    module: &Module,
+    x: &Tensor,
+    shift: &Tensor,
+    scale: &Tensor,
+) -> Result<Option<Tensor>> {
+    let (dtype, (batch, tokens, width)) = (x.dtype(), x.dims3()?);
+    let mut operands = Operands::new(dtype);
+    let rows = [
+        operands.rows(x, &[batch, tokens, width])?,
+        operands.rows(shift, &[batch, width])?,
+        operands.rows(scale, &[batch, width])?,
+    ];
+    operands.width(width);
+    let threads = width
+        .div_ceil(operands.piece() * HELD)
+        .next_multiple_of(WARP);
+    operands.fits(threads <= MOST_THREADS && batch <= MOST_BLOCKS);
+    if !operands.fits {
+        return Ok(None);
+    }
+    let out = module.blank(dtype, batch * tokens * width)?;
+    let [x, shift, scale] = rows;
+    let parameters = NormModulate {
+        x,
+        shift,
+        scale,
+        out: out.address()?,
+        width: width as i32,
+        whole: operands.whole.into(),
+        eps: norm::EPS as f32,
+    };
+    module.run(dtype, [tokens, 1, batch], [threads, 1], &parameters)?;
+    Ok(Some(out.tensor((batch, tokens, width))))
+}
+
+/// `residual::gated_residual`.
+pub(super) fn gated_residual(module: &Module, branches: &[Branch]) -> Result<Option<Tensor>> {
+    let Some(first) = branches.first() else {
+        return Ok(None);
+    };
+    let (dtype, (batch, _, width)) = (first.x.dtype(), first.x.dims3()?);
+    let tokens = branches.iter().map(|b| b.x.dim(1));
+    let total = tokens.sum::<Result<usize>>()?;
+    // (1, width) is a gate for all samples
+    let gates = branches.iter().map(|branch| match branch.gate {
+        Some(gate) if gate.dims() == [1, width] => gate.broadcast_as((batch, width)).map(Some),
+        gate => Ok(gate.cloned()),
+    });
+    let gates = gates.collect::<Result<Vec<_>>>()?;
+    let mut operands = Operands::new(dtype);
+    operands.width(width);
+    operands.fits(batch <= MOST_BLOCKS);
+    let mut parts = Vec::with_capacity(branches.len());
+    for (branch, gate) in branches.iter().zip(&gates) {
+        let tokens = branch.x.dim(1)?;
+        parts.push((
+            tokens,
+            operands.rows(branch.x, &[batch, tokens, width])?,
+            operands.rows(branch.y, &[batch, tokens, width])?,
+            operands.some_rows(branch.bias, &[width])?,
+            operands.some_rows(gate.as_ref(), &[batch, width])?,
+        ));
+    }
+    if !operands.fits {
+        return Ok(None);
+    }
+    let out = module.blank(dtype, batch * total * width)?;
+    let mut start = 0;
+    for (tokens, x, y, bias, gate) in parts {
+        let parameters = GatedResidual {
+            x,
+            y,
+            bias,
+            gate,
+            out: out.address()?,
+            tokens: tokens as i32,
+            width: width as i32,
+            first: start as i32,
+            total: total as i32,
+            whole: operands.whole.into(),
+        };
+        let grid = grid(width.div_ceil(operands.piece()), tokens, batch);
+        module.run(dtype, grid, [THREADS, 1], &parameters)?;
+        start += tokens;
+    }
+    Ok(Some(out.tensor((batch, total, width))))
+}
+
+/// `heads::heads`.
+pub(super) fn heads(
+    module: &Module,
+    streams: &[Projected],
+    num_heads: usize,
+    rope: &Rope,
+) -> Result<Option<Heads>> {
+    let Some(first) = streams.first() else {
+        return Ok(None);
+    };
+    let (dtype, batch) = (first.qkv.dtype(), first.qkv.dim(0)?);
+    let (total, size) = (rope.tokens(), rope.head_dim());
+    let mut operands = Operands::new(dtype);
+    operands.width(size);
+    let table = [operands.table(rope.cos())?, operands.table(rope.sin())?];
+    let lanes = size.div_ceil(operands.piece()).next_power_of_two();
+    operands.fits(size.is_multiple_of(2) && lanes <= WARP && batch <= MOST_BLOCKS);
+    let mut parts = Vec::with_capacity(streams.len());
+    for Projected { qkv, bias, norms } in streams {
+        let (_, tokens, width) = qkv.dims3()?;
+        operands.fits(width >= 3 * num_heads * size);
+        let bias_width = bias.map_or(Ok(width), |bias| bias.dim(0))?;
+        operands.fits(bias_width >= 3 * num_heads * size);
+        parts.push((
+            tokens,
+            operands.rows(qkv, &[batch, tokens, width])?,
+            operands.some_rows(*bias, &[bias_width])?,
+            operands.rows(&norms.query, &[size])?,
+            operands.rows(&norms.key, &[size])?,
+        ));
+    }
+    operands.fits(parts.iter().map(|part| part.0).sum::<usize>() == total);
+    if !operands.fits {
+        return Ok(None);
+    }
+    let shape = (3, batch, num_heads, total, size);
+    let out = module.blank(dtype, 3 * batch * num_heads * total * size)?;
+    let mut start = 0;
+    for (tokens, qkv, bias, query, key) in parts {
+        let parameters = launch::Heads {
+            qkv,
+            bias,
+            query,
+            key,
+            cos: table[0],
+            sin: table[1],
+            out: out.address()?,
+            number: num_heads as i32,
+            size: size as i32,
+            first: start as i32,
+            total: total as i32,
+            whole: operands.whole.into(),
+            eps: heads::EPS as f32,
+        };
+        let block = [lanes, THREADS / lanes];
+        module.run(dtype, [tokens, 1, batch], block, &parameters)?;
+        start += tokens;
+    }
+    let all = out.tensor(shape);
+    Ok(Some(Heads {
+        q: all.get(0)?,
+        k: all.get(1)?,
+        v: all.get(2)?,
+    }))
+}
+
+/// `gelu::gelu`.
+pub(super) fn gelu(
+    module: &Module,
+    x: &Tensor,
+    bias: Option<&Tensor>,
+    beside: Option<&Tensor>,
+) -> Result<Option<Tensor>> {
+    let (dtype, (batch, tokens, width)) = (x.dtype(), x.dims3()?);
+    let front = beside.map_or(Ok(0), |beside| beside.dim(2))?;
+    let mut operands = Operands::new(dtype);
+    operands.width(width);
+    operands.width(front);
+    operands.fits(batch <= MOST_BLOCKS);
+    let rows = [
+        operands.rows(x, &[batch, tokens, width])?,
+        operands.some_rows(bias, &[width])?,
+        operands.some_rows(beside, &[batch, tokens, front])?,
+    ];
+    if !operands.fits {
+        return Ok(None);
+    }
+    let out = module.blank(dtype, batch * tokens * (front + width))?;
+    let [x, bias, beside] = rows;
+    let parameters = Gelu {
+        x,
+        bias,
+        beside,
+        out: out.address()?,
+        tokens: tokens as i32,
+        front: front as i32,
+        width: width as i32,
+        whole: operands.whole.into(),
+    };
+    let pieces = [front, width].map(|n| n.div_ceil(operands.piece()));
+    let grid = grid(pieces[0] + pieces[1], tokens, batch);
+    module.run(dtype, grid, [THREADS, 1], &parameters)?;
+    Ok(Some(out.tensor((batch, tokens, front + width))))
+}

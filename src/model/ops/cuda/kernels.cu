@@ -1,0 +1,356 @@
+// What lies between the matrix products, for NVIDIA GPUs. Each kernel has a slow twin of the same name beside the CPU
+// kernels, and `check.rs` compares the two. Compiled by NVRTC when it is first needed, without a single header; the
+// parameters' Rust side is in `launch.rs`, `calls.rs` says how many threads each kernel gets.
+//
+// The kernels wait for memory, so a thread moves 16 bytes at a time (a piece) and nothing is read twice. Everything is
+// computed in f32 and rounded once. Where rows do not begin on 16 bytes (`whole` is 0) a piece is moved number by number.
+
+template <typename F>
+union Piece {
+    uint4 whole;
+    unsigned words[4];
+    typename F::Bits each[F::N];
+};
+
+// --- arithmetic, and number formats: N of them make a piece ----------------------------------------------------------
+
+__device__ inline float2 from_f16(unsigned pair) {
+    float2 x;
+    asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+        : "=f"(x.x), "=f"(x.y) : "r"(pair));
+    return x;
+}
+
+__device__ inline unsigned to_f16(float first, float second) {
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(first), "f"(second));
+    return pair;
+}
+
+__device__ inline unsigned to_bf16(float first, float second) {
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(first), "f"(second));
+    return pair;
+}
+
+// Good to 2^-22, tiny results are 0.
+__device__ inline float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+struct F32 {
+    typedef unsigned Bits;
+    static const int N = 4;
+    static __device__ void widen(const Piece<F32> &piece, float *x) {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = __uint_as_float(piece.words[i]);
+    }
+    static __device__ void narrow(const float *x, Piece<F32> &piece) {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) piece.words[i] = __float_as_uint(x[i]);
+    }
+};
+
+struct F16 {
+    typedef unsigned short Bits;
+    static const int N = 8;
+    static __device__ void widen(const Piece<F16> &piece, float *x) {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float2 pair = from_f16(piece.words[i]);
+            x[2 * i] = pair.x;
+            x[2 * i + 1] = pair.y;
+        }
+    }
+    static __device__ void narrow(const float *x, Piece<F16> &piece) {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) piece.words[i] = to_f16(x[2 * i], x[2 * i + 1]);
+    }
+};
+
+struct BF16 {
+    typedef unsigned short Bits;
+    static const int N = 8;
+    static __device__ void widen(const Piece<BF16> &piece, float *x) {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            x[2 * i] = __uint_as_float(piece.words[i] << 16);
+            x[2 * i + 1] = __uint_as_float(piece.words[i] & 0xffff0000u);
+        }
+    }
+    static __device__ void narrow(const float *x, Piece<BF16> &piece) {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) piece.words[i] = to_bf16(x[2 * i], x[2 * i + 1]);
+    }
+};
+
+// --- rows of tensors -------------------------------------------------------------------------------------------------
+
+// A tensor (batch, tokens, width) whose rows lie in one piece each; strides in numbers, 0 where a row is read again.
+struct Rows {
+    const void *data;
+    long long batch, token;
+};
+
+template <typename F>
+__device__ const typename F::Bits *row(const Rows &rows, int batch, int token) {
+    return (const typename F::Bits *)rows.data + batch * rows.batch + token * rows.token;
+}
+
+// The first `count` numbers of a piece (all that there are, where that is more), then zeros.
+template <typename F>
+__device__ Piece<F> load(const typename F::Bits *from, int count, int whole) {
+    Piece<F> piece;
+    piece.whole = make_uint4(0, 0, 0, 0);
+    if (whole) {
+        if (count > 0) piece.whole = __ldg((const uint4 *)from);
+    } else {
+        #pragma unroll
+        for (int i = 0; i < F::N; i++)
+            if (i < count) piece.each[i] = from[i];
+    }
+    return piece;
+}
+
+template <typename F>
+__device__ void store(const Piece<F> &piece, typename F::Bits *to, int count, int whole) {
+    if (whole) {
+        if (count > 0) *(uint4 *)to = piece.whole;
+    } else {
+        #pragma unroll
+        for (int i = 0; i < F::N; i++)
+            if (i < count) to[i] = piece.each[i];
+    }
+}
+
+template <typename F>
+__device__ void read(const typename F::Bits *from, int count, int whole, float *x) {
+    F::widen(load<F>(from, count, whole), x);
+}
+
+template <typename F>
+__device__ void write(const float *x, typename F::Bits *to, int count, int whole) {
+    Piece<F> piece;
+    F::narrow(x, piece);
+    store<F>(piece, to, count, whole);
+}
+
+// The sum over `lanes` neighbouring threads, a power of two up to 32; all threads of a warp must call it.
+__device__ inline float sum_of_lanes(float x, int lanes) {
+    for (int apart = lanes / 2; apart > 0; apart /= 2) x += __shfl_xor_sync(0xffffffffu, x, apart);
+    return x;
+}
+
+__device__ inline float sum_of_block(float x) {
+    __shared__ float parts[32];
+    x = sum_of_lanes(x, 32);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0;
+    for (int i = 0; i < blockDim.x / 32; i++) x += parts[i];
+    __syncthreads();  // before `parts` is written again
+    return x;
+}
+
+// --- layer_norm(x) · (1 + scale) + shift: a block of threads for each row, which is held in registers ----------------
+
+// Pieces that a thread holds.
+const int HELD = 4;
+
+struct NormModulate {
+    Rows x, shift, scale;
+    void *out;
+    int width, whole;
+    float eps;
+};
+
+template <typename F>
+__device__ void norm_modulate(const NormModulate &p) {
+    const int N = F::N, token = blockIdx.x, batch = blockIdx.z;
+    const typename F::Bits *x = row<F>(p.x, batch, token);
+    const typename F::Bits *shift = row<F>(p.shift, batch, 0), *scale = row<F>(p.scale, batch, 0);
+    typename F::Bits *out = (typename F::Bits *)p.out + ((long long)batch * gridDim.x + token) * p.width;
+    float held[HELD][N];
+
+    float sum = 0;
+    #pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const int at = (i * blockDim.x + threadIdx.x) * N;
+        read<F>(x + at, p.width - at, p.whole, held[i]);
+        #pragma unroll
+        for (int j = 0; j < N; j++) sum += held[i][j];
+    }
+    const float mean = sum_of_block(sum) / p.width;
+
+    float squares = 0;
+    #pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const int left = p.width - (i * blockDim.x + threadIdx.x) * N;
+        #pragma unroll
+        for (int j = 0; j < N; j++) {
+            held[i][j] -= mean;
+            if (j < left) squares += held[i][j] * held[i][j];
+        }
+    }
+    const float factor = 1 / sqrtf(sum_of_block(squares) / p.width + p.eps);
+
+    #pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const int at = (i * blockDim.x + threadIdx.x) * N;
+        float add[N], times[N];
+        read<F>(shift + at, p.width - at, p.whole, add);
+        read<F>(scale + at, p.width - at, p.whole, times);
+        #pragma unroll
+        for (int j = 0; j < N; j++) held[i][j] = held[i][j] * factor * (1 + times[j]) + add[j];
+        write<F>(held[i], out + at, p.width - at, p.whole);
+    }
+}
+
+// --- x + gate · (y + bias): a thread for a column of pieces, of every gridDim.y-th token -----------------------------
+
+struct GatedResidual {
+    Rows x, y, bias, gate;  // bias and gate may have no data: 0 and 1
+    void *out;              // (batch, total, width), written from token `first` on
+    int tokens, width, first, total, whole;
+};
+
+template <typename F>
+__device__ void gated_residual(const GatedResidual &p) {
+    const int N = F::N, batch = blockIdx.z;
+    const int at = (blockIdx.x * blockDim.x + threadIdx.x) * N, left = p.width - at;
+    if (left <= 0) return;
+    float bias[N], gate[N];
+    #pragma unroll
+    for (int j = 0; j < N; j++) {
+        bias[j] = 0;
+        gate[j] = 1;
+    }
+    if (p.bias.data) read<F>(row<F>(p.bias, batch, 0) + at, left, p.whole, bias);
+    if (p.gate.data) read<F>(row<F>(p.gate, batch, 0) + at, left, p.whole, gate);
+    for (int token = blockIdx.y; token < p.tokens; token += gridDim.y) {
+        float x[N], y[N];
+        read<F>(row<F>(p.x, batch, token) + at, left, p.whole, x);
+        read<F>(row<F>(p.y, batch, token) + at, left, p.whole, y);
+        #pragma unroll
+        for (int j = 0; j < N; j++) x[j] += gate[j] * (y[j] + bias[j]);
+        const long long to = (long long)batch * p.total + p.first + token;
+        write<F>(x, (typename F::Bits *)p.out + to * p.width + at, left, p.whole);
+    }
+}
+
+// --- bias, RMS norm, rotation and layout: a block for each token, blockDim.x threads for each query, key or value ----
+
+struct Heads {
+    Rows qkv, bias, query, key;  // bias may have no data
+    const float *cos, *sin;      // (total, size): cosines twice each, sines negated for the first of a pair
+    void *out;                   // (3, batch, heads, total, size), written from token `first` on
+    int number, size, first, total, whole;  // number of heads, and their size
+    float eps;
+};
+
+template <typename F>
+__device__ void heads(const Heads &p) {
+    const int N = F::N, batch = blockIdx.z, token = p.first + blockIdx.x;
+    const int at = threadIdx.x * N, left = p.size - at;
+    const typename F::Bits *x_row = row<F>(p.qkv, batch, blockIdx.x), *bias_row = row<F>(p.bias, 0, 0);
+    float cosine[N / 2], sine[N / 2];
+    #pragma unroll
+    for (int part = 0; part < N / 4; part++) {
+        const long long from = (long long)token * p.size + at + 4 * part;
+        float four[4];
+        read<F32>((const unsigned *)p.cos + from, left - 4 * part, p.whole, four);
+        cosine[2 * part] = four[1];
+        cosine[2 * part + 1] = four[3];
+        read<F32>((const unsigned *)p.sin + from, left - 4 * part, p.whole, four);
+        sine[2 * part] = four[1];
+        sine[2 * part + 1] = four[3];
+    }
+    // all threads go round equally often, for the sums
+    for (int begin = 0; begin < 3 * p.number; begin += blockDim.y) {
+        const int index = begin + threadIdx.y, count = index < 3 * p.number ? left : 0;
+        const int which = (index >= p.number) + (index >= 2 * p.number), head = index - which * p.number;
+        float x[N], factor[N];
+        read<F>(x_row + index * p.size + at, count, p.whole, x);
+        if (p.bias.data) {
+            float bias[N];
+            read<F>(bias_row + index * p.size + at, count, p.whole, bias);
+            #pragma unroll
+            for (int j = 0; j < N; j++) x[j] += bias[j];
+        }
+        float squares = 0;
+        #pragma unroll
+        for (int j = 0; j < N; j++) squares += x[j] * x[j];
+        squares = sum_of_lanes(squares, blockDim.x);
+        if (which < 2) {
+            const float rms = 1 / sqrtf(squares / p.size + p.eps);
+            read<F>(row<F>(which == 0 ? p.query : p.key, 0, 0) + at, count, p.whole, factor);
+            #pragma unroll
+            for (int j = 0; j < N; j += 2) {
+                const float first = x[j] * (rms * factor[j]), second = x[j + 1] * (rms * factor[j + 1]);
+                x[j] = first * cosine[j / 2] - second * sine[j / 2];
+                x[j + 1] = second * cosine[j / 2] + first * sine[j / 2];
+            }
+        }
+        const long long to = (((long long)which * gridDim.z + batch) * p.number + head) * p.total + token;
+        write<F>(x, (typename F::Bits *)p.out + to * p.size + at, count, p.whole);
+    }
+}
+
+// --- beside ‖ gelu(x + bias): a thread for a column of pieces, of every gridDim.y-th token ---------------------------
+
+struct Gelu {
+    Rows x, bias, beside;  // bias and beside may have no data
+    void *out;             // (batch, tokens, front + width)
+    int tokens, front, width, whole;
+};
+
+// x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): the tanh approximation.
+__device__ inline float gelu_of(float x) {
+    const float u = 0.7978846f * x * (1 + 0.044715f * x * x);
+    return x * reciprocal(1 + power_of_two(-2.885390082f * u));
+}
+
+template <typename F>
+__device__ void gelu(const Gelu &p) {
+    const int N = F::N, batch = blockIdx.z, index = blockIdx.x * blockDim.x + threadIdx.x;
+    const int pieces = (p.front + N - 1) / N;  // of what is copied
+    const bool copied = index < pieces;
+    const int at = (copied ? index : index - pieces) * N, left = (copied ? p.front : p.width) - at;
+    if (left <= 0) return;
+    float bias[N];
+    #pragma unroll
+    for (int j = 0; j < N; j++) bias[j] = 0;
+    if (p.bias.data && !copied) read<F>(row<F>(p.bias, batch, 0) + at, left, p.whole, bias);
+    for (int token = blockIdx.y; token < p.tokens; token += gridDim.y) {
+        Piece<F> piece = load<F>(row<F>(copied ? p.beside : p.x, batch, token) + at, left, p.whole);
+        if (!copied) {
+            float x[N];
+            F::widen(piece, x);
+            #pragma unroll
+            for (int j = 0; j < N; j++) x[j] = gelu_of(x[j] + bias[j]);
+            F::narrow(x, piece);
+        }
+        const long long to = ((long long)batch * p.tokens + token) * (p.front + p.width);
+        store<F>(piece, (typename F::Bits *)p.out + to + (copied ? 0 : p.front) + at, left, p.whole);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+#define KERNEL(name, Params, threads)                                                                              \
+    extern "C" __global__ void __launch_bounds__(threads) name##_f32(const Params p) { name<F32>(p); }             \
+    extern "C" __global__ void __launch_bounds__(threads) name##_f16(const Params p) { name<F16>(p); }             \
+    extern "C" __global__ void __launch_bounds__(threads) name##_bf16(const Params p) { name<BF16>(p); }
+
+KERNEL(norm_modulate, NormModulate, 512)
+KERNEL(gated_residual, GatedResidual, 128)
+KERNEL(heads, Heads, 128)
+KERNEL(gelu, Gelu, 128)

@@ -1,0 +1,274 @@
+//! The one place that hands addresses to a GPU: the kernels' parameters, compiling, launching. What sizes and threads a
+//! kernel gets is `calls`' business.
+#![expect(
+    unsafe_code,
+    reason = "a kernel is given addresses, and writes memory that nothing was in before"
+)]
+
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::sync::OnceLock;
+
+use candle::backend::{BackendDevice, BackendStorage};
+use candle::cuda_backend::cudarc::driver::{
+    CudaFunction, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result,
+    sys::CUmemPool_attribute,
+};
+use candle::cuda_backend::cudarc::nvrtc::{CompileError, CompileOptions, compile_ptx_with_opts};
+use candle::cuda_backend::{CudaDType, WrapErr};
+use candle::op::BackpropOp;
+use candle::{CudaDevice, CudaStorage, DType, Device, Result, Shape, Storage, Tensor};
+
+use super::super::cpu::by_dtype;
+
+const SOURCE: &str = include_str!("kernels.cu");
+/// The oldest GPUs with bfloat16. For newer ones the driver finishes the compilation.
+const ARCHITECTURE: &str = "compute_80";
+/// Bytes of freed memory that a device keeps for the tensors that come next. By itself it keeps none when it is waited
+/// for: every step would have its memory mapped anew.
+const KEPT: u64 = 2 << 30;
+/// How the kernels' names end.
+const FORMATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// A tensor (batch, tokens, width) or (batch, width) or (width,) as `kernels.cu` reads it; strides in numbers.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Rows<'a> {
+    pub(super) data: u64,
+    pub(super) batch: i64,
+    pub(super) token: i64,
+    tensor: PhantomData<&'a Tensor>,
+}
+
+/// Declares the parameters of a kernel, as `kernels.cu` does under the same names.
+macro_rules! parameters {
+    ($($kernel:literal $name:ident { $($field:ident: $type:ty),* $(,)? })*) => {$(
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug)]
+        pub(super) struct $name<'a> {
+            $(pub(super) $field: $type),*
+        }
+
+        // SAFETY: `repr(C)`, and the kernel takes one parameter of these fields
+        unsafe impl DeviceRepr for $name<'_> {}
+
+        impl Parameters for $name<'_> {
+            const KERNEL: &'static str = $kernel;
+        }
+    )*};
+}
+
+/// What a kernel is called with.
+pub(super) trait Parameters: DeviceRepr {
+    /// The kernel's name without the number format.
+    const KERNEL: &'static str;
+}
+
+parameters! {
+    "norm_modulate" NormModulate {
+        x: Rows<'a>,
+        shift: Rows<'a>,
+        scale: Rows<'a>,
+        out: u64,
+        width: i32,
+        whole: i32,
+        eps: f32,
+    }
+    "gated_residual" GatedResidual {
+        x: Rows<'a>,
+        y: Rows<'a>,
+        bias: Rows<'a>,
+        gate: Rows<'a>,
+        out: u64,
+        tokens: i32,
+        width: i32,
+        first: i32,
+        total: i32,
+        whole: i32,
+    }
+    "heads" Heads {
+        qkv: Rows<'a>,
+        bias: Rows<'a>,
+        query: Rows<'a>,
+        key: Rows<'a>,
+        cos: u64,
+        sin: u64,
+        out: u64,
+        number: i32,
+        size: i32,
+        first: i32,
+        total: i32,
+        whole: i32,
+        eps: f32,
+    }
+    "gelu" Gelu {
+        x: Rows<'a>,
+        bias: Rows<'a>,
+        beside: Rows<'a>,
+        out: u64,
+        tokens: i32,
+        front: i32,
+        width: i32,
+        whole: i32,
+    }
+}
+
+/// All kernels of all number formats, loaded on one device.
+pub(super) struct Module {
+    device: CudaDevice,
+    functions: HashMap<(&'static str, DType), CudaFunction>,
+}
+
+/// Device memory that nothing has been written to.
+pub(super) struct Blank(CudaStorage);
+
+/// The kernels as PTX, compiled once in a process; or why they are not.
+pub(super) fn compiled() -> std::result::Result<&'static str, String> {
+    static PTX: OnceLock<std::result::Result<String, String>> = OnceLock::new();
+    let ptx = PTX.get_or_init(|| {
+        let options = CompileOptions {
+            arch: Some(ARCHITECTURE),
+            name: Some("kernels.cu".to_owned()),
+            options: vec!["--std=c++17".to_owned()],
+            ..CompileOptions::default()
+        };
+        match compile_ptx_with_opts(SOURCE, options) {
+            Ok(ptx) => Ok(ptx.to_src()),
+            Err(CompileError::CompileError { log, .. }) => {
+                let log = log.to_string_lossy();
+                Err(log.lines().next().unwrap_or_default().to_owned())
+            }
+            Err(error) => Err(error.to_string()),
+        }
+    });
+    ptx.as_deref()
+        .map_err(|why| format!("NVRTC refuses the kernels: {why}"))
+}
+
+impl Module {
+    /// Compiles and loads all kernels named in `kernels`.
+    pub(super) fn load(
+        device: &CudaDevice,
+        kernels: &[&'static str],
+    ) -> std::result::Result<Self, String> {
+        keep_freed_memory(device);
+        let ptx = compiled()?;
+        let mut functions = HashMap::new();
+        for kernel in kernels {
+            for dtype in FORMATS {
+                let name = format!("{kernel}_{}", dtype.as_str());
+                let function = device
+                    .get_or_load_custom_func(&name, "fastflux", ptx)
+                    .map_err(|why| format!("the driver refuses the kernels: {why}"))?;
+                functions.insert((*kernel, dtype), function.into_cuda_function());
+            }
+        }
+        Ok(Self {
+            device: device.clone(),
+            functions,
+        })
+    }
+
+    pub(super) fn device(&self) -> Device {
+        Device::Cuda(self.device.clone())
+    }
+
+    /// Starts a kernel, `grid` blocks of `block` threads; what is started on this device later waits for it.
+    pub(super) fn run<P: Parameters>(
+        &self,
+        dtype: DType,
+        grid: [usize; 3],
+        block: [usize; 2],
+        parameters: &P,
+    ) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(()); // nothing to write
+        }
+        let Some(function) = self.functions.get(&(P::KERNEL, dtype)) else {
+            candle::bail!("no kernel `{}` for {dtype:?}", P::KERNEL)
+        };
+        let [x, y, z] = grid.map(|blocks| blocks as u32);
+        let [columns, rows] = block.map(|threads| threads as u32);
+        let stream = self.device.cuda_stream();
+        let mut launch = stream.launch_builder(function);
+        launch.arg(parameters);
+        // SAFETY: one parameter of the kernel's own layout. `calls` has compared the shapes of all tensors, which are
+        // borrowed until here; memory given back afterwards is so in the order of the stream.
+        unsafe {
+            launch.launch(LaunchConfig {
+                grid_dim: (x, y, z),
+                block_dim: (columns, rows, 1),
+                shared_mem_bytes: 0,
+            })
+        }
+        .w()?;
+        Ok(())
+    }
+
+    /// Room for `len` numbers.
+    pub(super) fn blank(&self, dtype: DType, len: usize) -> Result<Blank> {
+        // SAFETY: the kernel that this is for writes all of it
+        let room = unsafe { self.device.alloc_uninit(&Shape::from(len), dtype) }?;
+        Ok(Blank(room))
+    }
+}
+
+impl Blank {
+    pub(super) fn address(&self) -> Result<u64> {
+        address(&self.0)
+    }
+
+    /// What was written to it.
+    pub(super) fn tensor(self, shape: impl Into<Shape>) -> Tensor {
+        Tensor::from_storage(Storage::Cuda(self.0), shape, BackpropOp::none(), false)
+    }
+}
+
+/// See [`KEPT`]. Where it cannot be had, everything is slower and nothing else changes.
+fn keep_freed_memory(device: &CudaDevice) {
+    let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    let mut bytes = KEPT;
+    // SAFETY: the device exists, and this attribute is a number of 64 bits, read before the call returns
+    let _ = unsafe {
+        result::device::get_mem_pool(device.cuda_stream().context().cu_device()).and_then(|pool| {
+            result::mem_pool::set_attribute(pool, threshold, (&raw mut bytes).cast())
+        })
+    };
+}
+
+/// Where the first number of a tensor is.
+pub(super) fn address_of(x: &Tensor) -> Result<u64> {
+    let (storage, layout) = x.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        candle::bail!("a CUDA kernel was given a tensor of another device")
+    };
+    let skipped = layout.start_offset() * x.dtype().size_in_bytes();
+    Ok(address(storage)? + skipped as u64)
+}
+
+fn address(storage: &CudaStorage) -> Result<u64> {
+    fn of<T: CudaDType>(storage: &CudaStorage) -> Result<u64> {
+        let stream = storage.device().cuda_stream();
+        let (address, _) = storage.as_cuda_slice::<T>()?.device_ptr(&stream);
+        Ok(address)
+    }
+    by_dtype!(storage.dtype(), of(storage))
+}
+
+impl<'a> Rows<'a> {
+    /// Nothing where the numbers of a row do not lie side by side.
+    pub(super) fn of(x: &'a Tensor) -> Result<Option<Self>> {
+        let (batch, token) = match (x.dims(), x.stride()) {
+            ([_, _, w], [b, n, s]) if *s == 1 || *w == 1 => (*b, *n),
+            ([_, w], [b, s]) if *s == 1 || *w == 1 => (*b, 0),
+            ([w], [s]) if *s == 1 || *w == 1 => (0, 0),
+            _ => return Ok(None),
+        };
+        Ok(Some(Self {
+            data: address_of(x)?,
+            batch: batch as i64,
+            token: token as i64,
+            tensor: PhantomData,
+        }))
+    }
+}

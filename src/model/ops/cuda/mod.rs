@@ -1,0 +1,146 @@
+//! The fused kernels on NVIDIA GPUs: whether they run. Each is compiled and compared with its slow twin when a device is
+//! first used; one that cannot be compiled or disagrees is not used, and [`trouble`] says so. No run fails for it.
+
+mod calls;
+mod check;
+mod launch;
+
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
+use candle::cuda_backend::DeviceId;
+use candle::{CudaDevice, DType, Device, Result, Tensor};
+
+use super::heads::{Heads, Projected};
+use super::residual::Branch;
+use crate::model::rope::Rope;
+use launch::{GatedResidual, Gelu, Module, NormModulate, Parameters};
+
+/// The names of all kernels.
+const ALL: [&str; 4] = [
+    NormModulate::KERNEL,
+    GatedResidual::KERNEL,
+    launch::Heads::KERNEL,
+    Gelu::KERNEL,
+];
+
+/// What became of the kernels on one device.
+struct Kernels {
+    module: std::result::Result<Module, String>,
+    /// Kernels that disagree with their twins, and in what.
+    refused: Vec<(&'static str, String)>,
+}
+
+impl Kernels {
+    fn new(device: &CudaDevice) -> Self {
+        let module = Module::load(device, &ALL);
+        let refused = module
+            .as_ref()
+            .map_or_else(|_| vec![], check::disagreements);
+        Self { module, refused }
+    }
+
+    /// Those of a device, made when they are first asked for.
+    fn of(device: &CudaDevice) -> Arc<Self> {
+        static DEVICES: LazyLock<Mutex<HashMap<DeviceId, Arc<Kernels>>>> =
+            LazyLock::new(Mutex::default);
+        let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
+        let kernels = devices.entry(device.id());
+        kernels
+            .or_insert_with(|| Arc::new(Self::new(device)))
+            .clone()
+    }
+
+    fn module(&self, kernel: &str) -> Option<&Module> {
+        let refused = self.refused.iter().any(|(name, _)| *name == kernel);
+        self.module.as_ref().ok().filter(|_| !refused)
+    }
+}
+
+/// Why kernels of this device are not used; `None` where all are, and on devices that have none.
+pub fn trouble(device: &Device) -> Option<String> {
+    let Device::Cuda(device) = device else {
+        return None;
+    };
+    let kernels = Kernels::of(device);
+    if let Err(why) = &kernels.module {
+        return Some(why.clone());
+    }
+    let each = kernels.refused.iter();
+    let each: Vec<_> = each.map(|(name, why)| format!("`{name}`: {why}")).collect();
+    (!each.is_empty()).then(|| each.join("; "))
+}
+
+/// What `call` makes of a kernel, where it may run: all operands on one GPU, in one number format, none in a gradient
+/// graph. Nothing where the slow twin has to do it.
+fn with<T>(
+    kernel: &str,
+    operands: &[Option<&Tensor>],
+    call: impl FnOnce(&Module) -> Result<Option<T>>,
+) -> Result<Option<T>> {
+    let mut operands = operands.iter().copied().flatten();
+    let Some(first) = operands.next() else {
+        return Ok(None);
+    };
+    let (Device::Cuda(device), DType::F32 | DType::F16 | DType::BF16) =
+        (first.device(), first.dtype())
+    else {
+        return Ok(None);
+    };
+    let alike = |x: &Tensor| x.dtype() == first.dtype() && x.device().same_device(first.device());
+    if first.track_op() || operands.any(|x| x.track_op() || !alike(x)) {
+        return Ok(None);
+    }
+    match Kernels::of(device).module(kernel) {
+        Some(module) => call(module),
+        None => Ok(None),
+    }
+}
+
+/// See `norm::norm_modulate`.
+pub(super) fn norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Option<Tensor>> {
+    let operands = [Some(x), Some(shift), Some(scale)];
+    with(NormModulate::KERNEL, &operands, |module| {
+        calls::norm_modulate(module, x, shift, scale)
+    })
+}
+
+/// See `residual::gated_residual`.
+pub(super) fn gated_residual(branches: &[Branch]) -> Result<Option<Tensor>> {
+    let operands = branches
+        .iter()
+        .flat_map(|b| [Some(b.x), Some(b.y), b.bias, b.gate]);
+    let operands: Vec<_> = operands.collect();
+    with(GatedResidual::KERNEL, &operands, |module| {
+        calls::gated_residual(module, branches)
+    })
+}
+
+/// See `heads::heads`.
+pub(super) fn heads(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Option<Heads>> {
+    let operands = streams.iter().flat_map(|s| {
+        let norms = [&s.norms.query, &s.norms.key].map(Some);
+        [Some(s.qkv), s.bias].into_iter().chain(norms)
+    });
+    let operands: Vec<_> = operands.collect();
+    if !streams
+        .iter()
+        .all(|s| rope.cos().device().same_device(s.qkv.device()))
+    {
+        return Ok(None);
+    }
+    with(launch::Heads::KERNEL, &operands, |module| {
+        calls::heads(module, streams, num_heads, rope)
+    })
+}
+
+/// See `gelu::gelu`.
+pub(super) fn gelu(
+    x: &Tensor,
+    bias: Option<&Tensor>,
+    beside: Option<&Tensor>,
+) -> Result<Option<Tensor>> {
+    with(Gelu::KERNEL, &[Some(x), bias, beside], |module| {
+        calls::gelu(module, x, bias, beside)
+    })
+}
