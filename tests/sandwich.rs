@@ -183,6 +183,14 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
         "after {kills} kills the result is another one"
     );
     assert!(!state.exists(), "the state is left behind");
+    // once more, as after a kill between the last write and the end
+    ok(folder, &args);
+    assert!(bytes(folder, "killed") == bytes(folder, "whole"));
+    assert!(!state.exists(), "the state is left behind");
+    let other = train(&["--output", "killed", "--seed", "7"]);
+    let out = fastflux(folder, &other);
+    assert_eq!(out.status.code(), Some(1), "another run's output");
+    assert!(String::from_utf8_lossy(&out.stderr).contains("--force"));
     // the log has every step once
     let steps = |name: &str| {
         let text = fs::read_to_string(folder.join(name)).unwrap();

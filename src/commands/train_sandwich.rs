@@ -29,7 +29,8 @@ use crate::{
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let folder = state_folder(&args.output);
-    if !folder.exists() {
+    // what has a report may be of this very run, killed when everything was done: looked at below
+    if !folder.exists() && !args.output.join(train_output::REPORT).exists() {
         save::check_free(&args.output, args.force)?;
     }
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
