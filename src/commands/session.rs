@@ -152,7 +152,7 @@ impl Settings {
         } else {
             STATES_LATER
         };
-        states.div_ceil(self.samples.max(1)).min(DRAWS_HELD_OUT)
+        (states / self.samples.max(1)).clamp(1, DRAWS_HELD_OUT)
     }
 
     /// Whether pictures take long to draw.
