@@ -20,6 +20,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from fastflux_flux import DOUBLE, SINGLE, TOP
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -49,44 +50,6 @@ PUNCTUATION = ".,;:!?'\"()-"
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 # How CLIP cuts text into words before byte-pair merging.
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-
-# original name -> diffusers names whose rows, one under the other, make it up
-TOP = {
-    "img_in": ["x_embedder"],
-    "txt_in": ["context_embedder"],
-    "time_in.in_layer": ["time_text_embed.timestep_embedder.linear_1"],
-    "time_in.out_layer": ["time_text_embed.timestep_embedder.linear_2"],
-    "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
-    "vector_in.out_layer": ["time_text_embed.text_embedder.linear_2"],
-    "guidance_in.in_layer": ["time_text_embed.guidance_embedder.linear_1"],
-    "guidance_in.out_layer": ["time_text_embed.guidance_embedder.linear_2"],
-    "final_layer.linear": ["proj_out"],
-    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
-}
-DOUBLE = {
-    "img_mod.lin": ["norm1.linear"],
-    "txt_mod.lin": ["norm1_context.linear"],
-    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
-    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-    "img_attn.norm.query_norm": ["attn.norm_q"],
-    "img_attn.norm.key_norm": ["attn.norm_k"],
-    "txt_attn.norm.query_norm": ["attn.norm_added_q"],
-    "txt_attn.norm.key_norm": ["attn.norm_added_k"],
-    "img_attn.proj": ["attn.to_out.0"],
-    "txt_attn.proj": ["attn.to_add_out"],
-    "img_mlp.0": ["ff.net.0.proj"],
-    "img_mlp.2": ["ff.net.2"],
-    "txt_mlp.0": ["ff_context.net.0.proj"],
-    "txt_mlp.2": ["ff_context.net.2"],
-}
-SINGLE = {
-    "modulation.lin": ["norm.linear"],
-    "linear1": ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
-    "linear2": ["proj_out"],
-    "norm.query_norm": ["attn.norm_q"],
-    "norm.key_norm": ["attn.norm_k"],
-}
-
 
 def original_names(state, norm_tail="scale", prefix=""):
     """The transformer's tensors under their original names; fails if one is left over."""

@@ -54,6 +54,8 @@ pub(super) struct Settings {
     pub(super) samples: usize,
     /// Held-out states that blocks are compared on.
     pub(super) held_out: usize,
+    /// Sampling steps of pictures to look at: those asked for, or the model's own default.
+    pub(super) drawing_steps: usize,
     /// States in one forward.
     pub(super) batch: usize,
     /// Text tokens the model is given.
@@ -72,6 +74,7 @@ impl Settings {
         recipe.validate()?;
         let size = super::picture_size(pipeline, recipe.width, recipe.height)?;
         (recipe.width, recipe.height) = (Some(size.width), Some(size.height));
+        let drawing_steps = recipe.steps.unwrap_or(pipeline.default_steps());
         let usual = match recipe.source {
             StateSource::Trajectory => pipeline.default_steps(),
             _ => super::steps_of_data(pipeline),
@@ -119,6 +122,7 @@ impl Settings {
             prompts: prompts.iter().cycle().take(total).cloned().collect(),
             samples,
             held_out,
+            drawing_steps,
             batch,
             text_tokens,
         })
@@ -140,6 +144,7 @@ impl Settings {
             prompts: header.prompts.clone(),
             samples: header.samples,
             held_out: held_out.unwrap_or(usual).min(kept),
+            drawing_steps: pipeline.default_steps(),
             batch: recipe.batch.context("the statistics name no batch")?,
             text_tokens: pipeline.default_text_length()?,
         })
@@ -281,17 +286,21 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// The last `count` prompts drawn by each of `models`, packed latents on the CPU, and the prompts.
+    /// The last `count` prompts drawn by each of `models`, in the steps that people draw in, packed latents on the CPU,
+    /// and the prompts.
     pub(super) fn draw(&self, models: &[&Flux], count: usize) -> Result<(Vec<Tensor>, &[String])> {
         let count = count.min(self.encoded.len());
         let last = self.encoded.len() - count..self.encoded.len();
         let encoded = self.encoded.range(last.clone())?;
         let batch = self.settings.batch;
-        let steps = self.denoise(&self.flux)?.steps;
+        let steps = self.settings.drawing_steps;
         let progress = ui::progress(models.len() * steps * count.div_ceil(batch), "drawing");
         let mut rows = Vec::new();
         for flux in models {
-            let denoise = self.denoise(flux)?;
+            let denoise = Denoise {
+                steps,
+                ..self.denoise(flux)?
+            };
             // other noise than in calibration
             let seed = self.settings.recipe.seed.wrapping_add(1000);
             let latents = crate::calibrate::sample(

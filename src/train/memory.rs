@@ -244,6 +244,17 @@ mod tests {
         train::{recipe::LayersRecipe, sandwich::sandwiches},
     };
 
+    /// FLUX.1-dev with a layer for each stream in the place of one double block.
+    fn pruned_dev() -> FluxConfig {
+        let mut pruned = flux_dev();
+        pruned.layout[5] = BlockSpec::Replaced(Replacement {
+            replaces: vec![BlockId::double(5)],
+            form: Form::Linear,
+            joint: false,
+        });
+        pruned
+    }
+
     #[test]
     fn a_sandwich_of_flux_dev_fits_24_gigabytes_when_the_rest_is_elsewhere() {
         let teacher = flux_dev();
@@ -291,12 +302,7 @@ mod tests {
     #[test]
     fn packed_weights_count_as_they_are_held() {
         let teacher = flux_dev();
-        let mut pruned = flux_dev();
-        pruned.layout[5] = BlockSpec::Replaced(Replacement {
-            replaces: vec![BlockId::double(5)],
-            form: Form::Linear,
-            joint: false,
-        });
+        let pruned = pruned_dev();
         let recipe = SandwichRecipe::default();
         let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
         let weights = |weight, recompute| {
@@ -325,12 +331,7 @@ mod tests {
     #[test]
     fn as_many_batches_go_ahead_as_are_counted() {
         let teacher = flux_dev();
-        let mut pruned = flux_dev();
-        pruned.layout[5] = BlockSpec::Replaced(Replacement {
-            replaces: vec![BlockId::double(5)],
-            form: Form::Linear,
-            joint: false,
-        });
+        let pruned = pruned_dev();
         let recipe = SandwichRecipe::default();
         let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
         let alone = Situation {
