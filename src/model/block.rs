@@ -101,10 +101,16 @@ impl Block {
     /// copies that this one has started must have ended.
     pub(super) fn resident_elsewhere(&self) -> Result<Self> {
         let block = self.resident()?;
-        if let Self::Stored(stored) = self {
-            stored.vb.device().synchronize()?;
-        }
+        self.wait()?;
         Ok(block)
+    }
+
+    /// Waits until all that this thread has started on a stored block's device is done.
+    pub(super) fn wait(&self) -> Result<()> {
+        match self {
+            Self::Stored(stored) => stored.vb.device().synchronize(),
+            _ => Ok(()),
+        }
     }
 
     /// Puts `linear` in the place of the projection `name`. A stored block keeps it where its tensors are, so that they

@@ -148,9 +148,12 @@ impl Trunk {
                 } else {
                     Cow::Borrowed(block)
                 };
-                if ahead.is_none() {
-                    let next = entries[at + 1..].iter().find(|(_, b)| b.is_stored());
-                    ahead = next.map(|(_, next)| scope.spawn(|| next.resident_elsewhere()));
+                let next = entries[at + 1..].iter().find(|(_, b)| b.is_stored());
+                if let Some((_, next)) = next.filter(|_| ahead.is_none()) {
+                    // started is not done on a GPU: where it is slower than reading is, the weights of all blocks that it
+                    // has yet to compute would be on it
+                    next.wait()?;
+                    ahead = Some(scope.spawn(|| next.resident_elsewhere()));
                 }
                 visit(index, spec, &block)?;
             }
