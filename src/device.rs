@@ -5,6 +5,8 @@ use std::{fmt, str::FromStr};
 use anyhow::{Context, Result, bail};
 use candle::{DType, Device};
 
+use crate::model::ops;
+
 /// A `--device` value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
@@ -98,6 +100,11 @@ impl Runtime {
     /// Whether convolutions write all that their taps see into memory before they multiply.
     pub fn unfolds_convolutions(&self) -> bool {
         !self.device.is_cpu() && !cfg!(feature = "cudnn")
+    }
+
+    /// Whether attention holds matrices of scores.
+    pub fn holds_scores(&self) -> bool {
+        ops::holds_scores(&self.device, self.dtype)
     }
 
     /// Memory of the device that is free right now, in bytes; `None` where nobody says.

@@ -238,7 +238,7 @@ impl Subject {
         Format {
             element: element as u64,
             weight,
-            cpu: runtime.device.is_cpu(),
+            scores: runtime.holds_scores(),
         }
     }
 

@@ -51,7 +51,10 @@ pub(super) fn run(
     } else {
         &args.size
     };
-    let mut points = points(&subject.config, sizes, text, subject.format(runtime));
+    // what the process takes before there is a model
+    let host = MemoryWatch::host_now().filter(|_| runtime.device.is_cpu());
+    let (before, format) = (host.unwrap_or(0), subject.format(runtime));
+    let mut points = points(&subject.config, sizes, text, format, before);
     let measured = Measuring {
         subject,
         runtime,
@@ -102,11 +105,15 @@ fn part(config: &FluxConfig, quarters: usize) -> FluxConfig {
 }
 
 /// Everything there is to measure, nothing measured yet.
-fn points(config: &FluxConfig, sizes: &[usize], text: usize, format: Format) -> Vec<Point> {
+fn points(
+    config: &FluxConfig,
+    sizes: &[usize],
+    text: usize,
+    format: Format,
+    before: u64,
+) -> Vec<Point> {
     let most = sizes.iter().copied().max().unwrap_or(USUAL);
     let usual = USUAL.min(most);
-    // what the process takes before there is a model
-    let before = MemoryWatch::host_now().filter(|_| format.cpu).unwrap_or(0);
     let point = |axis, size: usize, batch: usize, config: &FluxConfig| {
         let image = (size / 16) * (size / 16);
         Point {

@@ -25,6 +25,9 @@ use crate::{
 /// Share of the memory that is free at the start that counts as usable: allocators and kernels take some beside.
 const USABLE: f64 = 0.92;
 
+/// Numbers that candle's GPU kernels can count, half of them to be safe: a larger feature map would come out wrong.
+const COUNTED: u64 = 1 << 31;
+
 /// Rows of latents in the smallest band: less saves next to nothing.
 const LEAST_ROWS: usize = 4;
 
@@ -91,7 +94,7 @@ impl Place {
         Format {
             element: self.runtime.dtype.size_in_bytes() as u64,
             weight: self.weight,
-            cpu: self.runtime.device.is_cpu(),
+            scores: self.runtime.holds_scores(),
         }
     }
 
@@ -202,11 +205,13 @@ impl Place {
             None => self.bands(vae.config(), size, element),
         };
         if let Some(bands) = bands.as_ref().filter(|_| args.vae_tile.is_none()) {
+            let limit = self.limit.map_or_else(String::new, |limit| {
+                format!(", and {} may be used", ui::bytes(limit as f64))
+            });
             ui::note(format!(
-                "decoding in bands of {} rows: at once it would take {}, and {} may be used",
+                "decoding in bands of {} rows: at once it would take {}{limit}",
                 bands.rows * vae.config().downsampling(),
                 ui::bytes(self.decoding(vae.config(), size, None, element).work as f64),
-                ui::bytes(self.limit.unwrap_or_default() as f64)
             ));
         }
         Ok(Decoder {
@@ -228,17 +233,23 @@ impl Place {
         config.demand(size, rows, element, self.runtime.unfolds_convolutions())
     }
 
-    /// Bytes for what is decoded, where anybody says.
-    fn room_beside(&self, config: &VaeConfig, element: u64) -> Option<u64> {
+    /// Bytes for what is decoded; no bound where nobody says.
+    fn room_beside(&self, config: &VaeConfig, element: u64) -> u64 {
         let weights = config.decoder_parameters() * element;
-        Some(self.limit?.saturating_sub(weights))
+        self.limit
+            .map_or(u64::MAX, |limit| limit.saturating_sub(weights))
+    }
+
+    /// Whether the device's kernels can count all that is decoded at once.
+    fn counts(&self, take: Demand) -> bool {
+        self.on_cpu() || take.largest < COUNTED
     }
 
     /// Where bands wait: on the device where they fit with what is computed.
     fn park(&self, config: &VaeConfig, size: LatentSize, rows: usize, element: u64) -> Device {
         let take = self.decoding(config, size, Some(rows), element);
         let room = self.room_beside(config, element);
-        if room.is_none_or(|room| take.work + take.parked <= room) {
+        if take.work + take.parked <= room {
             self.runtime.device.clone()
         } else {
             Device::Cpu
@@ -247,8 +258,9 @@ impl Place {
 
     /// The widest bands that fit; `None` where the whole picture does.
     fn bands(&self, config: &VaeConfig, size: LatentSize, element: u64) -> Option<InBands> {
-        let room = self.room_beside(config, element)?;
-        if self.decoding(config, size, None, element).work <= room {
+        let room = self.room_beside(config, element);
+        let whole = self.decoding(config, size, None, element);
+        if whole.work <= room && self.counts(whole) {
             return None;
         }
         let halves = std::iter::successors(Some(size.height / 2), |rows| Some(rows / 2));
@@ -256,7 +268,8 @@ impl Place {
         let fitting = |with_parked: bool| {
             choices.iter().copied().find(|rows| {
                 let take = self.decoding(config, size, Some(*rows), element);
-                take.work + if with_parked { take.parked } else { 0 } <= room
+                let parked = if with_parked { take.parked } else { 0 };
+                take.work + parked <= room && self.counts(take)
             })
         };
         let least = choices.last().copied().unwrap_or(LEAST_ROWS);

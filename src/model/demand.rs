@@ -1,11 +1,8 @@
 //! Memory that a forward takes, counted from the configuration alone, and which blocks may stay on the device within it.
 //! Upper estimates of what is alive at once; what an allocator keeps beyond that is not in them.
 
-use super::cost;
+use super::{cost, ops::MAX_SCORES};
 use crate::layout::{BlockSpec, FluxConfig};
-
-/// Attention scores that are held at once where there is no kernel without a score matrix: in `ops::attention`.
-const SCORES: u64 = 1 << 28;
 
 /// Streams that go together through a block that is read whenever it is run, unless more are asked for: each waits in a
 /// twentieth of the memory that a block takes at work.
@@ -18,8 +15,8 @@ pub struct Format {
     pub element: u64,
     /// Bytes of a weight, on average: fewer where weights stay packed.
     pub weight: f64,
-    /// Whether on the CPU, whose kernels hold the scores of a few rows only.
-    pub cpu: bool,
+    /// Whether attention holds matrices of scores: see `ops::holds_scores`.
+    pub scores: bool,
 }
 
 impl Format {
@@ -53,13 +50,9 @@ pub fn activations(config: &FluxConfig, samples: usize, tokens: usize, format: F
     // and the MLP before and after its activation; measured on the CPU (`bench --growth`): 20 to 22 times the width
     let widest = 2 * mlp + 14 * hidden;
     let rows = (samples * tokens) as u64;
-    // two tensors of scores, one of them in f32
-    let scores = SCORES.min((samples * config.num_heads * tokens * tokens) as u64);
-    let scores = if format.cpu {
-        0
-    } else {
-        scores * (4 + format.element)
-    };
+    // two tensors of scores in f32
+    let scores = MAX_SCORES.min(samples * config.num_heads * tokens * tokens) as u64;
+    let scores = if format.scores { 2 * 4 * scores } else { 0 };
     rows * widest * format.element + scores
 }
 
@@ -173,15 +166,15 @@ mod tests {
     const BF16: Format = Format {
         element: 2,
         weight: 2.0,
-        cpu: false,
+        scores: true,
     };
 
     #[test]
     fn flux_dev_streams_its_blocks_within_4_gigabytes_and_stays_whole_within_25() {
         let config = flux_dev();
         let at_work = activations(&config, 1, 4608, BF16);
-        // most of it scores: there is no kernel without them yet
-        assert!(at_work < 2_400_000_000, "{at_work}");
+        // most of it scores
+        assert!(at_work < 1_700_000_000, "{at_work}");
         let least = Residence::none(&config, BF16);
         assert_eq!(least.count(), 0);
         assert!(least.bytes < 2_000_000_000, "{}", least.bytes);

@@ -54,7 +54,7 @@ impl Forecast {
         let format = Format {
             element: element as u64,
             weight: weight_bytes,
-            cpu: true, // no score matrix
+            scores: false, // as with kernels that hold none
         };
         let tokens = image_tokens + text_tokens;
         Self {

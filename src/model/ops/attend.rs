@@ -172,10 +172,14 @@ fn attention_backward(
         } else {
             candle_nn::ops::softmax_last_dim(&scores)?
         };
+        drop(scores);
         dv = (dv + weights.transpose(2, 3)?.contiguous()?.matmul(&grad)?)?;
-        let dweights = grad.matmul(&v_t)?;
-        let along = (&dweights * &weights)?.sum_keepdim(D::Minus1)?;
-        let dscores = ((dweights.broadcast_sub(&along)? * weights)? * scale)?;
+        // assigned, not shadowed: four tensors of scores at a time are counted (`train::memory`)
+        let mut dscores = grad.matmul(&v_t)?;
+        let along = (&dscores * &weights)?.sum_keepdim(D::Minus1)?;
+        dscores = dscores.broadcast_sub(&along)?;
+        dscores = (dscores * weights)?;
+        dscores = (dscores * scale)?;
         dq.push(dscores.matmul(&k)?);
         dk = (dk + dscores.transpose(2, 3)?.contiguous()?.matmul(&q)?)?;
     }

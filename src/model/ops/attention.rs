@@ -1,8 +1,6 @@
 //! Softmax attention over all tokens, without a mask, never holding the whole score matrix.
 
-#[cfg(feature = "flash-attn")]
-use candle::DType;
-use candle::{D, Result, Tensor};
+use candle::{D, DType, Device, Result, Tensor};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
@@ -14,15 +12,22 @@ use super::cpu::{self, Element, Operand, by_dtype, fusable, vectorized};
 use super::heads::Heads;
 use super::wide;
 
-/// Scores the plain composition holds at once on devices without a fused kernel, in elements (1 GiB of f32).
-const MAX_SCORES: usize = 1 << 28;
+/// Scores the plain composition takes at once on devices without a fused kernel. Two tensors of them in f32 are alive at
+/// a time (1 GiB): enough rows for a fast product, and `model::demand` counts on it.
+pub(in crate::model) const MAX_SCORES: usize = 1 << 27;
+
+/// Whether attention in `dtype` on a device holds matrices of scores: kernels on the CPU and flash attention do not.
+pub fn holds_scores(device: &Device, dtype: DType) -> bool {
+    let flash = cfg!(feature = "flash-attn") && matches!(dtype, DType::F16 | DType::BF16);
+    !device.is_cpu() && !(device.is_cuda() && flash)
+}
 
 /// `softmax(q·kᵀ / √head_dim)·v`, heads side by side: (batch, tokens, heads · head size), contiguous.
 pub(super) fn attention(heads: &Heads) -> Result<Tensor> {
     let Heads { q, k, v } = heads;
     #[cfg(feature = "flash-attn")]
     if q.device().is_cuda()
-        && matches!(q.dtype(), DType::F16 | DType::BF16)
+        && !holds_scores(q.device(), q.dtype())
         // the head sizes that the kernels are made for
         && q.dim(3)? % 8 == 0
         && q.dim(3)? <= 256
@@ -64,13 +69,16 @@ fn plain(q: &Tensor, k: &Tensor, v: &Tensor, max_scores: usize) -> Result<Tensor
     for start in (0..tokens).step_by(rows) {
         let q = q.narrow(2, start, rows.min(tokens - start))?;
         let scores = q.contiguous()?.matmul(&k)?;
-        let weights = if tracked {
+        let mut weights = if tracked {
             // softmax_last_dim has no backward pass
             candle_nn::ops::softmax(&scores, D::Minus1)?
         } else {
             candle_nn::ops::softmax_last_dim(&scores)?
         };
-        let attended = weights.to_dtype(v.dtype())?.matmul(v)?;
+        drop(scores);
+        // assigned, not shadowed: the f32 ones go
+        weights = weights.to_dtype(v.dtype())?;
+        let attended = weights.matmul(v)?;
         // (batch, heads, rows, head size) -> (batch, rows, heads · head size)
         out.push(attended.transpose(1, 2)?.flatten_from(2)?);
     }

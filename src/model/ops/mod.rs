@@ -38,6 +38,8 @@ mod tiles;
 mod widen;
 
 pub use attend::{attend, attend_beside_gelu};
+pub(super) use attention::MAX_SCORES;
+pub use attention::holds_scores;
 pub use cuda::trouble;
 pub use gelu::gelu;
 pub use heads::{Norms, Projected};
