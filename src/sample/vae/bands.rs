@@ -138,7 +138,7 @@ impl Bands {
         let height = part.dim(2)?;
         let rows = rows.min(height);
         // a copy, so that the rest is freed
-        part.narrow(2, height - rows, rows)?.copy()
+        part.narrow(2, height - rows, rows)?.force_contiguous()
     }
 
     /// One level of the pyramid.

@@ -7,6 +7,10 @@ use candle::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 use faer::{Accum, MatMut, MatRef, Par, prelude::*};
 use rayon::prelude::*;
 
+/// Numbers of unfolded input that candle's convolution writes at once. It counts them in 32 bits, which a picture of two
+/// million pixels exceeds, and eight times as many would be gigabytes.
+pub(super) const UNFOLDED: usize = 1 << 27;
+
 /// Floats of unfolded input that one matrix product reads: small enough for the second-level cache.
 const STRIP: usize = 1 << 18;
 
@@ -39,11 +43,18 @@ impl Conv {
             x.contiguous()?
                 .apply_op3_no_bwd(&weight.contiguous()?, &bias.contiguous()?, &self)
         } else {
-            self.composed(x, weight, bias)
+            self.composed(x, weight, bias, UNFOLDED)
         }
     }
 
-    fn composed(self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    /// A strip of rows at a time, so that at most `unfolded` numbers of unfolded input exist, or those of one row.
+    fn composed(
+        self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        unfolded: usize,
+    ) -> Result<Tensor> {
         let mut x = x.clone();
         if self.double {
             let (_, _, h, w) = x.dims4()?;
@@ -56,8 +67,31 @@ impl Conv {
                 .pad_with_zeros(3, self.before, self.after)?;
             padding = 0;
         }
-        x.conv2d(weight, padding, self.stride, 1, 1)?
-            .broadcast_add(&bias.reshape((1, (), 1, 1))?)
+        let (b, c, h, w) = x.dims4()?;
+        let (k, bias) = (weight.dim(2)?, bias.reshape((1, (), 1, 1))?);
+        if h + 2 * padding < k || w + 2 * padding < k {
+            bail!(
+                "convolution {:?} does not fit a picture of {w}×{h}",
+                weight.shape()
+            )
+        }
+        let [height, width] = [h, w].map(|n| (n + 2 * padding - k) / self.stride + 1);
+        let rows = (unfolded / (b * c * k * k * width).max(1)).clamp(1, height);
+        let mut strips = Vec::new();
+        for start in (0..height).step_by(rows) {
+            let rows = rows.min(height - start);
+            // the rows that it sees; padded ones only where the stride is 1
+            let (first, end) = (start * self.stride, (start + rows - 1) * self.stride + k);
+            let (from, to) = (first.saturating_sub(padding), h.min(end - padding));
+            let strip = x.narrow(2, from, to - from)?;
+            let strip = strip.conv2d(weight, padding, self.stride, 1, 1)?;
+            let strip = strip.narrow(2, (first - from) / self.stride, rows)?;
+            strips.push(strip.contiguous()?.broadcast_add(&bias)?);
+        }
+        match strips.as_slice() {
+            [one] => Ok(one.clone()),
+            many => Tensor::cat(many, 2),
+        }
     }
 
     fn out(self, n: usize, k: usize) -> usize {
@@ -269,13 +303,20 @@ mod tests {
             let bias = random.randn(o, &Device::Cpu)?;
             let (fast, slow) = (
                 conv.forward(&x, &weight, &bias)?,
-                conv.composed(&x, &weight, &bias)?,
+                conv.composed(&x, &weight, &bias, UNFOLDED)?,
             );
             let scale = slow.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
             assert!(
                 far(&fast, &slow)? <= 2e-6 * scale,
                 "{conv:?} {b} {c} {h} {w}"
             );
+            for unfolded in [1, b * c * k * k * w * 3] {
+                let strips = conv.composed(&x, &weight, &bias, unfolded)?;
+                assert!(
+                    far(&strips, &slow)? <= 2e-6 * scale,
+                    "{conv:?} {b} {c} {h} {w} in strips"
+                );
+            }
         }
         Ok(())
     }
@@ -291,7 +332,7 @@ mod tests {
         assert!(
             far(
                 &Conv::same(3).forward(&x, &weight, &bias)?,
-                &Conv::same(3).composed(&x, &weight, &bias)?
+                &Conv::same(3).composed(&x, &weight, &bias, UNFOLDED)?
             )? <= 1e-5
         );
         Ok(())

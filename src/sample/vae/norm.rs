@@ -71,9 +71,10 @@ impl GroupNorm {
             let values = floats(storage, layout)?.par_chunks(count.max(1));
             values.map(deviations).collect()
         } else {
-            let x = x.reshape((groups, count))?.to_dtype(DType::F32)?;
+            let mut x = x.reshape((groups, count))?.to_dtype(DType::F32)?;
             let mean = x.mean_keepdim(D::Minus1)?;
-            let squares = x.broadcast_sub(&mean)?.sqr()?.sum(D::Minus1)?;
+            x = x.broadcast_sub(&mean)?;
+            let squares = x.sqr()?.sum(D::Minus1)?;
             let host = |t: Tensor| t.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>();
             host(mean)?.into_iter().zip(host(squares)?).collect()
         };
@@ -94,27 +95,29 @@ impl GroupNorm {
     }
 
     fn composed(&self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-        let (shape, dtype) = (x.shape().clone(), x.dtype());
+        let (shape, dtype, device) = (x.shape().clone(), x.dtype(), x.device().clone());
         let (b, c) = (x.dim(0)?, x.dim(1)?);
-        let x = x.to_dtype(DType::F32)?.reshape((b, self.groups, ()))?;
-        let (x, variance) = if let Some(known) = &self.known {
+        // assigned, not shadowed: each is as large as the picture in f32, and the former goes
+        let mut x = x.to_dtype(DType::F32)?.reshape((b, self.groups, ()))?;
+        let variance = if let Some(known) = &self.known {
             let all = |f: &dyn Fn(usize) -> f64| -> Result<Tensor> {
                 let values: Vec<f32> = (0..known.of.len()).map(|i| f(i) as f32).collect();
-                Tensor::from_vec(values, (b, self.groups, 1), &Device::Cpu)?.to_device(x.device())
+                Tensor::from_vec(values, (b, self.groups, 1), &Device::Cpu)?.to_device(&device)
             };
-            let x = x.broadcast_sub(&all(&|i| known.mean(i))?)?;
-            (x, all(&|i| known.variance(i))?)
+            x = x.broadcast_sub(&all(&|i| known.mean(i))?)?;
+            all(&|i| known.variance(i))?
         } else {
-            let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-            let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
-            (x, variance)
+            x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+            x.sqr()?.mean_keepdim(D::Minus1)?
         };
-        let x = x
+        x = x
             .broadcast_div(&(variance + self.eps)?.sqrt()?)?
             .reshape((b, c, ()))?;
-        let x = x.broadcast_mul(&weight.to_dtype(DType::F32)?.reshape((1, c, 1))?)?;
-        let x = x.broadcast_add(&bias.to_dtype(DType::F32)?.reshape((1, c, 1))?)?;
-        let x = if self.silu { x.silu()? } else { x };
+        x = x.broadcast_mul(&weight.to_dtype(DType::F32)?.reshape((1, c, 1))?)?;
+        x = x.broadcast_add(&bias.to_dtype(DType::F32)?.reshape((1, c, 1))?)?;
+        if self.silu {
+            x = x.silu()?;
+        }
         x.to_dtype(dtype)?.reshape(shape)
     }
 }
