@@ -187,9 +187,9 @@ impl States {
         let text_len = self.prompts.txt.dim(1)?;
         Ok(Batch {
             img: place(img)?,
-            img_ids: latents::img_ids(self.size.height, self.size.width, device)?,
+            img_ids: latents::img_ids(self.size.height, self.size.width, &Device::Cpu)?,
             txt: place(self.prompts.txt.index_select(&which, 0)?)?,
-            txt_ids: latents::txt_ids(text_len, device)?,
+            txt_ids: latents::txt_ids(text_len, &Device::Cpu)?,
             timestep: t.flatten_all()?.to_device(device)?,
             vec: place(self.prompts.vec.index_select(&which, 0)?)?,
             guidance: Tensor::full(self.guidance as f32, items.len(), device)?,

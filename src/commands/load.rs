@@ -70,14 +70,14 @@ pub(super) fn text_encoders(
     Ok(encoders)
 }
 
-/// Encodes prompts, a bounded number at a time.
+/// Encodes prompts, a bounded number at a time; on the CPU, as those of a calibration are half a gigabyte.
 pub(super) fn encode(encoders: &TextEncoders, prompts: &[String]) -> Result<Encoded> {
     let progress = ui::progress(prompts.len(), "encoding prompts");
     let (mut txt, mut vec) = (Vec::new(), Vec::new());
     for chunk in prompts.chunks(PROMPTS_PER_CALL) {
         let (t, v) = encoders.encode(chunk)?;
-        txt.push(t);
-        vec.push(v);
+        txt.push(t.to_device(&Device::Cpu)?);
+        vec.push(v.to_device(&Device::Cpu)?);
         progress.inc(chunk.len() as u64);
     }
     progress.finish_and_clear();

@@ -303,10 +303,7 @@ impl Check<'_> {
                 .then(|| get("guidance"))
                 .transpose()?,
         );
-        let (img_ids, txt_ids) = (
-            get("img_ids")?.to_device(device)?,
-            get("txt_ids")?.to_device(device)?,
-        );
+        let (img_ids, txt_ids) = (get("img_ids")?, get("txt_ids")?);
         let (batch, tokens, _) = img.dims3()?;
         let chunk = (TOKENS / (tokens + txt.dim(1)?)).clamp(1, batch.max(1));
         let mut seen = Seen {

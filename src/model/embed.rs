@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use candle::{DType, Result, Tensor, TensorId};
+use candle::{DType, Device, Result, Tensor, TensorId};
 use candle_nn::VarBuilder;
 
 use super::linear::Linear;
@@ -22,7 +22,7 @@ const TIME_FACTOR: f64 = 1000.0;
 pub struct Inputs<'a> {
     /// Packed latents, (batch, image tokens, in_channels).
     pub img: &'a Tensor,
-    /// Positions of the image tokens, (image tokens, axes).
+    /// Positions of the image tokens, (image tokens, axes); best on the CPU, where the rotary table is made.
     pub img_ids: &'a Tensor,
     /// Hidden states of the T5 encoder, (batch, text tokens, context_in_dim).
     pub txt: &'a Tensor,
@@ -67,8 +67,17 @@ pub(super) struct Embedder {
     axes_dims: Vec<usize>,
     theta: f64,
     dtype: DType,
-    /// The last table and the ids it was made of: a sampler gives the same ids at every step.
-    rope: Mutex<Option<([TensorId; 2], Rope)>>,
+    /// The last table, and what it was made of.
+    rope: Mutex<Option<Made>>,
+}
+
+/// A rotary table. A sampler gives the same tensors of ids at every step; pictures of one size have other tensors with
+/// the same values, and share it.
+#[derive(Debug)]
+struct Made {
+    of: [TensorId; 2],
+    values: Vec<f64>,
+    rope: Rope,
 }
 
 impl Embedder {
@@ -131,15 +140,26 @@ impl Embedder {
             .rope
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some((cached, rope)) = &*cache
-            && *cached == key
+        if let Some(made) = &*cache
+            && made.of == key
         {
-            return Ok(rope.clone());
+            return Ok(made.rope.clone());
         }
-        let wide = |ids: &Tensor| ids.to_dtype(DType::F64);
+        let wide = |ids: &Tensor| ids.to_device(&Device::Cpu)?.to_dtype(DType::F64);
         let ids = Tensor::cat(&[wide(inputs.txt_ids)?, wide(inputs.img_ids)?], 0)?;
+        let values = ids.flatten_all()?.to_vec1()?;
+        if let Some(made) = &mut *cache
+            && made.values == values
+        {
+            made.of = key;
+            return Ok(made.rope.clone());
+        }
         let rope = Rope::new(&ids, &self.axes_dims, self.theta, inputs.img.device())?;
-        *cache = Some((key, rope.clone()));
+        *cache = Some(Made {
+            of: key,
+            values,
+            rope: rope.clone(),
+        });
         Ok(rope)
     }
 }

@@ -196,6 +196,27 @@ mod tests {
     }
 
     #[test]
+    fn pictures_of_one_size_share_a_rotary_table() -> Result<()> {
+        let config = small_config();
+        let flux = random_flux(&config, DType::F32)?;
+        let rope = |inputs: &Inputs| Ok::<_, candle::Error>(flux.embed(inputs)?.1.rope);
+        let (one, other) = (SmallInputs::new(&config, 1)?, SmallInputs::new(&config, 1)?);
+        let table = rope(&one.borrowed())?;
+        for again in [&one, &other, &one] {
+            assert_eq!(rope(&again.borrowed())?.cos().id(), table.cos().id());
+        }
+        let img_ids = (one.borrowed().img_ids * 2.0)?;
+        let inputs = Inputs {
+            img_ids: &img_ids,
+            ..one.borrowed()
+        };
+        let wider = rope(&inputs)?;
+        assert_ne!(wider.cos().id(), table.cos().id());
+        assert!(close(wider.cos(), table.cos(), 1e-2).is_err());
+        Ok(())
+    }
+
+    #[test]
     fn inputs_that_do_not_fit_are_named() -> Result<()> {
         let config = small_config();
         let flux = random_flux(&config, DType::F32)?;

@@ -163,8 +163,8 @@ impl Denoise<'_> {
         let (txt, vec) = (place(&prompts.txt)?, place(&prompts.vec)?);
         Ok(Drawing {
             x: noise.to_device(self.device)?.to_dtype(DType::F32)?,
-            img_ids: latents::img_ids(self.size.height, self.size.width, self.device)?,
-            txt_ids: latents::txt_ids(txt.dim(1)?, self.device)?,
+            img_ids: latents::img_ids(self.size.height, self.size.width, &Device::Cpu)?,
+            txt_ids: latents::txt_ids(txt.dim(1)?, &Device::Cpu)?,
             guidance: Tensor::full(self.guidance as f32, batch, self.device)?,
             txt,
             vec,

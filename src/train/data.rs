@@ -52,8 +52,8 @@ impl Pictures {
                 txt: cpu(&prompts.txt)?,
                 vec: cpu(&prompts.vec)?,
             },
-            img_ids: latents::img_ids(size.height, size.width, &runtime.device)?,
-            txt_ids: latents::txt_ids(text_len, &runtime.device)?,
+            img_ids: latents::img_ids(size.height, size.width, &Device::Cpu)?,
+            txt_ids: latents::txt_ids(text_len, &Device::Cpu)?,
             guidance,
             runtime: runtime.clone(),
         })
