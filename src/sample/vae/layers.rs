@@ -185,19 +185,18 @@ impl Attention {
             .flatten_from(2)?
             .transpose(1, 2)?
             .contiguous()?; // (b, h·w, c)
-        let q = (self.q.forward(&tokens)? * (c as f64).powf(-0.5))?;
-        let k = self.k.forward(&tokens)?.t()?.contiguous()?; // (b, c, h·w)
+        // scores in float32 whatever the weights' format
+        let wide = |x: Tensor| x.to_dtype(candle::DType::F32);
+        let q = (wide(self.q.forward(&tokens)?)? * (c as f64).powf(-0.5))?;
+        let k = wide(self.k.forward(&tokens)?)?.t()?.contiguous()?; // (b, c, h·w)
         let v = self.v.forward(&tokens)?;
         // an h·w × h·w matrix of a large picture would be gigabytes, so a few rows of it at a time
         let rows = (scores / (b * h * w)).clamp(1, h * w);
         let mut parts = Vec::new();
         for start in (0..h * w).step_by(rows) {
             let q = q.narrow(1, start, rows.min(h * w - start))?.contiguous()?;
-            let weights = q.matmul(&k)?;
-            let weights =
-                candle_nn::ops::softmax(&weights.to_dtype(candle::DType::F32)?, D::Minus1)?
-                    .to_dtype(v.dtype())?;
-            parts.push(weights.matmul(&v)?);
+            let weights = candle_nn::ops::softmax(&q.matmul(&k)?, D::Minus1)?;
+            parts.push(weights.to_dtype(v.dtype())?.matmul(&v)?);
         }
         let y = self.out.forward(&Tensor::cat(&parts, 1)?)?; // (b, h·w, c)
         x + y.transpose(1, 2)?.reshape((b, c, h, w))?
