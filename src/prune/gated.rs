@@ -108,14 +108,13 @@ impl GatedGram {
     }
 }
 
-/// Zᵀ(g² ⊙ (Z B)) of the samples `z` (b, n, k − 1), with a one added for the bias, and their `gate` (b, d); B and result
-/// (k, d), f64 on the CPU.
+/// Zᵀ(g² ⊙ (Z B)) of the samples `z` (b, n, k − 1), with a one added for the bias, and their `gate` (b, d); B (k, d) in
+/// the format of `z`, the result (k, d) in f64, both where `z` is.
 ///
 /// # Errors
 /// When shapes disagree or a product fails.
 pub fn normal_product(z: &Tensor, gate: &Tensor, b: &Tensor) -> Result<Tensor> {
     let (samples, tokens, inputs) = z.dims3()?;
-    let b = b.to_device(z.device())?.to_dtype(z.dtype())?;
     let rows = z.reshape(((), inputs))?;
     let y = rows
         .matmul(&b.narrow(0, 0, inputs)?)?
@@ -124,9 +123,7 @@ pub fn normal_product(z: &Tensor, gate: &Tensor, b: &Tensor) -> Result<Tensor> {
         .broadcast_mul(&gate.sqr()?.unsqueeze(1)?)?
         .reshape((samples * tokens, ()))?;
     let out = [rows.t()?.matmul(&y)?, y.sum_keepdim(0)?];
-    Ok(Tensor::cat(&out, 0)?
-        .to_dtype(DType::F64)?
-        .to_device(&Device::Cpu)?)
+    Ok(Tensor::cat(&out, 0)?.to_dtype(DType::F64)?)
 }
 
 fn to_tensor(m: &Mat<f64>) -> Result<Tensor> {

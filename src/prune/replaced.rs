@@ -1,7 +1,7 @@
 //! The sums that one replacement's layers follow from, for each form.
 
 use anyhow::{Context, Result, bail, ensure};
-use candle::Tensor;
+use candle::{DType, Device, Tensor};
 
 use super::{
     fit::{self, Solution},
@@ -180,23 +180,33 @@ impl StreamSums {
         let ridge = ridge.unwrap_or(fit::DEFAULT_RIDGE);
         let device = modulation.lin.device();
         let solution = self.gated.solve(ridge, &device, &mut |b| {
-            let mut out = b.zeros_like()?;
+            // to the device and back once for all batches
+            let b = b.to_device(&device)?.to_dtype(product_dtype(&device))?;
+            let mut out = Tensor::zeros(b.dims(), DType::F64, &device)?;
             inputs(&mut |stream, conditioning, rows| {
                 let x = if txt { stream.txt()? } else { stream.img()? };
                 let x = pick(&x, None, rows.tokens(&x)?.as_ref())?;
                 let (z, gate) = gated_input(&modulation, &x, conditioning)?;
-                out = (&out + normal_product(&z, &gate, b)?)?;
+                out = (&out + normal_product(&z, &gate, &b)?)?;
                 Ok(())
             })?;
-            Ok(out)
+            Ok(out.to_device(&Device::Cpu)?)
         })?;
         let bias = modulation
             .lin
             .bias()
             .context("the modulation has no bias")?;
-        let kept = (modulation.lin.weight()?, bias.clone());
+        let kept = (host(&modulation.lin.weight()?)?, host(bias)?);
         fitted(&solution, None, Some(kept), self.change_sq)
     }
+}
+
+/// `t` on the CPU, without the rest of a larger tensor that it may be a part of on a GPU.
+fn host(t: &Tensor) -> Result<Tensor> {
+    if t.device().is_cpu() {
+        return Ok(t.clone());
+    }
+    Ok(t.force_contiguous()?.to_device(&Device::Cpu)?)
 }
 
 fn fitted(
