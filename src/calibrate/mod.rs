@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 use crate::{
     device::Runtime,
     layout::BlockSpec,
-    model::{Block, Conditioning, Flux, Observer, Stream, Trunk},
+    model::{Block, Conditioning, Flux, Observer, Stream, Trunk, ops},
     sample::denoise::{Denoise, Encoded, starting_noise},
 };
 
@@ -72,7 +72,7 @@ impl Observer for FiniteCheck {
         _: &Stream,
         output: &Stream,
     ) -> candle::Result<()> {
-        let sum = output.tokens.to_dtype(candle::DType::F32)?.sum_all()?;
+        let sum = ops::total(&output.tokens.to_dtype(candle::DType::F32)?)?;
         if !sum.to_scalar::<f32>()?.is_finite() {
             let times = conditioning.timestep.to_dtype(candle::DType::F32)?;
             let t = times.flatten_all()?.to_vec1::<f32>()?;

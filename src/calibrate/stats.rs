@@ -10,7 +10,7 @@ use super::rows;
 use crate::{
     checkpoint::Source,
     layout::{BlockId, BlockSpec},
-    model::{Conditioning, Observer, Stream},
+    model::{Conditioning, Observer, Stream, ops},
 };
 
 /// Timestep buckets of the scalar sums: \[0, 0.1), \[0.1, 0.2), … of the noise level.
@@ -65,7 +65,9 @@ impl Gram {
         Ok(Self {
             gram,
             cross,
-            target_sq: target.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar()?,
+            target_sq: ops::total(&target.sqr()?)?
+                .to_dtype(DType::F64)?
+                .to_scalar()?,
         })
     }
 

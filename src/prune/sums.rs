@@ -4,7 +4,7 @@
 use anyhow::Result;
 use candle::{D, DType, Device, Tensor};
 
-use crate::calibrate::stats::Gram;
+use crate::{calibrate::stats::Gram, model::ops};
 
 /// The sums of Z = \[x, c\] against `target` (b, n, d), for `x` (b, n, k) and `c` (b, m), which all tokens of a sample
 /// share: c is never repeated for them, so it costs m per sample, not per token.
@@ -29,7 +29,9 @@ pub(super) fn of_samples(x: &Tensor, c: &Tensor, target: &Tensor) -> Result<Gram
     Ok(Gram {
         gram: Tensor::cat(&[upper, lower], 0)?.to_dtype(DType::F64)?,
         cross: Tensor::cat(&cross, 0)?.to_dtype(DType::F64)?,
-        target_sq: (target.sqr()?.sum_all()?.to_dtype(DType::F64)?).to_scalar()?,
+        target_sq: ops::total(&target.sqr()?)?
+            .to_dtype(DType::F64)?
+            .to_scalar()?,
     })
 }
 

@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use candle::{DType, Tensor, Var};
 
 use super::recipe::OptimiserRecipe;
+use crate::model::ops;
 
 /// Moments of one phase's trainables, all f32 on the device.
 #[derive(Clone, Debug)]
@@ -94,8 +95,7 @@ pub fn norm(grads: &[Tensor]) -> Result<f64> {
     let mut sum = 0.0;
     for grad in grads {
         sum += f64::from(
-            grad.sqr()?
-                .sum_all()?
+            ops::total(&grad.sqr()?)?
                 .to_dtype(DType::F32)?
                 .to_scalar::<f32>()?,
         );

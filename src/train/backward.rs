@@ -7,7 +7,7 @@ use anyhow::Result;
 use candle::{Tensor, Var};
 
 use super::trainables::frozen;
-use crate::model::{Conditioning, Stream, Trunk};
+use crate::model::{Conditioning, Stream, Trunk, ops};
 
 /// The loss of a stream, and its gradient with respect to the stream's tokens (same shape and dtype).
 pub type Judge<'a> = &'a dyn Fn(&Stream) -> Result<(f64, Tensor)>;
@@ -56,7 +56,7 @@ pub fn gradients(
                 txt_len: stream.txt_len,
             };
             let output = trunk.forward_range(index..index + 1, &tracked, conditioning, &mut ())?;
-            let mut grads = (output.tokens * grad)?.sum_all()?.backward()?;
+            let mut grads = ops::total(&(output.tokens * grad)?)?.backward()?;
             for (sum, var) in out.iter_mut().zip(vars) {
                 add(sum, grads.remove(var))?;
             }
@@ -73,7 +73,7 @@ pub fn gradients(
             txt_len: output.txt_len,
         };
         let (loss, grad) = judge(&plain)?;
-        let mut grads = (output.tokens * grad)?.sum_all()?.backward()?;
+        let mut grads = ops::total(&(output.tokens * grad)?)?.backward()?;
         for (sum, var) in out.iter_mut().zip(vars) {
             add(sum, grads.remove(var))?;
         }
@@ -121,7 +121,7 @@ pub fn input_gradient(
             txt_len: stream.txt_len,
         };
         let output = plain.forward_range(range, &tracked, conditioning, &mut ())?;
-        let mut grads = (output.tokens * grad)?.sum_all()?.backward()?;
+        let mut grads = ops::total(&(output.tokens * grad)?)?.backward()?;
         grad = match grads.remove(&var) {
             Some(grad) => grad,
             None => stream.tokens.zeros_like()?,

@@ -8,7 +8,7 @@ use super::{
     recipe::{LossRecipe, Normalise},
 };
 use crate::{
-    model::{Conditioning, Flux, Stream},
+    model::{Conditioning, Flux, Stream, ops},
     sample::noise::Generator,
 };
 
@@ -178,7 +178,7 @@ impl Form {
                     .reshape(error.dims())?
             }
         };
-        let loss = scalar(&(&error * &weighted)?.sum_all()?)? / tokens;
+        let loss = scalar(&ops::total(&(&error * &weighted)?)?)? / tokens;
         Ok((loss, (weighted * (2.0 / tokens))?))
     }
 }

@@ -13,6 +13,8 @@ use candle::{
     Storage, Tensor, Var,
 };
 
+use super::total;
+
 /// Gradients of all inputs, in their order; `None` for those that are not asked for.
 type Backward = Arc<dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync>;
 
@@ -60,7 +62,7 @@ pub(super) fn by_recomputing(
     let vars = vars.collect::<Result<Vec<_>>>()?;
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let output = forward(&tensors)?;
-    let mut grads = (output * grad)?.sum_all()?.backward()?;
+    let mut grads = total(&(output * grad)?)?.backward()?;
     Ok(vars.iter().map(|v| grads.remove(v)).collect())
 }
 

@@ -50,7 +50,16 @@ pub use product::product;
 pub use residual::{Branch, biased, gated_residual};
 pub use widen::widen;
 
-use candle::{DType, Result, Tensor};
+use candle::{D, DType, Result, Tensor};
+
+/// The sum of all numbers, a scalar; differentiable. Rows first, except on the CPU: candle's GPU kernel gives each result
+/// one block of threads, and so the sum of a whole tensor to one of a hundred processors.
+pub fn total(x: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() || x.rank() < 2 {
+        return x.sum_all();
+    }
+    x.sum(D::Minus1)?.sum_all()
+}
 
 /// f32, or f64 where it is f64 already.
 fn wide(x: &Tensor) -> Result<Tensor> {
