@@ -28,15 +28,26 @@ pub fn widen(
     if format != Packed::F8E4M3 {
         candle::bail!("bytes of {format} are widened on the CPU only");
     }
+    by_table(rows, scale, dtype)
+}
+
+/// [`widen`] for float8 on any device.
+fn by_table(rows: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Result<Tensor> {
     let table = Tensor::new(&decode_table()[..], rows.device())?;
-    let values = table
-        .index_select(&rows.flatten_all()?, 0)?
-        .reshape(rows.shape())?;
-    let values = match scale {
-        None => values,
-        Some(scale) => values.broadcast_mul(&scale.unsqueeze(1)?)?,
+    let of_rows = |table: Tensor| {
+        let values = table.index_select(&rows.flatten_all()?, 0)?;
+        values.reshape(rows.shape())
     };
-    values.to_dtype(dtype)
+    match scale {
+        None => of_rows(table.to_dtype(dtype)?),
+        // 256 products and not millions: the same ones, rounded alike
+        Some(one) if one.elem_count() == 1 => {
+            of_rows(table.broadcast_mul(&one.flatten_all()?)?.to_dtype(dtype)?)
+        }
+        Some(each) => of_rows(table)?
+            .broadcast_mul(&each.unsqueeze(1)?)?
+            .to_dtype(dtype),
+    }
 }
 
 fn on_cpu<T: Element>(rows: &Tensor, format: Packed, scale: Option<&[f32]>) -> Result<Tensor> {
@@ -68,4 +79,27 @@ fn on_cpu<T: Element>(rows: &Tensor, format: Packed, scale: Option<&[f32]>) -> R
             Ok::<_, candle::Error>(())
         })?;
     Tensor::from_vec(out, (output, input), &Device::Cpu)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn float8_by_table_is_float8_by_kernel() -> Result<()> {
+        // all bytes but those of NaN
+        let bytes = (0..=255u8).filter(|byte| byte & 0x7f != 0x7f);
+        let rows = Tensor::from_iter(bytes, &Device::Cpu)?.reshape((2, 127))?;
+        for scale in [None, Some(&[0.37f32][..]), Some(&[0.37, 2.9])] {
+            let scale = scale.map(|s| Tensor::new(s, &Device::Cpu)).transpose()?;
+            for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
+                let want = widen(&rows, Packed::F8E4M3, scale.as_ref(), dtype)?;
+                let got = by_table(&rows, scale.as_ref(), dtype)?;
+                assert_eq!(got.dtype(), dtype);
+                let numbers = |x: Tensor| x.to_dtype(DType::F64)?.to_vec2::<f64>();
+                assert_eq!(numbers(got)?, numbers(want)?, "{scale:?} {dtype:?}");
+            }
+        }
+        Ok(())
+    }
 }
