@@ -359,7 +359,8 @@ impl Source {
             Data::Converted(_) => self.write_converted(out),
             Data::Sum(_) => self.write_sum(out),
             Data::Dense(tensor) => {
-                let flat = tensor.flatten_all()?;
+                // candle copies a whole tensor from a GPU for every part of it that is asked for
+                let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
                 let dtype = candle_dtype(self.format)?;
                 let step = STEP / 8;
                 for start in (0..self.elements()).step_by(step) {

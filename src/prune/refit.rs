@@ -134,7 +134,12 @@ impl<'a> Walk<'a> {
             }
             let place = |samples: Vec<u32>| {
                 let len = samples.len();
-                Tensor::from_vec(samples, len, &runtime.device)
+                let placed = Tensor::from_vec(samples, len, &Device::Cpu)?;
+                // an empty one is looked at by its size only, and not every GPU has room for nothing
+                if len == 0 {
+                    return Ok(placed);
+                }
+                placed.to_device(&runtime.device)
             };
             let rows = Rows {
                 parts: [place(fit)?, place(left_out)?],
