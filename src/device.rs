@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr};
 use anyhow::{Context, Result, bail};
 use candle::{DType, Device};
 
-use crate::model::ops;
+use crate::{model::ops, ui};
 
 /// A `--device` value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -121,7 +121,10 @@ impl Runtime {
 pub fn out_of_memory(error: &anyhow::Error) -> Option<&'static str> {
     let ran_out = error.chain().any(|cause| {
         let text = cause.to_string().to_lowercase();
-        text.contains("out of memory") || text.contains("out_of_memory")
+        // the driver's words, and cuBLAS'
+        ["out of memory", "out_of_memory", "alloc_failed"]
+            .iter()
+            .any(|words| text.contains(words))
     });
     ran_out.then_some(
         "the device ran out of memory\nhint: --offload keeps no block on the device, --max-vram SIZE as many as fit; smaller pictures (--width, --height), batches and --dtype bf16 take less too",
@@ -176,10 +179,21 @@ impl fmt::Display for Runtime {
 }
 
 fn automatic() -> Device {
-    if cfg!(feature = "cuda")
-        && let Ok(device) = Device::new_cuda(0)
-    {
-        return device;
+    if cfg!(feature = "cuda") {
+        match Device::new_cuda(0) {
+            Ok(device) => return device,
+            Err(why) => {
+                let why = why.to_string();
+                // candle appends its backtrace
+                let why = why.lines().next().unwrap_or_default();
+                // a machine without a GPU is nothing to talk about; a driver that fails is
+                if !why.contains("NO_DEVICE") {
+                    ui::warn(format!(
+                        "computing on the CPU, as the GPU cannot be used: {why}\nhint: see `nvidia-smi`; --device cpu says that this is wanted"
+                    ));
+                }
+            }
+        }
     }
     if cfg!(feature = "metal")
         && let Ok(device) = Device::new_metal(0)
@@ -218,6 +232,8 @@ mod tests {
         let error = anyhow::anyhow!("{driver}").context("cannot load the transformer of `x`");
         let advice = out_of_memory(&error).unwrap();
         assert!(advice.contains("\nhint: --offload"), "{advice}");
+        let cublas = anyhow::anyhow!("CublasError(CUBLAS_STATUS_ALLOC_FAILED)");
+        assert!(out_of_memory(&cublas).is_some());
         assert_eq!(out_of_memory(&anyhow::anyhow!("no such file")), None);
     }
 }
