@@ -1,6 +1,6 @@
 //! What both text encoders compute: attention over heads, and activation functions by transformers' names. No weights' names here.
 
-use candle::{D, DType, Result, Tensor};
+use candle::{DType, Result, Tensor};
 use serde::Deserialize;
 
 /// An activation function under the names of transformers' `ACT2FN`.
@@ -58,7 +58,7 @@ pub(super) fn attention(
     // multiplied in float32: T5's scores are large, and rounded to bfloat16 they would be off by tenths
     let (q, k) = (q.to_dtype(DType::F32)?, k.to_dtype(DType::F32)?);
     let scores = q.matmul(&k.t()?)?.broadcast_add(bias)?; // (b, heads, n, n)
-    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
+    let weights = candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(v.dtype())?;
     weights.matmul(&v)?.transpose(1, 2)?.reshape((b, n, width))
 }
 

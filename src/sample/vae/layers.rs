@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use candle::{D, Module as _, Result, Tensor};
+use candle::{Module as _, Result, Tensor};
 use candle_nn::{Linear, VarBuilder};
 
 use super::{
@@ -195,7 +195,7 @@ impl Attention {
         let mut parts = Vec::new();
         for start in (0..h * w).step_by(rows) {
             let q = q.narrow(1, start, rows.min(h * w - start))?.contiguous()?;
-            let weights = candle_nn::ops::softmax(&q.matmul(&k)?, D::Minus1)?;
+            let weights = candle_nn::ops::softmax_last_dim(&q.matmul(&k)?)?;
             parts.push(weights.to_dtype(v.dtype())?.matmul(&v)?);
         }
         let y = self.out.forward(&Tensor::cat(&parts, 1)?)?; // (b, h·w, c)

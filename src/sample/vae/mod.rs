@@ -181,12 +181,13 @@ impl Vae {
     }
 
     /// Pictures in [-1, 1] (b, in_channels, h, w), sizes divisible by [`VaeConfig::downsampling`] → the mean of their latents, as the
-    /// transformer sees them (b, latent_channels, h/8, w/8). The inverse of [`Self::decode`].
+    /// transformer sees them (b, latent_channels, h/8, w/8), f32. The inverse of [`Self::decode`].
     ///
     /// # Errors
     /// When the size does not fit, or the file holds no encoder.
     pub fn encode(&self, image: &Tensor) -> Result<Tensor> {
-        let mean = self.encode_mean(image)?;
+        // as in `unscaled`: numbers of bf16 have three digits, and so would shift and scale
+        let mean = self.encode_mean(image)?.to_dtype(DType::F32)?;
         (mean - self.config.shift_factor.unwrap_or(0.0))? * self.config.scaling_factor
     }
 
