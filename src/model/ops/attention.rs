@@ -10,7 +10,7 @@ use super::avx512::{Avx512, Vector};
 use super::blank::filled;
 use super::cpu::{self, Element, Operand, by_dtype, fusable, vectorized};
 use super::heads::Heads;
-use super::wide;
+use super::{cuda, wide};
 
 /// Scores the plain composition takes at once on devices without a fused kernel. Two tensors of them in f32 are alive at
 /// a time (1 GiB): enough rows for a fast product, and `model::demand` counts on it.
@@ -63,12 +63,14 @@ fn plain(q: &Tensor, k: &Tensor, v: &Tensor, max_scores: usize) -> Result<Tensor
     } else {
         (max_scores / (batch * heads * tokens).max(1)).clamp(1, tokens.max(1))
     };
-    let q = (wide(q)? * scale_of(q)?)?;
-    let k = wide(k)?.transpose(2, 3)?;
+    let scale = scale_of(q)?;
     let mut out = Vec::new();
     for start in (0..tokens).step_by(rows) {
-        let q = q.narrow(2, start, rows.min(tokens - start))?;
-        let scores = q.contiguous()?.matmul(&k)?;
+        let q = q.narrow(2, start, rows.min(tokens - start))?.contiguous()?;
+        let scores = match cuda::scores(&q, k, scale)? {
+            Some(scores) => scores,
+            None => (wide(&q)? * scale)?.matmul(&wide(k)?.transpose(2, 3)?)?,
+        };
         let mut weights = if tracked {
             // softmax_last_dim has no backward pass
             candle_nn::ops::softmax(&scores, D::Minus1)?

@@ -24,6 +24,10 @@ pub(super) fn heads(_: &[Projected], _: usize, _: &Rope) -> Result<Option<Heads>
     Ok(None)
 }
 
+pub(super) fn scores(_: &Tensor, _: &Tensor, _: f64) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
 pub(super) fn gelu(_: &Tensor, _: Option<&Tensor>, _: Option<&Tensor>) -> Result<Option<Tensor>> {
     Ok(None)
 }

@@ -240,6 +240,25 @@ pub(super) fn heads(
     }))
 }
 
+/// The scores of `attention`: `scale · q·kᵀ`, `q` (batch, heads, rows, size) and `k` (batch, heads, tokens, size), in f32.
+pub(super) fn scores(
+    module: &Module,
+    q: &Tensor,
+    k: &Tensor,
+    scale: f64,
+) -> Result<Option<Tensor>> {
+    let ((batch, heads, rows, size), tokens) = (q.dims4()?, k.dim(2)?);
+    let sizes = [batch * heads, rows, tokens, size];
+    let counted = |n: &usize| *n > 0 && i32::try_from(*n).is_ok();
+    let fits = k.dims() == [batch, heads, tokens, size] && sizes.iter().all(counted);
+    if !fits || !q.is_contiguous() || !k.is_contiguous() {
+        return Ok(None);
+    }
+    let out = module.blank(DType::F32, batch * heads * rows * tokens)?;
+    module.product(q, k, sizes, scale as f32, &out)?;
+    Ok(Some(out.tensor((batch, heads, rows, tokens))))
+}
+
 /// `gelu::gelu`.
 pub(super) fn gelu(
     module: &Module,

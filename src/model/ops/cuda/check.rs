@@ -5,6 +5,7 @@ use candle::{DType, Device, Result, Tensor};
 use super::super::heads::{self, Norms, Projected};
 use super::super::residual::{self, Branch};
 use super::super::{gelu, norm};
+use super::SCORES;
 use super::calls;
 use super::launch::{self, GatedResidual, Gelu, Module, NormModulate, Parameters};
 use crate::model::rope::Rope;
@@ -15,11 +16,12 @@ const FORMATS: [(DType, f64); 3] = [(DType::F32, 1e-6), (DType::F16, 4e-4), (DTy
 /// A kernel on views, odd widths, several samples; its results.
 type Case = fn(&Side) -> Result<Vec<Tensor>>;
 
-const CASES: [(&str, Case); 4] = [
+const CASES: [(&str, Case); 5] = [
     (NormModulate::KERNEL, norms),
     (GatedResidual::KERNEL, residuals),
     (launch::Heads::KERNEL, all_heads),
     (Gelu::KERNEL, gelus),
+    (SCORES, all_scores),
 ];
 
 /// The kernels that disagree with their twins, and in what.
@@ -210,6 +212,22 @@ fn all_heads(side: &Side) -> Result<Vec<Tensor>> {
         }
     }
     Ok(results)
+}
+
+fn all_scores(side: &Side) -> Result<Vec<Tensor>> {
+    let sizes = [(1, 1, 1, 9, 8), (2, 3, 5, 7, 24), (1, 2, 33, 40, 128)];
+    let each = sizes.into_iter().map(|(batch, heads, rows, tokens, size)| {
+        let q = side.numbers(0, &[batch, heads, rows, size])?;
+        // keys as they lie between queries and values
+        let k = side.numbers(1, &[3, batch, heads, tokens, size])?.get(1)?;
+        let scores = side.compute(
+            |module| calls::scores(module, &q, &k, 0.3),
+            || (q.to_dtype(DType::F32)? * 0.3)?.matmul(&k.t()?),
+        )?;
+        // f32 whatever the operands are
+        scores.to_dtype(side.dtype)
+    });
+    each.collect()
 }
 
 fn gelus(side: &Side) -> Result<Vec<Tensor>> {

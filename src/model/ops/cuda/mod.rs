@@ -24,6 +24,9 @@ const ALL: [&str; 4] = [
     Gelu::KERNEL,
 ];
 
+/// The product of cuBLAS that attention's scores are, which is compared like a kernel.
+const SCORES: &str = "scores";
+
 /// What became of the kernels on one device.
 struct Kernels {
     module: std::result::Result<Module, String>,
@@ -131,6 +134,13 @@ pub(super) fn heads(streams: &[Projected], num_heads: usize, rope: &Rope) -> Res
     }
     with(launch::Heads::KERNEL, &operands, |module| {
         calls::heads(module, streams, num_heads, rope)
+    })
+}
+
+/// `scale · q·kᵀ` in f32: `q` (batch, heads, rows, size), `k` (batch, heads, tokens, size).
+pub(super) fn scores(q: &Tensor, k: &Tensor, scale: f64) -> Result<Option<Tensor>> {
+    with(SCORES, &[Some(q), Some(k)], |module| {
+        calls::scores(module, q, k, scale)
     })
 }
 
