@@ -39,6 +39,7 @@ fn command(folder: &Path, args: &[&str]) -> Command {
         .current_dir(folder)
         .args(args)
         .env("HF_HUB_OFFLINE", "1")
+        .env("CUDA_VISIBLE_DEVICES", "") // the CPU, also in a build for GPUs
         .env_remove("RUST_BACKTRACE");
     command
 }
@@ -337,6 +338,7 @@ fn a_full_disk_in_the_middle_leaves_a_run_that_goes_on_when_there_is_room() {
     limited
         .current_dir(folder)
         .env("HF_HUB_OFFLINE", "1")
+        .env("CUDA_VISIBLE_DEVICES", "")
         // in blocks of 512 bytes: room for the pictures, not for the state; the signal ignored, writing fails instead
         .args(["-c", "trap '' XFSZ; ulimit -f 600; exec \"$@\"", "sh"])
         .arg(assert_cmd::cargo::cargo_bin!("fastflux"))

@@ -130,6 +130,7 @@ fn a_killed_calibration_goes_on_and_ends_with_the_same_bytes() {
         let mut child = Command::new(assert_cmd::cargo::cargo_bin!("fastflux"))
             .current_dir(w)
             .args(args)
+            .env("CUDA_VISIBLE_DEVICES", "")
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()

@@ -15,7 +15,21 @@ pub(crate) fn golden(path: &str) -> String {
     path.display().to_string()
 }
 
-/// Runs `fastflux` in `folder`. `FASTFLUX_TEST_DEVICE` runs the same tests on another device.
+/// Commands that compute on a device.
+const COMPUTE: [&str; 9] = [
+    "bench",
+    "calibrate",
+    "eval",
+    "generate",
+    "plan",
+    "prune",
+    "score",
+    "train-sandwich",
+    "verify",
+];
+
+/// Runs `fastflux` in `folder`: on the CPU, as a build for GPUs would take one by itself, and bf16 with it; or in f32 on
+/// the device that `FASTFLUX_TEST_DEVICE` names.
 pub(crate) fn fastflux(folder: &Path, args: &[&str]) -> Output {
     let mut command = Command::new(assert_cmd::cargo::cargo_bin!("fastflux"));
     command
@@ -23,14 +37,17 @@ pub(crate) fn fastflux(folder: &Path, args: &[&str]) -> Output {
         .args(args)
         .env("HF_HUB_OFFLINE", "1")
         .env_remove("RUST_BACKTRACE");
-    if let Ok(device) = std::env::var("FASTFLUX_TEST_DEVICE")
-        && args[0] != "inspect"
-        && !args.contains(&"--device")
-    {
-        command.args(["--device", &device]);
-        if !args.contains(&"--dtype") {
-            command.args(["--dtype", "f32"]);
+    match std::env::var("FASTFLUX_TEST_DEVICE") {
+        Err(_) => {
+            command.env("CUDA_VISIBLE_DEVICES", "");
         }
+        Ok(device) if COMPUTE.contains(&args[0]) && !args.contains(&"--device") => {
+            command.args(["--device", &device]);
+            if !args.contains(&"--dtype") {
+                command.args(["--dtype", "f32"]);
+            }
+        }
+        Ok(_) => {}
     }
     command.output().unwrap()
 }
