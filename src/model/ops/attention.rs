@@ -71,14 +71,16 @@ fn plain(q: &Tensor, k: &Tensor, v: &Tensor, max_scores: usize) -> Result<Tensor
             Some(scores) => scores,
             None => (wide(&q)? * scale)?.matmul(&wide(k)?.transpose(2, 3)?)?,
         };
-        let mut weights = if tracked {
+        let mut weights = if let Some(weights) = cuda::softmax(&scores, v.dtype())? {
+            weights
+        } else if tracked {
             // softmax_last_dim has no backward pass
             candle_nn::ops::softmax(&scores, D::Minus1)?
         } else {
             candle_nn::ops::softmax_last_dim(&scores)?
         };
         drop(scores);
-        // assigned, not shadowed: the f32 ones go
+        // assigned, not shadowed: f32 ones go
         weights = weights.to_dtype(v.dtype())?;
         let attended = weights.matmul(v)?;
         // (batch, heads, rows, head size) -> (batch, rows, heads · head size)

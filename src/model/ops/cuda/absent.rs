@@ -1,7 +1,7 @@
 //! Stands in for `cuda` where it is not built in: no kernel ever runs.
 #![expect(clippy::unnecessary_wraps, reason = "the others may fail")]
 
-use candle::{Device, Result, Tensor};
+use candle::{DType, Device, Result, Tensor};
 
 use super::heads::{Heads, Projected};
 use super::residual::Branch;
@@ -25,6 +25,10 @@ pub(super) fn heads(_: &[Projected], _: usize, _: &Rope) -> Result<Option<Heads>
 }
 
 pub(super) fn scores(_: &Tensor, _: &Tensor, _: f64) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn softmax(_: &Tensor, _: DType) -> Result<Option<Tensor>> {
     Ok(None)
 }
 

@@ -5,7 +5,7 @@ use candle::{DType, Result, Tensor};
 use super::super::heads::{self, Heads, Projected};
 use super::super::norm;
 use super::super::residual::Branch;
-use super::launch::{self, GatedResidual, Gelu, Module, NormModulate, Rows, address_of};
+use super::launch::{self, GatedResidual, Gelu, Module, NormModulate, Rows, Softmax, address_of};
 use crate::model::rope::Rope;
 
 /// Bytes that a thread moves at a time.
@@ -14,9 +14,10 @@ const PIECE: usize = 16;
 const THREADS: usize = 128;
 /// Tokens for which a thread keeps bias and gate.
 const TOKENS: usize = 4;
-/// Pieces of a row that a thread of `norm_modulate` holds (`HELD`), and the most threads there are for a row.
+/// Pieces of a row that a thread of `norm_modulate` and `softmax` holds (`HELD`), and the most threads there are for a row.
 const HELD: usize = 4;
 const MOST_THREADS: usize = 512;
+const MOST_THREADS_SOFTMAX: usize = 1024;
 /// Threads that add up among themselves.
 const WARP: usize = 32;
 /// The largest second and third size of a grid.
@@ -119,6 +120,33 @@ pub(super) fn norm_modulate(
     };
     module.run(dtype, [tokens, 1, batch], [threads, 1], &parameters)?;
     Ok(Some(out.tensor((batch, tokens, width))))
+}
+
+/// The weights of `attention`: softmax of each row of `scores` (batch, heads, rows, tokens), f32, rounded to `dtype`.
+pub(super) fn softmax(module: &Module, scores: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
+    let (shape, width) = (scores.shape().clone(), scores.dim(3)?);
+    let rows = scores.elem_count() / width.max(1);
+    let mut operands = Operands::new(dtype);
+    operands.fits(scores.is_contiguous() && i32::try_from(rows).is_ok());
+    operands.width(width);
+    let flat = scores.reshape((rows, width))?;
+    let x = operands.rows(&flat, &[rows, width])?;
+    let threads = width
+        .div_ceil(operands.piece() * HELD)
+        .next_multiple_of(WARP);
+    operands.fits(threads <= MOST_THREADS_SOFTMAX);
+    if !operands.fits {
+        return Ok(None);
+    }
+    let out = module.blank(dtype, rows * width)?;
+    let parameters = Softmax {
+        x,
+        out: out.address()?,
+        width: width as i32,
+        whole: operands.whole.into(),
+    };
+    module.run(dtype, [rows, 1, 1], [threads, 1], &parameters)?;
+    Ok(Some(out.tensor(shape)))
 }
 
 /// `residual::gated_residual`.

@@ -7,7 +7,7 @@ use super::super::residual::{self, Branch};
 use super::super::{gelu, norm};
 use super::SCORES;
 use super::calls;
-use super::launch::{self, GatedResidual, Gelu, Module, NormModulate, Parameters};
+use super::launch::{self, GatedResidual, Gelu, Module, NormModulate, Parameters, Softmax};
 use crate::model::rope::Rope;
 
 /// Number formats, and how far a result may be from the exact one: it is rounded once.
@@ -16,12 +16,13 @@ const FORMATS: [(DType, f64); 3] = [(DType::F32, 1e-6), (DType::F16, 4e-4), (DTy
 /// A kernel on views, odd widths, several samples; its results.
 type Case = fn(&Side) -> Result<Vec<Tensor>>;
 
-const CASES: [(&str, Case); 5] = [
+const CASES: [(&str, Case); 6] = [
     (NormModulate::KERNEL, norms),
     (GatedResidual::KERNEL, residuals),
     (launch::Heads::KERNEL, all_heads),
     (Gelu::KERNEL, gelus),
     (SCORES, all_scores),
+    (Softmax::KERNEL, softmaxes),
 ];
 
 /// The kernels that disagree with their twins, and in what.
@@ -226,6 +227,24 @@ fn all_scores(side: &Side) -> Result<Vec<Tensor>> {
         )?;
         // f32 whatever the operands are
         scores.to_dtype(side.dtype)
+    });
+    each.collect()
+}
+
+fn softmaxes(side: &Side) -> Result<Vec<Tensor>> {
+    let sizes = [
+        (1, 1, 1, 8, 2.0),
+        (2, 3, 5, 37, 40.0), // most of it tiny
+        (1, 2, 3, 1031, 8.0),
+        (1, 1, 2, 4608, 8.0),
+    ];
+    let each = sizes.into_iter().map(|(batch, heads, rows, tokens, most)| {
+        let scores = side.numbers_to(most, 0, &[batch, heads, rows, tokens])?;
+        let scores = scores.to_dtype(DType::F32)?;
+        side.compute(
+            |module| calls::softmax(module, &scores, side.dtype),
+            || candle_nn::ops::softmax_last_dim(&scores),
+        )
     });
     each.collect()
 }

@@ -160,6 +160,16 @@ __device__ inline float sum_of_block(float x) {
     return x;
 }
 
+__device__ inline float most_of_block(float x) {
+    __shared__ float parts[32];
+    for (int apart = 16; apart > 0; apart /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, apart));
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = parts[0];
+    for (int i = 1; i < blockDim.x / 32; i++) x = fmaxf(x, parts[i]);
+    return x;
+}
+
 // --- layer_norm(x) · (1 + scale) + shift: a block of threads for each row, which is held in registers ----------------
 
 // Pieces that a thread holds.
@@ -210,6 +220,54 @@ __device__ void norm_modulate(const NormModulate &p) {
         read<F>(scale + at, p.width - at, p.whole, times);
         #pragma unroll
         for (int j = 0; j < N; j++) held[i][j] = held[i][j] * factor * (1 + times[j]) + add[j];
+        write<F>(held[i], out + at, p.width - at, p.whole);
+    }
+}
+
+// --- softmax(x) of rows in f32, rounded: a block of threads for each row, which is held in registers -----------------
+
+struct Softmax {
+    Rows x;  // (rows, width), f32
+    void *out;
+    int width, whole;
+};
+
+template <typename F>
+__device__ void softmax(const Softmax &p) {
+    const int N = F::N;
+    const unsigned *x = row<F32>(p.x, blockIdx.x, 0);
+    typename F::Bits *out = (typename F::Bits *)p.out + (long long)blockIdx.x * p.width;
+    float held[HELD][N];
+
+    float most = -3.4028235e38f;
+    #pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const int at = (i * blockDim.x + threadIdx.x) * N, left = p.width - at;
+        #pragma unroll
+        for (int part = 0; part < N; part += 4) read<F32>(x + at + part, left - part, p.whole, held[i] + part);
+        #pragma unroll
+        for (int j = 0; j < N; j++)
+            if (j < left) most = fmaxf(most, held[i][j]);
+    }
+    most = most_of_block(most);
+
+    float sum = 0;
+    #pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const int left = p.width - (i * blockDim.x + threadIdx.x) * N;
+        #pragma unroll
+        for (int j = 0; j < N; j++) {
+            held[i][j] = power_of_two(1.442695041f * (held[i][j] - most));
+            if (j < left) sum += held[i][j];
+        }
+    }
+    const float factor = 1 / sum_of_block(sum);
+
+    #pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const int at = (i * blockDim.x + threadIdx.x) * N;
+        #pragma unroll
+        for (int j = 0; j < N; j++) held[i][j] *= factor;
         write<F>(held[i], out + at, p.width - at, p.whole);
     }
 }
@@ -351,6 +409,7 @@ __device__ void gelu(const Gelu &p) {
     extern "C" __global__ void __launch_bounds__(threads) name##_bf16(const Params p) { name<BF16>(p); }
 
 KERNEL(norm_modulate, NormModulate, 512)
+KERNEL(softmax, Softmax, 1024)
 KERNEL(gated_residual, GatedResidual, 128)
 KERNEL(heads, Heads, 128)
 KERNEL(gelu, Gelu, 128)

@@ -75,6 +75,12 @@ parameters! {
         whole: i32,
         eps: f32,
     }
+    "softmax" Softmax {
+        x: Rows<'a>,
+        out: u64,
+        width: i32,
+        whole: i32,
+    }
     "gated_residual" GatedResidual {
         x: Rows<'a>,
         y: Rows<'a>,

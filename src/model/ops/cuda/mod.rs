@@ -14,11 +14,12 @@ use candle::{CudaDevice, DType, Device, Result, Tensor};
 use super::heads::{Heads, Projected};
 use super::residual::Branch;
 use crate::model::rope::Rope;
-use launch::{GatedResidual, Gelu, Module, NormModulate, Parameters};
+use launch::{GatedResidual, Gelu, Module, NormModulate, Parameters, Softmax};
 
 /// The names of all kernels.
-const ALL: [&str; 4] = [
+const ALL: [&str; 5] = [
     NormModulate::KERNEL,
+    Softmax::KERNEL,
     GatedResidual::KERNEL,
     launch::Heads::KERNEL,
     Gelu::KERNEL,
@@ -141,6 +142,16 @@ pub(super) fn heads(streams: &[Projected], num_heads: usize, rope: &Rope) -> Res
 pub(super) fn scores(q: &Tensor, k: &Tensor, scale: f64) -> Result<Option<Tensor>> {
     with(SCORES, &[Some(q), Some(k)], |module| {
         calls::scores(module, q, k, scale)
+    })
+}
+
+/// The softmax of each row of `scores` (batch, heads, rows, tokens), f32, in `dtype`.
+pub(super) fn softmax(scores: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
+    if scores.dtype() != DType::F32 || !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
+        return Ok(None);
+    }
+    with(Softmax::KERNEL, &[Some(scores)], |module| {
+        calls::softmax(module, scores, dtype)
     })
 }
 
