@@ -159,6 +159,7 @@ impl Module {
         kernels: &[&'static str],
     ) -> std::result::Result<Self, String> {
         keep_freed_memory(device);
+        forget_events(device);
         let ptx = compiled()?;
         let mut functions = HashMap::new();
         for kernel in kernels {
@@ -293,6 +294,13 @@ fn keep_freed_memory(device: &CudaDevice) {
             result::mem_pool::set_attribute(pool, threshold, (&raw mut bytes).cast())
         })
     };
+}
+
+/// Tensors that are made from now on have no events, of which each otherwise makes and destroys two that nobody looks at.
+fn forget_events(device: &CudaDevice) {
+    // SAFETY: candle's device has no stream but every thread's own, for which events are neither recorded nor waited for;
+    // threads that hand tensors on wait for the device before they do (`Trunk::walk`)
+    unsafe { device.disable_event_tracking() }
 }
 
 /// Where the first number of a tensor is.
