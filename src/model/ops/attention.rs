@@ -18,8 +18,9 @@ pub(in crate::model) const MAX_SCORES: usize = 1 << 27;
 
 /// Whether attention in `dtype` on a device holds matrices of scores: kernels on the CPU and flash attention do not.
 pub fn holds_scores(device: &Device, dtype: DType) -> bool {
-    let flash = cfg!(feature = "flash-attn") && matches!(dtype, DType::F16 | DType::BF16);
-    !device.is_cpu() && !(device.is_cuda() && flash)
+    let narrow = matches!(dtype, DType::F16 | DType::BF16);
+    let flash = cfg!(feature = "flash-attn") && device.is_cuda() && narrow;
+    !(flash || device.is_cpu())
 }
 
 /// `softmax(q·kᵀ / √head_dim)·v`, heads side by side: (batch, tokens, heads · head size), contiguous.
