@@ -9,21 +9,14 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use super::avx512::{Avx512, Columns, GROUP, LANES, VECTORS, Vector};
+use super::avx512::{Avx512, Columns, GROUP, LANES, Rows, SIDE, Vector};
 use super::blank::Blank;
 use super::cpu::vectorized;
 use super::gelu::gelu_of;
 
-/// Multiply-adds worth a task of their own: some 20 µs.
-const TASK: usize = 1 << 21;
-/// Rows of a full panel.
-const PANEL: usize = VECTORS * LANES;
-/// Panels that share a pass over the weights: with [`DEEP`], 300 KB of the second cache.
-const PANELS: usize = 3;
-/// Units of the inner dimension in one pass: eight columns of it are half of the first cache.
-const DEEP: usize = 512;
-/// Columns whose sums are kept while the passes over the inner dimension add to them.
-const WIDE: usize = 256;
+mod caches;
+
+use caches::{BY_VECTORS, Caches, WIDE, in_pairs};
 
 /// Buffers of one thread, kept from product to product.
 #[derive(Default)]
@@ -96,7 +89,9 @@ fn by<T: Vector>(
     }
     static CALLS: AtomicU64 = AtomicU64::new(0);
     let call = CALLS.fetch_add(1, Ordering::Relaxed);
-    let (tall, wide) = cut(rows, inner, columns, rayon::current_num_threads());
+    let caches = simd.map_or(&BY_VECTORS, |simd| Caches::of::<T>(simd, inner));
+    let threads = rayon::current_num_threads();
+    let (tall, wide) = caches.cut(rows, inner, columns, threads);
     let tile = |row: usize, column: usize, out: Blank<T>| {
         let (rows, columns) = (out.nrows(), out.ncols());
         let x = &x[row * inner..][..rows * inner];
@@ -116,28 +111,6 @@ fn by<T: Vector>(
     });
 }
 
-/// Rows and columns of a task: whole panels, of one size as far as possible, and enough tasks for all threads.
-fn cut(rows: usize, inner: usize, columns: usize, threads: usize) -> (usize, usize) {
-    let tasks = (rows * inner * columns / TASK).clamp(1, 16 * threads);
-    if threads == 1 || tasks == 1 {
-        return (rows, columns);
-    }
-    // wide strips, in which a step of the inner dimension that is in the cache goes a long way
-    let (panels, least) = (rows.div_ceil(PANEL), columns.div_ceil(2 * WIDE));
-    let bands = panels.div_ceil(PANELS);
-    let across = tasks.div_ceil(bands).min(columns.div_ceil(WIDE)).max(least);
-    let bands = tasks.div_ceil(across).clamp(bands, panels);
-    // narrow ones only where there are too few tasks otherwise
-    let across = (4 * threads)
-        .div_ceil(bands)
-        .min(columns.div_ceil(4 * LANES))
-        .max(across);
-    (
-        panels.div_ceil(bands) * PANEL,
-        columns.div_ceil(LANES).div_ceil(across) * LANES,
-    )
-}
-
 /// One task by the inner loops of `avx512`: rows from the `first` on of this `call`.
 fn in_panels<T: Vector>(
     simd: Avx512,
@@ -148,27 +121,29 @@ fn in_panels<T: Vector>(
     then: Then<T>,
     scratch: &mut Scratch,
 ) {
-    // an odd number of bf16 has no pairs
-    let pairs = simd.pairs() && inner.is_multiple_of(2);
-    let pairs = if pairs {
+    let pairs = if in_pairs::<T>(simd, inner) {
         T::as_bf16(x).zip(T::as_bf16(weight))
     } else {
         None
     };
+    let tiles = pairs.and_then(|_| simd.tiles());
+    let Caches { panel, band, deep } = *Caches::of::<T>(simd, inner);
     let units = if pairs.is_some() { inner / 2 } else { inner };
     let (rows, columns) = (out.nrows(), out.ncols());
-    let most = rows.next_multiple_of(LANES).min(PANELS * PANEL);
+    // a panel has whole vectors of lanes, one for tiles all its lanes
+    let lanes_of = |rows: usize| rows.next_multiple_of(if tiles.is_some() { SIDE } else { LANES });
+    let most = lanes_of(rows).min(band);
     let panels = room(&mut scratch.panels, most * units);
     let sums = room(
         &mut scratch.sums,
         most * columns.next_multiple_of(GROUP).min(WIDE),
     );
-    for (i, out) in out.bands(PANELS * PANEL).enumerate() {
-        let (top, rows) = (i * PANELS * PANEL, out.nrows());
+    for (i, out) in out.bands(band).enumerate() {
+        let (top, rows) = (i * band, out.nrows());
         let of_panels = || {
-            (0..rows).step_by(PANEL).map(|row| {
-                let here = (rows - row).min(PANEL);
-                (row, here, here.div_ceil(LANES))
+            (0..rows).step_by(panel).map(|row| {
+                let here = (rows - row).min(panel);
+                (row, here, lanes_of(here) / LANES)
             })
         };
         let packed = Some((call, first + top));
@@ -185,9 +160,33 @@ fn in_panels<T: Vector>(
         for (i, out) in out.strips(WIDE).enumerate() {
             let (left, columns) = (i * WIDE, out.ncols());
             let padded = columns.next_multiple_of(GROUP);
-            for start in (0..units).step_by(DEEP) {
-                let units_here = (units - start).min(DEEP);
+            for start in (0..units).step_by(deep) {
+                let units_here = (units - start).min(deep);
+                // by tiles as far as they go, the rest by vectors
+                let (mut done, mut units_done) = (0, 0);
+                if let (Some(tiles), Some((_, weight))) = (&tiles, pairs) {
+                    done = columns / SIDE * SIDE;
+                    units_done = units_here / LANES * LANES;
+                    for (row, ..) in of_panels() {
+                        for group in (0..done).step_by(SIDE) {
+                            let panel = &panels[row * units + start * SIDE..];
+                            let weight = Rows {
+                                data: weight,
+                                start: (left + group) * inner + 2 * start,
+                                stride: inner,
+                                next: 2 * LANES,
+                            };
+                            let sums = &mut sums[row * padded + group * SIDE..];
+                            tiles.multiply(panel, units_done, weight, sums, start > 0);
+                        }
+                    }
+                }
                 for group in (0..columns).step_by(GROUP) {
+                    let from = if group < done { units_done } else { 0 };
+                    if from == units_here {
+                        continue;
+                    }
+                    let (start, units_here) = (start + from, units_here - from);
                     // the last group repeats its last column, whose sums are not written
                     let column = |n: usize| left + (group + n).min(columns - 1);
                     let group_columns = match (pairs, T::as_f32(weight)) {
@@ -200,11 +199,11 @@ fn in_panels<T: Vector>(
                             std::array::from_fn(|n| column(n) * inner + start),
                         ),
                         (None, None) => {
-                            let widened = room(&mut scratch.widened, GROUP * DEEP);
-                            for (n, widened) in widened.chunks_exact_mut(DEEP).enumerate() {
+                            let widened = room(&mut scratch.widened, GROUP * deep);
+                            for (n, widened) in widened.chunks_exact_mut(deep).enumerate() {
                                 widen(&weight[column(n) * inner + start..][..units_here], widened);
                             }
-                            Columns::Apart(widened, std::array::from_fn(|n| n * DEEP))
+                            Columns::Apart(widened, std::array::from_fn(|n| n * deep))
                         }
                     };
                     for (row, _, vectors) in of_panels() {
@@ -220,7 +219,7 @@ fn in_panels<T: Vector>(
                     }
                 }
             }
-            for ((row, here, vectors), out) in of_panels().zip(out.bands(PANEL)) {
+            for ((row, here, vectors), out) in of_panels().zip(out.bands(panel)) {
                 let lanes = vectors * LANES;
                 let sums = &mut sums[row * padded..][..columns * lanes];
                 let add = match then.part(top + row, left, here, columns) {
@@ -345,11 +344,8 @@ mod tests {
 
     /// Every way there is on this machine.
     fn ways() -> Vec<Option<Avx512>> {
-        let simd = Avx512::detect();
         let mut ways = vec![None];
-        ways.extend(simd.map(Some));
-        #[cfg(target_arch = "x86_64")]
-        ways.extend(simd.map(|simd| Some(simd.without_pairs())));
+        ways.extend(Avx512::ways().into_iter().map(Some));
         ways
     }
 
@@ -424,34 +420,20 @@ mod tests {
         for dtype in [DType::F32, DType::BF16] {
             let x = random("x", (300, 1100))?.to_dtype(dtype)?;
             let weight = random("w", (700, 1100))?.to_dtype(dtype)?;
-            let run = |threads: usize| -> Result<Tensor> {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-                let pool = pool.map_err(candle::Error::wrap)?;
-                pool.install(|| by_dtype!(dtype, product(Avx512::detect(), &x, &weight, None)))
-            };
-            let one = run(1)?;
-            for threads in [2, 5] {
-                close(&run(threads)?, &one, 0.0)?;
+            for simd in ways() {
+                let run = |threads: usize| -> Result<Tensor> {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                    let pool = pool.map_err(candle::Error::wrap)?;
+                    pool.install(|| by_dtype!(dtype, product(simd, &x, &weight, None)))
+                };
+                let one = run(1)?;
+                for threads in [2, 5] {
+                    close(&run(threads)?, &one, 0.0)?;
+                }
+                let top = by_dtype!(dtype, product(simd, &x.narrow(0, 0, 50)?, &weight, None))?;
+                close(&top, &one.narrow(0, 0, 50)?, 0.0)?;
             }
-            let top = by_dtype!(
-                dtype,
-                product(Avx512::detect(), &x.narrow(0, 0, 50)?, &weight, None)
-            )?;
-            close(&top, &one.narrow(0, 0, 50)?, 0.0)?;
         }
         Ok(())
-    }
-
-    #[test]
-    fn work_is_cut_into_enough_tasks_of_whole_panels() {
-        for (rows, inner, columns) in [(1280, 1024, 7168), (256, 4096, 1024), (1344, 128, 896)] {
-            for threads in [2, 16] {
-                let (tall, wide) = cut(rows, inner, columns, threads);
-                let tasks = rows.div_ceil(tall) * columns.div_ceil(wide);
-                assert!(tall % PANEL == 0 && wide % LANES == 0);
-                assert!(tasks >= 3 * threads, "{tasks} tasks for {threads} threads");
-            }
-        }
-        assert_eq!(cut(1, 128, 768, 8).1, 768);
     }
 }
