@@ -1,11 +1,9 @@
 //! Which device and number format to compute with: the only place that picks one.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::OnceLock};
 
 use anyhow::{Context, Result, bail};
 use candle::{DType, Device};
-
-use crate::{model::ops, ui};
 
 /// A `--device` value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -102,11 +100,6 @@ impl Runtime {
         !self.device.is_cpu() && !cfg!(feature = "cudnn")
     }
 
-    /// Whether attention holds matrices of scores.
-    pub fn holds_scores(&self) -> bool {
-        ops::holds_scores(&self.device, self.dtype)
-    }
-
     /// Memory of the device that is free right now, in bytes; `None` where nobody says.
     pub fn free_memory(&self) -> Option<u64> {
         match &self.device {
@@ -178,6 +171,14 @@ impl fmt::Display for Runtime {
     }
 }
 
+/// Why a GPU was passed over.
+static UNUSED: OnceLock<String> = OnceLock::new();
+
+/// Why no GPU is used where nobody said which device to take, although there seems to be one.
+pub fn unused_gpu() -> Option<&'static str> {
+    UNUSED.get().map(String::as_str)
+}
+
 fn automatic() -> Device {
     if cfg!(feature = "cuda") {
         match Device::new_cuda(0) {
@@ -188,9 +189,7 @@ fn automatic() -> Device {
                 let why = why.lines().next().unwrap_or_default();
                 // a machine without a GPU is nothing to talk about; a driver that fails is
                 if !why.contains("NO_DEVICE") {
-                    ui::warn(format!(
-                        "computing on the CPU, as the GPU cannot be used: {why}\nhint: see `nvidia-smi`; --device cpu says that this is wanted"
-                    ));
+                    UNUSED.get_or_init(|| why.to_owned());
                 }
             }
         }

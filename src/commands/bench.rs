@@ -20,6 +20,7 @@ use crate::{
     model::{
         Flux, Trunk, cost,
         demand::{self, Format},
+        ops,
     },
     pipeline::{ModelChoice, Pipeline},
     ui,
@@ -238,7 +239,7 @@ impl Subject {
         Format {
             element: element as u64,
             weight,
-            scores: runtime.holds_scores(),
+            scores: ops::holds_scores(&runtime.device, runtime.dtype),
         }
     }
 

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use candle::{DType, Device, Tensor};
 
 use crate::{
-    device::Runtime,
+    device::{self, Runtime},
     files::Files,
     model::{Flux, ops},
     pipeline::{Pipeline, VaeFiles},
@@ -34,10 +34,15 @@ pub(super) fn flux(pipeline: &Pipeline, runtime: &Runtime) -> Result<Flux> {
         .with_context(|| format!("cannot load the transformer of `{}`", pipeline.name))
 }
 
-/// Says once if the device's kernels are not used: results are the same, slower.
+/// Says once if a GPU or its kernels are not used: results are the same, slower.
 pub(super) fn check_kernels(runtime: &Runtime) {
     static ASKED: Once = Once::new();
     ASKED.call_once(|| {
+        if let Some(why) = device::unused_gpu() {
+            ui::warn(format!(
+                "computing on the CPU, as the GPU cannot be used: {why}\nhint: see `nvidia-smi`; --device cpu says that this is wanted"
+            ));
+        }
         if let Some(why) = ops::trouble(&runtime.device) {
             ui::warn(format!(
                 "slower than it could be, without our CUDA kernels: {why}"

@@ -13,6 +13,7 @@ use crate::{
     model::{
         Flux,
         demand::{self, Format, Residence},
+        ops,
     },
     pipeline::{Pipeline, VaeFiles},
     sample::{
@@ -94,7 +95,7 @@ impl Place {
         Format {
             element: self.runtime.dtype.size_in_bytes() as u64,
             weight: self.weight,
-            scores: self.runtime.holds_scores(),
+            scores: ops::holds_scores(&self.runtime.device, self.runtime.dtype),
         }
     }
 
