@@ -68,6 +68,13 @@ pub(super) fn blocks_within(config: &FluxConfig, memory: Option<u64>) -> usize {
     fit.clamp(1, all.max(1))
 }
 
+/// Bytes of the sums that are kept where there is room for `memory` bytes of them; 0 where nobody says.
+pub(super) fn bytes_of_kept(config: &FluxConfig, memory: Option<u64>) -> u64 {
+    memory.map_or(0, |bytes| {
+        blocks_within(config, Some(bytes)) as u64 * bytes_of_sums(config)
+    })
+}
+
 /// What is on the device during a calibration beside the blocks, and the bytes that its sums may take: `given` ones, or
 /// half of what is left; the other half is for solving.
 pub(super) fn need(

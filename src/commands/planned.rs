@@ -71,6 +71,7 @@ impl Planned {
             refit,
             batch: session.settings.batch,
             tokens: session.settings.recipe.tokens_per_forward,
+            on_device: 0,
         };
         let replace = &self.plan.replace;
         let batches = states.fit.batches(fitting.batch).len();

@@ -210,6 +210,8 @@ fn find(
         refit,
         batch: session.settings.batch,
         tokens: session.settings.recipe.tokens_per_forward,
+        // there were sums of calibration, which are gone now
+        on_device: gather::bytes_of_kept(&session.pipeline.config, session.sums),
     };
     let batches = states.fit.batches(session.settings.batch).len();
     let steps = refit::steps(&session.flux.trunk, batches, &plan.replace, refit);

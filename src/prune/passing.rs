@@ -40,7 +40,7 @@ impl Rows {
 impl Passing {
     /// Both streams, the original's first, on the device.
     pub(super) fn load(&self, device: &Device) -> Result<(Stream, Stream)> {
-        Ok((moved(&self.original, device)?, moved(&self.pruned, device)?))
+        both(&self.original, &self.pruned, device)
     }
 
     /// Puts both where they wait.
@@ -50,10 +50,18 @@ impl Passing {
         pruned: &Stream,
         park: &Device,
     ) -> Result<()> {
-        self.original = moved(original, park)?;
-        self.pruned = moved(pruned, park)?;
+        (self.original, self.pruned) = both(original, pruned, park)?;
         Ok(())
     }
+}
+
+/// Both on `device`; moved once where they are one stream, as they are until something is replaced.
+fn both(original: &Stream, pruned: &Stream, device: &Device) -> Result<(Stream, Stream)> {
+    let moved_original = moved(original, device)?;
+    if original.tokens.id() == pruned.tokens.id() {
+        return Ok((moved_original.clone(), moved_original));
+    }
+    Ok((moved_original, moved(pruned, device)?))
 }
 
 /// `stream` on `device`.

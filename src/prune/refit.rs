@@ -38,6 +38,8 @@ pub struct Fitting {
     pub batch: usize,
     /// Tokens of each stream in one forward that sums are made of, evenly spread; `None`: all.
     pub tokens: Option<usize>,
+    /// Bytes of token streams that may stay on a device of its own memory, where that is more than 2 GiB.
+    pub on_device: u64,
 }
 
 /// What was fitted.
@@ -51,9 +53,9 @@ pub struct Fits {
 
 /// The states of one picture in eight are left out of the fit to choose the ridge, and used after that.
 const LEFT_OUT: u32 = 8;
-/// Bytes of token streams that may stay on a device of its own memory; more are held in the host's and visit the device
-/// a batch at a time.
-const ON_DEVICE: usize = 2 << 30;
+/// Bytes of token streams that may stay on a device of its own memory in any case; more are held in the host's and visit
+/// the device a batch at a time.
+const ON_DEVICE: u64 = 2 << 30;
 
 /// Both models on their way through the network.
 struct Walk<'a> {
@@ -150,7 +152,8 @@ impl<'a> Walk<'a> {
             let (stream, conditioning) = flux.embed(&batch.inputs())?;
             if index == 0 {
                 let bytes = stream.tokens.elem_count() * stream.tokens.dtype().size_in_bytes();
-                if 2 * bytes * states.batches(fitting.batch).len() > ON_DEVICE {
+                let all = 2 * bytes * states.batches(fitting.batch).len();
+                if all as u64 > fitting.on_device.max(ON_DEVICE) {
                     park = Device::Cpu;
                 }
             }

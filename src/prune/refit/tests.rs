@@ -51,6 +51,7 @@ fn fit(flux: &Flux, states: &States, replace: &[Replacement], refit: Refit) -> F
         refit,
         batch: 48,
         tokens: None,
+        on_device: 0,
     };
     let bar = ui::progress(1, "");
     let fits = fit_layers(flux, states, replace, fitting, &runtime(), &bar).unwrap();
