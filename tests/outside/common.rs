@@ -28,9 +28,9 @@ const COMPUTE: [&str; 9] = [
     "verify",
 ];
 
-/// Runs `fastflux` in `folder`: on the CPU, as a build for GPUs would take one by itself, and bf16 with it; or in f32 on
-/// the device that `FASTFLUX_TEST_DEVICE` names.
-pub(crate) fn fastflux(folder: &Path, args: &[&str]) -> Output {
+/// `fastflux` in `folder`: on the CPU, as a build for GPUs would take one by itself, and bf16 with it; or in f32 on the
+/// device that `FASTFLUX_TEST_DEVICE` names.
+pub(crate) fn command(folder: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(assert_cmd::cargo::cargo_bin!("fastflux"));
     command
         .current_dir(folder)
@@ -49,7 +49,11 @@ pub(crate) fn fastflux(folder: &Path, args: &[&str]) -> Output {
         }
         Ok(_) => {}
     }
-    command.output().unwrap()
+    command
+}
+
+pub(crate) fn fastflux(folder: &Path, args: &[&str]) -> Output {
+    command(folder, args).output().unwrap()
 }
 
 pub(crate) fn ok(folder: &Path, args: &[&str]) -> String {
