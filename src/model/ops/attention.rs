@@ -65,12 +65,20 @@ fn plain(q: &Tensor, k: &Tensor, v: &Tensor, max_scores: usize) -> Result<Tensor
         (max_scores / (batch * heads * tokens).max(1)).clamp(1, tokens.max(1))
     };
     let scale = scale_of(q)?;
+    // made once, and only where it is needed
+    let mut wide_k = None;
     let mut out = Vec::new();
     for start in (0..tokens).step_by(rows) {
         let q = q.narrow(2, start, rows.min(tokens - start))?.contiguous()?;
         let scores = match cuda::scores(&q, k, scale)? {
             Some(scores) => scores,
-            None => (wide(&q)? * scale)?.matmul(&wide(k)?.transpose(2, 3)?)?,
+            None => {
+                let k = match &wide_k {
+                    Some(k) => k,
+                    None => wide_k.insert(wide(k)?.transpose(2, 3)?),
+                };
+                (wide(&q)? * scale)?.matmul(k)?
+            }
         };
         let mut weights = if let Some(weights) = cuda::softmax(&scores, v.dtype())? {
             weights

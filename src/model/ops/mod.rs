@@ -7,7 +7,8 @@
 //! fused operation drops a gradient.
 //!
 //! On CPUs with AVX-512 products and attention run on inner loops of our own (`avx512`), in bf16 on pairs or, with AMX, on
-//! tiles where the CPU multiplies them; elsewhere on `faer`. Weights are read as they are stored: none is widened or repacked as a whole.
+//! tiles where the CPU multiplies them; elsewhere on `faer`. Weights are read as they are stored: none is widened or
+//! repacked as a whole.
 //!
 //! Computed in f32 whatever the dtype: norm statistics, the rotation of queries and keys, softmax, gate and residual of
 //! the kernels. Results are rounded to the dtype of the input once.

@@ -4,6 +4,9 @@ use crate::model::ops::avx512::{Avx512, LANES, SIDE, VECTORS, Vector};
 
 /// Multiply-adds worth a task of their own: some 20 µs.
 const TASK: usize = 1 << 21;
+/// Columns whose sums are kept while the passes over the inner dimension add to them.
+pub(super) const WIDE: usize = 256;
+
 /// How operands are cut so that they stay in the caches.
 pub(super) struct Caches {
     /// Rows of a full panel.
@@ -26,8 +29,6 @@ const BY_TILES: Caches = Caches {
     band: 5 * SIDE,
     deep: 256,
 };
-/// Columns whose sums are kept while the passes over the inner dimension add to them.
-pub(super) const WIDE: usize = 256;
 
 impl Caches {
     /// For products of this number format and inner dimension.
