@@ -280,18 +280,44 @@ mod tests {
         assert!(timings.iter().all(|t| t.runs == 3));
     }
 
+    /// In a process of its own: what other tests hold and give back meanwhile counts as this process's memory, too.
     #[test]
     #[cfg(target_os = "linux")]
     fn the_peak_is_that_since_the_start() {
+        const ALONE: &str = "FASTFLUX_TEST_ALONE";
+        if std::env::var_os(ALONE).is_some() {
+            return peaks_alone();
+        }
+        let name = "eval::latency::tests::the_peak_is_that_since_the_start";
+        let out = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(ALONE, "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&out.stdout) + String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success() && text.contains("1 passed"), "{text}");
+    }
+
+    #[cfg(target_os = "linux")]
+    fn peaks_alone() {
+        let held = |megabytes: usize| {
+            let block = vec![1u8; megabytes << 20];
+            assert!(std::hint::black_box(&block).iter().all(|b| *b == 1));
+        };
+        held(256); // before the start: does not count
         let watch = MemoryWatch::start(None);
         let Some(before) = watch.host() else {
             return; // the system does not say
         };
-        let block = vec![1u8; 64 << 20];
-        assert!(std::hint::black_box(&block).iter().all(|b| *b == 1));
+        held(64);
         let after = watch.host().unwrap();
-        assert!(after >= before + (48 << 20), "{before} {after}");
+        let grown = after.saturating_sub(before) >> 20;
+        assert!((48..128).contains(&grown), "{before} {after}");
         assert_eq!(watch.device(), None);
+    }
+
+    #[test]
+    fn the_least_free_memory_of_a_device_is_what_counts() {
         let mut watch = MemoryWatch::start(Some(100));
         watch.look(Some(40));
         watch.look(Some(70));

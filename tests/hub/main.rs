@@ -2,7 +2,7 @@
 #![cfg(feature = "hub")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{fs, path::PathBuf, time::Instant};
+use std::{fs, path::PathBuf};
 
 use fastflux::files::Files;
 
@@ -219,7 +219,7 @@ fn a_cut_connection_goes_on_where_it_stopped() {
 
 #[test]
 fn a_download_that_failed_goes_on_in_the_next_run() {
-    let setup = Setup::small();
+    let setup = Setup::impatient();
     setup.hub.state().faults.cut = std::iter::once(120_000).chain([0; 9]).collect();
     assert_says(
         setup.weights(),
@@ -263,7 +263,7 @@ fn wrong_bytes_are_never_shown() {
 
 #[test]
 fn a_damaged_part_is_fetched_again() {
-    let setup = Setup::small();
+    let setup = Setup::impatient();
     setup.hub.state().faults.cut = std::iter::once(120_000).chain([0; 9]).collect();
     setup.weights().unwrap_err();
     setup.hub.state().faults.cut.clear();
@@ -287,7 +287,7 @@ fn a_damaged_part_is_fetched_again() {
 
 #[test]
 fn an_error_page_is_not_a_file() {
-    let setup = Setup::small();
+    let setup = Setup::impatient();
     for (refusal, says) in [
         ((403, "", "expired"), "forbids access"),
         ((404, "", "gone"), "has no file"),
@@ -316,7 +316,7 @@ fn a_file_larger_than_the_disk_is_not_begun() {
 #[test]
 fn a_file_that_is_shorter_than_announced_is_refused() {
     for no_ranges in [false, true] {
-        let setup = Setup::small();
+        let setup = Setup::impatient();
         setup.hub.state().faults.claim = Some(300_001);
         setup.hub.state().faults.no_ranges = no_ranges;
         let says = if no_ranges {
@@ -386,10 +386,8 @@ fn large_files_come_over_xet_and_go_on_too() {
 fn without_xet_plain_http_takes_over() {
     let mut setup = Setup::new(stored(17 << 20, true));
     setup.hub.state().faults.no_xet = true;
-    let begin = Instant::now();
     assert_eq!(setup.weights().unwrap(), setup.expected());
     assert_eq!(setup.hub.count("/store/"), 1);
-    assert!(begin.elapsed().as_secs() < 30);
 
     setup.settings.xet = false;
     setup.settings.cache = setup.cache.path().join("other");

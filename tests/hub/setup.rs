@@ -59,7 +59,8 @@ impl Setup {
             token: None,
             offline: false,
             xet: true,
-            patience: Duration::from_millis(700),
+            // far more than any of the faults needs, however slow the machine
+            patience: Duration::from_secs(60),
         };
         Self {
             hub,
@@ -70,6 +71,13 @@ impl Setup {
 
     pub(crate) fn small() -> Self {
         Self::new(stored(300_000, false))
+    }
+
+    /// Gives up where nothing comes, at once.
+    pub(crate) fn impatient() -> Self {
+        let mut setup = Self::small();
+        setup.settings.patience = Duration::ZERO;
+        setup
     }
 
     pub(crate) fn open(&self) -> anyhow::Result<Files> {
