@@ -418,7 +418,13 @@ fn what_cannot_be_trained_is_refused() {
         &["`recipe.optimiser.lr`", "--restart"],
     );
     refused(
-        &train(&["--output", "logged", "--log", "recipe.json"]),
+        &[
+            "train-sandwich",
+            "--model",
+            "pruned",
+            "--log",
+            "recipe.json",
+        ],
         &["--log", "exists already", "--force"],
     );
     refused(
