@@ -134,10 +134,9 @@ impl Checkpoint {
     }
 
     fn add_file(&mut self, file: &str, blob: &Blob) -> Result<()> {
-        ensure!(
-            !blob.is_empty(),
-            "`{file}` is empty\nhint: the download may have been cut off; fetch it again"
-        );
+        if blob.is_empty() {
+            return Err(Damaged(format!("`{file}` is empty")).into());
+        }
         let (header, parsed) =
             SafeTensors::read_metadata(blob).map_err(|e| damaged(file, blob, &e))?;
         let data = header + 8;
@@ -187,6 +186,21 @@ impl Checkpoint {
     pub fn expect(&self, name: &str) -> Result<&Source> {
         self.get(name)
             .with_context(|| format!("`{}` lacks the tensor `{name}`", self.name))
+    }
+
+    /// The tensor of that name, which must hold numbers that are computed with.
+    ///
+    /// # Errors
+    /// When it is missing or holds integers, say; the message names the checkpoint, the tensor and its dtype.
+    pub fn expect_floats(&self, name: &str) -> Result<&Source> {
+        let source = self.expect(name)?;
+        ensure!(
+            source.format().is_float(),
+            "`{}`: tensor `{name}` is stored as {}, which is not read as weights\nhint: use a file in float32, float16, bfloat16, F8_E4M3 or GGUF",
+            self.name,
+            source.format()
+        );
+        Ok(source)
     }
 
     /// The dimensions of a tensor that must have `N` of them.
@@ -301,9 +315,26 @@ fn damaged(file: &str, blob: &[u8], error: &safetensors::SafeTensorError) -> any
         }
         _ => "it is damaged",
     };
-    anyhow::anyhow!(
-        "`{file}` cannot be read as safetensors: {what} ({error})\nhint: fetch the file again, or name another with --model"
-    )
+    Damaged(format!(
+        "`{file}` cannot be read as safetensors: {what} ({error})"
+    ))
+    .into()
+}
+
+/// A file that is no safetensors file. What to do about it depends on where it came from: see [`advise`].
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Damaged(String);
+
+/// Says what to do about a damaged file, by someone who knows what it is for; other errors stay as they are.
+///
+/// # Errors
+/// Those of `result`.
+pub fn advise<T>(result: Result<T>, hint: &str) -> Result<T> {
+    result.map_err(|error| match error.downcast_ref::<Damaged>() {
+        Some(_) => anyhow::anyhow!("{error:#}\nhint: {hint}"),
+        None => error,
+    })
 }
 
 /// The format of a matrix that is served as its bytes too.
