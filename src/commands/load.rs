@@ -54,7 +54,7 @@ pub(super) fn check_kernels(runtime: &Runtime) {
 /// The scheduler.
 pub(super) fn schedule(pipeline: &Pipeline) -> Result<Schedule> {
     Schedule::from_json(pipeline.scheduler.to_string().as_bytes())
-        .with_context(|| format!("the scheduler of `{}`", pipeline.name))
+        .with_context(|| pipeline.scheduler_name.clone())
 }
 
 /// Both text encoders and their tokenizers; `length` is the T5 length, by default the model's.
@@ -64,6 +64,8 @@ pub(super) fn text_encoders(
     length: Option<usize>,
     runtime: &Runtime,
 ) -> Result<TextEncoders> {
+    // what is drawn with the prompts needs it, and encoding them takes a while
+    schedule(pipeline)?;
     let encoders = TextEncoders::load(
         files,
         length,
