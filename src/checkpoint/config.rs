@@ -315,10 +315,12 @@ fn rotary(
             .filter(|_| theta.is_none())
         {
             let value = value.as_f64().filter(|t| is_theta(*t));
-            theta =
-                Some(value.with_context(|| {
-                    format!("`{}`: `theta` must be a number above 1 and at most 1e12", file.name)
-                })?);
+            theta = Some(value.with_context(|| {
+                format!(
+                    "`{}`: `theta` must be a number above 1 and at most 1e12",
+                    file.name
+                )
+            })?);
         }
         let said = file
             .json

@@ -80,9 +80,15 @@ pub fn common_prefix<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Option
 /// A tensor that shows a file to be a LoRA, one without the weights that it goes with.
 pub fn lora<'a>(mut names: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
     const PARTS: [&str; 6] = [
-        "lora_A.", "lora_B.", "lora_up.", "lora_down.", ".lora.", ".lokr_",
+        "lora_A.",
+        "lora_B.",
+        "lora_up.",
+        "lora_down.",
+        ".lora.",
+        ".lokr_",
     ];
-    let is_base = |name: &str| name.ends_with("img_in.weight") || name.ends_with("x_embedder.weight");
+    let is_base =
+        |name: &str| name.ends_with("img_in.weight") || name.ends_with("x_embedder.weight");
     if names.clone().any(is_base) {
         return None;
     }

@@ -134,9 +134,7 @@ impl Checkpoint {
     }
 
     fn add_file(&mut self, file: &str, blob: &Blob) -> Result<()> {
-        if blob.is_empty() {
-            return Err(Damaged(format!("`{file}` is empty")).into());
-        }
+        ensure!(!blob.is_empty(), "`{file}` is empty");
         let (header, parsed) =
             SafeTensors::read_metadata(blob).map_err(|e| damaged(file, blob, &e))?;
         let data = header + 8;
@@ -315,25 +313,20 @@ fn damaged(file: &str, blob: &[u8], error: &safetensors::SafeTensorError) -> any
         }
         _ => "it is damaged",
     };
-    Damaged(format!(
-        "`{file}` cannot be read as safetensors: {what} ({error})"
-    ))
-    .into()
+    anyhow::anyhow!("`{file}` cannot be read as safetensors: {what} ({error})")
 }
 
-/// A file that is no safetensors file. What to do about it depends on where it came from: see [`advise`].
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Damaged(String);
-
-/// Says what to do about a damaged file, by someone who knows what it is for; other errors stay as they are.
+/// Adds what to do about a file that cannot be used, which depends on what it is for, to an error that does not say yet.
 ///
 /// # Errors
 /// Those of `result`.
 pub fn advise<T>(result: Result<T>, hint: &str) -> Result<T> {
-    result.map_err(|error| match error.downcast_ref::<Damaged>() {
-        Some(_) => anyhow::anyhow!("{error:#}\nhint: {hint}"),
-        None => error,
+    result.map_err(|error| {
+        let text = format!("{error:#}");
+        if text.contains("\nhint:") {
+            return error;
+        }
+        anyhow::anyhow!("{text}\nhint: {hint}")
     })
 }
 

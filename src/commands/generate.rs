@@ -252,7 +252,8 @@ fn denoise(
             vec: encoded.vec.index_select(&prompts, 0)?,
         };
         let noise = noise.index_select(&pick(|job| job.image_index)?, 0)?;
-        latents.push(denoise.run(&noise, &prompts, &mut (), &mut || progress.inc(1))?);
+        let drawn = denoise.run(&noise, &prompts, &mut (), &mut || progress.inc(1));
+        latents.push(drawn.with_context(|| format!("`{}`", pipeline.name))?);
     }
     let latents = Tensor::cat(&latents, 0)?;
     drop(flux);

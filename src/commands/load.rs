@@ -2,7 +2,7 @@
 
 use std::sync::Once;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
     pipeline::{Pipeline, VaeFiles},
     sample::{
         denoise::{Encoded, LatentSize},
-        latents,
+        is_finite, latents,
         png::Picture,
         schedule::Schedule,
         text::TextEncoders,
@@ -138,7 +138,13 @@ pub(super) fn decode(
             None => vae.decode(&latents)?,
             Some(bands) => vae.decode_in_bands(&latents, bands.rows, &bands.park)?,
         };
-        images.push(image.to_dtype(DType::F32)?.to_device(&Device::Cpu)?);
+        let image = image.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+        ensure!(
+            is_finite(&image)?,
+            "the VAE `{}` gives pixels that are NaN or infinite, its weights are damaged\nhint: fetch the file again, or name another with --vae",
+            vae.name()
+        );
+        images.push(image);
     }
     Ok(Tensor::cat(&images, 0)?)
 }

@@ -86,7 +86,12 @@ mod tests {
             let error = check(field, bad).unwrap_err();
             assert!(error.contains(&format!("`{field}`")), "{error}");
         }
-        for (field, good) in [("steps", 28), ("size", 1024), ("text-length", 512), ("guidance", 0)] {
+        for (field, good) in [
+            ("steps", 28),
+            ("size", 1024),
+            ("text-length", 512),
+            ("guidance", 0),
+        ] {
             check(field, json!(good)).unwrap();
         }
     }

@@ -25,7 +25,8 @@ pub(super) struct Found {
 }
 
 /// What `--model` takes.
-const NAME_ONE: &str = "name a folder, a .safetensors or .gguf file, or a hub id such as black-forest-labs/FLUX.1-dev";
+const NAME_ONE: &str =
+    "name a folder, a .safetensors or .gguf file, or a hub id such as black-forest-labs/FLUX.1-dev";
 /// What to do about a file that is damaged.
 const DAMAGED: &str = "fetch the file again, or name another with --model";
 
@@ -44,7 +45,9 @@ pub(super) fn locate(model: Option<&str>) -> Result<Found> {
     // something is there, so it is no hub id: a device, a pipe, or a link that leads nowhere
     if path.symlink_metadata().is_ok() {
         match path.metadata() {
-            Err(error) => bail!("`{model}` is a link that leads nowhere ({error})\nhint: {NAME_ONE}"),
+            Err(error) => {
+                bail!("`{model}` is a link that leads nowhere ({error})\nhint: {NAME_ONE}")
+            }
             Ok(_) => bail!("`{model}` is neither a folder nor a file\nhint: {NAME_ONE}"),
         }
     }
@@ -57,9 +60,7 @@ pub(super) fn locate(model: Option<&str>) -> Result<Found> {
                 )
             })
         }
-        _ => bail!(
-            "`{model}` does not exist\nhint: {NAME_ONE}"
-        ),
+        _ => bail!("`{model}` does not exist\nhint: {NAME_ONE}"),
     }
 }
 
@@ -194,7 +195,11 @@ mod tests {
     fn the_name_of_a_shard_says_which_it_is() {
         let (stem, which) = shard("a-b-00002-of-00003.safetensors").unwrap();
         assert_eq!((stem, which.as_str()), ("a-b", "2 of 3"));
-        for whole in ["x.safetensors", "x-00001-of-00001.safetensors", "best-of-3.safetensors"] {
+        for whole in [
+            "x.safetensors",
+            "x-00001-of-00001.safetensors",
+            "best-of-3.safetensors",
+        ] {
             assert_eq!(shard(whole), None, "{whole}");
         }
     }

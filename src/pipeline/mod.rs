@@ -356,7 +356,10 @@ fn scheduler(
     if let Some(files) = pipeline.map(|files| files.sub("scheduler"))
         && let Some(json) = files.json("scheduler_config.json")?
     {
-        return Ok((json, format!("`{}`", files.describe("scheduler_config.json"))));
+        return Ok((
+            json,
+            format!("`{}`", files.describe("scheduler_config.json")),
+        ));
     }
     if let Some(record) = record {
         let name = format!("`{name}`: the scheduler in its fastflux metadata");
