@@ -98,7 +98,7 @@ pub fn infer(
     for (name, smallest) in sizes {
         ensure!(
             smallest > 0,
-            "`{}`: tensor `{name}` is empty (shape {:?})",
+            "`{}`: tensor `{name}` is empty (shape {:?})\nhint: fetch the file again, or name another with --model",
             checkpoint.name,
             checkpoint.expect(name)?.shape()
         );

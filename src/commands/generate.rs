@@ -16,7 +16,7 @@ use crate::{
     device::Runtime,
     pipeline::{
         Pipeline,
-        defaults::{MOST_STEPS, MOST_TEXT},
+        defaults::{MOST_GUIDANCE, MOST_STEPS, MOST_TEXT},
     },
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
@@ -70,8 +70,8 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     )?;
     if let Some(guidance) = args.guidance {
         ensure!(
-            guidance.is_finite() && guidance >= 0.0,
-            "--guidance {guidance}: expected a number of at least 0"
+            (0.0..=MOST_GUIDANCE).contains(&guidance),
+            "--guidance {guidance}: expected a number from 0 to {MOST_GUIDANCE}"
         );
     }
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;

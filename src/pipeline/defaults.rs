@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 pub const MOST_STEPS: usize = 10_000;
 /// The longest text, in tokens.
 pub const MOST_TEXT: usize = 8_192;
+/// Guidance: models are trained with numbers below 10, and far above it nothing is finite.
+pub const MOST_GUIDANCE: f64 = 1000.0;
 /// One image token is 2×2 latent pixels of 8×8 pixels each.
 pub const SMALLEST_PICTURE: usize = 16;
 /// Beyond this the position ids of FLUX make no sense and attention outgrows any machine.
@@ -53,8 +55,8 @@ impl Defaults {
         }
         if let Some(guidance) = self.guidance {
             ensure!(
-                guidance.is_finite() && guidance >= 0.0,
-                "its `guidance` is {guidance}, expected a number of at least 0"
+                (0.0..=MOST_GUIDANCE).contains(&guidance),
+                "its `guidance` is {guidance}, expected a number from 0 to {MOST_GUIDANCE}"
             );
         }
         Ok(())
@@ -82,6 +84,7 @@ mod tests {
             ("text-length", json!(0)),
             ("text-length", json!(1u64 << 63)),
             ("guidance", json!(-1)),
+            ("guidance", json!(1e308)),
         ] {
             let error = check(field, bad).unwrap_err();
             assert!(error.contains(&format!("`{field}`")), "{error}");

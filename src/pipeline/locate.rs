@@ -28,7 +28,7 @@ pub(super) struct Found {
 const NAME_ONE: &str =
     "name a folder, a .safetensors or .gguf file, or a hub id such as black-forest-labs/FLUX.1-dev";
 /// What to do about a file that is damaged.
-const DAMAGED: &str = "fetch the file again, or name another with --model";
+pub(super) const DAMAGED: &str = "fetch the file again, or name another with --model";
 
 /// Finds the transformer that a `--model` value names.
 pub(super) fn locate(model: Option<&str>) -> Result<Found> {

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::{
     checkpoint::{
-        Checkpoint,
+        Checkpoint, advise,
         config::{self, ConfigFile},
         record::{self, Record},
     },
@@ -24,7 +24,7 @@ mod locate;
 
 pub use defaults::Defaults;
 use defaults::{LARGEST_PICTURE, SMALLEST_PICTURE};
-use locate::{locate, speaks_of_flux};
+use locate::{DAMAGED, locate, speaks_of_flux};
 
 /// The file with a model's own defaults for `generate`.
 const DEFAULTS_FILE: &str = "fastflux.json";
@@ -93,9 +93,10 @@ impl Pipeline {
     /// When nothing is there, it is not a FLUX model, files are damaged, or configs contradict the tensors.
     pub fn open(choice: &ModelChoice) -> Result<Self> {
         let found = locate(choice.model.as_deref())?;
-        let record = Record::read(&found.raw.name, &found.raw.metadata)?;
+        let record = Record::read(&found.raw.name, &found.raw.metadata);
+        let record = advise(record, DAMAGED)?;
         let diffusers = crate::checkpoint::diffusers::is_diffusers(&found.raw);
-        let transformer = config::canonical(&found.raw)?;
+        let transformer = advise(config::canonical(&found.raw), DAMAGED)?;
         let mut configs = Vec::new();
         if let Some(path) = &choice.config {
             configs.push(ConfigFile::read(path).context("--config")?);
@@ -395,7 +396,7 @@ fn defaults(pipeline: Option<&Files>, record: Option<&Record>, name: &str) -> Re
         anyhow::Ok(defaults)
     };
     if let Some(record) = record {
-        return read(record.defaults.clone())
+        return advise(read(record.defaults.clone()), DAMAGED)
             .with_context(|| format!("`{name}`: the defaults in its fastflux metadata"));
     }
     let Some(files) = pipeline else {
@@ -404,5 +405,6 @@ fn defaults(pipeline: Option<&Files>, record: Option<&Record>, name: &str) -> Re
     let Some(json) = files.json(DEFAULTS_FILE)? else {
         return Ok(Defaults::default());
     };
-    read(json).with_context(|| format!("`{}`", files.describe(DEFAULTS_FILE)))
+    advise(read(json), "correct it, or take it out")
+        .with_context(|| format!("`{}`", files.describe(DEFAULTS_FILE)))
 }

@@ -286,6 +286,17 @@ fn missing_and_misshapen_tensors_are_named_from_the_header() {
     refused(work.path(), &args, &["bent.safetensors", name, "expected"]);
 }
 
+#[test]
+fn damaged_work_of_an_earlier_run_is_to_be_deleted() {
+    let work = folder();
+    fs::write(work.path().join("s.safetensors.partial"), b"half").unwrap();
+    refused(
+        work.path(),
+        &["calibrate", "--samples", "4", "--output", "s.safetensors"],
+        &["s.safetensors.partial", "hint: delete the file"],
+    );
+}
+
 /// The file again with other tensors: `change` gives name, dtype, shape and bytes of each, or takes it out.
 fn changed(
     from: &str,
@@ -356,7 +367,8 @@ fn tensors_that_no_flux_has_are_refused_from_the_header() {
             let names: &'static str = Box::leak(found.to_owned().into_boxed_str());
             hit.then(|| (names, Dtype::F32, Vec::new()))
         });
-        refuse(&["x.safetensors", "transformer_blocks.0.attn.to_q"]);
+        let tensor = format!("transformer_blocks.0.attn.{name}");
+        refuse(&["x.safetensors", &tensor, "single number"]);
     }
     let lora = r#"{"lora_unet_double_blocks_0_img_attn_proj.lora_up.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
     safetensors(&path, lora, &[0; 8]);

@@ -70,11 +70,14 @@ impl TextEncoders {
         let (clip, clip_config) = open(files, Family::Clip)?;
         let (t5, t5_config) = open(files, Family::T5)?;
         let clip_config = match clip_config {
-            Some(blob) => clip_from_json(&blob).with_context(|| describe(files, Family::Clip))?,
+            Some(blob) => advise(clip_from_json(&blob), DAMAGED)
+                .with_context(|| describe(files, Family::Clip))?,
             None => infer_clip(&clip)?,
         };
         let t5_config = match t5_config {
-            Some(blob) => t5_from_json(&blob).with_context(|| describe(files, Family::T5))?,
+            Some(blob) => {
+                advise(t5_from_json(&blob), DAMAGED).with_context(|| describe(files, Family::T5))?
+            }
             None => infer_t5(&t5)?,
         };
         check(&clip, &clip_config.tensors())?;
