@@ -250,10 +250,7 @@ impl FluxConfig {
 
     /// The ids of all blocks of the unpruned model, in network order.
     pub fn original_ids(&self) -> impl Iterator<Item = BlockId> + '_ {
-        self.layout.iter().flat_map(|spec| match spec {
-            BlockSpec::Original(id) => std::slice::from_ref(id).to_vec(),
-            BlockSpec::Replaced(r) => r.replaces.clone(),
-        })
+        original_ids(&self.layout)
     }
 
     /// The replaced entries of the layout.
@@ -263,6 +260,14 @@ impl FluxConfig {
             BlockSpec::Replaced(r) => Some(r),
         })
     }
+}
+
+/// The ids of all blocks of the unpruned model that a layout comes from, in network order.
+pub fn original_ids(layout: &[BlockSpec]) -> impl Iterator<Item = BlockId> + '_ {
+    layout.iter().flat_map(|spec| match spec {
+        BlockSpec::Original(id) => std::slice::from_ref(id).to_vec(),
+        BlockSpec::Replaced(r) => r.replaces.clone(),
+    })
 }
 
 /// The layout of an unpruned model.

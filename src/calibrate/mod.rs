@@ -76,8 +76,12 @@ impl Observer for FiniteCheck {
         if !sum.to_scalar::<f32>()?.is_finite() {
             let times = conditioning.timestep.to_dtype(candle::DType::F32)?;
             let t = times.flatten_all()?.to_vec1::<f32>()?;
+            let hint = match output.tokens.dtype() {
+                candle::DType::F32 => "",
+                _ => "try --dtype f32; if that does not help, ",
+            };
             candle::bail!(
-                "block {}: activations are NaN or infinite at timestep {:.3}",
+                "block {}: activations are NaN or infinite at timestep {:.3}\nhint: {hint}fetch the transformer's files again",
                 spec.id(),
                 t.first().copied().unwrap_or_default()
             );

@@ -1,6 +1,6 @@
 //! A checkpoint's [`FluxConfig`]: sizes from the tensors, rotary numbers from configs, everything cross-checked.
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -47,6 +47,12 @@ pub fn canonical(checkpoint: &Checkpoint) -> Result<Checkpoint> {
         return super::diffusers::to_original(checkpoint);
     }
     let names: Vec<&str> = checkpoint.names().collect();
+    if let Some(lora) = keys::lora(names.iter().copied()) {
+        bail!(
+            "`{}` is a LoRA (it holds `{lora}`), not a FLUX transformer\nhint: merge it into its model with another tool, and name the result with --model",
+            checkpoint.name
+        )
+    }
     if let Some(prefix) = keys::common_prefix(names.iter().copied()) {
         return checkpoint.rename(|name| keys::canonical(name, prefix));
     }
@@ -83,6 +89,20 @@ pub fn infer(
     let [_, context_in_dim] = checkpoint.dims("txt_in.weight")?;
     let [_, vec_in_dim] = checkpoint.dims("vector_in.in_layer.weight")?;
     let [out_channels, _] = checkpoint.dims("final_layer.linear.weight")?;
+    let sizes = [
+        ("img_in.weight", hidden_size.min(in_channels)),
+        ("txt_in.weight", context_in_dim),
+        ("vector_in.in_layer.weight", vec_in_dim),
+        ("final_layer.linear.weight", out_channels),
+    ];
+    for (name, smallest) in sizes {
+        ensure!(
+            smallest > 0,
+            "`{}`: tensor `{name}` is empty (shape {:?})\nhint: fetch the file again, or name another with --model",
+            checkpoint.name,
+            checkpoint.expect(name)?.shape()
+        );
+    }
     checkpoint.expect("time_in.in_layer.weight")?;
     checkpoint.expect("final_layer.adaLN_modulation.1.weight")?;
     let layout = layout(checkpoint, record)?;
@@ -95,6 +115,11 @@ pub fn infer(
     ensure!(
         head_dim > 0 && hidden_size % head_dim == 0,
         "`{}`: the head size {head_dim} does not divide the width {hidden_size}",
+        checkpoint.name
+    );
+    ensure!(
+        mlp_size > 0,
+        "`{}`: the first block has an MLP of width 0",
         checkpoint.name
     );
     let mut config = FluxConfig {
@@ -115,22 +140,39 @@ pub fn infer(
     }
     (config.axes_dims, config.theta) = rotary(&config, record, configs, &checkpoint.name)?;
     // every tensor now, from the header: not after an hour of work
-    for (name, shape) in shapes::tensors(&config) {
-        let found = checkpoint.expect(&name)?.shape();
+    let tensors = shapes::tensors(&config);
+    for (name, shape) in &tensors {
+        let found = checkpoint.expect_floats(name)?.shape();
         ensure!(
             found == shape,
             "`{}`: tensor `{name}` has shape {found:?}, expected {shape:?}",
             checkpoint.name
         );
     }
+    known_only(checkpoint, &tensors)?;
     Ok(config)
+}
+
+/// Fails at a tensor that no model of this layout has: it would be copied, and be part of nothing.
+fn known_only(checkpoint: &Checkpoint, tensors: &[(String, Vec<usize>)]) -> Result<()> {
+    if checkpoint.len() == tensors.len() {
+        return Ok(());
+    }
+    let known: BTreeSet<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
+    if let Some(other) = checkpoint.names().find(|name| !known.contains(name)) {
+        bail!(
+            "`{}` holds the tensor `{other}`, which is not part of a FLUX transformer of this layout\nhint: fetch the file again, or take that tensor out of it",
+            checkpoint.name
+        );
+    }
+    Ok(())
 }
 
 /// Counts the blocks, and checks them against the record of a pruned checkpoint.
 fn layout(checkpoint: &Checkpoint, record: Option<&Record>) -> Result<Vec<BlockSpec>> {
     let name = &checkpoint.name;
     let count = |kind: BlockKind| -> Result<usize> {
-        let slots: std::collections::BTreeSet<usize> = checkpoint
+        let slots: BTreeSet<usize> = checkpoint
             .names()
             .filter_map(keys::parse)
             .filter(|key| key.kind == kind)
@@ -244,6 +286,17 @@ fn agree(config: &FluxConfig, file: &ConfigFile, checkpoint: &str) -> Result<()>
     Ok(())
 }
 
+/// Whether these can be rotary axes: three even sizes whose sum is a number.
+pub(super) fn are_axes(dims: &[usize]) -> bool {
+    const MOST: usize = 1 << 20;
+    dims.len() == 3 && dims.iter().all(|d| d % 2 == 0 && (2..=MOST).contains(d))
+}
+
+/// Whether this can be a rotary base: the frequencies fall from 1, and are numbers.
+pub(super) fn is_theta(theta: f64) -> bool {
+    theta > 1.0 && theta <= 1e12
+}
+
 /// Rotary axes and base: the first that says so of config files and record, else FLUX.1's where they fit.
 fn rotary(
     config: &FluxConfig,
@@ -261,11 +314,13 @@ fn rotary(
             .filter(|v| !v.is_null())
             .filter(|_| theta.is_none())
         {
-            let value = value.as_f64().filter(|t| t.is_finite() && *t > 1.0);
-            theta =
-                Some(value.with_context(|| {
-                    format!("`{}`: `theta` must be a number above 1", file.name)
-                })?);
+            let value = value.as_f64().filter(|t| is_theta(*t));
+            theta = Some(value.with_context(|| {
+                format!(
+                    "`{}`: `theta` must be a number above 1 and at most 1e12",
+                    file.name
+                )
+            })?);
         }
         let said = file
             .json
@@ -279,9 +334,7 @@ fn rotary(
                 )
             })?;
             ensure!(
-                dims.len() == 3
-                    && dims.iter().all(|d| d % 2 == 0 && *d > 0)
-                    && dims.iter().sum::<usize>() == head,
+                are_axes(&dims) && dims.iter().sum::<usize>() == head,
                 "`{}` says `axes_dims_rope` = {value}; expected three even sizes that sum to the head size {head}",
                 file.name
             );
@@ -295,7 +348,7 @@ fn rotary(
         format!("`{name}` does not say how its rotary axes divide the head size {head}\nhint: put a config.json with `axes_dims_rope` beside it, or name one with --config")
     })?;
     ensure!(
-        axes.iter().sum::<usize>() == head,
+        are_axes(&axes) && axes.iter().sum::<usize>() == head,
         "`{name}`: the rotary axes {axes:?} do not sum to the head size {head}"
     );
     Ok((

@@ -194,9 +194,13 @@ fn block_tensor(
     let sources = parts
         .iter()
         .map(|part| {
-            checkpoint
-                .expect(&format!("{prefix}.{part}.{leaf}"))
-                .cloned()
+            let name = format!("{prefix}.{part}.{leaf}");
+            let source = checkpoint.expect(&name)?;
+            ensure!(
+                parts.len() == 1 || !source.shape().is_empty(),
+                "`{name}` is a single number, expected rows"
+            );
+            Ok(source.clone())
         })
         .collect::<Result<Vec<_>>>()?;
     let fused = if let [one] = sources.as_slice() {

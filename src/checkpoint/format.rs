@@ -58,6 +58,12 @@ impl Format {
         }
     }
 
+    /// Whether weights may be stored so.
+    pub fn is_float(self) -> bool {
+        use Dtype::{BF16, F16, F32, F64};
+        matches!(self, Self::Packed(_) | Self::Plain(BF16 | F16 | F32 | F64))
+    }
+
     /// Bytes of `values` values.
     pub fn bytes(self, values: usize) -> usize {
         match self {

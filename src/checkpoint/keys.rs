@@ -77,9 +77,37 @@ pub fn common_prefix<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Option
     })
 }
 
+/// A tensor that shows a file to be a LoRA, one without the weights that it goes with.
+pub fn lora<'a>(mut names: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
+    const PARTS: [&str; 6] = [
+        "lora_A.",
+        "lora_B.",
+        "lora_up.",
+        "lora_down.",
+        ".lora.",
+        ".lokr_",
+    ];
+    let is_base =
+        |name: &str| name.ends_with("img_in.weight") || name.ends_with("x_embedder.weight");
+    if names.clone().any(is_base) {
+        return None;
+    }
+    names.find(|name| PARTS.iter().any(|part| name.contains(part)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lora_is_known_by_its_names_and_by_what_it_lacks() {
+        let kohya = ["lora_unet_double_blocks_0_img_attn_proj.lora_up.weight"];
+        assert_eq!(lora(kohya.into_iter()), Some(kohya[0]));
+        let peft = "transformer.x_embedder.lora_A.weight";
+        assert_eq!(lora([peft].into_iter()), Some(peft));
+        assert_eq!(lora([peft, "x_embedder.weight"].into_iter()), None);
+        assert_eq!(lora(["img_in.bias"].into_iter()), None);
+    }
 
     #[test]
     fn block_names_split_into_kind_slot_and_tail() {

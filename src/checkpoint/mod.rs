@@ -135,10 +135,7 @@ impl Checkpoint {
     }
 
     fn add_file(&mut self, file: &str, blob: &Blob) -> Result<()> {
-        ensure!(
-            !blob.is_empty(),
-            "`{file}` is empty\nhint: the download may have been cut off; fetch it again"
-        );
+        ensure!(!blob.is_empty(), "`{file}` is empty");
         let (header, parsed) =
             SafeTensors::read_metadata(blob).map_err(|e| damaged(file, blob, &e))?;
         let data = header + 8;
@@ -188,6 +185,21 @@ impl Checkpoint {
     pub fn expect(&self, name: &str) -> Result<&Source> {
         self.get(name)
             .with_context(|| format!("`{}` lacks the tensor `{name}`", self.name))
+    }
+
+    /// The tensor of that name, which must hold numbers that are computed with.
+    ///
+    /// # Errors
+    /// When it is missing or holds integers, say; the message names the checkpoint, the tensor and its dtype.
+    pub fn expect_floats(&self, name: &str) -> Result<&Source> {
+        let source = self.expect(name)?;
+        ensure!(
+            source.format().is_float(),
+            "`{}`: tensor `{name}` is stored as {}, which is not read as weights\nhint: use a file in float32, float16, bfloat16, F8_E4M3 or GGUF",
+            self.name,
+            source.format()
+        );
+        Ok(source)
     }
 
     /// The dimensions of a tensor that must have `N` of them.
@@ -302,9 +314,21 @@ fn damaged(file: &str, blob: &[u8], error: &safetensors::SafeTensorError) -> any
         }
         _ => "it is damaged",
     };
-    anyhow::anyhow!(
-        "`{file}` cannot be read as safetensors: {what} ({error})\nhint: fetch the file again, or name another with --model"
-    )
+    anyhow::anyhow!("`{file}` cannot be read as safetensors: {what} ({error})")
+}
+
+/// Adds what to do about a file that cannot be used, which depends on what it is for, to an error that does not say yet.
+///
+/// # Errors
+/// Those of `result`.
+pub fn advise<T>(result: Result<T>, hint: &str) -> Result<T> {
+    result.map_err(|error| {
+        let text = format!("{error:#}");
+        if text.contains("\nhint:") {
+            return error;
+        }
+        anyhow::anyhow!("{text}\nhint: {hint}")
+    })
 }
 
 /// The format of a matrix that is served as its bytes too.

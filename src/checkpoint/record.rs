@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::Checkpoint;
-use crate::layout::BlockSpec;
+use super::{Checkpoint, config};
+use crate::layout::{self, BlockId, BlockKind, BlockSpec};
 
 /// The metadata key that holds the record.
 pub const KEY: &str = "fastflux";
@@ -73,7 +73,35 @@ impl Record {
             !record.layout.iter().any(empty),
             "`{name}`: its fastflux metadata has a replacement of no block"
         );
+        record
+            .check()
+            .with_context(|| format!("`{name}`: its fastflux metadata is damaged"))?;
         Ok(record)
+    }
+
+    /// What the form of the record does not say: that its values make sense.
+    fn check(&self) -> Result<()> {
+        let ids: Vec<BlockId> = layout::original_ids(&self.layout).collect();
+        let count = |kind| ids.iter().filter(|id| id.kind == kind).count();
+        let expected = layout::unpruned(count(BlockKind::Double), count(BlockKind::Single));
+        for (id, expected) in ids.iter().zip(expected) {
+            ensure!(
+                BlockSpec::Original(*id) == expected,
+                "its `layout` has `{id}` where `{}` belongs",
+                expected.id()
+            );
+        }
+        ensure!(
+            config::are_axes(&self.axes_dims),
+            "its `axes-dims` are {:?}, expected three even sizes",
+            self.axes_dims
+        );
+        ensure!(
+            config::is_theta(self.theta),
+            "its `theta` is {}, expected a number above 1 and at most 1e12",
+            self.theta
+        );
+        Ok(())
     }
 
     /// The record as metadata text.
@@ -112,4 +140,44 @@ pub fn fingerprint(checkpoint: &Checkpoint) -> Result<String> {
         .take(16)
         .map(|byte| format!("{byte:02x}"))
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn values_that_make_no_sense_are_refused_by_name() {
+        let good = json!({
+            "version": 1, "tool": "", "base": "bundled", "base-fingerprint": "",
+            "layout": ["double.00", { "replaces": ["double.01", "single.00"], "form": "remove" }, "single.01"],
+            "axes-dims": [2, 6, 8], "theta": 10000.0, "scheduler": {}, "defaults": {}, "recipe": {},
+        });
+        Record::from_value("x.safetensors", good.clone()).unwrap();
+        let half = 1u64 << 63;
+        for (key, bad, named) in [
+            ("axes-dims", json!([half, half, 16]), "axes-dims"),
+            ("axes-dims", json!([0, 0, 16]), "axes-dims"),
+            ("axes-dims", json!([1, 7, 8]), "axes-dims"),
+            ("axes-dims", json!([16]), "axes-dims"),
+            ("theta", json!(0), "theta"),
+            ("theta", json!(-1), "theta"),
+            ("theta", json!(1), "theta"),
+            ("layout", json!(["double.00", "double.00"]), "double.01"),
+            ("layout", json!(["double.01", "double.00"]), "double.00"),
+            ("layout", json!(["single.00", "double.00"]), "double.00"),
+            ("layout", json!(["double.00", "single.99"]), "single.99"),
+        ] {
+            let mut value = good.clone();
+            value[key] = bad;
+            let error = Record::from_value("x.safetensors", value).unwrap_err();
+            let error = format!("{error:#}");
+            assert!(
+                error.contains("x.safetensors") && error.contains(named),
+                "{error}"
+            );
+        }
+    }
 }

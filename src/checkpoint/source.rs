@@ -239,6 +239,10 @@ impl Source {
         let Some(first) = parts.first() else {
             bail!("nothing to concatenate")
         };
+        ensure!(
+            parts.iter().all(|part| !part.shape.is_empty()),
+            "is a single number, expected rows"
+        );
         let mut shape = first.shape.clone();
         let mut pieces = Vec::new();
         shape[0] = 0;

@@ -1,16 +1,18 @@
 //! A [`FluxConfig`] as diffusers' `transformer/config.json`, both ways, where there are no tensors to ask.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{
-    config::{ConfigFile, FLUX1_AXES, FLUX1_THETA},
+    config::{ConfigFile, FLUX1_AXES, FLUX1_THETA, is_theta},
     record::Record,
 };
 use crate::layout::{BlockKind, BlockSpec, FluxConfig, unpruned};
 
 /// Larger sizes are mistakes, and their products would not fit a machine word.
 const LARGEST: usize = 1 << 20;
+/// Blocks of one kind: FLUX.1 has 19 and 38.
+const MOST_BLOCKS: usize = 1000;
 /// MLP width over stream width, fixed in diffusers' FLUX blocks.
 const MLP_RATIO: f64 = 4.0;
 
@@ -23,17 +25,18 @@ const MLP_RATIO: f64 = 4.0;
 /// When a size is missing, no positive integer, or contradicts another; the message names file and key.
 pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
     let get = |key: &str| file.json.get(key).filter(|v| !v.is_null());
-    let size = |key: &str, smallest: usize| -> Result<usize> {
+    let within = |key: &str, smallest: usize, largest: usize| -> Result<usize> {
         let value = get(key).with_context(|| format!("`{}` does not say `{key}`", file.name))?;
         let size = value.as_u64().and_then(|v| usize::try_from(v).ok());
-        size.filter(|v| (smallest..=LARGEST).contains(v))
+        size.filter(|v| (smallest..=largest).contains(v))
             .with_context(|| {
                 format!(
-                    "`{}` says `{key}` = {value}, expected an integer from {smallest} to {LARGEST}",
+                    "`{}` says `{key}` = {value}, expected an integer from {smallest} to {largest}",
                     file.name
                 )
             })
     };
+    let size = |key: &str, smallest: usize| within(key, smallest, LARGEST);
     let number = |key: &str, default: f64| -> Result<f64> {
         let value = get(key).map_or(Some(default), Value::as_f64);
         value
@@ -56,7 +59,10 @@ pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
         file.name
     );
     let in_channels = size("in_channels", 1)?;
-    let (double, single) = (size("num_layers", 0)?, size("num_single_layers", 0)?);
+    let (double, single) = (
+        within("num_layers", 0, MOST_BLOCKS)?,
+        within("num_single_layers", 0, MOST_BLOCKS)?,
+    );
     let record = get("fastflux")
         .map(|v| Record::from_value(&file.name, v.clone()))
         .transpose()?;
@@ -76,7 +82,10 @@ pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
         vec_in_dim: size("pooled_projection_dim", 1)?,
         guidance_embed,
         axes_dims: axes(file, head)?,
-        theta: number("theta", FLUX1_THETA)?,
+        theta: match number("theta", FLUX1_THETA)? {
+            theta if is_theta(theta) => theta,
+            _ => bail!("`{}`: `theta` must be a number above 1", file.name),
+        },
         layout: record
             .as_ref()
             .map_or_else(|| unpruned(double, single), |r| r.layout.clone()),
@@ -210,6 +219,7 @@ mod tests {
         for (key, bad) in [
             ("num_layers", json!(-1)),
             ("num_layers", json!(1e30)),
+            ("num_layers", json!(1_000_003)),
             ("num_single_layers", json!(null)),
             ("attention_head_dim", json!(0)),
             ("num_attention_heads", json!(1_000_000)),
@@ -218,6 +228,7 @@ mod tests {
             ("axes_dims_rope", json!([15, 57, 56])),
             ("guidance_embeds", json!("yes")),
             ("theta", json!(-1)),
+            ("theta", json!(1)),
             ("mlp_ratio", json!(0)),
             ("patch_size", json!(2)),
             ("fastflux", json!({ "version": 1 })),

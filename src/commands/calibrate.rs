@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     calibrate::{file::Calibration, pass::Shard, recipe::StateSource},
-    checkpoint::target,
+    checkpoint::{advise, target},
     cli::{CalibrateArgs, CalibrationArgs},
     device::Runtime,
     pipeline::Pipeline,
@@ -277,11 +277,12 @@ pub(super) fn merge(args: &crate::cli::MergeStatsArgs) -> Result<()> {
         .next()
         .context("merge-stats takes at least one file")?;
     // sums stay in the files and are added up a part at a time while the result is written
-    let mut sum = Calibration::open(first)?;
+    let mut sum = advise(Calibration::open(first), gather::AGAIN)?;
     for path in files {
-        sum.add(Calibration::open(path)?).with_context(|| {
-            format!("`{}` does not add to `{}`", path.display(), first.display())
-        })?;
+        sum.add(advise(Calibration::open(path), gather::AGAIN)?)
+            .with_context(|| {
+                format!("`{}` does not add to `{}`", path.display(), first.display())
+            })?;
     }
     let header = &sum.header;
     if !header.is_complete() {

@@ -21,7 +21,7 @@ use crate::{
         states::{Share, States},
         stats::CalibrationStats,
     },
-    checkpoint::record,
+    checkpoint::{advise, record},
     layout::{BlockId, FluxConfig},
     model::{Block, ReplacementBlock, demand::TOGETHER},
     pipeline::Pipeline,
@@ -47,6 +47,9 @@ pub(super) struct Gathering {
     /// Whether sums are wanted, or the pictures alone.
     pub(super) sums: bool,
 }
+
+/// What to do about a statistics file that is damaged.
+pub(super) const AGAIN: &str = "make it again with `fastflux calibrate`";
 
 /// Where unfinished work on `output` is kept: `stats.safetensors.partial`.
 pub(super) fn partial(output: &Path) -> PathBuf {
@@ -115,7 +118,8 @@ pub(super) fn gather(session: &Session, gathering: &Gathering) -> Result<Calibra
     }
     let mut header = header(session, pass.units())?;
     let mut out = if path.exists() {
-        let (_, before) = file::open(path)?;
+        let anew = "delete the file to start anew";
+        let (_, before) = advise(file::open(path), anew)?;
         header.products.clone_from(&before.products); // chosen by the run that began
         if let Some(difference) = header.difference(&before)? {
             bail!(
@@ -129,7 +133,7 @@ pub(super) fn gather(session: &Session, gathering: &Gathering) -> Result<Calibra
                 path.display()
             );
         }
-        let read = Calibration::read(path, &session.runtime.device)?;
+        let read = advise(Calibration::read(path, &session.runtime.device), anew)?;
         ui::note(format!(
             "going on from `{}`: {} of {} units are done",
             path.display(),
@@ -292,7 +296,7 @@ pub(super) fn obtain(
     gathering: &Gathering,
 ) -> Result<Calibration> {
     match stats {
-        Some(path) => Calibration::open(path),
+        Some(path) => advise(Calibration::open(path), AGAIN),
         None => gather(session, gathering),
     }
 }
@@ -300,7 +304,7 @@ pub(super) fn obtain(
 /// The header of a complete calibration of this model.
 pub(super) fn read_header(pipeline: &Pipeline, path: &Path) -> Result<Header> {
     let name = path.display();
-    let (_, header) = file::open(path).context("--stats")?;
+    let (_, header) = advise(file::open(path), AGAIN).context("--stats")?;
     let found = record::fingerprint(&pipeline.transformer)?;
     anyhow::ensure!(
         header.model == found,

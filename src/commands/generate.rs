@@ -14,7 +14,10 @@ use crate::{
     checkpoint::target,
     cli::GenerateArgs,
     device::Runtime,
-    pipeline::Pipeline,
+    pipeline::{
+        Pipeline,
+        defaults::{MOST_GUIDANCE, MOST_STEPS, MOST_TEXT},
+    },
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
         png::Picture,
@@ -25,10 +28,8 @@ use crate::{
 /// Tokens in one forward: small pictures are drawn several at a time.
 const TOKENS_PER_FORWARD: usize = 1024;
 
-/// Beyond these a number is a slip of the finger, and would take for ever or all memory.
-const MOST_STEPS: usize = 10_000;
+/// Beyond this a number is a slip of the finger, and would take for ever.
 const MOST_IMAGES: usize = 10_000;
-const MOST_TEXT: usize = 8_192;
 
 /// One picture to draw.
 #[derive(Clone, Debug, Serialize)]
@@ -69,8 +70,8 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     )?;
     if let Some(guidance) = args.guidance {
         ensure!(
-            guidance.is_finite() && guidance >= 0.0,
-            "--guidance {guidance}: expected a number of at least 0"
+            (0.0..=MOST_GUIDANCE).contains(&guidance),
+            "--guidance {guidance}: expected a number from 0 to {MOST_GUIDANCE}"
         );
     }
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
@@ -89,6 +90,10 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     }
     create_folders(&jobs)?;
     let vae_files = pipeline.vae_files()?;
+    let steps = jobs.first().map_or(1, |job| job.steps);
+    load::schedule(&pipeline)?
+        .sigmas(steps, size.tokens())
+        .with_context(|| pipeline.scheduler_name.clone())?;
     let encoded = load::encode_prompts(&pipeline, &prompts, args.max_sequence_length, &runtime)?;
     let latents = denoise(&pipeline, &runtime, &place, &jobs, &encoded, size)?;
     let decoder = place.decoder(&vae_files, size.latent(), args.decode)?;
@@ -247,7 +252,8 @@ fn denoise(
             vec: encoded.vec.index_select(&prompts, 0)?,
         };
         let noise = noise.index_select(&pick(|job| job.image_index)?, 0)?;
-        latents.push(denoise.run(&noise, &prompts, &mut (), &mut || progress.inc(1))?);
+        let drawn = denoise.run(&noise, &prompts, &mut (), &mut || progress.inc(1));
+        latents.push(drawn.with_context(|| format!("`{}`", pipeline.name))?);
     }
     let latents = Tensor::cat(&latents, 0)?;
     drop(flux);

@@ -2,7 +2,7 @@
 
 use std::sync::Once;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
     pipeline::{Pipeline, VaeFiles},
     sample::{
         denoise::{Encoded, LatentSize},
-        latents,
+        is_finite, latents,
         png::Picture,
         schedule::Schedule,
         text::TextEncoders,
@@ -54,7 +54,7 @@ pub(super) fn check_kernels(runtime: &Runtime) {
 /// The scheduler.
 pub(super) fn schedule(pipeline: &Pipeline) -> Result<Schedule> {
     Schedule::from_json(pipeline.scheduler.to_string().as_bytes())
-        .with_context(|| format!("the scheduler of `{}`", pipeline.name))
+        .with_context(|| pipeline.scheduler_name.clone())
 }
 
 /// Both text encoders and their tokenizers; `length` is the T5 length, by default the model's.
@@ -64,6 +64,8 @@ pub(super) fn text_encoders(
     length: Option<usize>,
     runtime: &Runtime,
 ) -> Result<TextEncoders> {
+    // what is drawn with the prompts needs it, and encoding them takes a while
+    schedule(pipeline)?;
     let encoders = TextEncoders::load(
         files,
         length,
@@ -136,7 +138,13 @@ pub(super) fn decode(
             None => vae.decode(&latents)?,
             Some(bands) => vae.decode_in_bands(&latents, bands.rows, &bands.park)?,
         };
-        images.push(image.to_dtype(DType::F32)?.to_device(&Device::Cpu)?);
+        let image = image.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+        ensure!(
+            is_finite(&image)?,
+            "the VAE `{}` gives pixels that are NaN or infinite, its weights are damaged\nhint: fetch the file again, or name another with --vae",
+            vae.name()
+        );
+        images.push(image);
     }
     Ok(Tensor::cat(&images, 0)?)
 }

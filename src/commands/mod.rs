@@ -6,7 +6,10 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
     cli::Command,
-    pipeline::{ModelChoice, Pipeline},
+    pipeline::{
+        ModelChoice, Pipeline,
+        defaults::{LARGEST_PICTURE, SMALLEST_PICTURE},
+    },
     sample::{denoise::LatentSize, text},
     ui,
 };
@@ -82,10 +85,8 @@ struct PixelSize {
 }
 
 impl PixelSize {
-    /// One image token is 2×2 latent pixels of 8×8 pixels each.
-    const STEP: usize = 16;
-    /// Beyond this the position ids of FLUX make no sense and attention outgrows any machine.
-    const LARGEST: usize = 8192;
+    const STEP: usize = SMALLEST_PICTURE;
+    const LARGEST: usize = LARGEST_PICTURE;
 
     fn latent(self) -> LatentSize {
         LatentSize {
@@ -105,8 +106,8 @@ fn picture_size(
     width: Option<usize>,
     height: Option<usize>,
 ) -> Result<PixelSize> {
-    let own = pipeline.default_size()?;
-    let (width, height) = (width.unwrap_or(own), height.unwrap_or(own));
+    let own = |said: Option<usize>| said.map_or_else(|| pipeline.default_size(), Ok);
+    let (width, height) = (own(width)?, own(height)?);
     let round = |flag: &str, value: usize| -> Result<usize> {
         ensure!(
             (PixelSize::STEP..=PixelSize::LARGEST).contains(&value),

@@ -259,7 +259,9 @@ impl<'a> Session<'a> {
         };
         let noise = starting_noise(self.settings.recipe.seed, 1, self.channels(), probe.size)?;
         let prompt = self.encoded.range(0..1)?;
-        probe.run(&noise, &prompt, &mut FiniteCheck, &mut || ())?;
+        probe
+            .run(&noise, &prompt, &mut FiniteCheck, &mut || ())
+            .with_context(|| format!("`{}`", self.pipeline.name))?;
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use super::{PixelSize, load};
 use crate::{
     calibrate,
-    checkpoint::{Checkpoint, Source, keys, record, save},
+    checkpoint::{Checkpoint, Source, advise, keys, record, save},
     cli::{Cli, Command, MemoryArgs, PruneArgs, TrainArgs},
     device::Runtime,
     files::Files,
@@ -347,7 +347,10 @@ pub(super) fn pictures(
     let files = Files::folder(folder);
     let path = folder.join(format!("{PICTURES_STEM}.safetensors"));
     if path.exists()
-        && let Some(found) = Checkpoint::open_if_present(&files, PICTURES_STEM)?
+        && let Some(found) = advise(
+            Checkpoint::open_if_present(&files, PICTURES_STEM),
+            "delete the file to draw the pictures anew, or start over with --restart",
+        )?
         && found.metadata.get(PICTURES_KEY) == Some(&key)
     {
         let tensor = |name: &str| -> Result<Tensor> {

@@ -16,7 +16,7 @@ use super::{
     train_memory, train_output,
 };
 use crate::{
-    checkpoint::target,
+    checkpoint::{advise, target},
     cli::TrainArgs,
     device::Runtime,
     pipeline::Pipeline,
@@ -69,7 +69,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         check_log(log, resuming || args.force)?;
     }
     target::check_folder(&args.output, args.force)?;
-    let saved = state.load()?;
+    let saved = advise(state.load(), "--restart starts over")?;
     if let Some(saved) = &saved {
         ui::note(format!(
             "going on with the run saved in `{}`: {} of its phases done, {} steps of the next",

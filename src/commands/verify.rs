@@ -11,7 +11,7 @@ use super::{
     recorded::{Reference, distance},
 };
 use crate::{
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, advise},
     cli::VerifyArgs,
     device::Runtime,
     files::Blob,
@@ -54,7 +54,10 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
     let name = args.reference.display().to_string();
     let blob = Blob::map(&args.reference).context("--reference")?;
     let reference = Reference {
-        tensors: Checkpoint::from_blob(&name, &blob)?,
+        tensors: advise(
+            Checkpoint::from_blob(&name, &blob),
+            "record it again with scripts/make_reference.py, or name another with --reference",
+        )?,
     };
     let pipeline = super::open(&args.pipeline.choice())?;
     let mut check = Check {

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::{
     checkpoint::{
-        Checkpoint,
+        Checkpoint, advise,
         config::ConfigFile,
         output::{DIFFUSERS_STEM, ORIGINAL_STEM},
     },
@@ -24,6 +24,12 @@ pub(super) struct Found {
     pub(super) pipeline: Option<Files>,
 }
 
+/// What `--model` takes.
+const NAME_ONE: &str =
+    "name a folder, a .safetensors or .gguf file, or a hub id such as black-forest-labs/FLUX.1-dev";
+/// What to do about a file that is damaged.
+pub(super) const DAMAGED: &str = "fetch the file again, or name another with --model";
+
 /// Finds the transformer that a `--model` value names.
 pub(super) fn locate(model: Option<&str>) -> Result<Found> {
     let Some(model) = model.filter(|m| *m != BUNDLED) else {
@@ -36,6 +42,15 @@ pub(super) fn locate(model: Option<&str>) -> Result<Found> {
     if path.is_file() {
         return in_file(path);
     }
+    // something is there, so it is no hub id: a device, a pipe, or a link that leads nowhere
+    if path.symlink_metadata().is_ok() {
+        match path.metadata() {
+            Err(error) => {
+                bail!("`{model}` is a link that leads nowhere ({error})\nhint: {NAME_ONE}")
+            }
+            Ok(_) => bail!("`{model}` is neither a folder nor a file\nhint: {NAME_ONE}"),
+        }
+    }
     match parse_id(model) {
         Some((repo, revision)) if !model.starts_with(['.', '/', '~']) => {
             let files = Files::hub(&repo, revision.as_deref())?;
@@ -45,9 +60,7 @@ pub(super) fn locate(model: Option<&str>) -> Result<Found> {
                 )
             })
         }
-        _ => bail!(
-            "`{model}` does not exist\nhint: name a folder, a .safetensors or .gguf file, or a hub id such as black-forest-labs/FLUX.1-dev"
-        ),
+        _ => bail!("`{model}` does not exist\nhint: {NAME_ONE}"),
     }
 }
 
@@ -83,7 +96,7 @@ fn in_pipeline_or_bare(files: &Files) -> Result<Option<Found>> {
     }
     let stems = [DIFFUSERS_STEM, ORIGINAL_STEM];
     for stem in stems {
-        if let Some(raw) = Checkpoint::open_if_present(files, stem)? {
+        if let Some(raw) = advise(Checkpoint::open_if_present(files, stem), DAMAGED)? {
             return Ok(Some(Found {
                 raw,
                 locator: files.locator(),
@@ -97,7 +110,7 @@ fn in_pipeline_or_bare(files: &Files) -> Result<Option<Found>> {
 
 fn in_pipeline(files: Files) -> Result<Found> {
     let transformer = files.sub("transformer");
-    let raw = Checkpoint::open(&transformer, DIFFUSERS_STEM)?;
+    let raw = advise(Checkpoint::open(&transformer, DIFFUSERS_STEM), DAMAGED)?;
     Ok(Found {
         raw,
         locator: files.locator(),
@@ -117,9 +130,14 @@ fn in_file(path: &Path) -> Result<Found> {
         .and_then(|n| n.to_str())
         .context("the file name is not UTF-8")?;
     let raw = if name.ends_with(".index.json") {
-        Checkpoint::open_index(&files, name)?
+        advise(Checkpoint::open_index(&files, name), DAMAGED)?
     } else {
-        Checkpoint::from_blob(&path.display().to_string(), &Blob::map(path)?)?
+        check_whole(path, &files, name)?;
+        let blob = Blob::map(path)?;
+        advise(
+            Checkpoint::from_blob(&path.display().to_string(), &blob),
+            DAMAGED,
+        )?
     };
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
     Ok(Found {
@@ -128,6 +146,28 @@ fn in_file(path: &Path) -> Result<Found> {
         configs: config_file(&files, "config.json")?,
         pipeline: Some(files),
     })
+}
+
+/// Fails at one of several shards, `…-00002-of-00003.safetensors`, and names their index.
+fn check_whole(path: &Path, files: &Files, name: &str) -> Result<()> {
+    let Some((stem, shard)) = shard(name) else {
+        return Ok(());
+    };
+    let index = format!("{stem}.safetensors.index.json");
+    let (path, place) = (path.display(), files.describe(&index));
+    ensure!(
+        files.get(&index)?.is_some(),
+        "`{path}` is only shard {shard} of a model\nhint: put all shards and their index `{index}` beside it, and name the index with --model"
+    );
+    bail!("`{path}` is only shard {shard} of a model\nhint: name their index: --model {place}")
+}
+
+/// The stem of a shard's name, and which one it is of how many; `None` for the name of a whole file.
+fn shard(name: &str) -> Option<(&str, String)> {
+    let (rest, count) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
+    let (stem, number) = rest.rsplit_once('-')?;
+    let (number, count): (usize, usize) = (number.parse().ok()?, count.parse().ok()?);
+    (count > 1).then(|| (stem, format!("{number} of {count}")))
 }
 
 /// A JSON file beside the weights, when it is there and speaks of a FLUX transformer.
@@ -145,4 +185,37 @@ fn config_file(files: &Files, name: &str) -> Result<Vec<ConfigFile>> {
 pub(super) fn speaks_of_flux(json: &Value) -> bool {
     let class = json.get("_class_name").and_then(Value::as_str);
     class.is_some_and(|c| c.contains("FluxTransformer")) || json.get("axes_dims_rope").is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_a_shard_says_which_it_is() {
+        let (stem, which) = shard("a-b-00002-of-00003.safetensors").unwrap();
+        assert_eq!((stem, which.as_str()), ("a-b", "2 of 3"));
+        for whole in [
+            "x.safetensors",
+            "x-00001-of-00001.safetensors",
+            "best-of-3.safetensors",
+        ] {
+            assert_eq!(shard(whole), None, "{whole}");
+        }
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn what_is_there_and_no_file_is_no_hub_id() {
+        let folder = tempfile::tempdir().unwrap();
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink("nowhere", &link).unwrap();
+        for (model, word) in [("/dev/null", "neither"), (link.to_str().unwrap(), "link")] {
+            let Err(error) = locate(Some(model)) else {
+                panic!("{model} was opened")
+            };
+            let error = error.to_string();
+            assert!(error.contains(word) && error.contains(model), "{error}");
+        }
+    }
 }

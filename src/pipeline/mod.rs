@@ -7,12 +7,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle::DType;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
     checkpoint::{
-        Checkpoint,
+        Checkpoint, advise,
         config::{self, ConfigFile},
         record::{self, Record},
     },
@@ -20,9 +19,12 @@ use crate::{
     layout::{BlockKind, FluxConfig},
 };
 
+pub mod defaults;
 mod locate;
 
-use locate::{locate, speaks_of_flux};
+pub use defaults::Defaults;
+use defaults::{LARGEST_PICTURE, SMALLEST_PICTURE};
+use locate::{DAMAGED, locate, speaks_of_flux};
 
 /// The file with a model's own defaults for `generate`.
 const DEFAULTS_FILE: &str = "fastflux.json";
@@ -40,27 +42,6 @@ pub struct ModelChoice {
     pub text_encoders: Option<PathBuf>,
     /// `--vae`: a VAE file or folder.
     pub vae: Option<PathBuf>,
-}
-
-/// What a model's makers recommend for `generate`; every field may be missing.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
-pub struct Defaults {
-    /// What kind of model it is, for people.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub family: Option<String>,
-    /// Sampling steps.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub steps: Option<usize>,
-    /// Guidance scale given to the guidance embedding.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub guidance: Option<f64>,
-    /// Width and height of pictures, in pixels.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub size: Option<usize>,
-    /// The longest text the T5 encoder is given, in tokens.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub text_length: Option<usize>,
 }
 
 /// Where a model's VAE is.
@@ -89,6 +70,8 @@ pub struct Pipeline {
     pub record: Option<Record>,
     /// The scheduler's configuration, in diffusers' form.
     pub scheduler: Value,
+    /// Where the scheduler's configuration stands, for messages.
+    pub scheduler_name: String,
     /// The model's own defaults.
     pub defaults: Defaults,
     parts: Parts,
@@ -110,9 +93,10 @@ impl Pipeline {
     /// When nothing is there, it is not a FLUX model, files are damaged, or configs contradict the tensors.
     pub fn open(choice: &ModelChoice) -> Result<Self> {
         let found = locate(choice.model.as_deref())?;
-        let record = Record::read(&found.raw.name, &found.raw.metadata)?;
+        let record = Record::read(&found.raw.name, &found.raw.metadata);
+        let record = advise(record, DAMAGED)?;
         let diffusers = crate::checkpoint::diffusers::is_diffusers(&found.raw);
-        let transformer = config::canonical(&found.raw)?;
+        let transformer = advise(config::canonical(&found.raw), DAMAGED)?;
         let mut configs = Vec::new();
         if let Some(path) = &choice.config {
             configs.push(ConfigFile::read(path).context("--config")?);
@@ -122,14 +106,14 @@ impl Pipeline {
         let config = config::infer(&transformer, record.as_ref(), &configs)?;
         let flux1 =
             config.head_dim() == 128 && config.context_in_dim == 4096 && config.vec_in_dim == 768;
-        let scheduler = scheduler(
+        let (scheduler, scheduler_name) = scheduler(
             &configs,
             found.pipeline.as_ref(),
             record.as_ref(),
             &config,
             &found.raw.name,
         )?;
-        let defaults = defaults(found.pipeline.as_ref(), record.as_ref())?;
+        let defaults = defaults(found.pipeline.as_ref(), record.as_ref(), &found.raw.name)?;
         Ok(Self {
             name: choice.model.clone().unwrap_or_else(|| BUNDLED.to_owned()),
             locator: found.locator,
@@ -137,6 +121,7 @@ impl Pipeline {
             diffusers,
             config,
             scheduler,
+            scheduler_name,
             defaults,
             parts: Parts {
                 choice: choice.clone(),
@@ -218,7 +203,7 @@ impl Pipeline {
     /// Width and height in pixels when the user names none: the model's own, its VAE's sample size, or FLUX.1's 1024.
     ///
     /// # Errors
-    /// When the VAE's configuration is damaged.
+    /// When the VAE's configuration is damaged, or no picture can have that size.
     pub fn default_size(&self) -> Result<usize> {
         if let Some(size) = self.defaults.size {
             return Ok(size);
@@ -226,9 +211,16 @@ impl Pipeline {
         let Some(own) = &self.parts.own else {
             return Ok(1024);
         };
-        let vae = own.sub("vae").json("config.json")?;
-        let size = vae.and_then(|json| json.get("sample_size")?.as_u64());
-        Ok(size.map_or(1024, |size| size as usize))
+        let vae = own.sub("vae");
+        let json = vae.json("config.json")?;
+        let size = json.and_then(|json| json.get("sample_size")?.as_u64());
+        let size = size.map_or(1024, |size| size as usize);
+        ensure!(
+            (SMALLEST_PICTURE..=LARGEST_PICTURE).contains(&size),
+            "`{}`: `sample_size` is {size}: pictures are between {SMALLEST_PICTURE} and {LARGEST_PICTURE} pixels wide and high\nhint: correct it, or name a size with --width and --height",
+            vae.describe("config.json")
+        );
+        Ok(size)
     }
 
     /// The longest text the T5 encoder is given by default, in tokens: 512 with guidance embedding (dev), 256 without
@@ -354,24 +346,33 @@ fn scheduler(
     record: Option<&Record>,
     config: &FluxConfig,
     name: &str,
-) -> Result<Value> {
-    if let Some(said) = configs.iter().find_map(|c| c.json.get("scheduler")) {
-        return Ok(said.clone());
+) -> Result<(Value, String)> {
+    let said = |c: &ConfigFile| {
+        let scheduler = c.json.get("scheduler")?.clone();
+        Some((scheduler, format!("`{}`: its `scheduler`", c.name)))
+    };
+    if let Some(said) = configs.iter().find_map(said) {
+        return Ok(said);
     }
-    if let Some(files) = pipeline
-        && let Some(json) = files.sub("scheduler").json("scheduler_config.json")?
+    if let Some(files) = pipeline.map(|files| files.sub("scheduler"))
+        && let Some(json) = files.json("scheduler_config.json")?
     {
-        return Ok(json);
+        return Ok((
+            json,
+            format!("`{}`", files.describe("scheduler_config.json")),
+        ));
     }
     if let Some(record) = record {
-        return Ok(record.scheduler.clone());
+        let name = format!("`{name}`: the scheduler in its fastflux metadata");
+        return Ok((record.scheduler.clone(), name));
     }
     if config.head_dim() != 128 {
         crate::ui::note(format!(
             "`{name}` names no scheduler: taking FLUX.1's (--config with a `scheduler` object names another)"
         ));
     }
-    Ok(flux1_scheduler(config.guidance_embed))
+    let scheduler = flux1_scheduler(config.guidance_embed);
+    Ok((scheduler, "FLUX.1's scheduler".to_owned()))
 }
 
 /// FLUX.1-dev's (dynamic shift) and FLUX.1-schnell's scheduler, from their `scheduler_config.json`.
@@ -388,10 +389,15 @@ fn flux1_scheduler(dev: bool) -> Value {
     })
 }
 
-fn defaults(pipeline: Option<&Files>, record: Option<&Record>) -> Result<Defaults> {
+fn defaults(pipeline: Option<&Files>, record: Option<&Record>, name: &str) -> Result<Defaults> {
+    let read = |json: Value| {
+        let defaults: Defaults = serde_json::from_value(json)?;
+        defaults.check()?;
+        anyhow::Ok(defaults)
+    };
     if let Some(record) = record {
-        return serde_json::from_value(record.defaults.clone())
-            .context("the fastflux metadata has damaged defaults");
+        return advise(read(record.defaults.clone()), DAMAGED)
+            .with_context(|| format!("`{name}`: the defaults in its fastflux metadata"));
     }
     let Some(files) = pipeline else {
         return Ok(Defaults::default());
@@ -399,5 +405,6 @@ fn defaults(pipeline: Option<&Files>, record: Option<&Record>) -> Result<Default
     let Some(json) = files.json(DEFAULTS_FILE)? else {
         return Ok(Defaults::default());
     };
-    serde_json::from_value(json).with_context(|| format!("`{}`", files.describe(DEFAULTS_FILE)))
+    advise(read(json), "correct it, or take it out")
+        .with_context(|| format!("`{}`", files.describe(DEFAULTS_FILE)))
 }

@@ -114,7 +114,7 @@ impl Denoise<'_> {
             drawing.step(&velocity, pair)?;
             on_step();
         }
-        drawing.finished()
+        drawing.finished(self.dtype)
     }
 
     /// The same of several batches of noise and prompts, each step of all of them together through one block after
@@ -148,7 +148,10 @@ impl Denoise<'_> {
                 on_step();
             }
         }
-        drawings.into_iter().map(Drawing::finished).collect()
+        drawings
+            .into_iter()
+            .map(|drawing| drawing.finished(self.dtype))
+            .collect()
     }
 
     fn start(&self, noise: &Tensor, prompts: &Encoded) -> Result<Drawing> {
@@ -209,11 +212,15 @@ impl Drawing {
         Ok(())
     }
 
-    fn finished(self) -> Result<Tensor> {
+    fn finished(self, dtype: DType) -> Result<Tensor> {
         let norm = self.x.sqr()?.sum_all()?.to_scalar::<f32>()?;
+        let hint = match dtype {
+            DType::F32 => "the transformer's weights may be damaged: fetch its files again",
+            _ => "try --dtype f32; if that does not help, fetch the transformer's files again",
+        };
         ensure!(
             norm.is_finite(),
-            "the latents became NaN or infinite\nhint: try --dtype f32, or check the model with `fastflux verify`"
+            "the latents became NaN or infinite\nhint: {hint}"
         );
         Ok(self.x)
     }

@@ -8,7 +8,7 @@ use candle_nn::{Embedding, LayerNorm, Linear, VarBuilder};
 use serde::Deserialize;
 
 pub(crate) use super::ops::Activation;
-use super::ops::{attention, id_tensor};
+use super::ops::{attention, check_sizes, id_tensor};
 
 /// `text_encoder/config.json`.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
@@ -40,6 +40,20 @@ fn end_of_text() -> u32 {
 }
 
 impl ClipConfig {
+    /// Fails at a size that no CLIP has.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        check_sizes(
+            ("num_hidden_layers", self.num_hidden_layers),
+            &[
+                ("vocab_size", self.vocab_size),
+                ("hidden_size", self.hidden_size),
+                ("intermediate_size", self.intermediate_size),
+                ("num_attention_heads", self.num_attention_heads),
+                ("max_position_embeddings", self.max_position_embeddings),
+            ],
+        )
+    }
+
     /// Names and shapes of the tensors that [`Clip`] reads.
     pub(super) fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (d, m) = (self.hidden_size, self.intermediate_size);
@@ -256,6 +270,30 @@ mod tests {
             0,
             "as torch's argmax of nothing but zeros"
         );
+    }
+
+    #[test]
+    fn sizes_that_no_encoder_has_are_refused_by_name() {
+        let good = serde_json::json!({
+            "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 4,
+        });
+        let check = |json| serde_json::from_value::<ClipConfig>(json).unwrap().check();
+        check(good.clone()).unwrap();
+        for (key, bad) in [
+            ("num_hidden_layers", 1u64 << 31),
+            ("num_hidden_layers", 0),
+            ("hidden_size", 1 << 63),
+            ("num_attention_heads", 0),
+        ] {
+            let mut json = good.clone();
+            json[key] = bad.into();
+            let error = check(json).unwrap_err().to_string();
+            assert!(
+                error.contains(key) && error.contains(&bad.to_string()),
+                "{error}"
+            );
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use candle::{DType, Tensor};
 
-use super::tokenize::PromptTokenizer;
+use super::{is_finite, tokenize::PromptTokenizer};
 use clip::Clip;
 pub use open::token_count;
 use t5::T5;
@@ -59,6 +59,8 @@ pub struct TextEncoders {
     text_length: usize,
     /// Format of what [`Self::encode`] returns.
     dtype: DType,
+    /// The files of CLIP and T5, for messages.
+    names: [String; 2],
 }
 
 impl TextEncoders {
@@ -67,7 +69,7 @@ impl TextEncoders {
     /// T5's layers are read anew in every call, so give it many prompts at once.
     ///
     /// # Errors
-    /// When there is no prompt, a token has no embedding, or the device runs out of memory.
+    /// When there is no prompt, a token has no embedding, an encoder gives NaN, or the device runs out of memory.
     pub fn encode(&self, prompts: &[String]) -> Result<(Tensor, Tensor)> {
         ensure!(!prompts.is_empty(), "there is no prompt to encode");
         let (mut clip, mut t5) = (Vec::new(), Vec::new());
@@ -76,17 +78,23 @@ impl TextEncoders {
             clip.push(ids.0);
             t5.push(ids.1);
         }
-        let vec = self
-            .clip
-            .pooled(&clip)
-            .context("CLIP text encoder")?
-            .to_dtype(self.dtype)?;
-        let txt = self
-            .t5
-            .hidden(&t5)
-            .context("T5 text encoder")?
-            .to_dtype(self.dtype)?;
-        Ok((txt, vec))
+        let vec = self.clip.pooled(&clip).context("CLIP text encoder")?;
+        self.check_finite("CLIP", &self.names[0], &vec)?;
+        let txt = self.t5.hidden(&t5).context("T5 text encoder")?;
+        self.check_finite("T5", &self.names[1], &txt)?;
+        Ok((txt.to_dtype(self.dtype)?, vec.to_dtype(self.dtype)?))
+    }
+
+    fn check_finite(&self, encoder: &str, name: &str, output: &Tensor) -> Result<()> {
+        let narrow = match self.dtype {
+            DType::F32 => "",
+            _ => "try --dtype f32, or ",
+        };
+        ensure!(
+            is_finite(output)?,
+            "the {encoder} text encoder `{name}` gives NaN or infinite values, its weights are damaged\nhint: {narrow}fetch the file again, or name others with --text-encoders"
+        );
+        Ok(())
     }
 
     /// Token ids of a prompt for CLIP and for T5, each cut and padded to its length.

@@ -9,7 +9,7 @@ use super::ops::Activation;
 use super::t5::T5;
 use super::t5_config::{FeedForward, T5Config};
 use super::{ClipText, TextEncoders};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, advise};
 use crate::files::{Blob, Files};
 use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
 
@@ -45,6 +45,9 @@ const FLUX1_T5: TokenizerFiles = TokenizerFiles {
     )),
 };
 
+/// What to do about a file that is damaged.
+const DAMAGED: &str = "fetch the file again, or name others with --text-encoders";
+
 /// Rows of the embeddings that belong to FLUX.1's tokenizers.
 const FLUX1_CLIP_ROWS: usize = 49408;
 const FLUX1_T5_ROWS: usize = 32128;
@@ -67,12 +70,13 @@ impl TextEncoders {
         let (clip, clip_config) = open(files, Family::Clip)?;
         let (t5, t5_config) = open(files, Family::T5)?;
         let clip_config = match clip_config {
-            Some(blob) => clip_from_json(&blob).with_context(|| describe(files, Family::Clip))?,
+            Some(blob) => advise(clip_from_json(&blob), DAMAGED)
+                .with_context(|| describe(files, Family::Clip))?,
             None => infer_clip(&clip)?,
         };
-        let t5_config: T5Config = match t5_config {
+        let t5_config = match t5_config {
             Some(blob) => {
-                serde_json::from_slice(&blob).with_context(|| describe(files, Family::T5))?
+                advise(t5_from_json(&blob), DAMAGED).with_context(|| describe(files, Family::T5))?
             }
             None => infer_t5(&t5)?,
         };
@@ -88,6 +92,7 @@ impl TextEncoders {
             t5_tokenizer,
             clip: Clip::new(&clip_config, &clip.var_builder(weights, device))?,
             t5: T5::new(t5_config, t5.var_builder(weights, device)),
+            names: [clip.name, t5.name],
             text_length: length.unwrap_or(default_length.min(limit)),
             dtype,
         })
@@ -112,6 +117,7 @@ impl ClipText {
         }
         let config: ClipConfig =
             serde_json::from_value(json).with_context(|| files.describe("config.json"))?;
+        (config.check()).with_context(|| format!("`{}`", files.describe("config.json")))?;
         let text = checkpoint.rename(|name| Some(name.strip_prefix("text_model.")?.to_owned()))?;
         check(&text, &config.tensors())?;
         Ok(Self {
@@ -146,16 +152,16 @@ fn names(family: Family) -> (&'static str, &'static str, &'static str) {
 }
 
 fn describe(files: &Files, family: Family) -> String {
-    files.sub(names(family).0).describe("config.json")
+    format!("`{}`", files.sub(names(family).0).describe("config.json"))
 }
 
 /// The weights under the names that the encoders read, and their config where there is one.
 fn open(files: &Files, family: Family) -> Result<(Checkpoint, Option<Blob>)> {
     let (folder, word, known) = names(family);
     let sub = files.sub(folder);
-    let (raw, config) = match Checkpoint::open_if_present(&sub, "model")? {
+    let (raw, config) = match advise(Checkpoint::open_if_present(&sub, "model"), DAMAGED)? {
         Some(raw) => (raw, sub.get("config.json")?),
-        None => (single_file(files, word)?, None),
+        None => (single_file(files, word, folder)?, None),
     };
     let prefix = raw
         .names()
@@ -182,16 +188,19 @@ fn open(files: &Files, family: Family) -> Result<(Checkpoint, Option<Blob>)> {
 }
 
 /// The one file of the folder that is named after the encoder.
-fn single_file(files: &Files, word: &str) -> Result<Checkpoint> {
+fn single_file(files: &Files, word: &str, folder: &str) -> Result<Checkpoint> {
     let named = |name: &String| {
         let lower = name.to_lowercase();
         lower.contains(word) && lower.ends_with(".safetensors") && !lower.contains("vision")
     };
     let found: Vec<String> = files.list()?.into_iter().filter(named).collect();
     match found.as_slice() {
-        [one] => Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
+        [one] => advise(
+            Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
+            DAMAGED,
+        ),
         [] => bail!(
-            "`{}` holds no `{word}….safetensors` and no folder text_encoder with a model.safetensors in it",
+            "`{}` holds no folder `{folder}` with a model.safetensors in it, and no `…{word}….safetensors`\nhint: fetch it, or name a folder with both text encoders with --text-encoders",
             files.locator()
         ),
         many => bail!(
@@ -205,7 +214,7 @@ fn single_file(files: &Files, word: &str) -> Result<Checkpoint> {
 /// Every tensor is there with the shape that the config says.
 fn check(checkpoint: &Checkpoint, tensors: &[(String, Vec<usize>)]) -> Result<()> {
     for (name, shape) in tensors {
-        let found = checkpoint.expect(name)?.shape();
+        let found = checkpoint.expect_floats(name)?.shape();
         ensure!(
             found == shape,
             "`{}`: tensor `{name}` has shape {found:?}, but its config says {shape:?}",
@@ -221,7 +230,15 @@ fn clip_from_json(bytes: &[u8]) -> Result<ClipConfig> {
     if let Some(text) = json.get_mut("text_config") {
         json = text.take();
     }
-    Ok(serde_json::from_value(json)?)
+    let config: ClipConfig = serde_json::from_value(json)?;
+    config.check()?;
+    Ok(config)
+}
+
+fn t5_from_json(bytes: &[u8]) -> Result<T5Config> {
+    let config: T5Config = serde_json::from_slice(bytes)?;
+    config.check()?;
+    Ok(config)
 }
 
 /// Layers 0, 1, 2, … for which `name` gives a tensor.

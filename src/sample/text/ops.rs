@@ -76,6 +76,23 @@ pub(super) fn id_tensor(ids: &[Vec<u32>], rows: usize, device: &candle::Device) 
     Tensor::from_vec(ids.concat(), (ids.len(), n), device)
 }
 
+/// Fails at a number of layers, or a size, that a config cannot mean; the message names its field.
+pub(super) fn check_sizes(
+    layers: (&'static str, usize),
+    sizes: &[(&'static str, usize)],
+) -> anyhow::Result<()> {
+    const MOST_LAYERS: usize = 512;
+    const LARGEST: usize = 1 << 24;
+    let sizes = sizes.iter().map(|size| (*size, LARGEST));
+    for ((field, value), most) in std::iter::once((layers, MOST_LAYERS)).chain(sizes) {
+        anyhow::ensure!(
+            (1..=most).contains(&value),
+            "`{field}` is {value}, expected a number from 1 to {most}"
+        );
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Deserializer, de::Error as _};
 
-use super::ops::Activation;
+use super::ops::{Activation, check_sizes};
 
 /// `text_encoder_2/config.json`.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
@@ -71,6 +71,28 @@ impl<'de> Deserialize<'de> for FeedForward {
 }
 
 impl T5Config {
+    /// Fails at a size that no T5 has.
+    pub(super) fn check(&self) -> anyhow::Result<()> {
+        check_sizes(
+            ("num_layers", self.num_layers),
+            &[
+                ("vocab_size", self.vocab_size),
+                ("d_model", self.d_model),
+                ("d_kv", self.d_kv),
+                ("d_ff", self.d_ff),
+                ("num_heads", self.num_heads),
+                (
+                    "relative_attention_num_buckets",
+                    self.relative_attention_num_buckets,
+                ),
+                (
+                    "relative_attention_max_distance",
+                    self.relative_attention_max_distance,
+                ),
+            ],
+        )
+    }
+
     /// Names and shapes of the tensors that the encoder reads.
     pub(super) fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (d, inner) = (self.d_model, self.num_heads * self.d_kv);

@@ -94,9 +94,21 @@ impl VaeConfig {
             }
         }
         ensure!(
-            !config.block_out_channels.is_empty(),
-            "VAE option `block_out_channels` is empty"
+            (1..=8).contains(&config.block_out_channels.len()),
+            "VAE option `block_out_channels` has {} levels, expected 1 to 8",
+            config.block_out_channels.len()
         );
+        let sizes = config.block_out_channels.iter().copied();
+        let sizes = sizes.map(|channels| ("block_out_channels", channels, 1 << 16));
+        for (field, value, most) in sizes.chain([
+            ("layers_per_block", config.layers_per_block, 64),
+            ("latent_channels", config.latent_channels, 1 << 12),
+        ]) {
+            ensure!(
+                (1..=most).contains(&value),
+                "VAE option `{field}` says {value}, expected a number from 1 to {most}"
+            );
+        }
         let groups = config.norm_num_groups;
         ensure!(
             groups > 0
@@ -127,6 +139,8 @@ pub struct Vae {
     encoder: Option<Encoder>,
     decoder: Decoder,
     dtype: DType,
+    /// The file it was opened from, for messages.
+    name: String,
 }
 
 impl Vae {
@@ -142,7 +156,13 @@ impl Vae {
             encoder,
             decoder,
             dtype: vb.dtype(),
+            name: "vae".to_owned(),
         })
+    }
+
+    /// How messages name its file.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Number format of the weights.

@@ -4,8 +4,11 @@ use anyhow::{Context as _, Result, bail};
 use candle::{DType, Device};
 
 use super::{Vae, VaeConfig, keys};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, advise};
 use crate::files::{Blob, Files};
+
+/// What to do about a file that is damaged.
+const DAMAGED: &str = "fetch the file again, or name another with --vae";
 
 impl Vae {
     /// Opens `diffusion_pytorch_model.safetensors` with `config.json`, or the only `.safetensors` file of a folder.
@@ -13,7 +16,8 @@ impl Vae {
     /// # Errors
     /// When files are missing or damaged, or shapes contradict the config; the message names the file.
     pub fn load_folder(files: &Files, dtype: DType, device: &Device) -> Result<Self> {
-        let raw = match Checkpoint::open_if_present(files, "diffusion_pytorch_model")? {
+        let raw = Checkpoint::open_if_present(files, "diffusion_pytorch_model");
+        let raw = match advise(raw, DAMAGED)? {
             Some(raw) => raw,
             None => only_file(files)?,
         };
@@ -30,7 +34,8 @@ impl Vae {
     /// # Errors
     /// When it is damaged or holds no autoencoder like FLUX.1's.
     pub fn load_file(name: &str, blob: &Blob, dtype: DType, device: &Device) -> Result<Self> {
-        Self::load(&Checkpoint::from_blob(name, blob)?, None, dtype, device)
+        let raw = advise(Checkpoint::from_blob(name, blob), DAMAGED)?;
+        Self::load(&raw, None, dtype, device)
     }
 
     fn load(
@@ -45,6 +50,11 @@ impl Vae {
         } else {
             raw.clone()
         };
+        let parts = ["encoder.", "decoder.", "quant_conv.", "post_quant_conv."];
+        let of_vae = |name: &&str| parts.iter().any(|part| name.starts_with(part));
+        for name in renamed.names().filter(of_vae) {
+            renamed.expect_floats(name)?;
+        }
         let config = match config {
             Some(config) => config,
             None => keys::infer_config(|name| Some(renamed.get(name)?.shape().to_vec()))
@@ -56,8 +66,10 @@ impl Vae {
         } else {
             dtype
         };
-        Self::new(&config, &renamed.var_builder(dtype, device))
-            .with_context(|| format!("cannot load the VAE `{}`", raw.name))
+        let mut vae = Self::new(&config, &renamed.var_builder(dtype, device))
+            .with_context(|| format!("cannot load the VAE `{}`", raw.name))?;
+        vae.name.clone_from(&raw.name);
+        Ok(vae)
     }
 }
 
@@ -68,7 +80,10 @@ fn only_file(files: &Files) -> Result<Checkpoint> {
         .filter(|name| name.ends_with(".safetensors"))
         .collect();
     match weights.as_slice() {
-        [one] => Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
+        [one] => advise(
+            Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
+            DAMAGED,
+        ),
         [] => bail!(
             "`{}` holds no VAE: there is no .safetensors file",
             files.locator()
