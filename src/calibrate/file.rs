@@ -11,6 +11,7 @@ use candle::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    pass::Division,
     recipe::CalibrationRecipe,
     stats::{BUCKETS, CalibrationStats, Moments, StreamStats, WaitingGram},
 };
@@ -55,6 +56,46 @@ impl Header {
     /// Whether nothing is missing.
     pub fn is_complete(&self) -> bool {
         self.done.len() == self.units
+    }
+
+    /// Checks that nothing is left open and that the counts agree.
+    fn validate(&self) -> Result<Division> {
+        let recipe = &self.recipe;
+        recipe.validate()?;
+        for (name, is_there) in [
+            ("samples", recipe.samples.is_some()),
+            ("draws", recipe.draws.is_some()),
+            ("steps", recipe.steps.is_some()),
+            ("guidance", recipe.guidance.is_some()),
+            ("width", recipe.width.is_some()),
+            ("height", recipe.height.is_some()),
+            ("batch", recipe.batch.is_some()),
+        ] {
+            ensure!(is_there, "`recipe.{name}` is missing");
+        }
+        let prompts = self.prompts.len();
+        ensure!(
+            (1..prompts).contains(&self.samples),
+            "`samples` is {} of {prompts} prompts: there must be some of each kind",
+            self.samples
+        );
+        let division = Division {
+            prompts,
+            samples: self.samples,
+            batch: recipe.batch.unwrap_or(1),
+        };
+        ensure!(
+            self.units == division.units(),
+            "`units` is {}, but {} for statistics of {prompts} prompts in batches of {} are {}",
+            self.units,
+            self.samples,
+            division.batch,
+            division.units()
+        );
+        if let Some(unit) = self.done.iter().find(|unit| **unit >= self.units) {
+            bail!("`done` names unit {unit} of {}", self.units);
+        }
+        Ok(division)
     }
 
     /// The first setting in which two headers differ, with both values: `recipe.seed: 0 and 1`.
@@ -227,13 +268,14 @@ impl Calibration {
                     prefix: format!("{}.{stream}", block.id),
                 };
                 *stats = StreamStats {
-                    buckets: moments_of(&reader.get("moments", &[BUCKETS, 4])?)?,
+                    buckets: moments_of(&reader.finite("moments", &[BUCKETS, 4])?)?,
                     ..StreamStats::default()
                 };
                 // a shard may have seen no statistics yet
-                if wanted.contains(&block.id) && reader.has("gram") {
+                let has_sums = out.header.is_complete() || reader.has("gram");
+                if wanted.contains(&block.id) && has_sums {
                     let k = reader.rows("gram")?;
-                    let totals = reader.get("totals", &[2])?.to_vec1::<f64>()?;
+                    let totals = reader.finite("totals", &[2])?.to_vec1::<f64>()?;
                     stats.rows = totals[1];
                     stats.waiting = Some(WaitingGram {
                         gram: reader.checked("gram", &[k, k])?.clone(),
@@ -243,14 +285,32 @@ impl Calibration {
                 }
             }
         }
-        for unit in &out.header.done {
-            let tensor = format!("pictures.{unit:06}");
-            let source = file
-                .get(&tensor)
-                .with_context(|| format!("`{name}` has no tensor `{tensor}`"))?;
-            out.pictures.insert(*unit, source.tensor(&Device::Cpu)?);
-        }
+        out.read_pictures(&name, &file)?;
         Ok(out)
+    }
+
+    /// The pictures of all units that are done, each as many as it has prompts, of the recipe's size.
+    fn read_pictures(&mut self, name: &str, file: &Checkpoint) -> Result<()> {
+        let header = &self.header;
+        let division = header.validate()?;
+        // a token is 16×16 pixels
+        let tokens = |side: Option<usize>| side.unwrap_or(0) / 16;
+        let tokens = tokens(header.recipe.width).saturating_mul(tokens(header.recipe.height));
+        let mut channels = None;
+        for unit in &header.done {
+            let reader = Reader {
+                name,
+                file,
+                prefix: "pictures".to_owned(),
+            };
+            let unit_name = format!("{unit:06}");
+            let source = reader.source(&unit_name)?;
+            let channels = *channels.get_or_insert(source.shape().last().copied().unwrap_or(0));
+            let shape = [division.prompts_of(*unit).len(), tokens, channels];
+            let pictures = reader.pictures(&unit_name, &shape)?;
+            self.pictures.insert(*unit, pictures);
+        }
+        Ok(())
     }
 }
 
@@ -276,15 +336,42 @@ impl Reader<'_> {
         Ok(self.source(what)?.shape().first().copied().unwrap_or(0))
     }
 
-    fn get(&self, what: &str, shape: &[usize]) -> Result<Tensor> {
-        self.checked(what, shape)?.tensor(&Device::Cpu)
+    /// Numbers in f64 of this shape.
+    fn finite(&self, what: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.checked(what, shape)?.tensor(&Device::Cpu)?;
+        let sum = tensor.sum_all()?.to_scalar::<f64>()?;
+        self.ensure_finite(what, sum)?;
+        Ok(tensor)
+    }
+
+    /// Pictures in f32 of this shape.
+    fn pictures(&self, what: &str, shape: &[usize]) -> Result<Tensor> {
+        let source = self.of_form(what, shape, safetensors::Dtype::F32)?;
+        let tensor = source.tensor(&Device::Cpu)?;
+        let sum = tensor.sum_all()?.to_scalar::<f32>()?;
+        self.ensure_finite(what, f64::from(sum))?;
+        Ok(tensor)
+    }
+
+    fn ensure_finite(&self, what: &str, sum: f64) -> Result<()> {
+        ensure!(
+            sum.is_finite(),
+            "`{}`: tensor `{}.{what}` holds NaN or infinite numbers\nhint: `fastflux calibrate` makes the file anew",
+            self.name,
+            self.prefix
+        );
+        Ok(())
     }
 
     fn checked(&self, what: &str, shape: &[usize]) -> Result<&Source> {
+        self.of_form(what, shape, safetensors::Dtype::F64)
+    }
+
+    fn of_form(&self, what: &str, shape: &[usize], dtype: safetensors::Dtype) -> Result<&Source> {
         let source = self.source(what)?;
         ensure!(
-            source.shape() == shape && source.format() == safetensors::Dtype::F64.into(),
-            "`{}`: tensor `{}.{what}`: expected {shape:?} in F64, found {:?} in {}",
+            source.shape() == shape && source.format() == dtype.into(),
+            "`{}`: tensor `{}.{what}`: expected {shape:?} in {dtype:?}, found {:?} in {}",
             self.name,
             self.prefix,
             source.shape(),
@@ -313,13 +400,11 @@ pub fn open(path: &Path) -> Result<(Checkpoint, Header)> {
     );
     let header: Header = serde_json::from_value(value)
         .with_context(|| format!("`{name}`: its statistics header is damaged"))?;
-    // every unit has a prompt of its own
-    let prompts = header.prompts.len();
-    let sizes = header.samples <= prompts && header.units <= prompts;
-    ensure!(
-        sizes && header.done.iter().all(|unit| *unit < header.units),
-        "`{name}`: its statistics header is damaged"
-    );
+    header.validate().with_context(|| {
+        format!(
+            "`{name}`: its statistics header is damaged\nhint: `fastflux calibrate` makes the file anew"
+        )
+    })?;
     Ok((file, header))
 }
 
@@ -347,4 +432,103 @@ fn moments_of(tensor: &Tensor) -> Result<[Moments; BUCKETS]> {
         };
     }
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle::DType;
+
+    use super::*;
+    use crate::layout::unpruned;
+
+    /// Two units of 4 tokens' pictures, one held out.
+    fn calibration() -> Calibration {
+        let recipe = CalibrationRecipe {
+            samples: Some(2),
+            draws: Some(1.0),
+            steps: Some(1),
+            guidance: Some(3.5),
+            width: Some(32),
+            height: Some(32),
+            batch: Some(2),
+            ..CalibrationRecipe::default()
+        };
+        let header = Header {
+            version: VERSION,
+            model: String::new(),
+            model_name: String::new(),
+            runtime: String::new(),
+            recipe,
+            prompts: vec![String::new(); 3],
+            samples: 2,
+            products: Vec::new(),
+            units: 2,
+            done: BTreeSet::from([0, 1]),
+        };
+        let mut out = Calibration::new(header, &unpruned(1, 0));
+        for (unit, prompts) in [(0, 2), (1, 1)] {
+            let pictures = Tensor::zeros((prompts, 4, 64), DType::F32, &Device::Cpu);
+            out.pictures.insert(unit, pictures.unwrap());
+        }
+        out
+    }
+
+    fn read(change: impl FnOnce(&mut Calibration)) -> Result<Calibration> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s.safetensors");
+        let mut calibration = calibration();
+        change(&mut calibration);
+        calibration.write(&path, false).unwrap();
+        Calibration::open(&path)
+    }
+
+    #[test]
+    fn a_header_that_contradicts_itself_is_refused_with_file_and_field() {
+        assert_eq!(read(|_| ()).unwrap().pictures.len(), 2);
+        let refused = |change: fn(&mut Header), words: &str| {
+            let error = read(|c| change(&mut c.header)).unwrap_err();
+            let text = format!("{error:#}");
+            assert!(
+                text.contains("s.safetensors") && text.contains(words),
+                "{text}"
+            );
+        };
+        refused(|h| h.recipe.batch = Some(0), "batch");
+        refused(|h| h.recipe.draws = Some(-1.0), "draws");
+        refused(|h| h.recipe.steps = Some(0), "--steps 0");
+        refused(|h| h.recipe.steps = None, "`recipe.steps` is missing");
+        refused(|h| h.recipe.guidance = None, "`recipe.guidance`");
+        refused(|h| h.recipe.guidance = Some(-1.0), "guidance");
+        refused(|h| h.samples = 3, "`samples` is 3 of 3");
+        refused(|h| h.units = 3, "`units` is 3");
+        refused(|h| h.recipe.width = Some(64), "pictures.000000");
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_or_are_not_numbers_are_refused_by_name() {
+        let refused = |change: fn(&mut Calibration), tensor: &str| {
+            let text = format!("{:#}", read(change).unwrap_err());
+            assert!(
+                text.contains("s.safetensors") && text.contains(tensor),
+                "{text}"
+            );
+        };
+        let nan = |c: &mut Calibration| c.stats.blocks[0].img.buckets[3].cosine = f64::NAN;
+        refused(nan, "double.00.img.moments");
+        let narrow = |c: &mut Calibration| {
+            let pictures = Tensor::zeros((1, 4, 32), DType::F32, &Device::Cpu);
+            c.pictures.insert(1, pictures.unwrap());
+        };
+        refused(narrow, "pictures.000001");
+        let infinite = |c: &mut Calibration| {
+            let pictures = Tensor::full(f32::INFINITY, (1, 4, 64), &Device::Cpu);
+            c.pictures.insert(1, pictures.unwrap());
+        };
+        refused(infinite, "pictures.000001");
+        // a block whose sums were gathered lacks them
+        refused(
+            |c| c.header.products = vec![BlockId::double(0)],
+            "double.00.txt.gram",
+        );
+    }
 }

@@ -292,7 +292,20 @@ pub(super) fn obtain(
     gathering: &Gathering,
 ) -> Result<Calibration> {
     match stats {
-        Some(path) => Calibration::open(path),
+        Some(path) => {
+            let calibration = Calibration::open(path).context("--stats")?;
+            let pictures = calibration.pictures.values();
+            let channels = session.pipeline.config.out_channels;
+            for pictures in pictures {
+                let found = pictures.dims().last().copied().unwrap_or(0);
+                anyhow::ensure!(
+                    found == channels,
+                    "--stats: `{}` holds pictures of {found} channels, this model's have {channels}\nhint: run `fastflux calibrate` on this model",
+                    path.display()
+                );
+            }
+            Ok(calibration)
+        }
         None => gather(session, gathering),
     }
 }

@@ -382,7 +382,11 @@ impl SandwichRecipe {
             ("`data.steps`", d.steps.unwrap_or(1), 1, MOST_STEPS),
             ("`data.held-out`", d.held_out.unwrap_or(1), 1, MOST_HELD_OUT),
         ] {
-            let from = if name.starts_with('-') { "" } else { "recipe: " };
+            let from = if name.starts_with('-') {
+                ""
+            } else {
+                "recipe: "
+            };
             ensure!(
                 (least..=most).contains(&value),
                 "{from}{name} {value}: expected a number from {least} to {most}"
