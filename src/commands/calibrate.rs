@@ -237,9 +237,12 @@ pub(super) fn report(calibration: &Calibration, output: &Path, json: bool) -> Re
         .iter()
         .map(|block| {
             let m = block.moments();
-            let seen = |value: f64| match m.tokens > 0.0 {
-                true => format!("{value:.4}"),
-                false => "-".to_owned(),
+            let seen = |value: f64| {
+                if m.tokens > 0.0 {
+                    format!("{value:.4}")
+                } else {
+                    "-".to_owned()
+                }
             };
             vec![
                 block.id.to_string(),

@@ -3,12 +3,11 @@
 use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 
-use super::PixelSize;
+use super::{MOST_TEXT, PixelSize};
 use crate::{checkpoint::Checkpoint, sample::denoise::LatentSize};
 
-/// Beyond these a number is damaged, and would take for ever or all memory.
+/// Beyond this a number is damaged, and would take for ever or all memory.
 const MOST_STEPS: usize = 10_000;
-const MOST_TEXT: usize = 8_192;
 
 /// A reference file and what it says about how it was recorded.
 pub(super) struct Reference {
@@ -140,8 +139,6 @@ pub(super) fn distance(name: &str, got: &Tensor, want: &Tensor) -> Result<(f64, 
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
     use crate::checkpoint::Source;
 
@@ -155,14 +152,11 @@ mod tests {
             ("guidance", "nan"),
             ("t5_len", "0"),
         ];
-        let mut tensors = Checkpoint {
-            name: "r.safetensors".to_owned(),
-            metadata: metadata
-                .map(|(k, v)| (k.to_owned(), v.to_owned()))
-                .into_iter()
-                .collect::<BTreeMap<_, _>>(),
-            ..Checkpoint::default()
-        };
+        let mut tensors = Checkpoint::default();
+        tensors.name = "r.safetensors".to_owned();
+        for (key, value) in metadata {
+            tensors.metadata.insert(key.to_owned(), value.to_owned());
+        }
         let ones = Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap();
         tensors.insert("x", Source::dense(&ones).unwrap());
         let reference = Reference { tensors };
