@@ -114,7 +114,7 @@ impl Format {
                     .iter()
                     .find(|v| v.is_finite() && !bf16::from_f32(**v).is_finite())
                 {
-                    bail!("bfloat16 cannot hold {v}\nhint: use f32")
+                    bail!("bfloat16 cannot hold {v:e}\nhint: use f32")
                 }
                 each(values, |v| bf16::from_f32(v).to_le_bytes())
             }
@@ -123,7 +123,7 @@ impl Format {
                     .iter()
                     .find(|v| v.is_finite() && !f16::from_f32(**v).is_finite())
                 {
-                    bail!("float16 cannot hold {v}\nhint: use bf16")
+                    bail!("float16 cannot hold {v:e}\nhint: use bf16")
                 }
                 each(values, |v| f16::from_f32(v).to_le_bytes())
             }

@@ -161,7 +161,9 @@ pub(super) fn gather(session: &Session, gathering: &Gathering) -> Result<Calibra
             (last, cost) = (Instant::now(), start.elapsed());
         }
     }
+    let seen = out.stats.blocks.iter().any(|b| b.moments().tokens > 0.0);
     let what = match (gathering.sums, session.settings.recipe.source) {
+        (true, _) if !seen => "pictures to compare by are there".to_owned(),
         (true, source) => format!("calibrated on {} states ({source})", pass.states()),
         (false, _) => format!("sampled {} pictures", session.settings.prompts.len()),
     };

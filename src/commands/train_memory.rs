@@ -93,13 +93,19 @@ pub(super) fn way(
             "--max-vram: {text}\nhint: a smaller --batch, smaller pictures (--width, --height) or a smaller --rank take less"
         );
     }
-    if peak > HOPELESS * limit as f64 && !args.dry_run {
+    let hopeless = peak > HOPELESS * limit as f64;
+    if hopeless && !args.dry_run {
         bail!(
             "{text}\nhint: {} takes less; --max-vram says how much there is, where it is more",
             lower(resolved, &phases)
         );
     }
-    ui::warn(format!("{text}; trying all the same"));
+    let then = if hopeless {
+        "it would not be tried"
+    } else {
+        "trying all the same"
+    };
+    ui::warn(format!("{text}; {then}"));
     Ok(least)
 }
 

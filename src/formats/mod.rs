@@ -123,10 +123,10 @@ impl Packed {
     pub fn pack(self, values: &[f32]) -> Result<Vec<u8>> {
         let beyond = |v: f32| match self {
             Self::F8E4M3 => candle::bail!(
-                "{self} without a scale holds numbers up to {LARGEST}, not {v}\nhint: leave --no-scale away, or use bf16"
+                "{self} without a scale holds numbers up to {LARGEST}, not {v:e}\nhint: leave --no-scale away, or use bf16"
             ),
             Self::Blocks(_) => {
-                candle::bail!("the scales of {self} cannot hold {v}\nhint: use bf16")
+                candle::bail!("the scales of {self} cannot hold {v:e}\nhint: use bf16")
             }
         };
         let most = values.iter().fold(0f32, |most, v| most.max(v.abs()));
