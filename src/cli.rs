@@ -368,16 +368,21 @@ fn weight_dtype(text: &str) -> Result<Dtype, String> {
     }
 }
 
-/// Bytes: `8GiB`, `500MB` or a plain number.
+/// Bytes: `8GiB`, `500MB`, `8G` (as GiB) or a plain number.
 fn bytes(text: &str) -> Result<u64, String> {
-    const UNITS: [(&str, f64); 8] = [
+    const UNITS: [(&str, f64); 13] = [
         ("KiB", 1024.0),
         ("MiB", 1_048_576.0),
         ("GiB", 1_073_741_824.0),
+        ("TiB", 1_099_511_627_776.0),
         ("KB", 1e3),
         ("MB", 1e6),
         ("GB", 1e9),
+        ("TB", 1e12),
+        ("K", 1024.0),
+        ("M", 1_048_576.0),
         ("G", 1_073_741_824.0),
+        ("T", 1_099_511_627_776.0),
         ("B", 1.0),
     ];
     let text = text.trim();
@@ -420,6 +425,11 @@ mod tests {
         assert_eq!(bytes("16GiB"), Ok(16 << 30));
         assert_eq!(bytes("1.5 MB"), Ok(1_500_000));
         assert_eq!(bytes("42"), Ok(42));
+        assert_eq!(bytes("1TB"), Ok(1_000_000_000_000));
+        assert_eq!(bytes("1TiB"), Ok(1 << 40));
+        for (unit, power) in [("K", 10), ("M", 20), ("G", 30), ("T", 40)] {
+            assert_eq!(bytes(&format!("2{unit}")), Ok(2 << power));
+        }
         assert_eq!(count("9.5B"), Ok(9_500_000_000));
         assert_eq!(count("800M"), Ok(800_000_000));
         for bad in ["", "B", "-1", "nan", "infGB", "1e400", "3 apples"] {

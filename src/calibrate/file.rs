@@ -11,6 +11,7 @@ use candle::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    pass::Division,
     recipe::CalibrationRecipe,
     stats::{BUCKETS, CalibrationStats, Moments, StreamStats, WaitingGram},
 };
@@ -55,6 +56,46 @@ impl Header {
     /// Whether nothing is missing.
     pub fn is_complete(&self) -> bool {
         self.done.len() == self.units
+    }
+
+    /// Checks that nothing is left open and that the counts agree.
+    fn validate(&self) -> Result<Division> {
+        let recipe = &self.recipe;
+        recipe.validate()?;
+        for (name, is_there) in [
+            ("samples", recipe.samples.is_some()),
+            ("draws", recipe.draws.is_some()),
+            ("steps", recipe.steps.is_some()),
+            ("guidance", recipe.guidance.is_some()),
+            ("width", recipe.width.is_some()),
+            ("height", recipe.height.is_some()),
+            ("batch", recipe.batch.is_some()),
+        ] {
+            ensure!(is_there, "`recipe.{name}` is missing");
+        }
+        let prompts = self.prompts.len();
+        ensure!(
+            (1..prompts).contains(&self.samples),
+            "`samples` is {} of {prompts} prompts: there must be some of each kind",
+            self.samples
+        );
+        let division = Division {
+            prompts,
+            samples: self.samples,
+            batch: recipe.batch.unwrap_or(1),
+        };
+        ensure!(
+            self.units == division.units(),
+            "`units` is {}, but {} for statistics of {prompts} prompts in batches of {} are {}",
+            self.units,
+            self.samples,
+            division.batch,
+            division.units()
+        );
+        if let Some(unit) = self.done.iter().find(|unit| **unit >= self.units) {
+            bail!("`done` names unit {unit} of {}", self.units);
+        }
+        Ok(division)
     }
 
     /// The first setting in which two headers differ, with both values: `recipe.seed: 0 and 1`.
@@ -227,13 +268,14 @@ impl Calibration {
                     prefix: format!("{}.{stream}", block.id),
                 };
                 *stats = StreamStats {
-                    buckets: moments_of(&reader.get("moments", &[BUCKETS, 4])?)?,
+                    buckets: moments_of(&reader.finite("moments", &[BUCKETS, 4])?)?,
                     ..StreamStats::default()
                 };
                 // a shard may have seen no statistics yet
-                if wanted.contains(&block.id) && reader.has("gram") {
+                let has_sums = out.header.is_complete() || reader.has("gram");
+                if wanted.contains(&block.id) && has_sums {
                     let k = reader.rows("gram")?;
-                    let totals = reader.get("totals", &[2])?.to_vec1::<f64>()?;
+                    let totals = reader.finite("totals", &[2])?.to_vec1::<f64>()?;
                     stats.rows = totals[1];
                     stats.waiting = Some(WaitingGram {
                         gram: reader.checked("gram", &[k, k])?.clone(),
@@ -243,14 +285,32 @@ impl Calibration {
                 }
             }
         }
-        for unit in &out.header.done {
-            let tensor = format!("pictures.{unit:06}");
-            let source = file
-                .get(&tensor)
-                .with_context(|| format!("`{name}` has no tensor `{tensor}`"))?;
-            out.pictures.insert(*unit, source.tensor(&Device::Cpu)?);
-        }
+        out.read_pictures(&name, &file)?;
         Ok(out)
+    }
+
+    /// The pictures of all units that are done, each as many as it has prompts, of the recipe's size.
+    fn read_pictures(&mut self, name: &str, file: &Checkpoint) -> Result<()> {
+        let header = &self.header;
+        let division = header.validate()?;
+        // a token is 16×16 pixels
+        let tokens = |side: Option<usize>| side.unwrap_or(0) / 16;
+        let tokens = tokens(header.recipe.width).saturating_mul(tokens(header.recipe.height));
+        let mut channels = None;
+        for unit in &header.done {
+            let reader = Reader {
+                name,
+                file,
+                prefix: "pictures".to_owned(),
+            };
+            let unit_name = format!("{unit:06}");
+            let source = reader.source(&unit_name)?;
+            let channels = *channels.get_or_insert(source.shape().last().copied().unwrap_or(0));
+            let shape = [division.prompts_of(*unit).len(), tokens, channels];
+            let pictures = reader.pictures(&unit_name, &shape)?;
+            self.pictures.insert(*unit, pictures);
+        }
+        Ok(())
     }
 }
 
@@ -276,15 +336,42 @@ impl Reader<'_> {
         Ok(self.source(what)?.shape().first().copied().unwrap_or(0))
     }
 
-    fn get(&self, what: &str, shape: &[usize]) -> Result<Tensor> {
-        self.checked(what, shape)?.tensor(&Device::Cpu)
+    /// Numbers in f64 of this shape.
+    fn finite(&self, what: &str, shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.checked(what, shape)?.tensor(&Device::Cpu)?;
+        let sum = tensor.sum_all()?.to_scalar::<f64>()?;
+        self.ensure_finite(what, sum)?;
+        Ok(tensor)
+    }
+
+    /// Pictures in f32 of this shape.
+    fn pictures(&self, what: &str, shape: &[usize]) -> Result<Tensor> {
+        let source = self.of_form(what, shape, safetensors::Dtype::F32)?;
+        let tensor = source.tensor(&Device::Cpu)?;
+        let sum = tensor.sum_all()?.to_scalar::<f32>()?;
+        self.ensure_finite(what, f64::from(sum))?;
+        Ok(tensor)
+    }
+
+    fn ensure_finite(&self, what: &str, sum: f64) -> Result<()> {
+        ensure!(
+            sum.is_finite(),
+            "`{}`: tensor `{}.{what}` holds NaN or infinite numbers\nhint: `fastflux calibrate` makes the file anew",
+            self.name,
+            self.prefix
+        );
+        Ok(())
     }
 
     fn checked(&self, what: &str, shape: &[usize]) -> Result<&Source> {
+        self.of_form(what, shape, safetensors::Dtype::F64)
+    }
+
+    fn of_form(&self, what: &str, shape: &[usize], dtype: safetensors::Dtype) -> Result<&Source> {
         let source = self.source(what)?;
         ensure!(
-            source.shape() == shape && source.format() == safetensors::Dtype::F64.into(),
-            "`{}`: tensor `{}.{what}`: expected {shape:?} in F64, found {:?} in {}",
+            source.shape() == shape && source.format() == dtype.into(),
+            "`{}`: tensor `{}.{what}`: expected {shape:?} in {dtype:?}, found {:?} in {}",
             self.name,
             self.prefix,
             source.shape(),
@@ -313,13 +400,11 @@ pub fn open(path: &Path) -> Result<(Checkpoint, Header)> {
     );
     let header: Header = serde_json::from_value(value)
         .with_context(|| format!("`{name}`: its statistics header is damaged"))?;
-    // every unit has a prompt of its own
-    let prompts = header.prompts.len();
-    let sizes = header.samples <= prompts && header.units <= prompts;
-    ensure!(
-        sizes && header.done.iter().all(|unit| *unit < header.units),
-        "`{name}`: its statistics header is damaged"
-    );
+    header.validate().with_context(|| {
+        format!(
+            "`{name}`: its statistics header is damaged\nhint: `fastflux calibrate` makes the file anew"
+        )
+    })?;
     Ok((file, header))
 }
 
@@ -348,3 +433,6 @@ fn moments_of(tensor: &Tensor) -> Result<[Moments; BUCKETS]> {
     }
     Ok(out)
 }
+
+#[cfg(test)]
+mod tests;

@@ -42,18 +42,20 @@ pub struct Pass<'a> {
 impl Pass<'_> {
     /// Number of units: batches of prompts for statistics, then batches of prompts held out.
     pub fn units(&self) -> usize {
-        let held_out = self.prompts.len() - self.samples;
-        self.samples.div_ceil(self.batch) + held_out.div_ceil(self.batch)
+        self.division().units()
     }
 
     /// The prompts of a unit.
     pub fn prompts_of(&self, unit: usize) -> std::ops::Range<usize> {
-        let of_statistics = self.samples.div_ceil(self.batch);
-        let (start, end) = match unit.checked_sub(of_statistics) {
-            None => (unit * self.batch, self.samples),
-            Some(unit) => (self.samples + unit * self.batch, self.prompts.len()),
-        };
-        start.min(end)..(start + self.batch).min(end)
+        self.division().prompts_of(unit)
+    }
+
+    fn division(&self) -> Division {
+        Division {
+            prompts: self.prompts.len(),
+            samples: self.samples,
+            batch: self.batch,
+        }
     }
 
     /// States of all pictures that statistics are gathered of.
@@ -143,6 +145,33 @@ impl Pass<'_> {
             .run(&noise, prompts, observer, &mut || progress.inc(1))
             .context("while sampling")?;
         Ok(latents.to_device(&Device::Cpu)?)
+    }
+}
+
+/// How prompts make units. The batch is at least 1, and samples are at most all prompts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Division {
+    /// All prompts.
+    pub(super) prompts: usize,
+    /// Those for statistics, which come first.
+    pub(super) samples: usize,
+    /// Prompts of a unit.
+    pub(super) batch: usize,
+}
+
+impl Division {
+    pub(super) fn units(self) -> usize {
+        let held_out = self.prompts - self.samples;
+        self.samples.div_ceil(self.batch) + held_out.div_ceil(self.batch)
+    }
+
+    pub(super) fn prompts_of(self, unit: usize) -> std::ops::Range<usize> {
+        let of_statistics = self.samples.div_ceil(self.batch);
+        let (start, end) = match unit.checked_sub(of_statistics) {
+            None => (unit * self.batch, self.samples),
+            Some(unit) => (self.samples + unit * self.batch, self.prompts),
+        };
+        start.min(end)..(start + self.batch).min(end)
     }
 }
 

@@ -86,10 +86,10 @@ impl Default for CalibrationRecipe {
 }
 
 /// Bounds of what a recipe may ask for: beyond them a number is a slip, and would exhaust memory before it is noticed.
-const MOST_SAMPLES: usize = 1_000_000;
-const MOST_STEPS: usize = 1000;
+pub(crate) const MOST_SAMPLES: usize = 1_000_000;
+pub(crate) const MOST_STEPS: usize = 1000;
 const MOST_DRAWS: f64 = 1000.0;
-const LARGEST_BATCH: usize = 65_536;
+pub(crate) const LARGEST_BATCH: usize = 65_536;
 
 impl CalibrationRecipe {
     /// Checks the ranges of all numbers.
@@ -118,8 +118,8 @@ impl CalibrationRecipe {
             "recipe: `calibration.batch` must be 1 to {LARGEST_BATCH}"
         );
         ensure!(
-            self.guidance.is_none_or(f64::is_finite),
-            "recipe: `calibration.guidance` is not finite"
+            self.guidance.is_none_or(|g| g.is_finite() && g >= 0.0),
+            "recipe: `calibration.guidance` must be a number of at least 0"
         );
         ensure!(
             self.tokens_per_forward != Some(0),

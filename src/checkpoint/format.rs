@@ -106,7 +106,7 @@ impl Format {
     /// The nearest bytes.
     ///
     /// # Errors
-    /// When the format is none that we write, or a number is beyond float16's range.
+    /// When the format is none that we write, or a number is beyond its range.
     pub(super) fn pack(self, values: &[f32]) -> Result<Vec<u8>> {
         fn each<const N: usize>(values: &[f32], bytes: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
             values.iter().flat_map(|v| bytes(*v)).collect()
@@ -114,13 +114,22 @@ impl Format {
         Ok(match self {
             Self::Packed(packed) => packed.pack(values)?,
             Self::Plain(Dtype::F32) => each(values, f32::to_le_bytes),
-            Self::Plain(Dtype::BF16) => each(values, |v| bf16::from_f32(v).to_le_bytes()),
+            Self::Plain(Dtype::BF16) => {
+                // the last half step below float32's end rounds up
+                if let Some(v) = values
+                    .iter()
+                    .find(|v| v.is_finite() && !bf16::from_f32(**v).is_finite())
+                {
+                    bail!("bfloat16 cannot hold {v:e}\nhint: use f32")
+                }
+                each(values, |v| bf16::from_f32(v).to_le_bytes())
+            }
             Self::Plain(Dtype::F16) => {
                 if let Some(v) = values
                     .iter()
                     .find(|v| v.is_finite() && !f16::from_f32(**v).is_finite())
                 {
-                    bail!("float16 cannot hold {v}\nhint: use bf16")
+                    bail!("float16 cannot hold {v:e}\nhint: use bf16")
                 }
                 each(values, |v| f16::from_f32(v).to_le_bytes())
             }

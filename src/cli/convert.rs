@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use candle::quantized::GgmlDType;
-use clap::Args;
+use clap::{ArgGroup, Args};
 use safetensors::Dtype;
 
 use super::ModelArgs;
@@ -16,11 +16,12 @@ use crate::{checkpoint::convert::Target, formats::Packed};
     clippy::struct_excessive_bools,
     reason = "each is a switch of its own on the command line"
 )]
+#[command(group = ArgGroup::new("format").required(true).args(["dtype", "gguf"]))]
 pub struct ConvertArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// Write safetensors in bf16, f16, f32 or f8e4m3 (float8 for the blocks' matrices, the rest as it is).
-    #[arg(long, value_parser = dtype, required_unless_present = "gguf", conflicts_with = "gguf")]
+    #[arg(long, value_parser = dtype)]
     pub dtype: Option<Target>,
     /// Write GGUF with the blocks' matrices in q8_0 or q4_k.
     #[arg(long, value_name = "FORMAT", value_parser = gguf)]

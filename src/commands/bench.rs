@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::{
-    PixelSize, bench_growth,
+    MOST_TEXT, PixelSize, bench_growth,
     bench_inputs::{Given, kinds, random_weights},
     init, load,
 };
@@ -28,7 +28,6 @@ use crate::{
 
 /// Beyond these a number is a slip of the finger.
 const LARGEST_BATCH: usize = 1024;
-const MOST_TEXT: usize = 8192;
 const MOST_SECONDS: f64 = 3600.0;
 
 /// What is timed: a model's shape with its weights, or random ones.

@@ -237,12 +237,19 @@ pub(super) fn report(calibration: &Calibration, output: &Path, json: bool) -> Re
         .iter()
         .map(|block| {
             let m = block.moments();
+            let seen = |value: f64| {
+                if m.tokens > 0.0 {
+                    format!("{value:.4}")
+                } else {
+                    "-".to_owned()
+                }
+            };
             vec![
                 block.id.to_string(),
                 ui::count(block.txt.rows),
                 ui::count(block.img.rows),
-                format!("{:.4}", (m.change_sq / m.input_sq).sqrt()),
-                format!("{:.4}", 1.0 - m.cosine / m.tokens),
+                seen((m.change_sq / m.input_sq).sqrt()),
+                seen(1.0 - m.cosine / m.tokens),
             ]
         })
         .collect();
@@ -254,6 +261,10 @@ pub(super) fn report(calibration: &Calibration, output: &Path, json: bool) -> Re
         "1 − cos",
     ];
     let mut out = ui::table(&header_row, &rows, &[1, 2, 3, 4]);
+    let blocks = &calibration.stats.blocks;
+    if blocks.iter().all(|block| block.moments().tokens == 0.0) {
+        out.push_str("\n\npictures to compare by, and no statistics: its units are all held out");
+    }
     if !header.is_complete() {
         out.push_str(&format!(
             "\n\n{} of {} units; add the other shards with `fastflux merge-stats`",

@@ -35,13 +35,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
         Target::Gguf(_) => "gguf",
         Target::Plain(_) | Target::Float8 { .. } => "safetensors",
     };
-    let given = args.output.extension().and_then(|e| e.to_str());
-    let file = given.is_some_and(|e| e == "gguf" || e == "safetensors");
-    ensure!(
-        !file || given == Some(extension),
-        "--output `{}`: what is asked for is written as .{extension}",
-        args.output.display()
-    );
+    let file = is_file(&args.output, extension)?;
     let pipeline = super::open(&args.model.choice())?;
     if !args.dry_run {
         if file {
@@ -92,6 +86,38 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
         return ui::json(&report);
     }
     ui::data(text(&report))
+}
+
+/// Endings of files of other kinds: a folder that is called like one is a slip.
+const OTHER_ENDINGS: [&str; 14] = [
+    "bin",
+    "ckpt",
+    "csv",
+    "ggml",
+    "json",
+    "log",
+    "onnx",
+    "png",
+    "pt",
+    "pth",
+    "safetensor",
+    "sft",
+    "txt",
+    "zip",
+];
+
+/// Whether `output` names a file, which must end in `extension`, or a folder.
+fn is_file(output: &Path, extension: &str) -> Result<bool> {
+    let given = output.extension().and_then(|e| e.to_str()).unwrap_or("");
+    let lower = given.to_ascii_lowercase();
+    let known = ["gguf", "safetensors"].contains(&lower.as_str());
+    let other = OTHER_ENDINGS.contains(&lower.as_str()) && !output.is_dir();
+    ensure!(
+        given == extension || !(known || other),
+        "--output `{}`: what is asked for is written as .{extension}\nhint: name a .{extension} file, or a folder",
+        output.display()
+    );
+    Ok(given == extension)
 }
 
 /// The converted checkpoint, with the scales measured that it takes.
@@ -220,4 +246,22 @@ fn text(report: &Value) -> String {
         ui::bytes(before),
         ui::bytes(after)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_is_a_file_of_its_format_or_a_folder() {
+        let of = |name: &str| is_file(Path::new(name), "gguf");
+        assert!(of("a/x.gguf").unwrap());
+        for folder in ["x", "a/flux1-dev-0.2", "x.dev"] {
+            assert!(!of(folder).unwrap(), "{folder}");
+        }
+        for other in ["x.safetensors", "x.txt", "x.GGUF", "x.pt"] {
+            let error = of(other).unwrap_err().to_string();
+            assert!(error.contains(other) && error.contains(".gguf"), "{error}");
+        }
+    }
 }

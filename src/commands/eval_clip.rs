@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
     checkpoint::Checkpoint,
@@ -27,15 +27,16 @@ impl ClipFiles {
         let files = match parse_id(name) {
             _ if path.is_dir() => Files::folder(path),
             Some((repo, revision)) if !name.starts_with(['.', '/', '~']) => {
-                Files::hub(&repo, revision.as_deref())?
+                Files::hub(&repo, revision.as_deref()).context("--clip")?
             }
             _ => bail!(
                 "--clip: `{name}` does not exist\nhint: name a folder or a hub id such as openai/clip-vit-large-patch14"
             ),
         };
-        let whole = Checkpoint::open(&files, "model")?;
+        let whole = Checkpoint::open(&files, "model").context("--clip")?;
+        let config = files.json("config.json").context("--clip")?;
         ensure!(
-            files.json("config.json")?.is_some() && whole.contains("visual_projection.weight"),
+            config.is_some() && whole.contains("visual_projection.weight"),
             "--clip: `{name}` holds no whole CLIP in transformers layout (config.json and model.safetensors with both models)\nhint: openai/clip-vit-large-patch14 is one"
         );
         Ok(Self {
@@ -52,7 +53,7 @@ impl ClipFiles {
         runtime: &Runtime,
     ) -> Result<Vec<Vec<f64>>> {
         let progress = ui::progress(drawn.len(), "scoring with CLIP");
-        let model = ClipModel::open(&self.files, &runtime.device)?;
+        let model = ClipModel::open(&self.files, &runtime.device).context("--clip")?;
         let texts = model.texts(prompts)?;
         let mut out = Vec::new();
         for pictures in drawn {

@@ -165,7 +165,9 @@ pub(super) fn gather(session: &Session, gathering: &Gathering) -> Result<Calibra
             (last, cost) = (Instant::now(), start.elapsed());
         }
     }
+    let seen = out.stats.blocks.iter().any(|b| b.moments().tokens > 0.0);
     let what = match (gathering.sums, session.settings.recipe.source) {
+        (true, _) if !seen => "pictures to compare by are there".to_owned(),
         (true, source) => format!("calibrated on {} states ({source})", pass.states()),
         (false, _) => format!("sampled {} pictures", session.settings.prompts.len()),
     };
@@ -296,7 +298,20 @@ pub(super) fn obtain(
     gathering: &Gathering,
 ) -> Result<Calibration> {
     match stats {
-        Some(path) => advise(Calibration::open(path), AGAIN),
+        Some(path) => {
+            let calibration = advise(Calibration::open(path), AGAIN).context("--stats")?;
+            let pictures = calibration.pictures.values();
+            let channels = session.pipeline.config.out_channels;
+            for pictures in pictures {
+                let found = pictures.dims().last().copied().unwrap_or(0);
+                anyhow::ensure!(
+                    found == channels,
+                    "--stats: `{}` holds pictures of {found} channels, this model's have {channels}\nhint: run `fastflux calibrate` on this model",
+                    path.display()
+                );
+            }
+            Ok(calibration)
+        }
         None => gather(session, gathering),
     }
 }

@@ -7,7 +7,7 @@ use candle::Tensor;
 use serde::Serialize;
 
 use super::{
-    PixelSize, load,
+    MOST_TEXT, PixelSize, load,
     place::{Need, Place},
 };
 use crate::{
@@ -30,6 +30,8 @@ const TOKENS_PER_FORWARD: usize = 1024;
 
 /// Beyond this a number is a slip of the finger, and would take for ever.
 const MOST_IMAGES: usize = 10_000;
+/// Pictures of one run: all latents are kept until the VAE takes the transformer's place.
+const MOST_PICTURES: usize = 100_000;
 
 /// One picture to draw.
 #[derive(Clone, Debug, Serialize)]
@@ -62,6 +64,13 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
         Ok(())
     };
     in_range("--num-images", args.num_images, MOST_IMAGES)?;
+    let pictures = prompts.len().saturating_mul(args.num_images);
+    ensure!(
+        pictures <= MOST_PICTURES,
+        "--num-images {} of {} prompts: {pictures} pictures, but one run draws at most {MOST_PICTURES}\nhint: lower --num-images, or give fewer prompts at a time",
+        args.num_images,
+        prompts.len()
+    );
     in_range("--steps", args.steps.unwrap_or(1), MOST_STEPS)?;
     in_range(
         "--max-sequence-length",

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Result, ensure};
 use serde_json::json;
 
+use super::MOST_TEXT;
 use crate::{
     checkpoint::keys,
     cli::InspectArgs,
@@ -29,7 +30,10 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
         Some(tokens) => tokens,
         None => pipeline.default_text_length()?,
     };
-    ensure!(text > 0, "--text-tokens must be at least 1");
+    ensure!(
+        (1..=MOST_TEXT).contains(&text),
+        "--text-tokens {text}: expected a number from 1 to {MOST_TEXT}"
+    );
     let image = size.tokens();
     let rows = rows(&pipeline, image, text);
     let config = &pipeline.config;

@@ -44,6 +44,9 @@ mod train_output;
 mod train_sandwich;
 mod verify;
 
+/// Text tokens beyond which a number is a slip of the finger, and would exhaust memory.
+const MOST_TEXT: usize = 8192;
+
 /// Runs a subcommand.
 ///
 /// # Errors

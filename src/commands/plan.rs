@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use super::{
@@ -103,11 +103,13 @@ fn by_scores(
         scores.source
     );
     let metric = args.metric.unwrap_or(scores.metric);
-    let all = scores.importance(metric)?;
-    let known = originals(&pipeline.config);
+    scores
+        .check_blocks(&originals(&pipeline.config))
+        .context("--scores")?;
+    let all = scores.importance(metric).context("--scores")?;
     let free: BTreeMap<BlockId, f64> = all
         .iter()
-        .filter(|(id, _)| known.contains(id) && !protect.contains(id))
+        .filter(|(id, _)| !protect.contains(id))
         .map(|(id, value)| (*id, *value))
         .collect();
     let chosen = budget.knapsack(&free)?;

@@ -3,7 +3,11 @@
 use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 
+use super::{MOST_TEXT, PixelSize};
 use crate::{checkpoint::Checkpoint, sample::denoise::LatentSize};
+
+/// Beyond this a number is damaged, and would take for ever or all memory.
+const MOST_STEPS: usize = 10_000;
 
 /// A reference file and what it says about how it was recorded.
 pub(super) struct Reference {
@@ -25,6 +29,24 @@ impl Reference {
         })
     }
 
+    /// The same where it has this shape; dimensions that are `None` are as long as they are, but not empty.
+    pub(super) fn shaped(&self, name: &str, shape: &[Option<usize>]) -> Result<Tensor> {
+        let found = self.tensors.expect(name)?.shape();
+        let fits = found.len() == shape.len()
+            && found
+                .iter()
+                .zip(shape)
+                .all(|(found, want)| want.map_or(*found > 0, |want| want == *found));
+        let any = |want: &Option<usize>| want.map_or_else(|| "any".to_owned(), |n| n.to_string());
+        ensure!(
+            fits,
+            "`{}`: tensor `{name}` has shape {found:?}, expected [{}]: the reference is damaged or not of this model",
+            self.tensors.name,
+            shape.iter().map(any).collect::<Vec<_>>().join(", ")
+        );
+        self.get(name)
+    }
+
     /// A number of the metadata.
     pub(super) fn number<T: std::str::FromStr>(&self, key: &str) -> Result<T> {
         let text = self.text(key)?;
@@ -36,6 +58,48 @@ impl Reference {
         })
     }
 
+    fn within(&self, key: &str, range: std::ops::RangeInclusive<usize>) -> Result<usize> {
+        let number = self.number(key)?;
+        ensure!(
+            range.contains(&number),
+            "`{}`: its metadata says `{key}` = `{number}`, expected {} to {}",
+            self.tensors.name,
+            range.start(),
+            range.end()
+        );
+        Ok(number)
+    }
+
+    /// Steps of the whole pipeline.
+    pub(super) fn steps(&self) -> Result<usize> {
+        self.within("steps", 1..=MOST_STEPS)
+    }
+
+    /// Its guidance.
+    pub(super) fn guidance(&self) -> Result<f64> {
+        let guidance: f64 = self.number("guidance")?;
+        ensure!(
+            guidance.is_finite() && guidance >= 0.0,
+            "`{}`: its metadata says `guidance` = `{guidance}`, expected a number of at least 0",
+            self.tensors.name
+        );
+        Ok(guidance)
+    }
+
+    /// Text tokens: those of the recorded ids, or what the metadata says.
+    pub(super) fn text_length(&self) -> Result<usize> {
+        if !self.has("t5.input_ids") {
+            return self.within("t5_len", 1..=MOST_TEXT);
+        }
+        let [_, length] = self.tensors.dims::<2>("t5.input_ids")?;
+        ensure!(
+            (1..=MOST_TEXT).contains(&length),
+            "`{}`: tensor `t5.input_ids` has {length} tokens, expected 1 to {MOST_TEXT}",
+            self.tensors.name
+        );
+        Ok(length)
+    }
+
     pub(super) fn text(&self, key: &str) -> Result<&str> {
         let value = self.tensors.metadata.get(key);
         value
@@ -45,10 +109,12 @@ impl Reference {
 
     /// Of the pictures that the whole pipeline draws.
     pub(super) fn size(&self) -> Result<LatentSize> {
-        Ok(LatentSize {
-            height: self.number::<usize>("height")? / 8,
-            width: self.number::<usize>("width")? / 8,
-        })
+        let side = |key| self.within(key, PixelSize::STEP..=PixelSize::LARGEST);
+        let size = PixelSize {
+            height: side("height")? / PixelSize::STEP * PixelSize::STEP,
+            width: side("width")? / PixelSize::STEP * PixelSize::STEP,
+        };
+        Ok(size.latent())
     }
 }
 
@@ -69,4 +135,45 @@ pub(super) fn distance(name: &str, got: &Tensor, want: &Tensor) -> Result<(f64, 
         max_abs,
         norm(&difference)? / norm(&want)?.max(f64::MIN_POSITIVE),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Source;
+
+    #[test]
+    fn numbers_and_shapes_are_refused_with_the_file_and_their_names() {
+        let huge = usize::MAX.to_string();
+        let metadata = [
+            ("steps", huge.as_str()),
+            ("width", huge.as_str()),
+            ("height", "64"),
+            ("guidance", "nan"),
+            ("t5_len", "0"),
+        ];
+        let mut tensors = Checkpoint::default();
+        tensors.name = "r.safetensors".to_owned();
+        for (key, value) in metadata {
+            tensors.metadata.insert(key.to_owned(), value.to_owned());
+        }
+        let ones = Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap();
+        tensors.insert("x", Source::dense(&ones).unwrap());
+        let reference = Reference { tensors };
+        let refused = |error: anyhow::Error, word: &str| {
+            let text = format!("{error:#}");
+            assert!(
+                text.contains("r.safetensors") && text.contains(word),
+                "{text}"
+            );
+        };
+        refused(reference.steps().unwrap_err(), "`steps`");
+        refused(reference.size().unwrap_err(), "`width`");
+        refused(reference.guidance().unwrap_err(), "`guidance`");
+        refused(reference.text_length().unwrap_err(), "`t5_len`");
+        reference.shaped("x", &[Some(2), None]).unwrap();
+        for shape in [&[Some(2), Some(4)][..], &[None], &[]] {
+            refused(reference.shaped("x", shape).unwrap_err(), "`x`");
+        }
+    }
 }

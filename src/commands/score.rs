@@ -73,6 +73,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
         metric: args.metric,
         blocks: of_blocks(&calibration.stats, &fits, &measured),
     };
+    scores.validate()?;
     write(&scores, &args.output, &picture)?;
     calibrate::remove_partial(&gathering.partial)?;
     if args.json {
@@ -208,12 +209,17 @@ fn table(scores: &Scores) -> String {
                 let value = block.scores.get(metric);
                 value.map_or_else(|| "-".to_owned(), |v| format!("{v:.5}"))
             };
-            // 1 is the least important
-            let below = |other: &&BlockScore| value(other) < value(block);
-            let rank = 1 + scores.blocks.iter().filter(below).count();
+            // 1 is the least important of those that have a value
+            let rank = value(block).map_or_else(
+                || "-".to_owned(),
+                |own| {
+                    let others = scores.blocks.iter().filter_map(value);
+                    (1 + others.filter(|v| v.total_cmp(&own).is_lt()).count()).to_string()
+                },
+            );
             let mut row = vec![block.block.to_string()];
             row.extend(columns.iter().map(cell));
-            row.push(rank.to_string());
+            row.push(rank);
             row
         })
         .collect();

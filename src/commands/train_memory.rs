@@ -17,6 +17,9 @@ use crate::{
     ui,
 };
 
+/// How many times what there is a run may take by the forecast, an upper estimate, and still be tried.
+const HOPELESS: f64 = 4.0;
+
 /// What is not kept on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Way {
@@ -78,7 +81,8 @@ pub(super) fn way(
             return ahead(way, Some(limit), pair, resolved, sandwiches, runtime);
         }
     }
-    let peak = peak(&phases(pair, resolved, sandwiches, least, runtime)?);
+    let phases = phases(pair, resolved, sandwiches, least, runtime)?;
+    let peak = peak(&phases);
     let text = format!(
         "{} of memory are too little: training takes {} with nothing on the device that need not be there",
         ui::bytes(limit as f64),
@@ -89,8 +93,39 @@ pub(super) fn way(
             "--max-vram: {text}\nhint: a smaller --batch, smaller pictures (--width, --height) or a smaller --rank take less"
         );
     }
-    ui::warn(format!("{text}; trying all the same"));
+    let hopeless = peak > HOPELESS * limit as f64;
+    if hopeless && !args.dry_run {
+        bail!(
+            "{text}\nhint: {} takes less; --max-vram says how much there is, where it is more",
+            lower(resolved, &phases)
+        );
+    }
+    let then = if hopeless {
+        "it would not be tried"
+    } else {
+        "trying all the same"
+    };
+    ui::warn(format!("{text}; {then}"));
     Ok(least)
+}
+
+/// What to lower in the phase that takes most.
+fn lower(resolved: &Resolved, phases: &[Taken]) -> &'static str {
+    let most = phases
+        .iter()
+        .map(|(_, _, f)| f)
+        .max_by(|a, b| a.bytes().total_cmp(&b.bytes()));
+    let Some(f) = most else {
+        return "a smaller --batch";
+    };
+    let half = f.bytes() / 2.0;
+    match resolved.recipe.data.cache {
+        0 if f.samples > half => "a smaller `data.held-out` of the recipe",
+        _ if f.samples > half => "a smaller --cache",
+        _ if f.optimiser > half => "a smaller --rank",
+        _ if f.weights > half => "another number format (see `fastflux convert`)",
+        _ => "a smaller --batch or smaller pictures (--width, --height)",
+    }
 }
 
 /// `way` with as many batches together through a stored block as there is room for.

@@ -146,7 +146,7 @@ impl Check<'_> {
             TIGHT
         });
         let want = self.reference.get(name)?;
-        let (max_abs, relative) = distance(name, got, &want)?;
+        let (max_abs, relative) = distance(name, got, &want).with_context(|| self.file())?;
         self.done.push(Comparison {
             name: name.to_owned(),
             max_abs,
@@ -154,6 +154,10 @@ impl Check<'_> {
             ok: relative <= limit,
         });
         Ok(())
+    }
+
+    fn file(&self) -> String {
+        format!("`{}`", self.reference.tensors.name)
     }
 
     /// Token ids are equal or not.
@@ -187,7 +191,7 @@ impl Check<'_> {
             return self.compare(name, got, true);
         }
         let want = self.reference.get(name)?;
-        let (max_abs, relative) = distance(name, got, &want)?;
+        let (max_abs, relative) = distance(name, got, &want).with_context(|| self.file())?;
         let eight = |t: &Tensor| -> Result<Tensor> {
             Ok(t.to_device(&Device::Cpu)?
                 .to_dtype(DType::F32)?
@@ -229,11 +233,7 @@ impl Check<'_> {
                 return Ok(());
             }
         };
-        let length = if reference.has("t5.input_ids") {
-            reference.tensors.dims::<2>("t5.input_ids")?[1]
-        } else {
-            reference.number("t5_len")?
-        };
+        let length = reference.text_length()?;
         let encoders = load::text_encoders(self.pipeline, &files, Some(length), self.runtime)?;
         let prompt = reference.text("prompt")?.to_owned();
         let (clip, t5) = encoders.tokenize(&prompt)?;
@@ -260,7 +260,7 @@ impl Check<'_> {
         if reference.has("pipeline.sigmas") {
             let schedule = load::schedule(self.pipeline)?;
             let tokens = reference.size()?.tokens();
-            let sigmas = schedule.sigmas(reference.number("steps")?, tokens)?;
+            let sigmas = schedule.sigmas(reference.steps()?, tokens)?;
             let sigmas = Tensor::new(sigmas, &Device::Cpu)?;
             self.compare("pipeline.sigmas", &sigmas, false)?;
         }
@@ -271,7 +271,7 @@ impl Check<'_> {
                 return Ok(None);
             }
         };
-        let length = Some(reference.number("t5_len")?);
+        let length = Some(reference.text_length()?);
         let encoders = load::text_encoders(self.pipeline, &files, length, self.runtime)?;
         load::encode(&encoders, &[reference.text("prompt")?.to_owned()]).map(Some)
     }
@@ -293,21 +293,26 @@ impl Check<'_> {
     /// Compares one recorded call, block by block.
     fn call(&mut self, flux: &Flux) -> Result<()> {
         let reference = self.reference;
-        let get = |name: &str| reference.get(&format!("transformer.{name}"));
+        let get = |name: &str, shape: &[Option<usize>]| {
+            reference.shaped(&format!("transformer.{name}"), shape)
+        };
         let device = &self.runtime.device;
         let place = |t: Tensor| -> Result<Tensor> {
             Ok(t.to_device(device)?.to_dtype(self.runtime.dtype)?)
         };
-        let (img, txt, vec) = (get("img")?, get("txt")?, get("vec")?);
-        let (timestep, guidance) = (
-            get("timestep")?,
-            reference
-                .has("transformer.guidance")
-                .then(|| get("guidance"))
-                .transpose()?,
-        );
-        let (img_ids, txt_ids) = (get("img_ids")?, get("txt_ids")?);
+        let config = &self.pipeline.config;
+        let img = get("img", &[None, None, Some(config.in_channels)])?;
         let (batch, tokens, _) = img.dims3()?;
+        let txt = get("txt", &[Some(batch), None, Some(config.context_in_dim)])?;
+        let vec = get("vec", &[Some(batch), Some(config.vec_in_dim)])?;
+        let timestep = get("timestep", &[Some(batch)])?;
+        let guidance = config
+            .guidance_embed
+            .then(|| get("guidance", &[Some(batch)]))
+            .transpose()?;
+        let axes = Some(config.axes_dims.len());
+        let img_ids = get("img_ids", &[Some(tokens), axes])?;
+        let txt_ids = get("txt_ids", &[Some(txt.dim(1)?), axes])?;
         let chunk = (TOKENS / (tokens + txt.dim(1)?)).clamp(1, batch.max(1));
         let mut seen = Seen {
             wanted: reference,
@@ -357,8 +362,8 @@ impl Check<'_> {
             dtype: self.runtime.dtype,
             device: &self.runtime.device,
             schedule: &load::schedule(self.pipeline)?,
-            steps: reference.number("steps")?,
-            guidance: reference.number("guidance")?,
+            steps: reference.steps()?,
+            guidance: reference.guidance()?,
             size,
         };
         let draw = |noise: &Tensor| denoise.run(noise, prompts, &mut (), &mut || ());
@@ -368,9 +373,11 @@ impl Check<'_> {
             draw(&noise)
         };
         let wanted = reference.has("pipeline.seeded_image");
+        let shape = [1, size.tokens(), self.pipeline.config.in_channels].map(Some);
+        let latents = reference.shaped("pipeline.latents", &shape)?;
         Ok(Drawn {
             size,
-            latents: draw(&reference.get("pipeline.latents")?)?,
+            latents: draw(&latents)?,
             seeded: wanted.then(seeded).transpose()?,
         })
     }
@@ -390,7 +397,8 @@ impl Check<'_> {
         };
         let vae = load::vae(&files, self.runtime)?;
         if recorded {
-            let latents = reference.get("vae.latents")?;
+            let channels = Some(vae.config().latent_channels);
+            let latents = reference.shaped("vae.latents", &[None, channels, None, None])?;
             let image = load::decode(&vae, &latents, None, self.runtime)?;
             self.compare("vae.image", &image, true)?;
         }

@@ -11,6 +11,13 @@ use candle::{
 
 pub use float8::{LARGEST, decode_table};
 
+/// Numbers up to this one are nearest to float8's largest.
+const LARGEST_ROUNDED: f32 = 464.0;
+/// The largest scale of a block, a float16: numbers up to it fit into every format.
+const LARGEST_SCALE: f32 = 65_504.0;
+/// Numbers that no format's scales reach.
+const BEYOND_SCALES: f32 = 1e9;
+
 /// A format that stores a weight in fewer bits than any float that is computed with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Packed {
@@ -109,16 +116,35 @@ impl Packed {
         Ok(())
     }
 
-    /// The nearest bytes to `values`, whole blocks. float8 takes what is beyond its range as the largest it has.
+    /// The nearest bytes to `values`, whole blocks.
     ///
     /// # Errors
-    /// When there are not whole blocks.
+    /// When there are not whole blocks, or a number is beyond what the format holds.
     pub fn pack(self, values: &[f32]) -> Result<Vec<u8>> {
+        let beyond = |v: f32| match self {
+            Self::F8E4M3 => candle::bail!(
+                "{self} without a scale holds numbers up to {LARGEST}, not {v:e}\nhint: leave --no-scale away, or use bf16"
+            ),
+            Self::Blocks(_) => {
+                candle::bail!("the scales of {self} cannot hold {v:e}\nhint: use bf16")
+            }
+        };
+        let most = values.iter().fold(0f32, |most, v| most.max(v.abs()));
         match self {
+            Self::F8E4M3 if most > LARGEST_ROUNDED => beyond(most),
             Self::F8E4M3 => Ok(values.iter().map(|v| float8::encode(*v)).collect()),
+            Self::Blocks(_) if most > BEYOND_SCALES => beyond(most),
             Self::Blocks(dtype) => {
-                let values = Tensor::from_slice(values, values.len(), &Device::Cpu)?;
-                Ok(QTensor::quantize(&values, dtype)?.data()?.into_owned())
+                let tensor = Tensor::from_slice(values, values.len(), &Device::Cpu)?;
+                let bytes = QTensor::quantize(&tensor, dtype)?.data()?.into_owned();
+                if most > LARGEST_SCALE {
+                    let mut back = vec![0.0; values.len()];
+                    self.widen(&bytes, &mut back)?;
+                    if back.iter().any(|v| !v.is_finite()) {
+                        return beyond(most);
+                    }
+                }
+                Ok(bytes)
             }
         }
     }
@@ -190,6 +216,31 @@ mod tests {
             let found = error(format, &values);
             assert!(found > most / 8.0 && found < most, "{format}: {found}");
         }
+    }
+
+    #[test]
+    fn numbers_beyond_a_format_are_refused_and_not_changed() {
+        for format in Packed::ALL {
+            let mut values = vec![0.5; format.block()];
+            let within = if format == Packed::F8E4M3 {
+                463.0
+            } else {
+                60_000.0
+            };
+            values[0] = -within;
+            assert!(error(format, &values) < 0.2, "{format}");
+            for huge in [3e38, 9e8] {
+                values[0] = huge;
+                let text = format.pack(&values).unwrap_err().to_string();
+                assert!(text.contains(format.name()), "{text}");
+            }
+        }
+        let mut values = vec![0.5; 32];
+        values[3] = 8e6;
+        let q8 = Packed::Blocks(GgmlDType::Q8_0);
+        assert!(error(q8, &values) < 0.01);
+        values[3] = 9e6;
+        assert!(q8.pack(&values).is_err());
     }
 
     #[test]

@@ -110,19 +110,29 @@ impl Budget<'_> {
         let best = self.forecast(most);
         let before = Forecast::of(self.config, self.situation);
         let count = most.len();
-        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        if free.is_empty() {
+            bail!("no block may be replaced\nhint: name fewer blocks with --protect");
+        }
+        if most.is_empty() {
+            bail!("no block may be replaced: the one that is left must stay");
+        }
         match self.goal {
             Goal::Blocks(wanted) => bail!(
-                "{wanted} blocks are to be replaced, but only {count} may be\nhint: lower --ratio or protect fewer blocks"
+                "{wanted} {} to be replaced, but only {count} may be\nhint: lower --ratio or protect fewer blocks",
+                if wanted == 1 {
+                    "block is"
+                } else {
+                    "blocks are"
+                }
             ),
             Goal::Parameters(wanted) => bail!(
                 "--budget-params {wanted}: replacing all {count} blocks that may go leaves {} parameters, no fewer",
                 best.parameters
             ),
             Goal::Memory(wanted) => bail!(
-                "--budget-vram of {:.3} GiB: with all {count} blocks replaced that may go, drawing still takes {:.3} GiB\nhint: draw smaller pictures (--width, --height)",
-                gib(wanted),
-                gib(best.memory_bytes)
+                "--budget-vram of {}: with all {count} blocks replaced that may go, drawing still takes {}\nhint: draw smaller pictures (--width, --height)",
+                binary(wanted),
+                binary(best.memory_bytes)
             ),
             Goal::SpeedUp(wanted) => bail!(
                 "--target-speedup {wanted}: replacing all {count} blocks that may go makes a step {:.2} times faster, no more",
@@ -169,6 +179,15 @@ impl Budget<'_> {
             Some((_, set)) => Ok(set),
             None => bail!("no choice of blocks reaches the budget and leaves one block"),
         }
+    }
+}
+
+/// Bytes in the largest unit that they fill, with what tells a budget from a little more.
+fn binary(bytes: u64) -> String {
+    let units = [("GiB", 1u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    match units.into_iter().find(|(_, size)| bytes >= *size) {
+        Some((unit, size)) => format!("{:.3} {unit}", bytes as f64 / size as f64),
+        None => format!("{bytes} B"),
     }
 }
 
@@ -271,5 +290,19 @@ mod tests {
             .check(&originals(&config))
             .unwrap_err();
         assert!(error.to_string().contains("times faster"), "{error}");
+        let of =
+            |goal, free: &[BlockId]| budget(&config, goal).check(free).unwrap_err().to_string();
+        let error = of(Goal::Memory(3 << 10), &originals(&config));
+        assert!(error.contains("of 3.000 KiB:"), "{error}");
+        let error = of(Goal::Blocks(1), &[]);
+        assert!(
+            error.contains("--protect") && !error.contains("--ratio"),
+            "{error}"
+        );
+        let error = of(Goal::Blocks(3), &originals(&config)[..2]);
+        assert!(
+            error.contains("3 blocks are") && error.contains("only 2"),
+            "{error}"
+        );
     }
 }

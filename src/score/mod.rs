@@ -1,8 +1,13 @@
 //! Calibration statistics → importance of blocks; higher = more important, always. One file per criterion.
 
-use std::{collections::BTreeMap, fmt, path::Path, str::FromStr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    path::Path,
+    str::FromStr,
+};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::layout::BlockId;
@@ -131,9 +136,48 @@ impl Scores {
         let name = path.display();
         let text =
             std::fs::read(path).with_context(|| format!("--scores: cannot read `{name}`"))?;
-        serde_json::from_slice(&text).with_context(|| {
+        let scores: Self = serde_json::from_slice(&text).with_context(|| {
             format!("--scores: `{name}` is not a scores file\nhint: `fastflux score` makes one")
-        })
+        })?;
+        scores
+            .validate()
+            .with_context(|| format!("--scores: `{name}`"))?;
+        Ok(scores)
+    }
+
+    /// Checks that every block is named once and that its values are numbers.
+    ///
+    /// # Errors
+    /// When one is not; the message names it.
+    pub fn validate(&self) -> Result<()> {
+        let mut seen = BTreeSet::new();
+        for block in &self.blocks {
+            ensure!(seen.insert(block.block), "{} is there twice", block.block);
+            for (metric, value) in &block.scores {
+                ensure!(
+                    value.is_finite(),
+                    "the {metric} of {} is NaN or infinite",
+                    block.block
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that the blocks are just those of a model.
+    ///
+    /// # Errors
+    /// When one is missing or another is there; the message names it.
+    pub fn check_blocks(&self, known: &[BlockId]) -> Result<()> {
+        let found: BTreeSet<BlockId> = self.blocks.iter().map(|block| block.block).collect();
+        let hint = "hint: run `fastflux score` on this model";
+        if let Some(id) = found.iter().find(|id| !known.contains(id)) {
+            bail!("the scores name {id}, which the model does not have\n{hint}");
+        }
+        if let Some(id) = known.iter().find(|id| !found.contains(id)) {
+            bail!("the scores lack {id}\n{hint}");
+        }
+        Ok(())
     }
 
     /// The importance of every block by `metric`.
@@ -201,5 +245,24 @@ mod tests {
         assert!((importance[&BlockId::single(3)] - 0.25).abs() < 1e-12);
         let error = scores.importance(Metric::Removal).unwrap_err().to_string();
         assert!(error.contains("removal"), "{error}");
+        scores.validate().unwrap();
+        scores.check_blocks(&[BlockId::single(3)]).unwrap();
+        for known in [vec![], vec![BlockId::single(3), BlockId::double(0)]] {
+            let error = scores.check_blocks(&known).unwrap_err().to_string();
+            let word = if known.is_empty() {
+                "single.03"
+            } else {
+                "double.00"
+            };
+            assert!(error.contains(word), "{error}");
+        }
+        let mut twice = scores.clone();
+        twice.blocks.push(twice.blocks[0].clone());
+        let error = twice.validate().unwrap_err().to_string();
+        assert!(error.contains("single.03 is there twice"), "{error}");
+        let mut nan = scores;
+        nan.blocks[0].scores.insert(Metric::Cosine, f64::NAN);
+        let error = nan.validate().unwrap_err().to_string();
+        assert!(error.contains("cosine of single.03"), "{error}");
     }
 }

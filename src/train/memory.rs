@@ -174,7 +174,8 @@ pub fn forecast(
     let ahead = s.ahead.saturating_sub(1) as f64;
     let waiting = match data.cache {
         0 => ahead,
-        cache => cache as f64,
+        // no more than are ever drawn
+        cache => cache.min(recipe.steps.max(recipe.finish.steps) * data.accumulate) as f64,
     };
     Forecast {
         trainables,

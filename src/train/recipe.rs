@@ -5,6 +5,14 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::calibrate::recipe::{LARGEST_BATCH, MOST_SAMPLES, MOST_STEPS};
+
+/// Bounds beyond which a number is a slip, and would take for ever or exhaust memory.
+const MOST_TRAINING: usize = 10_000_000;
+const MOST_HELD_OUT: usize = 1_000_000;
+const MOST_CACHE: usize = 100_000;
+const MOST_ACCUMULATE: usize = 10_000;
+
 /// The recipe of a training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -353,32 +361,46 @@ impl SandwichRecipe {
                 "recipe: `{name}` must be a number of at least 0"
             );
         }
+        self.validate_counts()?;
         ensure!(
-            self.data.batch != Some(0),
-            "--batch 0: at least one state is needed"
+            self.steps + self.finish.steps > 0,
+            "--steps 0 and --finish 0: nothing would be trained"
         );
-        ensure!(
-            self.data.samples != Some(0),
-            "--samples 0: at least one prompt must be sampled"
-        );
-        ensure!(
-            self.data.steps != Some(0),
-            "recipe: `data.steps` must be at least 1"
-        );
-        ensure!(
-            self.data.held_out != Some(0),
-            "recipe: `data.held-out` must be at least 1"
-        );
+        Ok(())
+    }
+
+    /// The numbers that count something, with the flag or the key that sets them.
+    fn validate_counts(&self) -> Result<()> {
+        let d = &self.data;
+        for (name, value, least, most) in [
+            ("--batch", d.batch.unwrap_or(1), 1, LARGEST_BATCH),
+            ("--samples", d.samples.unwrap_or(1), 1, MOST_SAMPLES),
+            ("--steps", self.steps, 0, MOST_TRAINING),
+            ("--finish", self.finish.steps, 0, MOST_TRAINING),
+            ("--accumulate", d.accumulate, 1, MOST_ACCUMULATE),
+            ("--cache", d.cache, 0, MOST_CACHE),
+            ("`data.steps`", d.steps.unwrap_or(1), 1, MOST_STEPS),
+            ("`data.held-out`", d.held_out.unwrap_or(1), 1, MOST_HELD_OUT),
+        ] {
+            let from = if name.starts_with('-') {
+                ""
+            } else {
+                "recipe: "
+            };
+            ensure!(
+                (least..=most).contains(&value),
+                "{from}{name} {value}: expected a number from {least} to {most}"
+            );
+        }
         for (name, value) in [
-            ("data.accumulate", self.data.accumulate),
             ("sandwich.neighbours", self.sandwich.neighbours),
             ("evaluate-every", self.evaluate_every),
         ] {
             ensure!(value > 0, "recipe: `{name}` must be at least 1");
         }
         ensure!(
-            self.steps + self.finish.steps > 0,
-            "--steps 0 and --finish 0: nothing would be trained"
+            d.guidance.is_none_or(|g| g.is_finite() && g >= 0.0),
+            "recipe: `data.guidance` must be a number of at least 0"
         );
         Ok(())
     }
@@ -429,5 +451,14 @@ mod tests {
         refused(|r| r.optimiser.beta2 = 1.0, "beta2");
         refused(|r| r.data.batch = Some(0), "--batch 0");
         refused(|r| (r.steps, r.finish.steps) = (0, 0), "nothing");
+        refused(|r| r.data.accumulate = 0, "--accumulate 0");
+        refused(|r| r.data.guidance = Some(-1.0), "data.guidance");
+        // nor may a slip of the finger exhaust memory
+        refused(|r| r.data.batch = Some(100_000_000), "--batch 1");
+        refused(|r| r.data.samples = Some(usize::MAX), "--samples 18");
+        refused(|r| r.data.cache = usize::MAX, "--cache 18");
+        refused(|r| r.data.steps = Some(1 << 63), "data.steps");
+        refused(|r| r.data.held_out = Some(1 << 63), "data.held-out");
+        refused(|r| r.steps = usize::MAX, "--steps 18");
     }
 }

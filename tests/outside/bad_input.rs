@@ -189,6 +189,14 @@ fn bad_arguments_are_refused_before_any_work() {
             &[flag, "1000000000"],
         );
     }
+    fs::write(w.join("many.txt"), "x\n".repeat(11)).unwrap();
+    let many = ["generate", "--prompt-file", "many.txt", "--num-images"];
+    refused(w, &[&many[..], &["10000"]].concat(), &["110000 pictures"]);
+    refused(
+        w,
+        &["inspect", "--text-tokens", "18446744073709551615"],
+        &["--text-tokens 18446744073709551615"],
+    );
     refused(
         w,
         &["generate", "--prompt", "x", "--num-images", "0"],
