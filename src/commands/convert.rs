@@ -151,6 +151,7 @@ fn record(pipeline: &Pipeline, args: &ConvertArgs) -> Result<Record> {
         axes_dims: config.axes_dims.clone(),
         theta: config.theta,
         scheduler: pipeline.scheduler.clone(),
+        parts: pipeline.recorded_parts(),
         defaults: serde_json::to_value(pipeline.recorded_defaults()?)?,
         recipe,
     })

@@ -262,6 +262,7 @@ fn record(
         axes_dims: config.axes_dims.clone(),
         theta: config.theta,
         scheduler: pipeline.scheduler.clone(),
+        parts: pipeline.recorded_parts(),
         defaults: serde_json::to_value(pipeline.recorded_defaults()?)?,
         recipe: json!({ "prune": recipe, "plan": found.plan }),
     })

@@ -66,13 +66,19 @@ impl Pair {
         );
         let teacher = match &args.teacher {
             None => pruned
-                .base()
+                // --config is the pruned model's, whose record knows what it says of both
+                .base_with(&ModelChoice {
+                    config: None,
+                    ..args.pipeline.choice()
+                })
                 .context("the teacher\nhint: name the original model with --teacher")?,
-            Some(name) => Pipeline::open(&ModelChoice {
-                model: Some(name.clone()),
-                ..args.pipeline.choice()
-            })
-            .context("--teacher")?,
+            Some(name) => {
+                let choice = ModelChoice {
+                    model: Some(name.clone()),
+                    ..args.pipeline.choice()
+                };
+                Pipeline::open_original(&choice, Some(&record)).context("--teacher")?
+            }
         };
         let found = record::fingerprint(&teacher.transformer)?;
         ensure!(
