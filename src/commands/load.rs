@@ -101,6 +101,16 @@ pub(super) fn encode_prompts(
 ) -> Result<Encoded> {
     let encoders = text_encoders(pipeline, &pipeline.text_files()?, length, runtime)?;
     let encoded = encode(&encoders, prompts)?;
+    for (name, cut) in ["CLIP", "T5"].iter().zip(encoders.cut(prompts)?) {
+        if cut.prompts > 0 {
+            ui::note(format!(
+                "{} of {} prompts are longer than the {} tokens that {name} reads: the rest of their words is cut off there",
+                cut.prompts,
+                prompts.len(),
+                cut.length
+            ));
+        }
+    }
     drop(encoders);
     ui::note(format!(
         "encoded {} prompt{} and freed the text encoders",
