@@ -270,7 +270,7 @@ pub struct GenerateArgs {
     /// What to draw; may be given several times.
     #[arg(long, required_unless_present = "prompt_file")]
     pub prompt: Vec<String>,
-    /// Prompts to draw, one a line.
+    /// Prompts to draw, one a line; - reads standard input. Every line counts that is not empty, also one with a # in front.
     #[arg(long, value_name = "FILE")]
     pub prompt_file: Option<PathBuf>,
     /// Sampling steps. Default: the model's own (dev 28, schnell 4).
