@@ -1,9 +1,5 @@
 //! The only place that prints or draws: data to stdout, talk and progress to stderr.
-#![allow(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "this is the printer"
-)]
+#![allow(clippy::print_stdout, reason = "this is the printer")]
 
 use std::{
     io::{IsTerminal, Write},
@@ -20,24 +16,29 @@ pub fn set_quiet(quiet: bool) {
     QUIET.store(quiet, Ordering::Relaxed);
 }
 
+/// A line on stderr. Whether anybody hears it (a terminal that has gone, a full disk behind it) is no matter of the work.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 /// Says something to the person at the terminal, on stderr.
 pub fn note(text: impl AsRef<str>) {
     if !QUIET.load(Ordering::Relaxed) {
-        eprintln!("{}", text.as_ref());
+        say(text.as_ref());
     }
 }
 
 /// Something that may need attention; shown even with `--quiet`.
 pub fn warn(text: impl AsRef<str>) {
-    eprintln!("warning: {}", text.as_ref());
+    say(&format!("warning: {}", text.as_ref()));
 }
 
 /// Prints an error and its causes in one line, once, at the end of `main`; hints follow on lines of their own.
 pub fn error(error: &anyhow::Error) {
     let (message, hints) = message(error);
-    eprintln!("error: {message}");
+    say(&format!("error: {message}"));
     for hint in hints {
-        eprintln!("{hint}");
+        say(&hint);
     }
 }
 

@@ -427,6 +427,14 @@ fn what_cannot_be_trained_is_refused() {
         &train(&["--lr", "1e19"]),
         &["`recipe.optimiser.lr`", "--restart"],
     );
+    refused(
+        &train(&["--output", "logged", "--log", "recipe.json"]),
+        &["--log", "exists already", "--force"],
+    );
+    refused(
+        &train(&["--log", "pruned/flux.safetensors", "--force"]),
+        &["--log", "reads"],
+    );
     let existing = train(&["--output", "pruned"]);
     let out = fastflux(prepared(), &existing);
     assert_eq!(out.status.code(), Some(1));

@@ -29,6 +29,7 @@ pub mod save;
 mod scales;
 pub mod shapes;
 mod source;
+pub mod target;
 pub mod transformer_json;
 mod widen;
 

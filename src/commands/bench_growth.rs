@@ -11,7 +11,7 @@ use super::{
     load,
 };
 use crate::{
-    checkpoint::save,
+    checkpoint::{save, target},
     cli::BenchArgs,
     device::Runtime,
     eval::{
@@ -44,8 +44,8 @@ pub(super) fn run(
     runtime: &Runtime,
     output: &Path,
 ) -> Result<()> {
-    save::check_free(output, args.force)?;
-    save::check_writable(output)?;
+    target::check_file(output, args.force)?;
+    target::check_writable(output)?;
     let sizes = if args.size.is_empty() {
         &SIZES[..]
     } else {

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     calibrate::{file::Calibration, pass::Shard, recipe::StateSource},
-    checkpoint::save,
+    checkpoint::target,
     cli::{CalibrateArgs, CalibrationArgs},
     device::Runtime,
     pipeline::Pipeline,
@@ -161,7 +161,7 @@ pub(super) fn gathering(args: &CalibrationArgs, output: &Path, sums: bool) -> Ga
 pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     let recipe = recipe(&args.calibration)?;
     if !args.dry_run {
-        save::check_free(&args.output, args.force)?;
+        target::check_file(&args.output, args.force)?;
     }
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
@@ -176,7 +176,7 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
         };
         return demand.say(&pipeline, &place, &settings, args.json);
     }
-    save::check_writable(&args.output)?;
+    target::check_writable(&args.output)?;
     let sums = args.calibration.stats_memory;
     let session = Session::open(
         &pipeline,
@@ -220,7 +220,7 @@ pub(super) fn report(calibration: &Calibration, output: &Path, json: bool) -> Re
     let header = &calibration.header;
     if json {
         return ui::json(&json!({
-            "output": output,
+            "output": output.display().to_string(),
             "model": header.model_name,
             "complete": header.is_complete(),
             "units": header.units,
@@ -270,8 +270,10 @@ pub(super) fn report(calibration: &Calibration, output: &Path, json: bool) -> Re
 
 /// `merge-stats`.
 pub(super) fn merge(args: &crate::cli::MergeStatsArgs) -> Result<()> {
-    save::check_free(&args.output, args.force)?;
-    save::check_writable(&args.output)?;
+    target::check_file(&args.output, args.force)?;
+    target::check_writable(&args.output)?;
+    let inputs: Vec<_> = args.files.iter().map(|path| Some(path.as_path())).collect();
+    target::check_other(&args.output, &inputs)?;
     let mut files = args.files.iter();
     let first = files
         .next()

@@ -12,7 +12,8 @@ use crate::{
         convert::{self, Target},
         keys, output,
         record::{self, Record},
-        save::{self, OutputFolder},
+        save,
+        target::{self as place, OutputFolder},
         transformer_json,
     },
     cli::ConvertArgs,
@@ -43,8 +44,12 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     );
     let pipeline = super::open(&args.model.choice())?;
     if !args.dry_run {
-        save::check_free(&args.output, args.force)?;
-        save::check_writable(&args.output)?;
+        if file {
+            place::check_file(&args.output, args.force)?;
+        } else {
+            place::check_folder(&args.output, args.force)?;
+        }
+        place::check_writable(&args.output)?;
     }
     let source = &pipeline.transformer;
     let mut checkpoint = if args.dry_run {
@@ -76,7 +81,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     }
     let report = json!({
         "model": pipeline.name,
-        "output": args.output,
+        "output": args.output.display().to_string(),
         "written": !args.dry_run,
         "parameters": checkpoint.parameters(),
         "formats": formats,

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     checkpoint::{
         record,
-        save::{self, OutputFolder},
+        target::{self, OutputFolder},
     },
     cli::EvalArgs,
     device::Runtime,
@@ -55,7 +55,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         .as_deref()
         .map(|path| super::read_prompts("--prompts", path))
         .transpose()?;
-    save::check_free(&args.output, args.force)?;
+    target::check_folder(&args.output, args.force)?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let place = Place::new(args.memory, &runtime);
     let (baseline, mut models) = open(args)?;
@@ -73,7 +73,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         PICTURES
     };
     let (source, prompts) = prompts(args, given, &baseline, usual);
-    save::check_writable(&args.output)?;
+    target::check_writable(&args.output)?;
     for plan in plans {
         let place = place.clone().of(&baseline);
         models.push(plan.carry_out(&baseline, &runtime, &place, &args.output)?);

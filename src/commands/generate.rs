@@ -11,7 +11,7 @@ use super::{
     place::{Need, Place},
 };
 use crate::{
-    checkpoint::save,
+    checkpoint::target,
     cli::GenerateArgs,
     device::Runtime,
     pipeline::Pipeline,
@@ -86,7 +86,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     }
     let jobs = jobs(args, &pipeline, &prompts, size)?;
     for job in &jobs {
-        save::check_free(&job.path, args.force)?;
+        target::check_file(&job.path, args.force)?;
     }
     create_folders(&jobs)?;
     let vae_files = pipeline.vae_files()?;

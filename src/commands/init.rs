@@ -6,7 +6,9 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use crate::{
-    checkpoint::{Checkpoint, Source, config::ConfigFile, init, output, save, transformer_json},
+    checkpoint::{
+        Checkpoint, Source, config::ConfigFile, init, output, save, target, transformer_json,
+    },
     cli::InitArgs,
     ui,
 };
@@ -40,8 +42,8 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
         if path.extension().is_none_or(|e| e != "safetensors") {
             bail!("--output `{}`: name a .safetensors file", path.display());
         }
-        save::check_free(path, args.force)?;
-        save::check_free(&description, args.force)?;
+        target::check_file(path, args.force)?;
+        target::check_file(&description, args.force)?;
         if !folder.as_os_str().is_empty() {
             std::fs::create_dir_all(folder)
                 .with_context(|| format!("cannot create `{}`", folder.display()))?;
@@ -54,7 +56,7 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
     let (parameters, bytes) = (checkpoint.parameters(), checkpoint.bytes());
     if args.json {
         return ui::json(&json!({
-            "output": args.output,
+            "output": args.output.as_ref().map(|path| path.display().to_string()),
             "written": !args.dry_run,
             "seed": args.seed,
             "dtype": format!("{:?}", args.dtype),

@@ -13,7 +13,7 @@ use super::{
     session::{Session, Settings},
 };
 use crate::{
-    checkpoint::{output, record, save},
+    checkpoint::{output, record, target},
     cli::PlanArgs,
     device::Runtime,
     layout::BlockId,
@@ -38,7 +38,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<()> {
     recipe.ratio = args.goal.ratio.unwrap_or(recipe.ratio);
     recipe.fit.form = args.form.unwrap_or(recipe.fit.form);
     recipe.validate()?;
-    save::check_free(&args.output, args.force)?;
+    target::check_file(&args.output, args.force)?;
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
@@ -51,7 +51,11 @@ pub(super) fn run(args: &PlanArgs) -> Result<()> {
         &pipeline,
     )?;
     let situation = choose::situation(&pipeline, &runtime, &settings);
-    save::check_writable(&args.output)?;
+    target::check_writable(&args.output)?;
+    target::check_other(
+        &args.output,
+        &[args.stats.as_deref(), args.scores.as_deref()],
+    )?;
     let planned = match (wanted, scores) {
         (Wanted::Plan(plan), _) => Planned {
             plan,
@@ -152,7 +156,7 @@ fn report(
     let after = Forecast::of_plan(&pipeline.config, plan, situation);
     if args.json {
         return ui::json(&json!({
-            "output": args.output,
+            "output": args.output.display().to_string(),
             "model": pipeline.name,
             "plan": plan,
             "importance": planned.importance.iter().map(|(id, v)| (id.to_string(), *v)).collect::<BTreeMap<_, _>>(),

@@ -20,7 +20,7 @@ use crate::{
     checkpoint::{
         Checkpoint, convert, output,
         record::{self, Record},
-        save::{self, OutputFolder},
+        target::{self, OutputFolder},
     },
     cli::{DecodeArgs, PruneArgs},
     device::Runtime,
@@ -95,7 +95,7 @@ fn dry_run(args: &PruneArgs) -> Result<()> {
 /// Does everything but print; returns what to print.
 pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
     let mut recipe = recipe(args)?;
-    save::check_free(&args.output, args.force)?;
+    target::check_folder(&args.output, args.force)?;
     let given = args.plan.as_deref().map(PruningPlan::read).transpose()?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
@@ -113,7 +113,7 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
     if let Wanted::Choose { goal, protect } = &wanted {
         choose::budget(&pipeline, situation, &recipe, *goal, protect)?; // before the long part
     }
-    save::check_writable(&args.output)?;
+    target::check_writable(&args.output)?;
 
     let sums = matches!(wanted, Wanted::Choose { .. });
     let memory = if sums {
@@ -377,7 +377,7 @@ fn report(
         })
         .collect();
     json!({
-        "output": args.output,
+        "output": args.output.display().to_string(),
         "model": pipeline.name,
         "replaced": found.plan.blocks().collect::<Vec<_>>(),
         "velocity_error": found.velocity_error,

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::{
     calibrate, gather,
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     calibrate::stats::{BlockStats, CalibrationStats},
-    checkpoint::{output, record, save},
+    checkpoint::{output, record, save, target},
     cli::ScoreArgs,
     device::Runtime,
     layout::BlockId,
@@ -25,8 +25,13 @@ use crate::{
 pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     let mut recipe = calibrate::recipe(&args.calibration)?;
     let picture = args.output.with_extension("svg");
-    save::check_free(&args.output, args.force)?;
-    save::check_free(&picture, args.force)?;
+    ensure!(
+        picture != args.output,
+        "--output `{}` is the name of the chart that is put beside the scores\nhint: name a .json file",
+        picture.display()
+    );
+    target::check_file(&args.output, args.force)?;
+    target::check_file(&picture, args.force)?;
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     let pipeline = super::open(&args.pipeline.choice())?;
     let place = Place::new(args.memory, &runtime).of(&pipeline);
@@ -36,7 +41,9 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
         &mut recipe,
         &pipeline,
     )?;
-    save::check_writable(&args.output)?;
+    target::check_writable(&args.output)?;
+    target::check_writable(&picture)?;
+    target::check_other(&args.output, &[args.stats.as_deref()])?;
     let sums = args.calibration.stats_memory;
     let session = Session::open(
         &pipeline,

@@ -22,7 +22,7 @@ use crate::{
         denoise::{Denoise, Encoded},
         schedule::Schedule,
     },
-    train::{data::Pictures, recipe::SandwichRecipe},
+    train::{data::Pictures, recipe::SandwichRecipe, state::PICTURES_STEM},
     ui,
 };
 
@@ -324,8 +324,7 @@ pub(super) fn settings(pair: &Pair, resolved: &Resolved, runtime: &Runtime) -> V
     })
 }
 
-/// Where the teacher's pictures are kept, so that a run that goes on need not draw them again.
-const PICTURES_STEM: &str = "pictures";
+/// The metadata key of what the teacher's pictures depend on.
 const PICTURES_KEY: &str = "fastflux-pictures";
 
 /// The teacher's pictures of all prompts: as saved in `folder` by a run of the same settings, or drawn and saved there,

@@ -6,11 +6,7 @@ use serde_json::{Value, json};
 
 use super::{load, train::Pair};
 use crate::{
-    checkpoint::{
-        Checkpoint, Source, convert, output,
-        record::Record,
-        save::{self, OutputFolder},
-    },
+    checkpoint::{Checkpoint, Source, convert, output, record::Record, save, target::OutputFolder},
     cli::TrainArgs,
     model::{Linear, Lora, Trunk},
     pipeline::LORA_FILE,

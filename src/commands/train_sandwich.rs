@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
@@ -16,34 +16,34 @@ use super::{
     train_memory, train_output,
 };
 use crate::{
-    checkpoint::save,
+    checkpoint::target,
     cli::TrainArgs,
     device::Runtime,
     pipeline::Pipeline,
     train::{
         Entry, Training, Watch, sandwich,
-        state::{Saved, StateFile},
+        state::{self, Saved, StateFile},
     },
     ui,
 };
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let folder = state_folder(&args.output);
+    let resuming = folder.exists();
     // what has a report may be of this very run, killed when everything was done: looked at below
-    if !folder.exists() && !args.output.join(train_output::REPORT).exists() {
-        save::check_free(&args.output, args.force)?;
+    if !resuming && !args.output.join(train_output::REPORT).exists() {
+        target::check_folder(&args.output, args.force)?;
     }
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
     if args.restart && !args.dry_run && folder.exists() {
-        std::fs::remove_dir_all(&folder)
-            .with_context(|| format!("--restart: cannot remove `{}`", folder.display()))?;
+        state::remove(&folder).context("--restart")?;
     }
     let pruned = match args.pipeline.model.model {
         Some(_) => super::open(&args.pipeline.choice())?,
-        None if args.dry_run && !folder.join("pruned").exists() => {
+        None if args.dry_run && !folder.join(state::PRUNED).exists() => {
             bail!("--dry-run: name a pruned model with --model\nhint: `fastflux prune` makes one")
         }
-        None => Pipeline::open(&train::prune_bundled(args, &folder.join("pruned"))?)?,
+        None => Pipeline::open(&train::prune_bundled(args, &folder.join(state::PRUNED))?)?,
     };
     let pair = Pair::open(args, pruned)?;
     let resolved = train::resolve(args, &pair.teacher)?;
@@ -56,16 +56,19 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     if args.dry_run {
         return train_memory::dry_run(args, &pair, &resolved, &sandwiches, way, &runtime);
     }
-    save::check_writable(&args.output)?;
+    target::check_writable(&args.output)?;
+    if let Some(log) = &args.log {
+        check_log(log, resuming || args.force)?;
+    }
     let settings = train::settings(&pair, &resolved, &runtime);
     let state = StateFile::new(&folder, settings.clone());
     if let Some(report) = finished(&args.output, &settings).filter(|_| !args.force) {
         // killed after its output was in place and before its state was removed
         ui::note(format!("`{}` is of this very run", args.output.display()));
         show(args, &report)?;
-        return state.remove();
+        return state::remove(&folder);
     }
-    save::check_free(&args.output, args.force)?;
+    target::check_folder(&args.output, args.force)?;
     let saved = state.load()?;
     if let Some(saved) = &saved {
         ui::note(format!(
@@ -102,7 +105,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     watching.finish();
     let after = training.velocity_error()?;
     let report = json!({
-        "output": args.output,
+        "output": args.output.display().to_string(),
         "velocity_error": { "before": before, "after": after },
         "phases": done.progress.reports,
         "seconds": start.elapsed().as_secs_f64(),
@@ -112,7 +115,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     train_output::write(args, &pair, &training.student.trunk, &done, &report)?;
     show(args, &report)?;
     ui::note(format!("wrote `{}`", args.output.display()));
-    state.remove()
+    state::remove(&folder)
 }
 
 /// Where a run is saved while it goes on.
@@ -120,6 +123,21 @@ fn state_folder(output: &Path) -> PathBuf {
     let mut name = output.file_name().unwrap_or_default().to_os_string();
     name.push(".state");
     output.with_file_name(name)
+}
+
+/// Fails when the log cannot be written, or would replace a file (unless `force`: a run that goes on writes its own log
+/// anew). A terminal or a pipe is fine.
+fn check_log(path: &Path, force: bool) -> Result<()> {
+    let shown = path.display();
+    ensure!(!path.is_dir(), "--log `{shown}` is a folder");
+    ensure!(
+        force || !path.is_file(),
+        "--log `{shown}` exists already\nhint: add --force to overwrite it, or choose another name"
+    );
+    if path.is_file() || !path.exists() {
+        target::check_writable(path).context("--log")?;
+    }
+    Ok(())
 }
 
 /// Progress bar, log file and saving.

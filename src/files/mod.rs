@@ -6,7 +6,7 @@ use std::{
     fs::File,
     ops::Deref,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError, Weak},
 };
 
 use anyhow::{Context, Result, anyhow};
@@ -28,6 +28,19 @@ pub enum Blob {
     Static(&'static [u8]),
     /// A memory-mapped file; pages are read when they are touched.
     Mapped(Arc<Mmap>),
+}
+
+/// The files that are mapped, under their real paths.
+static MAPPED: Mutex<Vec<(PathBuf, Weak<Mmap>)>> = Mutex::new(Vec::new());
+
+/// A file that this process has mapped and that is `path` or lies below it.
+pub fn mapped_below(path: &Path) -> Option<PathBuf> {
+    let path = path.canonicalize().ok()?;
+    let mapped = MAPPED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut alive = mapped.iter().filter(|(_, map)| map.strong_count() > 0);
+    alive
+        .find(|(file, _)| file.starts_with(&path))
+        .map(|(file, _)| file.clone())
 }
 
 impl Blob {
@@ -52,7 +65,13 @@ impl Blob {
         // contract as every safetensors loader. Our own outputs are new files that are renamed into place.
         let map = unsafe { Mmap::map(&file) };
         let map = map.with_context(|| format!("cannot map `{}`", path.display()))?;
-        Ok(Self::Mapped(Arc::new(map)))
+        let map = Arc::new(map);
+        if let Ok(real) = path.canonicalize() {
+            let mut mapped = MAPPED.lock().unwrap_or_else(PoisonError::into_inner);
+            mapped.retain(|(_, map)| map.strong_count() > 0);
+            mapped.push((real, Arc::downgrade(&map)));
+        }
+        Ok(Self::Mapped(map))
     }
 }
 

@@ -1,7 +1,10 @@
 //! What a killed run needs to go on: one file with the trained values, the moments of AdamW and where the run was,
 //! replaced atomically. Random numbers are drawn from seed and step alone, so nothing of them is saved.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, bail};
 use candle::{Device, Tensor};
@@ -18,6 +21,10 @@ use crate::{
 const KEY: &str = "fastflux-training";
 /// The file's stem.
 const STEM: &str = "state";
+/// Stem of the file beside it with the teacher's pictures, so that a run that goes on need not draw them again.
+pub const PICTURES_STEM: &str = "pictures";
+/// Folder beside it with the bundled model, pruned, where no model was named.
+pub const PRUNED: &str = "pruned";
 
 /// How far a run is.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -138,21 +145,32 @@ impl StateFile {
             .context("cannot save the run\nhint: free some space and start it again: it goes on from what was saved last")
     }
 
-    /// Takes everything away.
-    ///
-    /// # Errors
-    /// When the folder cannot be removed.
-    pub fn remove(&self) -> Result<()> {
-        if self.folder.exists() {
-            std::fs::remove_dir_all(&self.folder)
-                .with_context(|| format!("cannot remove `{}`", self.folder.display()))?;
-        }
-        Ok(())
-    }
-
     fn path(&self) -> PathBuf {
         self.folder.join(format!("{STEM}.safetensors"))
     }
+}
+
+/// Takes everything away that a run puts into its folder; and the folder, unless it holds something else.
+///
+/// # Errors
+/// When something cannot be removed.
+pub fn remove(folder: &Path) -> Result<()> {
+    let gone = |result: std::io::Result<()>| match result {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    };
+    let remove = || {
+        for stem in [STEM, PICTURES_STEM] {
+            let file = folder.join(format!("{stem}.safetensors"));
+            gone(std::fs::remove_file(file))?;
+        }
+        gone(std::fs::remove_dir_all(folder.join(PRUNED)))?;
+        match std::fs::remove_dir(folder) {
+            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => Ok(()),
+            result => gone(result),
+        }
+    };
+    remove().with_context(|| format!("cannot remove `{}`", folder.display()))
 }
 
 /// How a float is written: its bits, since the parser of JSON may be off by the last one of them.
@@ -252,7 +270,11 @@ mod tests {
         assert_eq!(bits(&after.values), bits(&before.values));
         assert_eq!(bits(&after.moments[1]), bits(&before.moments[1]));
         assert!(after.best.is_empty());
-        file.remove().unwrap();
+        std::fs::write(folder.path().join("run/notes"), "mine").unwrap();
+        remove(&folder.path().join("run")).unwrap();
+        assert!(file.load().unwrap().is_none() && folder.path().join("run/notes").exists());
+        std::fs::remove_file(folder.path().join("run/notes")).unwrap();
+        remove(&folder.path().join("run")).unwrap();
         assert!(!folder.path().join("run").exists());
     }
 
