@@ -52,7 +52,8 @@ pub(super) struct Gathering {
 
 /// Where unfinished work on `output` is kept: `stats.safetensors.partial`.
 pub(super) fn partial(output: &Path) -> PathBuf {
-    let mut name = output.as_os_str().to_owned();
+    // by its components: `pruned/` too is saved beside the folder, not in it
+    let mut name = output.components().as_path().as_os_str().to_owned();
     name.push(".partial");
     name.into()
 }

@@ -103,10 +103,12 @@ pub(super) fn encode_prompts(
     let encoded = encode(&encoders, prompts)?;
     for (name, cut) in ["CLIP", "T5"].iter().zip(encoders.cut(prompts)?) {
         if cut.prompts > 0 {
+            let which = match prompts.len() {
+                1 => "the prompt is".to_owned(),
+                all => format!("{} of {all} prompts are", cut.prompts),
+            };
             ui::note(format!(
-                "{} of {} prompts are longer than the {} tokens that {name} reads: the rest of their words is cut off there",
-                cut.prompts,
-                prompts.len(),
+                "{which} longer than the {} tokens that {name} reads: what follows is cut off",
                 cut.length
             ));
         }
