@@ -420,16 +420,22 @@ fn what_cannot_be_trained_is_refused() {
         &["--prompts", "no prompt"],
     );
     refused(&train(&["--lr=-1"]), &["--lr"]);
+    refused(
+        &[
+            "train-sandwich",
+            "--model",
+            "pruned",
+            "--log",
+            "recipe.json",
+        ],
+        &["--log", "exists already", "--force"],
+    );
     refused(&train(&["--log", "/dev/full"]), &["--log", "/dev/full"]);
     refused(&train(&["--lr", "1e20"]), &["step", "learning rate"]);
     // the same command meets its own state, another one that of other settings
     refused(
         &train(&["--lr", "1e19"]),
         &["`recipe.optimiser.lr`", "--restart"],
-    );
-    refused(
-        &train(&["--output", "logged", "--log", "recipe.json"]),
-        &["--log", "exists already", "--force"],
     );
     refused(
         &train(&["--log", "pruned/flux.safetensors", "--force"]),

@@ -57,9 +57,6 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         return train_memory::dry_run(args, &pair, &resolved, &sandwiches, way, &runtime);
     }
     target::check_writable(&args.output)?;
-    if let Some(log) = &args.log {
-        check_log(log, resuming || args.force)?;
-    }
     let settings = train::settings(&pair, &resolved, &runtime);
     let state = StateFile::new(&folder, settings.clone());
     if let Some(report) = finished(&args.output, &settings).filter(|_| !args.force) {
@@ -67,6 +64,9 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         ui::note(format!("`{}` is of this very run", args.output.display()));
         show(args, &report)?;
         return state::remove(&folder);
+    }
+    if let Some(log) = &args.log {
+        check_log(log, resuming || args.force)?;
     }
     target::check_folder(&args.output, args.force)?;
     let saved = state.load()?;
