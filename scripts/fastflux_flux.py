@@ -106,6 +106,7 @@ class FastFluxTransformer2DModel(FluxTransformer2DModel):
 
     _auto_class = "AutoModel"  # `save_pretrained` writes the `auto_map` again
     _no_split_modules = [*FluxTransformer2DModel._no_split_modules, "ReplacedBlock"]
+    _renumbered = False  # whether `renumbered` was called: who knows of it need not be told
 
     @register_to_config
     def __init__(
@@ -167,6 +168,7 @@ class FastFluxTransformer2DModel(FluxTransformer2DModel):
 
     def renumbered(self, lora):
         """A LoRA of the unpruned model in diffusers' names, its blocks numbered as they are here; those that were replaced are left out."""
+        self._renumbered = True
         here = {}
         for kind, slots in slots_of(self.config.fastflux).items():
             for slot, entry in enumerate(slots):
@@ -181,7 +183,8 @@ class FastFluxTransformer2DModel(FluxTransformer2DModel):
 
     def load_lora_adapter(self, *args, **kwargs):
         slots = slots_of(self.config.fastflux).values()
-        if any(isinstance(entry, str) and int(entry.split(".")[1]) != slot for entries in slots for slot, entry in enumerate(entries)):
+        moved = any(isinstance(entry, str) and int(entry.split(".")[1]) != slot for entries in slots for slot, entry in enumerate(entries))
+        if moved and not self._renumbered:
             logger.warning(
                 "Blocks are numbered from 0 without gaps in this pruned model. Pass a LoRA of the unpruned one through "
                 "`transformer.renumbered(state_dict)` first."
@@ -243,11 +246,11 @@ def diffusers_names(state, record):
 
 
 def unscaled(state):
-    """float8 weights multiplied by their scales, in bfloat16; other tensors as they are."""
+    """float8 weights multiplied by their scales, in float32, so that they are rounded once, to the dtype asked for; other tensors as they are."""
     state.pop("scaled_fp8", None)
     scales = {name.removesuffix(".scale_weight"): state.pop(name) for name in list(state) if name.endswith(".scale_weight")}
     for name, tensor in state.items():
         if tensor.dtype == torch.float8_e4m3fn:
             scale = scales.get(name.removesuffix(".weight"), torch.ones(())).float()
-            state[name] = (tensor.float() * scale).bfloat16()
+            state[name] = tensor.float() * scale
     return state

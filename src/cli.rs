@@ -72,7 +72,7 @@ pub enum Command {
     Plan(PlanArgs),
     /// Replace the least important blocks by linear layers and write a pruned checkpoint.
     #[command(
-        after_help = "Examples:\n  fastflux prune --ratio 0.2 --output pruned\n  fastflux prune --model black-forest-labs/FLUX.1-schnell --ratio 0.2 --prompts prompts.txt --output schnell-20"
+        after_help = "Examples:\n  fastflux prune --ratio 0.2 --output pruned\n  fastflux prune --model black-forest-labs/FLUX.1-schnell --ratio 0.2 --prompts prompts.txt --output schnell-20\n  fastflux prune --plan plan.json --output mine\n\nA plan.json by hand (a layer for double.01, one layer for two neighbours, single.07 left out; other forms: conditioned, modulated):\n  {\"replace\": [\n    {\"replaces\": [\"double.01\"], \"form\": \"linear\"},\n    {\"replaces\": [\"single.03\", \"single.04\"], \"form\": \"linear\"},\n    {\"replaces\": [\"single.07\"], \"form\": \"remove\"}\n  ]}"
     )]
     Prune(PruneArgs),
     /// Train what a pruned model has in place of its blocks, and LoRA beside it, towards the unpruned model.
@@ -227,7 +227,7 @@ pub struct PruneArgs {
     pub pipeline: PipelineArgs,
     #[command(flatten)]
     pub goal: GoalArgs,
-    /// Carry out this plan (made by `plan`, an earlier run or yourself) instead of choosing blocks.
+    /// Carry out this plan (made by `plan`, an earlier run or yourself, as below) instead of choosing blocks.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["goal", "protect", "form"])]
     pub plan: Option<PathBuf>,
     /// What takes a block's place: linear, conditioned, modulated or remove. Default: linear.
@@ -270,7 +270,7 @@ pub struct GenerateArgs {
     /// What to draw; may be given several times.
     #[arg(long, required_unless_present = "prompt_file")]
     pub prompt: Vec<String>,
-    /// Prompts to draw, one a line.
+    /// Prompts to draw, one a line; - reads standard input. Every line counts that is not empty, also one with a # in front.
     #[arg(long, value_name = "FILE")]
     pub prompt_file: Option<PathBuf>,
     /// Sampling steps. Default: the model's own (dev 28, schnell 4).

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use candle::{DType, Device, Tensor};
 use fastflux::files::{Blob, Files};
 use fastflux::sample::noise::Generator;
-use fastflux::sample::text::TextEncoders;
+use fastflux::sample::text::{Cut, TextEncoders};
 use fastflux::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
 use fastflux::sample::vae::{Vae, keys};
 
@@ -38,6 +38,25 @@ fn prompts() -> Result<Vec<String>> {
     let (_, header) = safetensors::SafeTensors::read_metadata(&bytes)?;
     let metadata = header.metadata().as_ref().context("no metadata")?;
     Ok(serde_json::from_str(&metadata["prompts"])?)
+}
+
+#[test]
+fn prompts_that_are_too_long_are_counted() -> Result<()> {
+    let encoders = TextEncoders::load(&Files::bundled(), None, 12, DType::F32, &Device::Cpu)?;
+    let cut = |prompts: &[String]| -> Result<[usize; 2]> {
+        Ok(encoders.cut(prompts)?.map(|cut| cut.prompts))
+    };
+    let known: Vec<String> = std::fs::read_to_string(path("configs/tiny/prompts.txt"))?
+        .lines()
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(cut(&known)?, [0, 0], "the model's own captions");
+    let words = |count: usize| vec!["red"; count].join(" ");
+    // T5 reads 12 tokens with the end token, CLIP 14 with start and end
+    let found = encoders.cut(&[words(12), words(13), words(14)])?;
+    let expected = [(1, 14), (2, 12)].map(|(prompts, length)| Cut { prompts, length });
+    assert_eq!(found, expected);
+    Ok(())
 }
 
 #[test]

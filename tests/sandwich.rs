@@ -252,8 +252,18 @@ fn a_kept_lora_leaves_the_weights_alone_and_has_the_names_of_peft() {
             lora.iter().map(|(n, _)| n)
         );
     }
-    // the healed model opens
-    ok(folder, &["inspect", "--model", "kept"]);
+    // the healed model opens, and says that it is not whole; the pruned one has nothing to say
+    for (model, warns) in [
+        ("kept", true),
+        ("kept/flux.safetensors", true),
+        ("pruned", false),
+    ] {
+        let out = fastflux(folder, &["inspect", "--model", model]);
+        let message = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success(), "{message}");
+        let says = message.contains("lora.safetensors") && message.contains("not applied");
+        assert_eq!(says, warns, "{model}: {message}");
+    }
     ok(
         folder,
         &[

@@ -12,20 +12,24 @@ use crate::formats::{LARGEST, Packed};
 pub enum Target {
     /// All tensors as floats of one width, in safetensors.
     Plain(Dtype),
-    /// The blocks' matrices as float8 in safetensors, the rest as it is; with a scale for each matrix or without.
+    /// The kept blocks' matrices as float8 in safetensors, replacement layers in 16 bits, the rest as it is; with a scale for each matrix or without.
     Float8 {
         /// Whether each matrix is scaled to the range of float8.
         scaled: bool,
     },
-    /// The blocks' matrices as GGML blocks of this format in GGUF, the rest as floats.
+    /// The kept blocks' matrices as GGML blocks of this format in GGUF, replacement layers as `Q8_0`, the rest as floats.
     Gguf(Packed),
 }
 
 impl Target {
     /// The format that a tensor gets.
+    ///
+    /// Layers that stand for replaced blocks act on the stream itself, which nothing has normalised: few as their
+    /// weights are, in 4 or 8-bit floats they would cost as much error as all kept blocks together.
     pub fn format(self, name: &str, source: &Source) -> Format {
         let matrix = source.shape().len() == 2;
-        let of_block = matrix && keys::parse(name).is_some();
+        let key = keys::parse(name).filter(|_| matrix);
+        let (of_block, of_replacement) = (key.is_some(), key.is_some_and(|k| k.of_replacement()));
         // what is not in the blocks stays in floats, as wide as it was
         let float = match source.format() {
             Format::Packed(_) => Format::Plain(Dtype::BF16),
@@ -33,13 +37,23 @@ impl Target {
         };
         match self {
             Self::Plain(dtype) => Format::Plain(dtype),
+            // what was packed before gains nothing by being widened
+            Self::Float8 { .. }
+                if of_replacement && source.format().dtype() != Some(Dtype::F8_E4M3) =>
+            {
+                match float {
+                    Format::Plain(Dtype::F16) => float,
+                    _ => Format::Plain(Dtype::BF16),
+                }
+            }
             Self::Float8 { .. } if of_block => Format::Packed(Packed::F8E4M3),
             // ComfyUI-GGUF and llama.cpp keep vectors in f32
             Self::Gguf(_) if !matrix => Format::Plain(Dtype::F32),
             Self::Gguf(packed) if of_block => {
                 let width = source.shape().last().copied().unwrap_or(0);
                 let fits = |packed: &Packed| width.is_multiple_of(packed.block());
-                [packed, Packed::Blocks(GgmlDType::Q8_0)]
+                let q8_0 = Packed::Blocks(GgmlDType::Q8_0);
+                [if of_replacement { q8_0 } else { packed }, q8_0]
                     .into_iter()
                     .find(fits)
                     .map_or(Format::Plain(Dtype::F16), Format::Packed)
@@ -104,4 +118,50 @@ pub fn for_safetensors(checkpoint: &Checkpoint) -> (Checkpoint, usize) {
         }
     }
     (out, count)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle::{DType, Device, Tensor};
+
+    use super::*;
+
+    #[test]
+    fn replacement_layers_keep_enough_bits() -> Result<()> {
+        let source = |dtype| -> Result<Source> {
+            Source::dense(&Tensor::ones((4, 256), dtype, &Device::Cpu)?)
+        };
+        let (plain, q8_0) = (
+            Format::Plain,
+            Format::Packed(Packed::Blocks(GgmlDType::Q8_0)),
+        );
+        let f8 = Format::Packed(Packed::F8E4M3);
+        let q4_k = Packed::Blocks(GgmlDType::Q4K);
+        let float8 = Target::Float8 { scaled: true };
+        let [layer, kept] =
+            ["linear.img.weight", "linear1.weight"].map(|tail| format!("single_blocks.0.{tail}"));
+        let packed = source(DType::F32)?.converted(f8, None);
+        for (target, source, of_layer, of_kept) in [
+            (float8, source(DType::F32)?, plain(Dtype::BF16), f8),
+            (float8, source(DType::BF16)?, plain(Dtype::BF16), f8),
+            (float8, source(DType::F16)?, plain(Dtype::F16), f8),
+            (float8, packed, f8, f8),
+            (
+                Target::Gguf(q4_k),
+                source(DType::BF16)?,
+                q8_0,
+                Format::Packed(q4_k),
+            ),
+        ] {
+            let found = [&layer, &kept].map(|name| target.format(name, &source));
+            assert_eq!(
+                found,
+                [of_layer, of_kept],
+                "{target:?} of {}",
+                source.format()
+            );
+            assert!(!target.scales(&layer, &source), "{target:?}");
+        }
+        Ok(())
+    }
 }

@@ -23,6 +23,13 @@ pub struct BlockKey<'a> {
     pub tail: &'a str,
 }
 
+impl BlockKey<'_> {
+    /// Whether the tensor belongs to a layer that stands for replaced blocks (`linear.txt.weight`), not to a kept block.
+    pub fn of_replacement(&self) -> bool {
+        self.tail.starts_with("linear.")
+    }
+}
+
 /// Splits a canonical name into its block and tail; `None` for names outside the blocks.
 pub fn parse(name: &str) -> Option<BlockKey<'_>> {
     let (kind, rest) = [BlockKind::Double, BlockKind::Single]
@@ -117,6 +124,9 @@ mod tests {
             (BlockKind::Double, 3, "img_attn.qkv.weight")
         );
         assert_eq!(parse("img_in.weight"), None);
+        let of_replacement = |name| parse(name).unwrap().of_replacement();
+        assert!(of_replacement("single_blocks.0.linear.img.weight"));
+        assert!(!of_replacement("single_blocks.0.linear1.weight"));
         assert_eq!(parse("double_blocksX.3.a"), None);
     }
 

@@ -198,6 +198,7 @@ mod tests {
             axes_dims: config.axes_dims.clone(),
             theta: config.theta,
             scheduler: base.scheduler.clone(),
+            parts: record::RecordedParts::default(),
             defaults: serde_json::json!({}),
             recipe: Value::Null,
         };

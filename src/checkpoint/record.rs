@@ -1,6 +1,6 @@
 //! What fastflux writes about a checkpoint into its metadata, so that the file opens by itself and can be traced.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -14,6 +14,24 @@ use crate::layout::{self, BlockId, BlockKind, BlockSpec};
 pub const KEY: &str = "fastflux";
 /// The version of the record that this build writes and the newest it reads.
 pub const VERSION: u32 = 1;
+
+/// Where the other parts of a model's pipeline were, where flags named them; absolute.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct RecordedParts {
+    /// `--text-encoders`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_encoders: Option<PathBuf>,
+    /// `--vae`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vae: Option<PathBuf>,
+}
+
+impl RecordedParts {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
 
 /// The record of a checkpoint that fastflux wrote.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,6 +53,9 @@ pub struct Record {
     pub theta: f64,
     /// The scheduler configuration, in diffusers' form.
     pub scheduler: Value,
+    /// Text encoders and VAE that the base does not bring along.
+    #[serde(default, skip_serializing_if = "RecordedParts::is_empty")]
+    pub parts: RecordedParts,
     /// Defaults for `generate`, as in a model folder's `fastflux.json`.
     pub defaults: Value,
     /// The recipe that made the checkpoint.

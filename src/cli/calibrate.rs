@@ -59,7 +59,8 @@ pub struct CalibrationArgs {
     /// Default: half of what is free.
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub stats_memory: Option<u64>,
-    /// Save unfinished work after this many seconds; the same command goes on from there.
+    /// Save the calibration after this many seconds of work, as OUTPUT.partial; the same command goes on from there. Scores
+    /// and fits are not saved: they are made again.
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     pub save_every: u64,
 }

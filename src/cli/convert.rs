@@ -20,10 +20,10 @@ use crate::{checkpoint::convert::Target, formats::Packed};
 pub struct ConvertArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Write safetensors in bf16, f16, f32 or f8e4m3 (float8 for the blocks' matrices, the rest as it is).
+    /// Write safetensors in bf16, f16, f32 or f8e4m3 (float8 for the kept blocks' matrices, the rest as it is).
     #[arg(long, value_parser = dtype)]
     pub dtype: Option<Target>,
-    /// Write GGUF with the blocks' matrices in q8_0 or q4_k.
+    /// Write GGUF with the kept blocks' matrices in q8_0 or q4_k.
     #[arg(long, value_name = "FORMAT", value_parser = gguf)]
     pub gguf: Option<Target>,
     /// With --dtype f8e4m3: no scale for each matrix, as plain ComfyUI files have it.

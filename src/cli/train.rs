@@ -82,7 +82,7 @@ pub struct TrainArgs {
     /// takes them. Default: what is free.
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub max_vram: Option<u64>,
-    /// Write the LoRA beside the checkpoint, in PEFT's names, instead of merging it.
+    /// Write the LoRA beside the checkpoint, in PEFT's names, instead of merging it; fastflux itself does not apply it.
     #[arg(long)]
     pub keep_lora: bool,
     /// Write the losses to this file as they come, one JSON object a line.

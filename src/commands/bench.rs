@@ -62,7 +62,7 @@ struct Row {
     share_of_peak_flops: f64,
     /// Share of the measured copy's speed.
     share_of_peak_bytes: f64,
-    /// Median of the first model's step by this one's.
+    /// Median of the first model's step by this one's, where there are two.
     #[serde(skip_serializing_if = "Option::is_none")]
     speed_up: Option<f64>,
 }
@@ -307,20 +307,16 @@ impl Bench<'_> {
         }
         let timings = latency::measure(&self.runtime.device, self.effort, &mut borrowed)?;
         let reference = timings.first().copied().unwrap_or_default();
-        let rows = models
-            .iter()
-            .zip(timings)
-            .enumerate()
-            .map(|(i, ((subject, _), time))| {
-                let cost = cost::model(&subject.config, given.image_tokens, given.text_tokens);
-                let tokens =
-                    given.image_tokens * (subject.config.in_channels + subject.config.out_channels);
-                let weights = demand::weights(&subject.config, subject.format(self.runtime));
-                let moved = Moved { weights, tokens };
-                let mut row = self.row(&subject.name, "step", given, time, cost, moved);
-                row.speed_up = (i > 0).then(|| reference.median / time.median);
-                row
-            });
+        let rows = models.iter().zip(timings).map(|((subject, _), time)| {
+            let cost = cost::model(&subject.config, given.image_tokens, given.text_tokens);
+            let tokens =
+                given.image_tokens * (subject.config.in_channels + subject.config.out_channels);
+            let weights = demand::weights(&subject.config, subject.format(self.runtime));
+            let moved = Moved { weights, tokens };
+            let mut row = self.row(&subject.name, "step", given, time, cost, moved);
+            row.speed_up = (models.len() > 1).then(|| reference.median / time.median);
+            row
+        });
         Ok(rows.collect())
     }
 
@@ -420,7 +416,7 @@ fn table(rows: &[Row]) -> String {
         "bytes",
         "of product",
         "of copy",
-        "",
+        "speed",
     ];
     ui::table(&header, &cells, &[3, 4, 5, 6, 7, 8, 9, 10, 11])
 }

@@ -154,6 +154,7 @@ pub(super) fn gathering(args: &CalibrationArgs, output: &Path, sums: bool) -> Ga
         partial: gather::partial(output),
         save_every: Duration::from_secs(args.save_every),
         sums,
+        more: true,
     }
 }
 
@@ -187,6 +188,7 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     )?;
     let gathering = Gathering {
         shard,
+        more: false, // the output is written at once
         ..gathering(&args.calibration, &args.output, true)
     };
     let calibration = gather::gather(&session, &gathering)?;
@@ -302,7 +304,7 @@ pub(super) fn merge(args: &crate::cli::MergeStatsArgs) -> Result<()> {
             .map(|unit| unit.to_string())
             .collect();
         bail!(
-            "units are missing: {} of {} are there, not {}\nhint: name the statistics files of all shards",
+            "{} of {} units are there; missing: {}\nhint: name the statistics files of all shards",
             header.done.len(),
             header.units,
             missing.join(", ")

@@ -10,7 +10,7 @@ use crate::{
     checkpoint::{
         Checkpoint,
         convert::{self, Target},
-        output,
+        keys, output,
         record::{self, Record},
         save,
         target::{self as place, OutputFolder},
@@ -182,6 +182,7 @@ fn record(pipeline: &Pipeline, args: &ConvertArgs) -> Result<Record> {
         axes_dims: config.axes_dims.clone(),
         theta: config.theta,
         scheduler: pipeline.scheduler.clone(),
+        parts: pipeline.recorded_parts(),
         defaults: serde_json::to_value(pipeline.recorded_defaults()?)?,
         recipe,
     })
@@ -200,10 +201,11 @@ fn formats(checkpoint: &Checkpoint) -> BTreeMap<String, Value> {
         .collect()
 }
 
-/// Says which matrices of the blocks could not have the format that was asked for.
+/// Says which matrices of the kept blocks could not have the format that was asked for.
 fn note_fallbacks(checkpoint: &Checkpoint, packed: Packed) {
     let unfit = checkpoint.iter().filter(|(name, source)| {
-        let matrix = source.shape().len() == 2 && crate::checkpoint::keys::parse(name).is_some();
+        let kept = keys::parse(name).is_some_and(|key| !key.of_replacement());
+        let matrix = source.shape().len() == 2 && kept;
         let width = source.shape().last().copied().unwrap_or(0);
         matrix && !width.is_multiple_of(packed.block())
     });

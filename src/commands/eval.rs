@@ -259,10 +259,11 @@ fn open(args: &EvalArgs) -> Result<(Pipeline, Vec<Pipeline>)> {
         .map(|model| Pipeline::open(&choice(model)))
         .collect::<Result<_>>()?;
     let baseline = match (&args.baseline, models.first()) {
-        (Some(baseline), _) => Pipeline::open(&choice(baseline)).context("--baseline")?,
-        (None, Some(model)) if model.record.is_some() => {
-            Pipeline::open(&choice(&model.base()?.locator))?
+        (Some(baseline), model) => {
+            let record = model.and_then(|model| model.record.as_ref());
+            Pipeline::open_original(&choice(baseline), record).context("--baseline")?
         }
+        (None, Some(model)) if model.record.is_some() => model.base_with(&choice(""))?,
         (None, Some(model)) => bail!(
             "`{}` does not say what it was made from\nhint: name the model to compare it with by --baseline",
             model.name

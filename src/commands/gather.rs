@@ -46,6 +46,8 @@ pub(super) struct Gathering {
     pub(super) save_every: Duration,
     /// Whether sums are wanted, or the pictures alone.
     pub(super) sums: bool,
+    /// Whether more work follows: then a finished calibration that took longer than `save_every` is saved there too.
+    pub(super) more: bool,
 }
 
 /// What to do about a statistics file that is damaged.
@@ -53,7 +55,8 @@ pub(super) const AGAIN: &str = "make it again with `fastflux calibrate`";
 
 /// Where unfinished work on `output` is kept: `stats.safetensors.partial`.
 pub(super) fn partial(output: &Path) -> PathBuf {
-    let mut name = output.as_os_str().to_owned();
+    // by its components: `pruned/` too is saved beside the folder, not in it
+    let mut name = output.components().as_path().as_os_str().to_owned();
     name.push(".partial");
     name.into()
 }
@@ -153,13 +156,16 @@ pub(super) fn gather(session: &Session, gathering: &Gathering) -> Result<Calibra
         .collect();
     let forwards = todo.iter().map(|unit| pass.forwards_of(*unit)).sum();
     let progress = ui::progress(forwards, "calibrating");
+    let begun = Instant::now();
     let (mut last, mut cost) = (Instant::now(), Duration::ZERO);
     for (position, unit) in todo.iter().enumerate() {
         let pictures = pass.run(*unit, &mut out.stats, &progress)?;
         out.pictures.insert(*unit, pictures);
         out.header.done.insert(*unit);
         let due = last.elapsed() >= gathering.save_every.max(cost * SAVING_SHARE);
-        if due && position + 1 < todo.len() {
+        let last_one = position + 1 == todo.len();
+        let finished = last_one && gathering.more && begun.elapsed() >= gathering.save_every;
+        if finished || due && !last_one {
             let start = Instant::now();
             out.write(path, true)?;
             (last, cost) = (Instant::now(), start.elapsed());
@@ -167,7 +173,12 @@ pub(super) fn gather(session: &Session, gathering: &Gathering) -> Result<Calibra
     }
     let seen = out.stats.blocks.iter().any(|b| b.moments().tokens > 0.0);
     let what = match (gathering.sums, session.settings.recipe.source) {
+        _ if todo.is_empty() => "nothing was left to calibrate".to_owned(),
         (true, _) if !seen => "pictures to compare by are there".to_owned(),
+        (true, _) if gathering.shard != Shard::WHOLE => {
+            let done = out.header.done.len();
+            format!("calibrated {done} of {} units", out.header.units)
+        }
         (true, source) => format!("calibrated on {} states ({source})", pass.states()),
         (false, _) => format!("sampled {} pictures", session.settings.prompts.len()),
     };

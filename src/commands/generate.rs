@@ -16,7 +16,7 @@ use crate::{
     device::Runtime,
     pipeline::{
         Pipeline,
-        defaults::{MOST_GUIDANCE, MOST_STEPS, MOST_TEXT},
+        defaults::{MOST_GUIDANCE, MOST_STEPS},
     },
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
@@ -40,14 +40,15 @@ struct Job {
     prompt: String,
     seed: u64,
     steps: usize,
-    guidance: f64,
+    /// `None` for a model that takes none.
+    guidance: Option<f64>,
     width: usize,
     height: usize,
     /// Which prompt of the list.
     #[serde(skip)]
     prompt_index: usize,
     /// Which picture of the prompt: its place in the noise drawn from the seed.
-    #[serde(skip)]
+    #[serde(rename = "image")]
     image_index: usize,
 }
 
@@ -136,7 +137,10 @@ fn jobs(
                 prompt: prompt.clone(),
                 seed: args.seed,
                 steps: args.steps.unwrap_or_else(|| pipeline.default_steps()),
-                guidance: args.guidance.unwrap_or_else(|| pipeline.default_guidance()),
+                guidance: pipeline
+                    .config
+                    .guidance_embed
+                    .then(|| args.guidance.unwrap_or_else(|| pipeline.default_guidance())),
                 width: size.width,
                 height: size.height,
                 prompt_index,
@@ -230,7 +234,7 @@ fn denoise(
         device: &runtime.device,
         schedule: &schedule,
         steps: first.steps,
-        guidance: first.guidance,
+        guidance: first.guidance.unwrap_or_default(),
         size: size.latent(),
     };
     let channels = pipeline.config.out_channels / 4;
@@ -284,7 +288,7 @@ fn write(job: &Job, picture: &Picture, pipeline: &Pipeline) -> Result<()> {
         ("seed", &job.seed.to_string()),
         ("image", &job.image_index.to_string()),
         ("steps", &job.steps.to_string()),
-        ("guidance", &job.guidance.to_string()),
+        ("guidance", &job.guidance.unwrap_or_default().to_string()),
         ("size", &size),
         ("model", &pipeline.locator),
         ("Software", &load::software()),

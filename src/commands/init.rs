@@ -202,6 +202,7 @@ mod tests {
             axes_dims: config.axes_dims.clone(),
             theta: config.theta,
             scheduler: bundled.scheduler.clone(),
+            parts: crate::checkpoint::record::RecordedParts::default(),
             defaults: json!({}),
             recipe: json!({}),
         };

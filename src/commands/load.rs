@@ -103,6 +103,18 @@ pub(super) fn encode_prompts(
 ) -> Result<Encoded> {
     let encoders = text_encoders(pipeline, &pipeline.text_files()?, length, runtime)?;
     let encoded = encode(&encoders, prompts)?;
+    for (name, cut) in ["CLIP", "T5"].iter().zip(encoders.cut(prompts)?) {
+        if cut.prompts > 0 {
+            let which = match prompts.len() {
+                1 => "the prompt is".to_owned(),
+                all => format!("{} of {all} prompts are", cut.prompts),
+            };
+            ui::note(format!(
+                "{which} longer than the {} tokens that {name} reads: what follows is cut off",
+                cut.length
+            ));
+        }
+    }
     drop(encoders);
     ui::note(format!(
         "encoded {} prompt{} and freed the text encoders",

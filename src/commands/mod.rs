@@ -1,6 +1,6 @@
 //! One file per subcommand: read, call the stage, write. All I/O and talk happens here.
 
-use std::{path::Path, process::ExitCode};
+use std::{io::Read, path::Path, process::ExitCode};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -138,7 +138,13 @@ fn picture_size(
 /// The prompts of a file, one a line; blank lines are passed over.
 fn read_prompts(flag: &str, path: &Path) -> Result<Vec<String>> {
     let name = path.display();
-    let bytes = std::fs::read(path).with_context(|| format!("{flag}: cannot read `{name}`"))?;
+    let bytes = if path == Path::new("-") {
+        let mut bytes = Vec::new();
+        std::io::stdin().read_to_end(&mut bytes).map(|_| bytes)
+    } else {
+        std::fs::read(path)
+    };
+    let bytes = bytes.with_context(|| format!("{flag}: cannot read `{name}`"))?;
     let Ok(text) = String::from_utf8(bytes) else {
         bail!("{flag}: `{name}` is not UTF-8 text")
     };

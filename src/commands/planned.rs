@@ -93,6 +93,7 @@ impl Planned {
             axes_dims: config.axes_dims.clone(),
             theta: config.theta,
             scheduler: base.scheduler.clone(),
+            parts: base.recorded_parts(),
             defaults: serde_json::to_value(base.recorded_defaults()?)?,
             recipe: json!({ "prune": self.recipe, "plan": self.plan }),
         };

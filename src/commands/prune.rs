@@ -226,7 +226,7 @@ fn find(
     )?;
     ui::done(
         &progress,
-        format!("fitted {} layers on the pruned prefix", plan.replace.len()),
+        format!("fitted {} on the pruned prefix", layers(plan.replace.len())),
     );
     let mut pruned = refit::pruned(&session.flux, &plan.replace, &fits.layers, session.runtime)?;
     outputs::put(&mut pruned, &fits.outputs, session.runtime)?;
@@ -262,6 +262,7 @@ fn record(
         axes_dims: config.axes_dims.clone(),
         theta: config.theta,
         scheduler: pipeline.scheduler.clone(),
+        parts: pipeline.recorded_parts(),
         defaults: serde_json::to_value(pipeline.recorded_defaults()?)?,
         recipe: json!({ "prune": recipe, "plan": found.plan }),
     })
@@ -333,6 +334,10 @@ fn write(session: &Session, folder: &Path, found: &Found) -> Result<()> {
 fn scores(selection: &Selection) -> Vec<BlockScore> {
     let measured = BTreeMap::from([(Metric::Ablation, selection.greedy.alone.clone())]);
     score::of_blocks(&selection.stats, &selection.fits, &measured)
+}
+
+fn layers(count: usize) -> String {
+    format!("{count} layer{}", if count == 1 { "" } else { "s" })
 }
 
 /// The numbers of the run, as `--json` prints them.

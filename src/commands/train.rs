@@ -30,6 +30,10 @@ use crate::{
 const SAMPLES_LARGE: usize = 128;
 /// Share of the pictures that is held out.
 const HELD_OUT_SHARE: usize = 8;
+/// From the run's seed to that of the noise of its first picture. Calibration takes `seed`, `seed + 1`, … for the same
+/// lists of prompts: without a distance the held-out pictures of training could be those that `prune` was fitted to.
+/// Only the lower 32 bits of a seed count in drawing noise, so this is as far as two seeds can be apart.
+const NOISE_OF_TRAINING: u64 = 1 << 31;
 /// Image tokens from which a picture counts as large.
 const LARGE: usize = 1024;
 /// Tokens in one forward where the recipe names no batch.
@@ -62,13 +66,19 @@ impl Pair {
         );
         let teacher = match &args.teacher {
             None => pruned
-                .base()
+                // --config is the pruned model's, whose record knows what it says of both
+                .base_with(&ModelChoice {
+                    config: None,
+                    ..args.pipeline.choice()
+                })
                 .context("the teacher\nhint: name the original model with --teacher")?,
-            Some(name) => Pipeline::open(&ModelChoice {
-                model: Some(name.clone()),
-                ..args.pipeline.choice()
-            })
-            .context("--teacher")?,
+            Some(name) => {
+                let choice = ModelChoice {
+                    model: Some(name.clone()),
+                    ..args.pipeline.choice()
+                };
+                Pipeline::open_original(&choice, Some(&record)).context("--teacher")?
+            }
         };
         let found = record::fingerprint(&teacher.transformer)?;
         ensure!(
@@ -335,12 +345,13 @@ pub(super) fn pictures(
     let new = |latents: Tensor, prompts: Encoded| {
         Pictures::new(latents, prompts, resolved.size.latent(), guidance, runtime)
     };
+    let seed = seed_of_pictures(resolved.recipe.seed);
     // what the pictures depend on, and nothing else
     let key = json!({
         "teacher": settings["teacher"],
         "prompts": settings["prompts"],
         "runtime": settings["runtime"],
-        "seed": resolved.recipe.seed,
+        "seed": seed,
         "steps": data.steps,
         "guidance": guidance,
         "size": [resolved.size.width, resolved.size.height],
@@ -381,7 +392,6 @@ pub(super) fn pictures(
     let batch = (TOKENS_PER_SAMPLING / tokens).max(1);
     let progress = ui::progress(encoded.len().div_ceil(batch) * denoise.steps, "sampling");
     let channels = teacher.config.out_channels / 4;
-    let seed = resolved.recipe.seed;
     let latents = calibrate::sample(
         &denoise, &encoded, channels, batch, together, seed, &progress,
     )?;
@@ -401,6 +411,11 @@ pub(super) fn pictures(
     Ok((flux, new(latents, encoded)?))
 }
 
+/// The seed of the first picture's noise; picture i has that of `+ i`.
+fn seed_of_pictures(seed: u64) -> u64 {
+    seed.wrapping_add(NOISE_OF_TRAINING)
+}
+
 /// How many of all pictures are held out.
 pub(super) fn held_out_pictures(all: usize) -> usize {
     (all / HELD_OUT_SHARE).max(1)
@@ -409,4 +424,30 @@ pub(super) fn held_out_pictures(all: usize) -> usize {
 /// Whether pictures have so many tokens that activations are computed again rather than kept.
 pub(super) fn large(resolved: &Resolved) -> bool {
     resolved.size.tokens() >= LARGE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample::noise::Generator;
+
+    #[test]
+    fn pictures_of_training_are_not_those_of_calibration() -> Result<()> {
+        let noise = |seed| -> Result<Vec<f32>> {
+            Ok(Generator::new(seed).randn(8, &Device::Cpu)?.to_vec1()?)
+        };
+        for seed in [0, 7, (1 << 31) - 1, u64::from(u32::MAX), u64::MAX] {
+            let ours = noise(seed_of_pictures(seed))?;
+            // either list may be longer than the other
+            for picture in [0, 1, 639, 100_000] {
+                let other = |from: u64| noise(from.wrapping_add(picture));
+                assert_ne!(ours, other(seed)?, "{seed} {picture}");
+                let later = seed_of_pictures(seed).wrapping_add(picture);
+                assert_ne!(noise(later)?, noise(seed)?, "{seed} {picture}");
+            }
+            // what is compared would show it: a whole turn of 32 bits is the same noise
+            assert_eq!(noise(seed)?, noise(seed.wrapping_add(1 << 32))?);
+        }
+        Ok(())
+    }
 }

@@ -9,13 +9,13 @@ use crate::{
     checkpoint::{Checkpoint, Source, convert, output, record::Record, save, target::OutputFolder},
     cli::TrainArgs,
     model::{Linear, Lora, Trunk},
+    pipeline::LORA_FILE,
     train::{chart, peft, state::Saved},
+    ui,
 };
 
 /// The trained values, in f32 under the names of the blocks they belong to.
 const SANDWICH: &str = "sandwich.safetensors";
-/// The LoRA in PEFT's names.
-const LORA: &str = "lora.safetensors";
 
 /// What became of every phase, and all settings.
 pub(super) const REPORT: &str = "training.json";
@@ -28,7 +28,7 @@ pub(super) fn write(
     done: &Saved,
     report: &Value,
 ) -> Result<()> {
-    let record = record(pair, report)?;
+    let record = record(pair, report, args.keep_lora)?;
     let config = &pair.pruned.config;
     let checkpoint = healed(pair, student, !args.keep_lora)?;
     let folder = OutputFolder::create(&args.output, args.force)?;
@@ -43,14 +43,21 @@ pub(super) fn write(
     save::write(&values, &path.join(SANDWICH))?;
     if args.keep_lora {
         let lora = peft::lora(config, student)?;
-        save::write(&lora, &path.join(LORA))?;
+        save::write(&lora, &path.join(LORA_FILE))?;
     }
     output::write_json(&path.join(REPORT), report)?;
     save::write_bytes(
         &path.join("loss.svg"),
         chart::losses(&done.progress.log).as_bytes(),
     )?;
-    folder.finish()
+    folder.finish()?;
+    if args.keep_lora {
+        ui::note(format!(
+            "the LoRA lies beside the model in `{}`, in the names of PEFT and diffusers (`load_lora_weights`): fastflux itself does not apply it, so its own pictures and numbers are those without it\nhint: without --keep-lora it is merged",
+            args.output.join(LORA_FILE).display()
+        ));
+    }
+    Ok(())
 }
 
 /// The pruned checkpoint with the trained layers in it and, where `merge`, the LoRA added to the weights beside them.
@@ -107,7 +114,7 @@ fn insert(out: &mut Checkpoint, name: &str, value: &Tensor) -> Result<()> {
     Ok(())
 }
 
-fn record(pair: &Pair, report: &Value) -> Result<Record> {
+fn record(pair: &Pair, report: &Value, kept_lora: bool) -> Result<Record> {
     let before = pair
         .pruned
         .record
@@ -119,7 +126,7 @@ fn record(pair: &Pair, report: &Value) -> Result<Record> {
     };
     recipe.insert(
         "train-sandwich".to_owned(),
-        json!({ "recipe": report["recipe"], "phases": report["phases"] }),
+        json!({ "recipe": report["recipe"], "phases": report["phases"], "kept-lora": kept_lora }),
     );
     Ok(Record {
         tool: load::software(),

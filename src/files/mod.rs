@@ -276,7 +276,8 @@ impl Files {
         match &self.root {
             Root::Bundled => BUNDLED.to_owned(),
             Root::Folder(dir) => {
-                let dir = dir.join(&self.prefix);
+                // by its components: without a slash at the end
+                let dir: PathBuf = dir.join(&self.prefix).components().collect();
                 std::path::absolute(&dir)
                     .unwrap_or(dir)
                     .display()

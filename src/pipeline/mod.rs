@@ -13,7 +13,7 @@ use crate::{
     checkpoint::{
         Checkpoint, advise,
         config::{self, ConfigFile},
-        record::{self, Record},
+        record::{self, Record, RecordedParts},
     },
     files::{BUNDLED, Blob, Files},
     layout::{BlockKind, FluxConfig},
@@ -42,6 +42,21 @@ pub struct ModelChoice {
     pub text_encoders: Option<PathBuf>,
     /// `--vae`: a VAE file or folder.
     pub vae: Option<PathBuf>,
+}
+
+impl ModelChoice {
+    /// Fills in what flags left open from where it was before, as far as it is still there.
+    fn take_parts(&mut self, parts: Option<&RecordedParts>) {
+        let Some(parts) = parts else {
+            return;
+        };
+        let there = |path: &Option<PathBuf>| path.clone().filter(|path| path.exists());
+        self.text_encoders = self
+            .text_encoders
+            .take()
+            .or_else(|| there(&parts.text_encoders));
+        self.vae = self.vae.take().or_else(|| there(&parts.vae));
+    }
 }
 
 /// Where a model's VAE is.
@@ -92,6 +107,15 @@ impl Pipeline {
     /// # Errors
     /// When nothing is there, it is not a FLUX model, files are damaged, or configs contradict the tensors.
     pub fn open(choice: &ModelChoice) -> Result<Self> {
+        Self::open_original(choice, None)
+    }
+
+    /// Opens the unpruned model that `of` was made from: what its files do not say (rotary axes, scheduler) is taken from
+    /// there. Any other model is opened as [`Self::open`] does.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_original(choice: &ModelChoice, of: Option<&Record>) -> Result<Self> {
         let found = locate(choice.model.as_deref())?;
         let record = Record::read(&found.raw.name, &found.raw.metadata);
         let record = advise(record, DAMAGED)?;
@@ -103,17 +127,32 @@ impl Pipeline {
         }
         configs.extend(found.configs);
         configs.extend(metadata_config(&found.raw));
+        let known = match (&record, of) {
+            (None, Some(of)) if record::fingerprint(&transformer)? == of.base_fingerprint => {
+                configs.push(ConfigFile {
+                    name: "the record of the pruned model".to_owned(),
+                    json: serde_json::json!({ "axes_dims_rope": of.axes_dims, "theta": of.theta }),
+                });
+                Some(of)
+            }
+            _ => record.as_ref(),
+        };
         let config = config::infer(&transformer, record.as_ref(), &configs)?;
         let flux1 =
             config.head_dim() == 128 && config.context_in_dim == 4096 && config.vec_in_dim == 768;
         let (scheduler, scheduler_name) = scheduler(
             &configs,
             found.pipeline.as_ref(),
-            record.as_ref(),
+            known,
             &config,
             &found.raw.name,
         )?;
         let defaults = defaults(found.pipeline.as_ref(), record.as_ref(), &found.raw.name)?;
+        if let Some(record) = &record {
+            warn_of_kept_lora(record, found.pipeline.as_ref(), &found.raw.name)?;
+        }
+        let mut choice = choice.clone();
+        choice.take_parts(known.map(|r| &r.parts));
         Ok(Self {
             name: choice.model.clone().unwrap_or_else(|| BUNDLED.to_owned()),
             locator: found.locator,
@@ -124,7 +163,7 @@ impl Pipeline {
             scheduler_name,
             defaults,
             parts: Parts {
-                choice: choice.clone(),
+                choice,
                 own: found.pipeline,
                 base: record.as_ref().map(|r| r.base.clone()),
                 flux1,
@@ -138,14 +177,22 @@ impl Pipeline {
     /// # Errors
     /// When the base cannot be opened, or is not the model the record says.
     pub fn base(&self) -> Result<Self> {
+        self.base_with(&ModelChoice::default())
+    }
+
+    /// The same with flags for what lies beside the transformer; `choice.model` counts for nothing.
+    ///
+    /// # Errors
+    /// As [`Self::base`].
+    pub fn base_with(&self, choice: &ModelChoice) -> Result<Self> {
         let Some(record) = &self.record else {
             return Ok(self.clone());
         };
         let choice = ModelChoice {
             model: Some(record.base.clone()),
-            ..ModelChoice::default()
+            ..choice.clone()
         };
-        let base = Self::open(&choice)
+        let base = Self::open_original(&choice, Some(record))
             .with_context(|| format!("`{}` was pruned from `{}`", self.name, record.base))?;
         let found = record::fingerprint(&base.transformer)?;
         ensure!(
@@ -252,6 +299,15 @@ impl Pipeline {
             text_length: Some(self.default_text_length()?),
             ..self.defaults.clone()
         })
+    }
+
+    /// The text encoders and the VAE that flags or a record named, absolute, for the record of what is made of this model.
+    pub fn recorded_parts(&self) -> RecordedParts {
+        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        RecordedParts {
+            text_encoders: self.parts.choice.text_encoders.as_ref().map(absolute),
+            vae: self.parts.choice.vae.as_ref().map(absolute),
+        }
     }
 
     /// The folder with text encoders and tokenizers.
@@ -387,6 +443,25 @@ fn flux1_scheduler(dev: bool) -> Value {
         "base_image_seq_len": 256,
         "max_image_seq_len": 4096,
     })
+}
+
+/// The LoRA that `train-sandwich --keep-lora` writes beside the checkpoint.
+pub const LORA_FILE: &str = "lora.safetensors";
+
+/// Says that a model was trained with a LoRA that is not in its weights.
+fn warn_of_kept_lora(record: &Record, folder: Option<&Files>, name: &str) -> Result<()> {
+    let Some(training) = record.recipe.get("train-sandwich") else {
+        return Ok(());
+    };
+    let recorded = training["kept-lora"].as_bool();
+    // earlier versions did not record it
+    let beside = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
+    if recorded.map_or_else(beside, Ok)? {
+        crate::ui::warn(format!(
+            "`{name}` was trained together with a LoRA, `{LORA_FILE}`, that is not in its weights and is not applied here: pictures and numbers are those without it\nhint: `fastflux train-sandwich` without --keep-lora merges it; diffusers applies it with `load_lora_weights`"
+        ));
+    }
+    Ok(())
 }
 
 fn defaults(pipeline: Option<&Files>, record: Option<&Record>, name: &str) -> Result<Defaults> {

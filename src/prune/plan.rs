@@ -49,11 +49,13 @@ pub enum PlanError {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct PruningPlan {
-    /// [`fingerprint`](crate::checkpoint::record::fingerprint) of the model it was made for.
+    /// [`fingerprint`](crate::checkpoint::record::fingerprint) of the model it was made for; empty in a plan for any model.
+    #[serde(default)]
     pub source: String,
     /// What to do, in network order.
     pub replace: Vec<Replacement>,
     /// How the blocks were chosen, for people.
+    #[serde(default)]
     pub reason: String,
 }
 
@@ -333,6 +335,12 @@ mod tests {
         );
         assert_eq!(serde_json::from_str::<PruningPlan>(&json).unwrap(), plan);
         let misspelt = json.replace("reason", "raison");
+        let by_hand = r#"{"replace": [{"replaces": ["double.01"], "form": "linear"}]}"#;
+        let by_hand: PruningPlan = serde_json::from_str(by_hand).unwrap();
+        assert_eq!(by_hand.validate(&config(2, 4)), Ok(()));
+        assert!(by_hand.source.is_empty());
+        let nothing = serde_json::from_str::<PruningPlan>("{}").unwrap_err();
+        assert!(nothing.to_string().contains("replace"), "{nothing}");
         assert!(serde_json::from_str::<PruningPlan>(&misspelt).is_err());
     }
 

@@ -276,19 +276,17 @@ fn pictures_depend_on_the_seed_alone_and_carry_their_settings() {
         format!("a red circle\n{prompt}\n"),
     )
     .unwrap();
-    ok(
-        work.path(),
-        &[
-            "generate",
-            "--prompt-file",
-            "prompts.txt",
-            "--steps",
-            "3",
-            "--seed",
-            "7",
-            "--output",
-            "many/{prompt}.png",
-        ],
+    let args = ["generate", "--prompt-file", "-", "--steps", "3"];
+    let more = ["--seed", "7", "--output", "many/{prompt}.png"];
+    let list = fs::File::open(work.path().join("prompts.txt")).unwrap();
+    let out = command(work.path(), &[&args[..], &more[..]].concat())
+        .stdin(list)
+        .output()
+        .unwrap();
+    assert!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
     );
     let pixels = |bytes: &[u8]| {
         let mut reader = png::Decoder::new(std::io::Cursor::new(bytes.to_vec()))

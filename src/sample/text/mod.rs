@@ -42,11 +42,28 @@ impl ClipText {
 
 /// Token ids of a prompt, cut and padded to what the model takes.
 fn clip_ids(clip: &Clip, tokenizer: &PromptTokenizer, prompt: &str) -> Result<Vec<u32>> {
+    tokenizer
+        .encode(prompt, clip_length(clip, tokenizer))
+        .context("CLIP tokenizer")
+}
+
+/// Tokens that CLIP is given of a prompt.
+fn clip_length(clip: &Clip, tokenizer: &PromptTokenizer) -> usize {
     let positions = clip.max_length();
-    let length = tokenizer
-        .model_max_length()
-        .map_or(positions, |n| n.min(positions));
-    tokenizer.encode(prompt, length).context("CLIP tokenizer")
+    let limit = tokenizer.model_max_length();
+    limit.map_or(positions, |n| n.min(positions))
+}
+
+/// How many prompts have an end that an encoder does not read, and how many tokens it reads.
+///
+/// One token over does not count: that is the full stop, or the last word of the bundled model's longest captions, which
+/// says nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// Prompts that are cut.
+    pub prompts: usize,
+    /// Tokens that are left of them, start and end tokens included.
+    pub length: usize,
 }
 
 /// Both text encoders with their tokenizers.
@@ -110,12 +127,25 @@ impl TextEncoders {
         Ok((clip, t5))
     }
 
-    /// Tokens a prompt has for T5 before it is cut; more than [`Self::text_length`] means that its end is lost.
+    /// How many of the prompts CLIP and T5 do not read to their end.
     ///
     /// # Errors
-    /// When the tokenizer fails.
-    pub fn t5_token_count(&self, prompt: &str) -> Result<usize> {
-        self.t5_tokenizer.token_count(prompt)
+    /// When a tokenizer fails.
+    pub fn cut(&self, prompts: &[String]) -> Result<[Cut; 2]> {
+        let cut = |tokenizer: &PromptTokenizer, length: usize| -> Result<Cut> {
+            let counts: Result<Vec<usize>> =
+                prompts.iter().map(|p| tokenizer.token_count(p)).collect();
+            let prompts = counts?
+                .into_iter()
+                .filter(|count| *count > length + 1)
+                .count();
+            Ok(Cut { prompts, length })
+        };
+        let clip = clip_length(&self.clip, &self.clip_tokenizer);
+        Ok([
+            cut(&self.clip_tokenizer, clip)?,
+            cut(&self.t5_tokenizer, self.text_length)?,
+        ])
     }
 
     /// Number of T5 tokens that every prompt is given.
