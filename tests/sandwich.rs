@@ -163,11 +163,14 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
             done = child.try_wait().unwrap();
         }
         if done.is_none() && kills < 12 {
-            std::thread::sleep(Duration::from_micros((random >> 33) % 150_000));
+            // the first ones at once: a fast machine must not get to the end
+            if kills >= 3 {
+                std::thread::sleep(Duration::from_micros((random >> 33) % 150_000));
+            }
             child.kill().unwrap();
-            kills += 1;
         }
         let out = child.wait_with_output().unwrap();
+        kills += usize::from(out.status.code().is_none());
         resumed += usize::from(String::from_utf8_lossy(&out.stderr).contains("going on with"));
         if out.status.success() {
             break;

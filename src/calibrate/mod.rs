@@ -104,7 +104,8 @@ pub fn gather_behind(
     runtime: &Runtime,
     progress: &ProgressBar,
 ) -> Result<CalibrationStats> {
-    for range in states.batches(batch) {
+    for (forward, range) in states.batches(batch).enumerate() {
+        stats.start_forward(2 * forward as u64); // the first entry, where it is kept, counts one on
         let batch = states.batch(range, &runtime.device, runtime.dtype)?;
         let (stream, conditioning) = flux.embed(&batch.inputs())?;
         pairs(flux, pruned, stream, &conditioning, &mut stats)?;

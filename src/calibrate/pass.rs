@@ -98,7 +98,7 @@ impl Pass<'_> {
         let range = self.prompts_of(unit);
         ensure!(!range.is_empty(), "no unit {unit} in this calibration");
         let gather = range.start < self.samples;
-        // every forward has a number of its own, whoever runs it
+        // every forward has a number of its own, whoever runs it: they are counted from here
         stats.start_forward((unit as u64) << 20);
         let prompts = self.prompts.range(range.clone())?;
         let pictures = match self.images {

@@ -329,7 +329,7 @@ impl CalibrationStats {
         self
     }
 
-    /// Says which forward comes next, for a choice of tokens that does not depend on how the work is divided.
+    /// Numbers the forwards from here on, for a choice of tokens that does not depend on how the work is divided.
     pub fn start_forward(&mut self, index: u64) {
         self.rows.forward = index;
     }
@@ -381,12 +381,15 @@ impl CalibrationStats {
 impl Observer for CalibrationStats {
     fn block(
         &mut self,
-        _: usize,
+        index: usize,
         spec: &BlockSpec,
         conditioning: &Conditioning,
         input: &Stream,
         output: &Stream,
     ) -> candle::Result<()> {
+        if index == 0 {
+            self.rows.forward += 1; // other tokens than in the forward before
+        }
         let BlockSpec::Original(id) = spec else {
             return Ok(());
         };

@@ -36,17 +36,47 @@ static TEMPORARY: Mutex<Vec<(PathBuf, PathBuf)>> = Mutex::new(Vec::new());
 
 /// Removes what this process has begun to write and not put in place: for the moment it is told to stop.
 pub fn remove_temporaries() {
-    for (temporary, _) in &*TEMPORARY.lock().unwrap_or_else(PoisonError::into_inner) {
-        if std::fs::remove_file(temporary).is_err() {
-            let _ = std::fs::remove_dir_all(temporary);
+    let all = TEMPORARY.lock().unwrap_or_else(PoisonError::into_inner);
+    for (temporary, _) in &*all {
+        // again where a file came meanwhile
+        for _ in 0..8 {
+            if std::fs::remove_file(temporary).is_ok()
+                || std::fs::remove_dir_all(temporary).is_ok()
+                || !temporary.exists()
+            {
+                break;
+            }
         }
     }
+    // for good, as the process ends: nothing more is begun or put in place
+    std::mem::forget(all);
 }
 
-fn remember(temporary: &Path, target: &Path) {
+/// Makes something temporary that will become `target`; told to stop, the process removes it.
+fn begin<T>(
+    target: &Path,
+    make: impl FnOnce() -> std::io::Result<T>,
+    path: impl FnOnce(&T) -> PathBuf,
+) -> std::io::Result<T> {
     let mut all = TEMPORARY.lock().unwrap_or_else(PoisonError::into_inner);
     all.retain(|(old, _)| old.exists());
-    all.push((temporary.to_path_buf(), target.to_path_buf()));
+    let made = make()?;
+    all.push((path(&made), target.to_path_buf()));
+    Ok(made)
+}
+
+/// Temporary files are private to their owner by default; an output has the permissions any new one has.
+fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".fastflux-");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(std::fs::Permissions::from_mode(mode)); // less the umask
+    }
+    #[cfg(not(unix))]
+    let _ = mode;
+    builder
 }
 
 /// The name that people know a file by which is for now in a temporary folder.
@@ -65,34 +95,18 @@ pub(super) fn known_as(path: &Path) -> PathBuf {
 /// A file that will be renamed to `path`.
 pub(super) fn sibling(path: &Path) -> Result<NamedTempFile> {
     let folder = parent(path);
-    let file = tempfile::Builder::new()
-        .prefix(".fastflux-")
-        .tempfile_in(&folder)
-        .with_context(|| format!("cannot write into `{}`", known_as(&folder).display()))?;
-    remember(file.path(), path);
-    Ok(file)
+    let make = || builder(0o666).tempfile_in(&folder);
+    begin(path, make, |file| file.path().to_path_buf())
+        .with_context(|| format!("cannot write into `{}`", known_as(&folder).display()))
 }
 
 /// Puts a written file in its place.
 pub(super) fn persist(file: NamedTempFile, path: &Path) -> Result<()> {
     let context = || format!("cannot write `{}`", known_as(path).display());
     file.as_file().sync_all().with_context(context)?;
-    // temporary files are private to their owner; an output has the permissions any new file has
-    permit(file.path(), 0o644).with_context(context)?;
     file.persist(path)
         .map_err(|e| e.error)
         .with_context(context)?;
-    Ok(())
-}
-
-fn permit(path: &Path, mode: u32) -> std::io::Result<()> {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
-    }
-    #[cfg(not(unix))]
-    let _ = (path, mode);
     Ok(())
 }
 
@@ -122,11 +136,9 @@ impl OutputFolder {
         let folder = parent(&target);
         std::fs::create_dir_all(&folder)
             .with_context(|| format!("cannot create `{}`", folder.display()))?;
-        let staging = tempfile::Builder::new()
-            .prefix(".fastflux-")
-            .tempdir_in(&folder)
+        let make = || builder(0o777).tempdir_in(&folder);
+        let staging = begin(&target, make, |staging| staging.path().to_path_buf())
             .with_context(|| format!("cannot write into `{}`", folder.display()))?;
-        remember(staging.path(), &target);
         Ok(Self { target, staging })
     }
 
@@ -142,7 +154,6 @@ impl OutputFolder {
     pub fn finish(self) -> Result<()> {
         let target = &self.target;
         let context = || format!("cannot move the finished output to `{}`", target.display());
-        permit(self.staging.path(), 0o755).with_context(context)?;
         if !target.exists() {
             std::fs::rename(self.staging.path(), target).with_context(context)?;
             let _ = self.staging.keep(); // it is elsewhere by now
@@ -154,6 +165,8 @@ impl OutputFolder {
             .tempdir_in(parent(target))
             .with_context(context)?;
         let old = aside.path().join("old");
+        // told to stop between the two, the process would leave neither
+        let _both = TEMPORARY.lock().unwrap_or_else(PoisonError::into_inner);
         std::fs::rename(target, &old).with_context(context)?;
         if let Err(error) = std::fs::rename(self.staging.path(), target) {
             let error = anyhow::Error::new(error).context(context());

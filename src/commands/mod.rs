@@ -8,7 +8,7 @@ use crate::{
     cli::Command,
     pipeline::{
         ModelChoice, Pipeline,
-        defaults::{LARGEST_PICTURE, SMALLEST_PICTURE},
+        defaults::{LARGEST_PICTURE, MOST_TEXT, SMALLEST_PICTURE},
     },
     sample::{denoise::LatentSize, text},
     ui,
@@ -43,9 +43,6 @@ mod train_memory;
 mod train_output;
 mod train_sandwich;
 mod verify;
-
-/// Text tokens beyond which a number is a slip of the finger, and would exhaust memory.
-const MOST_TEXT: usize = 8192;
 
 /// Runs a subcommand.
 ///

@@ -199,10 +199,11 @@ impl Place {
         let element = vae.dtype().size_in_bytes() as u64;
         let bands = match args.vae_tile {
             Some(0) => None,
-            Some(pixels) => Some(InBands {
-                rows: (pixels / vae.config().downsampling()).max(1),
-                park: self.park(vae.config(), size, pixels / 8, element),
-            }),
+            Some(pixels) => {
+                let rows = (pixels / vae.config().downsampling()).max(1);
+                let park = self.park(vae.config(), size, rows, element);
+                Some(InBands { rows, park })
+            }
             None => self.bands(vae.config(), size, element),
         };
         if let Some(bands) = bands.as_ref().filter(|_| args.vae_tile.is_none()) {

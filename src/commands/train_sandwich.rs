@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use candle::DType;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
@@ -35,6 +36,10 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         target::check_folder(&args.output, args.force)?;
     }
     let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
+    ensure!(
+        runtime.dtype != DType::F16,
+        "--dtype f16: gradients are too small for f16 and would be 0\nhint: use bf16 or f32"
+    );
     if args.restart && !args.dry_run && folder.exists() {
         state::remove(&folder).context("--restart")?;
     }

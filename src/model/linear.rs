@@ -167,9 +167,10 @@ impl Linear {
 
     /// `gelu` of the product and the bias: `x` (batch, tokens, in) to (batch, tokens, out).
     pub fn gelu(&self, x: &Tensor) -> Result<Tensor> {
-        // kernels on other devices do not join, and asking would widen a packed weight once more
+        // kernels on other devices and in training do not join, and asking would widen a packed weight once more
         if self.lora.is_none()
             && x.device().is_cpu()
+            && !x.track_op()
             && let Some(y) = ops::gelu_of_product(x, &self.weight.dense()?, self.bias())?
         {
             return Ok(y);

@@ -77,6 +77,7 @@ impl SingleBlock {
         let (bias, rope) = (linear1.bias(), &conditioning.rope);
         if linear1.lora().is_none()
             && x.device().is_cpu()
+            && !x.track_op()
             && let Some(y) = ops::attend_beside_gelu_of_product(
                 x,
                 &linear1.weight()?,

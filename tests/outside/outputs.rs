@@ -8,30 +8,11 @@ use std::{
 
 use crate::common::*;
 
-/// A copy of a pipeline of its own, to be lost.
-fn pipeline(folder: &Path, name: &str) {
-    fn copy(from: &Path, to: &Path) {
-        fs::create_dir(to).unwrap();
-        for entry in fs::read_dir(from).unwrap() {
-            let (from, to) = {
-                let entry = entry.unwrap();
-                (entry.path(), to.join(entry.file_name()))
-            };
-            if from.is_dir() {
-                copy(&from, &to);
-            } else {
-                fs::copy(from, to).unwrap();
-            }
-        }
-    }
-    copy(Path::new(&golden("dev/pipe")), &folder.join(name));
-}
-
 #[test]
 fn force_replaces_neither_inputs_nor_what_others_wrote() {
     let work = folder();
     let w = work.path();
-    pipeline(w, "pipe");
+    copy(Path::new(&golden("dev/pipe")), &w.join("pipe"));
     let q = "--model pipe --samples 4 --steps 1 --width 32 --height 32 --force";
     let q: Vec<&str> = q.split(' ').collect();
     let with = |first: &[&'static str], more: &[&'static str]| [first, &q, more].concat();
@@ -113,13 +94,16 @@ fn names_that_are_no_text_are_written_all_the_same() {
 fn stopped_by_a_signal_nothing_half_written_stays() {
     use std::os::unix::process::ExitStatusExt;
     let work = folder();
-    let args = [
-        "init",
-        "--config",
-        "flux1-dev",
-        "--output",
-        "big.safetensors",
-    ];
+    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/flux1/dev.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&fs::read(config).unwrap()).unwrap();
+    // a gigabyte: seconds of work
+    config["num_layers"] = 1.into();
+    config["num_single_layers"] = 1.into();
+    let outside = folder();
+    let path = outside.path().join("config.json");
+    fs::write(&path, config.to_string()).unwrap();
+    let path = path.to_str().unwrap();
+    let args = ["init", "--config", path, "--output", "big.safetensors"];
     let mut child = command(work.path(), &args)
         .stderr(Stdio::null())
         .spawn()
@@ -130,8 +114,8 @@ fn stopped_by_a_signal_nothing_half_written_stays() {
     }
     let pid = child.id().to_string();
     assert!(
-        Command::new("kill")
-            .args(["-TERM", &pid])
+        Command::new("sh") // has a kill of its own
+            .args(["-c", "kill -TERM \"$0\"", &pid])
             .status()
             .unwrap()
             .success()
