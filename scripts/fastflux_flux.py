@@ -159,10 +159,10 @@ class FastFluxTransformer2DModel(FluxTransformer2DModel):
             if record is None:
                 raise ValueError(f"`{path}` has no fastflux metadata; FluxTransformer2DModel.from_single_file opens other files")
             state = {name: file.get_tensor(name) for name in file.keys()}
-        state, config = diffusers_names(state, json.loads(record))
+        dtype = dtype or torch_dtype or state["img_in.weight"].dtype
+        state, config = diffusers_names(state, json.loads(record), dtype)
         with torch.device("meta"):
             model = cls(**config)
-        dtype = dtype or torch_dtype or state["x_embedder.weight"].dtype
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
         return model.eval()
 
@@ -203,9 +203,9 @@ def slots_of(record):
     return slots
 
 
-def diffusers_names(state, record):
-    """The tensors of a file with original names under diffusers' names, and the configuration that they and its metadata tell."""
-    state = unscaled(state)
+def diffusers_names(state, record, dtype):
+    """The tensors of a file with original names under diffusers' names, float8 ones in `dtype`, and the configuration that they and its metadata tell."""
+    state = unscaled(state, dtype)
     width, in_channels = state["img_in.weight"].shape
     slots = slots_of(record)
     norm = next(name for name in state if name.endswith("query_norm.scale"))
@@ -245,12 +245,12 @@ def diffusers_names(state, record):
     return out, config
 
 
-def unscaled(state):
-    """float8 weights multiplied by their scales, in float32, so that they are rounded once, to the dtype asked for; other tensors as they are."""
+def unscaled(state, dtype):
+    """float8 weights multiplied by their scales in float32 and rounded once, to `dtype`, one at a time; other tensors as they are."""
     state.pop("scaled_fp8", None)
     scales = {name.removesuffix(".scale_weight"): state.pop(name) for name in list(state) if name.endswith(".scale_weight")}
     for name, tensor in state.items():
         if tensor.dtype == torch.float8_e4m3fn:
             scale = scales.get(name.removesuffix(".weight"), torch.ones(())).float()
-            state[name] = tensor.float() * scale
+            state[name] = (tensor.float() * scale).to(dtype)
     return state

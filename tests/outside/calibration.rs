@@ -119,14 +119,16 @@ fn a_killed_calibration_goes_on_and_ends_with_the_same_bytes() {
     ];
     let partial = w.join("stats.safetensors.partial");
     let mut kills = 0;
-    // killed a little later each time, until it gets through
-    for wait in 1.. {
+    // killed later each time, by half as much again, until it gets through
+    let mut wait = Duration::from_millis(60);
+    loop {
         let mut child = command(w, &args)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        std::thread::sleep(Duration::from_millis(60 * wait));
+        std::thread::sleep(wait);
+        wait += wait / 2;
         let _ = child.kill();
         if child.wait().unwrap().success() {
             assert!(!partial.exists());
