@@ -8,18 +8,18 @@ begin_checkpoint() {
     folder=$(room $((gigabytes + 2)))/full
     mkdir -p "$folder"
     checkpoint=$folder/flux.safetensors
-    { /usr/bin/env time -p "$binary" init --config "$work/full.json" --output "$checkpoint" --force ||
-        "$binary" init --config "$work/full.json" --output "$checkpoint" --force; } >"$output/logs/init.out" 2>"$output/logs/init.err" &
+    {
+        TIMEFORMAT='real %R'
+        time "$binary" init --config "$work/full.json" --output "$checkpoint" --force
+    } >"$output/logs/init.out" 2>"$output/logs/init.err" &
     checkpoint_pid=$!
     background+=("$checkpoint_pid")
 }
 
-# PyTorch's model is compiled meanwhile where the GPU has room for two, and waits until it may measure.
+# PyTorch's model is compiled, and waits until it may measure: meanwhile, where the GPU has room for two.
 begin_peers() {
     [[ -n $python && -z $peers_pid ]] || return
-    local memory_size options=(--compile "${PEERS_COMPILE:-whole}" --train --ready "$work/peers-ready" --hold "$work/peers-go")
-    memory_size=$(smi memory.total)
-    ((${memory_size:-0} >= 60000)) || [[ -n $rehearse ]] || options=()
+    local options=(--compile "${PEERS_COMPILE:-whole}" --train --ready "$work/peers-ready" --hold "$work/peers-go")
     [[ -n $rehearse ]] && options+=(--tiny --device cpu --size 64 --text-tokens 16 --seconds 0.2)
     "$python" "$root/scripts/bench_gpu_peers.py" "${options[@]}" >"$output/logs/peers.out" 2>"$output/logs/peers.err" &
     peers_pid=$!
@@ -35,7 +35,9 @@ waited() {
 
 # Nothing else runs on the machine from here on.
 quiet() {
-    [[ -n $peers_pid && ! -e $work/peers-go ]] && waited "$work/peers-ready" 120 "$peers_pid"
+    if [[ -n $peers_pid && ! -e $work/peers-go ]]; then
+        waited "$work/peers-ready" 120 "$peers_pid" || note 'PyTorch was not done compiling when bench began'
+    fi
     wait_for_checkpoint
 }
 
@@ -201,7 +203,7 @@ step_whole() {
     figure whole 'calibrating over sampling' "$(calc "$gathering / $sampling")" times '<= 1.25'
 
     # eleven neighbours: one layer in their place, and one sandwich to train
-    at=$(room $((2 * gigabytes)))
+    at=$(room $((gigabytes - 2)))
     echo "{\"replace\": [{\"replaces\": [$(printf '"single.%02d", ' {14..24} | sed 's/, $//')], \"form\": \"linear\"}]}" >"$work/plan.json"
     attempt prune-forecast 20 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${picture[@]}" --dry-run --json
     attempt prune 90 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${picture[@]}" --output "$at/pruned" --force --json
@@ -210,11 +212,12 @@ step_whole() {
     echo '{"data": {"samples": 2, "steps": 2, "held-out": 1}}' >"$work/train.json"
     local train=(train-sandwich --model "$at/pruned" "${format[@]}" --recipe "$work/train.json" --prompts "$work/prompts.txt" --batch 1 "${picture[@]}"
         --steps 5 --finish 3 --max-vram "$train_limit" --json)
-    attempt train-forecast 30 "$binary" "${train[@]}" --output "$at/trained" --dry-run
-    attempt train 120 "$binary" "${train[@]}" --output "$at/trained" --force --log "$output/logs/losses-full.jsonl"
+    local trained
+    trained=$(room $((gigabytes - 2)))/trained
+    attempt train-forecast 30 "$binary" "${train[@]}" --output "$trained" --dry-run
+    attempt train 120 "$binary" "${train[@]}" --output "$trained" --force --log "$output/logs/losses-full.jsonl"
     figure whole 'train-sandwich: peak on the GPU' "$peak" MiB "${peak:+<= $(calc "$(sed 's/GiB/* 1024/; s/MiB//' <<<"$train_limit")")}" "$(mib "$(value train-forecast peak_bytes)")"
     figure whole 'train-sandwich, 5 + 3 steps' "$seconds" s
-    local trained=$at/trained
     [[ -d $trained ]] || trained=$at/pruned
     attempt generate-trained 60 "$binary" generate --model "$trained" "${format[@]}" "${picture[@]}" --prompt 'a red circle' --steps 8 --output "$work/trained.png" --force
     figure whole 'the result draws: a step' "$(calc "$(told generate-trained 'drew 1 picture') / 8")" s
