@@ -63,8 +63,14 @@ attempt() {
 value() { sed -n "s/^ *\"$2\": \"\{0,1\}\([^\",]*\)\"\{0,1\},\{0,1\}$/\1/p" "$output/logs/$1.out" 2>/dev/null | head -n 1; }
 told() { grep -o "$2.*([0-9.]* s)" "$output/logs/$1.err" 2>/dev/null | sed 's/.*(\([0-9.]*\) s)$/\1/' | head -n 1; }
 when() { grep -m 1 "$2" "$output/logs/$1.err" 2>/dev/null | cut -d' ' -f1; }
-# The value of KEY of the row `what` = WHAT in a bench's JSON.
-row() { awk -v what="\"$2\"," -v key="\"$3\":" '$1 == "\"what\":" { here = $2 == what } here && $1 == key { sub(",$", "", $2); print $2; exit }' "$output/logs/$1.out" 2>/dev/null; }
+# The value of KEY of the row `what` = WHAT in a bench's JSON, whatever the order of its keys.
+row() {
+    awk -v what="\"$2\"" -v wanted="\"$3\":" '
+        { value = $2; sub(",$", "", value) }
+        $1 == "\"what\":" { here = value == what }
+        $1 == wanted { found = value }
+        /^    }/ { if (here) { print found; exit } here = 0; found = "" }' "$output/logs/$1.out" 2>/dev/null
+}
 
 # A folder with room for so many gigabytes beside what is there: in memory where possible.
 room() {
