@@ -185,6 +185,14 @@ step_full() {
     [[ -n $copy ]] && figure full 'that step over the larger of compute and copying' "$(calc "$offload / $slower")" times '<= 1.2'
 }
 
+# step_seconds TOKENS LAST: seconds of a step, from the first to the LAST, by the lines of a log on stdin.
+step_seconds() {
+    awk -v tokens="$1" -v last="$2" '
+        function number(key) { return match($0, "\"" key "\":[-0-9.e+]+") ? substr($0, RSTART + length(key) + 3, RLENGTH - length(key) - 3) + 0 : 0 }
+        number("tokens-per-second") { step = number("step"); at[step] = tokens * step / number("tokens-per-second") }
+        END { if (at[last] > at[1]) printf "%.4g", (at[last] - at[1]) / (last - 1) }'
+}
+
 mib() { calc "$1 / 1048576"; }
 
 step_whole() {
@@ -193,7 +201,10 @@ step_whole() {
     local at samples=(--prompts "$work/prompts.txt" --samples 4 --steps 8) fewer=(--prompts "$work/prompts.txt" --samples 2 --steps 2)
     attempt generate-4 60 "$binary" generate "${model[@]}" "${format[@]}" "${picture[@]}" --prompt-file "$work/prompts.txt" --steps 8 --output "$work/four" --force
     attempt calibrate-forecast 20 "$binary" calibrate "${model[@]}" "${format[@]}" "${picture[@]}" "${samples[@]}" --dry-run --json
-    attempt calibrate 90 "$binary" calibrate "${model[@]}" "${format[@]}" "${picture[@]}" "${samples[@]}" --output "$work/stats.safetensors" --force --json
+    local stats
+    stats=$(room $((gigabytes - 5)))/stats.safetensors
+    attempt calibrate 90 "$binary" calibrate "${model[@]}" "${format[@]}" "${picture[@]}" "${samples[@]}" --output "$stats" --force --json
+    rm -f "$stats" # 17 GB
     figure whole 'calibrate of 4 prompts × 8 steps: peak on the GPU' "$peak" MiB '' "$(mib "$(value calibrate-forecast device)")"
     local sampling gathering
     sampling=$(told generate-4 'drew 4 pictures')
@@ -218,6 +229,12 @@ step_whole() {
     attempt train 120 "$binary" "${train[@]}" --output "$trained" --force --log "$output/logs/losses-full.jsonl"
     figure whole 'train-sandwich: peak on the GPU' "$peak" MiB "${peak:+<= $(calc "$(sed 's/GiB/* 1024/; s/MiB//' <<<"$train_limit")")}" "$(mib "$(value train-forecast peak_bytes)")"
     figure whole 'train-sandwich, 5 + 3 steps' "$seconds" s
+    # the log has tokens per second since a phase began: without its first and its last step, at which more is done
+    local tokens=$((side * side / 256 + text)) each
+    each=$(grep -v finish "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 4)
+    figure whole 'train-sandwich: a step of the sandwich' "$each" s '' "${peer_train:+$(calc "$peer_train / 1000")}"
+    [[ -z ${peer_train:-} ]] || figure whole "that over PyTorch's" "$(calc "1000 * $each / $peer_train")" times '<= 1.1'
+    figure whole 'train-sandwich: a step of the finish' "$(grep finish "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 2)" s
     [[ -d $trained ]] || trained=$at/pruned
     attempt generate-trained 60 "$binary" generate --model "$trained" "${format[@]}" "${picture[@]}" --prompt 'a red circle' --steps 8 --output "$work/trained.png" --force
     figure whole 'the result draws: a step' "$(calc "$(told generate-trained 'drew 1 picture') / 8")" s
