@@ -35,6 +35,7 @@ stamp() { while IFS= read -r line; do printf '%s %s\n' "$EPOCHREALTIME" "$line";
 attempt() {
     local name=$1 most=$2 before base rest
     shift 2
+    [[ -n $rehearse ]] && most=$((4 * most)) # an emulated GPU is slow
     rest=$((limit - $(elapsed)))
     ((rest < most)) && most=$rest
     code=124 seconds='' peak=''
@@ -54,7 +55,7 @@ attempt() {
     ((before > 0)) && peak=$(tail -n +"$before" "$memory" | awk 'NR == 1 { base = $1 } $1 > most { most = $1 } END { print most - base }')
     printf '%s\t%s\t%s\t%s\n' "$name" "$code" "$seconds" "${peak:--}" >>"$runs"
     if ((code)); then
-        note "$name: exit status $code after $seconds s$( ((code == 124)) && echo ', the limit'): $(tail -n 2 "$output/logs/$name.err" | cut -d' ' -f2- | tr '\n' ' ')"
+        note "$name: exit status $code after $seconds s$( ((code == 124)) && echo ', the limit'): $(tail -n 2 "$output/logs/$name.err" | cut -d' ' -f2- | tr '\n' ' ' | cut -c1-300)"
     fi
     return "$code"
 }
