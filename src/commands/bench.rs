@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::{
-    MOST_TEXT, PixelSize, bench_growth,
+    MAX_TEXT_TOKENS, PixelSize, bench_growth,
     bench_inputs::{Given, kinds, random_weights},
     init, load,
 };
@@ -78,12 +78,12 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let text = args.text_tokens.unwrap_or(first.text);
     if let Some(output) = &args.growth {
         let dtype = args.dtype.first().copied().unwrap_or_default();
-        let runtime = Runtime::resolve(args.device, dtype)?;
+        let runtime = Runtime::resolve(args.device.device, dtype)?;
         return bench_growth::run(args, first, text, &runtime, output);
     }
     let (mut rows, mut peaks) = (Vec::new(), Vec::new());
     for dtype in &args.dtype {
-        let runtime = Runtime::resolve(args.device, *dtype)?;
+        let runtime = Runtime::resolve(args.device.device, *dtype)?;
         check_memory(&subjects, &runtime)?;
         let peak = latency::peak(&runtime.device, runtime.dtype)?;
         peaks.push(json!({ "dtype": runtime.dtype.as_str(), "flops_per_second": peak.flops, "bytes_per_second": peak.bytes }));
@@ -121,7 +121,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
             }
         }
     }
-    if args.json {
+    if args.print.json {
         return ui::json(&json!({
             "tool": load::software(),
             "machine": Machine::this(),
@@ -150,8 +150,8 @@ fn check_numbers(args: &BenchArgs) -> Result<()> {
     }
     if let Some(text) = args.text_tokens {
         ensure!(
-            (1..=MOST_TEXT).contains(&text),
-            "--text-tokens {text}: expected 1 to {MOST_TEXT}"
+            (1..=MAX_TEXT_TOKENS).contains(&text),
+            "--text-tokens {text}: expected 1 to {MAX_TEXT_TOKENS}"
         );
     }
     ensure!(

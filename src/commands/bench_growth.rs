@@ -72,7 +72,7 @@ pub(super) fn run(
         output,
         growth::svg(&points, title.trim_end_matches("; "))?.as_bytes(),
     )?;
-    if args.json {
+    if args.print.json {
         ui::json(&json!({
             "tool": load::software(),
             "machine": Machine::this(),

@@ -215,7 +215,7 @@ pub(super) fn warn_of_few_rows(stats: &CalibrationStats, config: &FluxConfig) {
     let per_channel = stats.fewest_rows() / config.hidden_size as f64;
     if per_channel < ROWS_PER_CHANNEL {
         ui::warn(format!(
-            "{per_channel:.1} tokens for each of {} channels are few: fits get better up to about {ROWS_PER_CHANNEL} and more\nhint: raise --samples",
+            "{per_channel:.1} tokens for each of {} channels are few: fits get better up to about {ROWS_PER_CHANNEL} and more\nhint: raise --num-prompts",
             config.hidden_size
         ));
     }

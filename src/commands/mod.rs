@@ -5,10 +5,11 @@ use std::{io::Read, path::Path, process::ExitCode};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
-    cli::Command,
+    cli::{Command, ModelArgs, PipelineArgs, RunArgs},
+    device::Runtime,
     pipeline::{
         ModelChoice, Pipeline,
-        defaults::{LARGEST_PICTURE, MOST_TEXT, SMALLEST_PICTURE},
+        defaults::{MAX_SIDE, MAX_TEXT_TOKENS, MIN_SIDE},
     },
     sample::{denoise::LatentSize, text},
     ui,
@@ -66,6 +67,29 @@ pub fn run(command: Command) -> Result<ExitCode> {
     }
 }
 
+/// The model that flags name, without text encoders and VAE.
+fn bare_choice(args: &ModelArgs) -> ModelChoice {
+    ModelChoice {
+        model: args.model.clone(),
+        config: args.config.config.clone(),
+        ..ModelChoice::default()
+    }
+}
+
+/// The model that flags name, with the other parts of its pipeline.
+fn model_choice(args: &PipelineArgs) -> ModelChoice {
+    ModelChoice {
+        text_encoders: args.parts.text_encoders.clone(),
+        vae: args.parts.vae.clone(),
+        ..bare_choice(&args.model)
+    }
+}
+
+/// The device and number format that flags name.
+fn runtime(args: RunArgs) -> Result<Runtime> {
+    Runtime::resolve(args.device.device, args.dtype)
+}
+
 /// Opens a model and says so when it is the bundled one.
 fn open(choice: &ModelChoice) -> Result<Pipeline> {
     if choice.model.is_none() {
@@ -85,8 +109,8 @@ struct PixelSize {
 }
 
 impl PixelSize {
-    const STEP: usize = SMALLEST_PICTURE;
-    const LARGEST: usize = LARGEST_PICTURE;
+    const STEP: usize = MIN_SIDE;
+    const LARGEST: usize = MAX_SIDE;
 
     fn latent(self) -> LatentSize {
         LatentSize {

@@ -59,28 +59,28 @@ struct Found {
 }
 
 pub(super) fn run(args: &PruneArgs) -> Result<()> {
-    if args.dry_run {
+    if args.dry_run.dry_run {
         return dry_run(args);
     }
     let (report, text) = make(args)?;
-    if args.json {
+    if args.output.print.json {
         ui::json(&report)?;
     } else {
         ui::data(text)?;
     }
-    ui::note(format!("wrote `{}`", args.output.display()));
+    ui::note(format!("wrote `{}`", args.output.path.display()));
     Ok(())
 }
 
 /// Says what it will take, and does nothing.
 fn dry_run(args: &PruneArgs) -> Result<()> {
     let mut recipe = recipe(args)?;
-    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
-    let pipeline = super::open(&args.pipeline.choice())?;
+    let runtime = super::runtime(args.run)?;
+    let pipeline = super::open(&super::model_choice(&args.pipeline))?;
     let place = Place::new(args.memory, &runtime).of(&pipeline);
     let (settings, _) = calibrate::settings(
         &args.calibration,
-        args.stats.as_deref(),
+        args.stats.stats.as_deref(),
         &mut recipe,
         &pipeline,
     )?;
@@ -89,23 +89,23 @@ fn dry_run(args: &PruneArgs) -> Result<()> {
         sums: args.calibration.stats_memory,
         fitting: true,
     };
-    demand.say(&pipeline, &place, &settings, args.json)
+    demand.say(&pipeline, &place, &settings, args.output.print.json)
 }
 
 /// Does everything but print; returns what to print.
 pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
     let mut recipe = recipe(args)?;
-    target::check_folder(&args.output, args.force)?;
+    target::check_folder(&args.output.path, args.output.force)?;
     let given = args.plan.as_deref().map(PruningPlan::read).transpose()?;
-    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
-    let pipeline = super::open(&args.pipeline.choice())?;
+    let runtime = super::runtime(args.run)?;
+    let pipeline = super::open(&super::model_choice(&args.pipeline))?;
     let place = Place::new(args.memory, &runtime).of(&pipeline);
     let usual = Refit::usual(pipeline.config.hidden_size);
     recipe.fit.refit.get_or_insert(usual);
     let wanted = Wanted::new(&args.goal, &recipe, &pipeline, given)?;
     let (settings, images) = calibrate::settings(
         &args.calibration,
-        args.stats.as_deref(),
+        args.stats.stats.as_deref(),
         &mut recipe,
         &pipeline,
     )?;
@@ -113,7 +113,7 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
     if let Wanted::Choose { goal, protect } = &wanted {
         choose::budget(&pipeline, situation, &recipe, *goal, protect)?; // before the long part
     }
-    target::check_writable(&args.output)?;
+    target::check_writable(&args.output.path)?;
 
     let sums = matches!(wanted, Wanted::Choose { .. });
     let memory = if sums {
@@ -129,8 +129,8 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
         images.as_deref(),
         memory,
     )?;
-    let gathering = calibrate::gathering(&args.calibration, &args.output, sums);
-    let calibration = gather::obtain(&session, args.stats.as_deref(), &gathering)?;
+    let gathering = calibrate::gathering(&args.calibration, &args.output.path, sums);
+    let calibration = gather::obtain(&session, args.stats.stats.as_deref(), &gathering)?;
     let found = find(&session, &recipe, calibration, wanted)?;
     let (mut checkpoint, config) = apply::apply(
         &pipeline.transformer,
@@ -147,13 +147,13 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
         ));
     }
     let record = record(&session, &recipe, &found, &config)?;
-    let output = OutputFolder::create(&args.output, args.force)?;
+    let output = OutputFolder::create(&args.output.path, args.output.force)?;
     output::write(
         output.path(),
         &checkpoint,
         &config,
         Some(&record),
-        args.format,
+        args.layout.layout,
     )?;
     write(&session, output.path(), &found)?;
     let mut report = report(&session, &recipe, &found, &config, &checkpoint, args);
@@ -169,7 +169,7 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
 fn recipe(args: &PruneArgs) -> Result<PruneRecipe> {
     let mut recipe = calibrate::recipe(&args.calibration)?;
     recipe.ratio = args.goal.ratio.unwrap_or(recipe.ratio);
-    recipe.fit.form = args.form.unwrap_or(recipe.fit.form);
+    recipe.fit.form = args.goal.form.unwrap_or(recipe.fit.form);
     recipe.validate()?;
     Ok(recipe)
 }
@@ -377,7 +377,7 @@ fn report(
         })
         .collect();
     json!({
-        "output": args.output.display().to_string(),
+        "output": args.output.path.display().to_string(),
         "model": pipeline.name,
         "replaced": found.plan.blocks().collect::<Vec<_>>(),
         "velocity_error": found.velocity_error,

@@ -69,13 +69,13 @@ impl Pair {
                 // --config is the pruned model's, whose record knows what it says of both
                 .base_with(&ModelChoice {
                     config: None,
-                    ..args.pipeline.choice()
+                    ..super::model_choice(&args.pipeline)
                 })
                 .context("the teacher\nhint: name the original model with --teacher")?,
             Some(name) => {
                 let choice = ModelChoice {
                     model: Some(name.clone()),
-                    ..args.pipeline.choice()
+                    ..super::model_choice(&args.pipeline)
                 };
                 Pipeline::open_original(&choice, Some(&record)).context("--teacher")?
             }
@@ -210,15 +210,15 @@ pub(super) fn prune_bundled(args: &TrainArgs, folder: &Path) -> Result<ModelChoi
         super::prune::make(&PruneArgs {
             run: args.run,
             memory: MemoryArgs {
-                offload: args.offload,
-                max_vram: args.max_vram,
+                offload: args.memory.offload,
+                max_vram: args.memory.max_vram,
             },
             ..prune
         })?;
     }
     Ok(ModelChoice {
         model: Some(folder.display().to_string()),
-        ..args.pipeline.choice()
+        ..super::model_choice(&args.pipeline)
     })
 }
 
@@ -253,25 +253,25 @@ pub(super) struct Resolved {
 
 /// The recipe with flags laid over it and everything filled in that it left open.
 pub(super) fn resolve(args: &TrainArgs, teacher: &Pipeline) -> Result<Resolved> {
-    let mut recipe = match &args.recipe {
+    let mut recipe = match &args.recipe.recipe {
         Some(path) => SandwichRecipe::read(path)?,
         None => SandwichRecipe::default(),
     };
-    recipe.seed = args.seed.unwrap_or(recipe.seed);
+    recipe.seed = args.seed.seed.unwrap_or(recipe.seed);
     recipe.steps = args.steps.unwrap_or(recipe.steps);
-    recipe.finish.steps = args.finish.unwrap_or(recipe.finish.steps);
+    recipe.finish.steps = args.finetune.unwrap_or(recipe.finish.steps);
     recipe.optimiser.lr = args.lr.unwrap_or(recipe.optimiser.lr);
     recipe.lora.rank = args.rank.or(recipe.lora.rank).filter(|_| !args.no_lora);
     recipe.lora.alpha = args.alpha.or(recipe.lora.alpha);
     let d = &mut recipe.data;
-    d.samples = args.samples.or(d.samples);
+    d.samples = args.prompts.num_prompts.or(d.samples);
     d.batch = args.batch.or(d.batch);
     d.accumulate = args.accumulate.unwrap_or(d.accumulate);
     d.cache = args.cache.unwrap_or(d.cache);
-    d.width = args.width.or(d.width);
-    d.height = args.height.or(d.height);
+    d.width = args.size.width.or(d.width);
+    d.height = args.size.height.or(d.height);
     recipe.validate(teacher.config.hidden_size)?;
-    let prompts = match &args.prompts {
+    let prompts = match &args.prompts.prompts {
         Some(path) => super::read_prompts("--prompts", path)?,
         None => super::bundled_prompts(teacher),
     };
@@ -285,7 +285,7 @@ pub(super) fn resolve(args: &TrainArgs, teacher: &Pipeline) -> Result<Resolved> 
     let samples = *d.samples.get_or_insert(usual.max(2));
     ensure!(
         samples >= 2,
-        "--samples {samples}: at least two prompts are needed, one of them to be held out"
+        "--num-prompts {samples}: at least two prompts are needed, one of them to be held out"
     );
     // a short list is drawn from again, with other noise
     let prompts: Vec<String> = prompts.iter().cycle().take(samples).cloned().collect();

@@ -31,9 +31,9 @@ pub(super) fn write(
     let record = record(pair, report, args.keep_lora)?;
     let config = &pair.pruned.config;
     let checkpoint = healed(pair, student, !args.keep_lora)?;
-    let folder = OutputFolder::create(&args.output, args.force)?;
+    let folder = OutputFolder::create(&args.output.path, args.output.force)?;
     let path = folder.path();
-    output::write(path, &checkpoint, config, Some(&record), args.format)?;
+    output::write(path, &checkpoint, config, Some(&record), args.layout.layout)?;
     drop(checkpoint);
     let mut values = Checkpoint::default();
     for (name, value) in &done.values {
@@ -54,7 +54,7 @@ pub(super) fn write(
     if args.keep_lora {
         ui::note(format!(
             "the LoRA lies beside the model in `{}`, in the names of PEFT and diffusers (`load_lora_weights`): fastflux itself does not apply it, so its own pictures and numbers are those without it\nhint: without --keep-lora it is merged",
-            args.output.join(LORA_FILE).display()
+            args.output.path.join(LORA_FILE).display()
         ));
     }
     Ok(())

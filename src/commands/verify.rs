@@ -50,7 +50,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
             "--tolerance {t}: expected a number of at least 0"
         );
     }
-    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
+    let runtime = super::runtime(args.run)?;
     let name = args.reference.display().to_string();
     let blob = Blob::map(&args.reference).context("--reference")?;
     let reference = Reference {
@@ -59,7 +59,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
             "record it again with scripts/make_reference.py, or name another with --reference",
         )?,
     };
-    let pipeline = super::open(&args.pipeline.choice())?;
+    let pipeline = super::open(&super::model_choice(&args.pipeline))?;
     let mut check = Check {
         reference: &reference,
         pipeline: &pipeline,
@@ -78,7 +78,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
     );
     let ok = check.done.iter().all(|c| c.ok);
     let first_off = check.done.iter().find(|c| !c.ok).map(|c| c.name.clone());
-    if args.json {
+    if args.print.json {
         ui::json(&serde_json::json!({
             "ok": ok, "first_off": first_off, "tensors": check.done, "skipped": check.skipped,
         }))?;

@@ -4,15 +4,17 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 /// Beyond these a number is a slip of the finger, and would take for ever or all memory.
-pub const MOST_STEPS: usize = 10_000;
+pub const MAX_STEPS: usize = 10_000;
+/// Sampling steps of images for calibration and training.
+pub const MAX_STEPS_OF_DATA: usize = 1000;
 /// The longest text, in tokens.
-pub const MOST_TEXT: usize = 8_192;
+pub const MAX_TEXT_TOKENS: usize = 8_192;
 /// Guidance: models are trained with numbers below 10, and far above it nothing is finite.
-pub const MOST_GUIDANCE: f64 = 1000.0;
+pub const MAX_GUIDANCE: f64 = 1000.0;
 /// One image token is 2×2 latent pixels of 8×8 pixels each.
-pub const SMALLEST_PICTURE: usize = 16;
+pub const MIN_SIDE: usize = 16;
 /// Beyond this the position ids of FLUX make no sense and attention outgrows any machine.
-pub const LARGEST_PICTURE: usize = 8192;
+pub const MAX_SIDE: usize = 8192;
 
 /// What a model's makers recommend for `generate`; every field may be missing.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -42,9 +44,9 @@ impl Defaults {
     /// The message names the field.
     pub fn check(&self) -> Result<()> {
         let sizes = [
-            ("steps", self.steps, 1, MOST_STEPS),
-            ("size", self.size, SMALLEST_PICTURE, LARGEST_PICTURE),
-            ("text-length", self.text_length, 1, MOST_TEXT),
+            ("steps", self.steps, 1, MAX_STEPS),
+            ("size", self.size, MIN_SIDE, MAX_SIDE),
+            ("text-length", self.text_length, 1, MAX_TEXT_TOKENS),
         ];
         for (field, value, smallest, largest) in sizes {
             let value = value.unwrap_or(smallest);
@@ -55,8 +57,8 @@ impl Defaults {
         }
         if let Some(guidance) = self.guidance {
             ensure!(
-                (0.0..=MOST_GUIDANCE).contains(&guidance),
-                "its `guidance` is {guidance}, expected a number from 0 to {MOST_GUIDANCE}"
+                (0.0..=MAX_GUIDANCE).contains(&guidance),
+                "its `guidance` is {guidance}, expected a number from 0 to {MAX_GUIDANCE}"
             );
         }
         Ok(())

@@ -23,7 +23,7 @@ pub mod defaults;
 mod locate;
 
 pub use defaults::Defaults;
-use defaults::{LARGEST_PICTURE, SMALLEST_PICTURE};
+use defaults::{MAX_SIDE, MIN_SIDE};
 use locate::{DAMAGED, locate, speaks_of_flux};
 
 /// The file with a model's own defaults for `generate`.
@@ -263,8 +263,8 @@ impl Pipeline {
         let size = json.and_then(|json| json.get("sample_size")?.as_u64());
         let size = size.map_or(1024, |size| size as usize);
         ensure!(
-            (SMALLEST_PICTURE..=LARGEST_PICTURE).contains(&size),
-            "`{}`: `sample_size` is {size}: pictures are between {SMALLEST_PICTURE} and {LARGEST_PICTURE} pixels wide and high\nhint: correct it, or name a size with --width and --height",
+            (MIN_SIDE..=MAX_SIDE).contains(&size),
+            "`{}`: `sample_size` is {size}: pictures are between {MIN_SIDE} and {MAX_SIDE} pixels wide and high\nhint: correct it, or name a size with --width and --height",
             vae.describe("config.json")
         );
         Ok(size)
