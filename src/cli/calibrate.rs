@@ -6,7 +6,9 @@ use clap::Args;
 
 use super::{
     DryRunArgs, MemoryArgs, OutputArgs, PipelineArgs, PromptsArgs, RecipeArgs, RunArgs, SeedArgs,
-    SizeArgs, shared::written, units::{bytes, whole},
+    SizeArgs,
+    shared::written,
+    units::{bytes, whole},
 };
 use crate::{
     calibrate::{pass::Shard, recipe::StateSource},

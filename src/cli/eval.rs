@@ -5,9 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{
-    ConfigArgs, DecodeArgs, DeviceArgs, MemoryArgs, OutputArgs, PartsArgs, PipelineArgs,
-    PrintArgs, PromptsArgs, RecipeArgs, RunArgs, SamplingArgs, SeedArgs, SizeArgs,
-    shared::written,
+    ConfigArgs, DecodeArgs, DeviceArgs, MemoryArgs, OutputArgs, PartsArgs, PipelineArgs, PrintArgs,
+    PromptsArgs, RecipeArgs, RunArgs, SamplingArgs, SeedArgs, SizeArgs, shared::written,
 };
 use crate::device::DTypeChoice;
 
@@ -90,7 +89,12 @@ pub struct BenchArgs {
     pub model: Option<String>,
     /// Time random weights of this shape instead of a model: flux1-dev, flux1-schnell, or a transformer config.json
     /// (also one that `prune` wrote).
-    #[arg(long, value_name = "FILE|NAME", conflicts_with = "model", help_heading = "Model")]
+    #[arg(
+        long,
+        value_name = "FILE|NAME",
+        conflicts_with = "model",
+        help_heading = "Model"
+    )]
     pub config: Option<String>,
     /// A second model, timed in turn with the first.
     #[arg(long, value_name = "PATH|ID", help_heading = "Model")]

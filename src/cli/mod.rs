@@ -166,7 +166,10 @@ mod tests {
         let prune = cli.find_subcommand_mut("prune").unwrap();
         let help = prune.render_long_help().to_string();
         let places: Vec<usize> = ["Model", "Goal", "Calibration", "Memory", "Output"]
-            .map(|group| help.find(&format!("\n{group}:\n")).unwrap_or_else(|| panic!("{group}: {help}")))
+            .map(|group| {
+                help.find(&format!("\n{group}:\n"))
+                    .unwrap_or_else(|| panic!("{group}: {help}"))
+            })
             .into();
         assert!(places.is_sorted(), "{help}");
     }

@@ -70,13 +70,19 @@ pub(super) fn share(text: &str) -> Result<f64, String> {
 
 /// A factor above 1.
 pub(super) fn factor(text: &str) -> Result<f64, String> {
-    let factor = text.parse().ok().filter(|n: &f64| n.is_finite() && *n > 1.0);
+    let factor = text
+        .parse()
+        .ok()
+        .filter(|n: &f64| n.is_finite() && *n > 1.0);
     factor.ok_or_else(|| "expected a factor above 1, such as 1.2".to_owned())
 }
 
 /// A number above 0.
 pub(super) fn positive(text: &str) -> Result<f64, String> {
-    let number = text.parse().ok().filter(|n: &f64| n.is_finite() && *n > 0.0);
+    let number = text
+        .parse()
+        .ok()
+        .filter(|n: &f64| n.is_finite() && *n > 0.0);
     number.ok_or_else(|| "expected a number above 0".to_owned())
 }
 

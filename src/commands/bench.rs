@@ -7,12 +7,12 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::{
-    MAX_TEXT_TOKENS, PixelSize, bench_growth,
+    bench_growth,
     bench_inputs::{Given, kinds, random_weights},
-    init, load,
+    init,
 };
 use crate::{
-    checkpoint::transformer_json,
+    checkpoint::{record, transformer_json},
     cli::BenchArgs,
     device::Runtime,
     eval::latency::{self, Effort, Machine, Peak, Timing},
@@ -22,7 +22,8 @@ use crate::{
         demand::{self, Format},
         ops,
     },
-    pipeline::{ModelChoice, Pipeline},
+    pipeline::{ModelChoice, Pipeline, defaults::MAX_TEXT_TOKENS, load},
+    sample::size::{ImageSize, MAX_SIDE},
     ui,
 };
 
@@ -123,7 +124,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     }
     if args.print.json {
         return ui::json(&json!({
-            "tool": load::software(),
+            "tool": record::software(),
             "machine": Machine::this(),
             "peaks": peaks,
             "rows": rows,
@@ -141,11 +142,10 @@ fn check_numbers(args: &BenchArgs) -> Result<()> {
     }
     for size in &args.size {
         ensure!(
-            (PixelSize::STEP..=PixelSize::LARGEST).contains(size)
-                && size.is_multiple_of(PixelSize::STEP),
+            (ImageSize::STEP..=MAX_SIDE).contains(size) && size.is_multiple_of(ImageSize::STEP),
             "--size {size}: expected a multiple of {} up to {}",
-            PixelSize::STEP,
-            PixelSize::LARGEST
+            ImageSize::STEP,
+            MAX_SIDE
         );
     }
     if let Some(text) = args.text_tokens {

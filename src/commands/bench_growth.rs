@@ -8,10 +8,9 @@ use serde_json::json;
 use super::{
     bench::{Subject, row_of_time},
     bench_inputs::Given,
-    load,
 };
 use crate::{
-    checkpoint::{save, target},
+    checkpoint::{record, save, target},
     cli::BenchArgs,
     device::Runtime,
     eval::{
@@ -74,7 +73,7 @@ pub(super) fn run(
     )?;
     if args.print.json {
         ui::json(&json!({
-            "tool": load::software(),
+            "tool": record::software(),
             "machine": Machine::this(),
             "model": subject.name,
             "runtime": runtime.to_string(),

@@ -11,15 +11,13 @@ use serde_json::json;
 use super::{
     demand::Demand,
     gather::{self, Gathering},
-    place::Place,
     session::{Session, Settings},
 };
 use crate::{
     calibrate::{file::Calibration, pass::Shard, recipe::StateSource},
     checkpoint::{advise, target},
     cli::{CalibrateArgs, CalibrationArgs},
-    device::Runtime,
-    pipeline::Pipeline,
+    pipeline::{Pipeline, placement::MemoryBudget, prompts},
     prune::recipe::PruneRecipe,
     sample::image,
     ui,
@@ -68,8 +66,8 @@ pub(super) fn input(
             let (prompts, images) = captioned(folder)?;
             (prompts, Some(images))
         }
-        (None, Some(path)) => (super::read_prompts("--prompts", path)?, None),
-        (None, None) => (super::bundled_prompts(pipeline), None),
+        (None, Some(path)) => (prompts::read("--prompts", path)?, None),
+        (None, None) => (prompts::bundled(pipeline), None),
     };
     let given = images.as_ref().map(Vec::len);
     let held_out = recipe.score.held_out;
@@ -165,7 +163,7 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     }
     let runtime = super::runtime(args.run)?;
     let pipeline = super::open(&super::model_choice(&args.pipeline))?;
-    let place = Place::new(args.memory, &runtime).of(&pipeline);
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
     let Input { settings, images } = input(&args.calibration, &recipe, &pipeline)?;
     let shard = args.shard.unwrap_or(Shard::WHOLE);
     if args.dry_run.dry_run {

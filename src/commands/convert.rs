@@ -5,13 +5,12 @@ use std::{collections::BTreeMap, path::Path};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::load;
 use crate::{
     checkpoint::{
         Checkpoint,
         convert::{self, Target},
         keys, output,
-        record::{self, Record},
+        record::Record,
         save,
         target::{self as place, OutputFolder},
         transformer_json,
@@ -165,27 +164,10 @@ fn record(pipeline: &Pipeline, args: &ConvertArgs) -> Result<Record> {
         json!({ "to": format!("{:?}", args.target()) }),
     );
     let recipe = Value::Object(recipe);
-    if let Some(before) = before {
-        return Ok(Record {
-            tool: load::software(),
-            recipe,
-            ..before.clone()
-        });
+    match before {
+        Some(before) => Ok(before.with_recipe(recipe)),
+        None => pipeline.record_of(&pipeline.config, recipe),
     }
-    let config = &pipeline.config;
-    Ok(Record {
-        version: record::VERSION,
-        tool: load::software(),
-        base: pipeline.locator.clone(),
-        base_fingerprint: record::fingerprint(&pipeline.transformer)?,
-        layout: config.layout.clone(),
-        axes_dims: config.axes_dims.clone(),
-        theta: config.theta,
-        scheduler: pipeline.scheduler.clone(),
-        parts: pipeline.recorded_parts(),
-        defaults: serde_json::to_value(pipeline.recorded_defaults()?)?,
-        recipe,
-    })
 }
 
 /// Tensors and bytes by format.

@@ -2,14 +2,13 @@
 
 use std::collections::HashSet;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use candle::{DType, Tensor};
 
 use super::{
     eval_clip::ClipFiles,
-    eval_output, load,
+    eval_output,
     measure::{self, Measured, Task},
-    place::Place,
     planned::Planned,
 };
 use crate::{
@@ -18,7 +17,6 @@ use crate::{
         target::{self, OutputFolder},
     },
     cli::EvalArgs,
-    device::Runtime,
     eval::{
         detect,
         latency::{self, Effort, Machine},
@@ -29,7 +27,7 @@ use crate::{
     files::BUNDLED,
     layout::BlockSpec,
     model::cost,
-    pipeline::{ModelChoice, Pipeline},
+    pipeline::{ModelChoice, Pipeline, load, placement::MemoryBudget, prompts},
     sample::png::Picture,
     ui,
 };
@@ -38,8 +36,6 @@ use crate::{
 const PICTURES: usize = 128;
 /// The same where pictures have many tokens.
 const PICTURES_LARGE: usize = 8;
-/// Image tokens from which a picture counts as large.
-pub(super) const LARGE: usize = 1024;
 /// Bytes of weights up to which all models are loaded together to be timed.
 const TOGETHER: usize = 1 << 30;
 /// Beyond this a number is a slip of the finger.
@@ -52,12 +48,13 @@ const CAPTIONS: u64 = 1;
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let given = args
         .prompts
+        .prompts
         .as_deref()
-        .map(|path| super::read_prompts("--prompts", path))
+        .map(|path| prompts::read("--prompts", path))
         .transpose()?;
     target::check_folder(&args.output.path, args.output.force)?;
     let runtime = super::runtime(args.run)?;
-    let place = Place::new(args.memory, &runtime);
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime);
     let (baseline, mut models) = open(args)?;
     let plans: Vec<Planned> = args
         .plan
@@ -66,8 +63,8 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         .collect::<Result<_>>()?;
     let vae_files = baseline.vae_files()?;
     let clip = args.clip.as_deref().map(ClipFiles::find).transpose()?;
-    let size = super::picture_size(&baseline, args.size.width, args.size.height)?;
-    let usual = if size.tokens() >= LARGE {
+    let size = baseline.image_size(args.size.width, args.size.height)?;
+    let usual = if size.is_large() {
         PICTURES_LARGE
     } else {
         PICTURES
@@ -88,8 +85,14 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         encoded: load::encode_prompts(&baseline, &prompts, None, &runtime)?,
         schedule: load::schedule(&baseline)?,
         size,
-        steps: args.sampling.steps.unwrap_or_else(|| baseline.default_steps()),
-        guidance: args.sampling.guidance.unwrap_or_else(|| baseline.default_guidance()),
+        steps: args
+            .sampling
+            .steps
+            .unwrap_or_else(|| baseline.default_steps()),
+        guidance: args
+            .sampling
+            .guidance
+            .unwrap_or_else(|| baseline.default_guidance()),
         seed: args.seed.seed.unwrap_or(SEED),
         together: bytes <= TOGETHER && !place.is_short_of(2 * bytes as u64),
     };
@@ -107,7 +110,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         }
     }
 
-    let decoder = place.decoder(&vae_files, size.latent(), args.decode)?;
+    let decoder = place.decoder(&vae_files, size.latent(), args.decode.vae_tile)?;
     let decode_seconds = {
         let one = before.latents.narrow(0, 0, 1)?;
         let effort = Effort {
@@ -186,7 +189,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         reports.push(describe(model, measured, Some(index))?);
     }
     let report = Report {
-        tool: load::software(),
+        tool: record::software(),
         settings: Settings {
             prompts: source,
             pictures: prompts.len(),
@@ -268,12 +271,16 @@ fn prompts(
 ) -> (String, Vec<String>) {
     let (source, list, count) = match (&args.prompts.prompts, given) {
         (Some(path), Some(list)) => {
-            let count = args.prompts.num_prompts.unwrap_or(list.len()).min(MAX_IMAGES);
+            let count = args
+                .prompts
+                .num_prompts
+                .unwrap_or(list.len())
+                .min(MAX_IMAGES);
             (format!("`{}`", path.display()), list, count)
         }
-        _ if super::knows_only_scenes(baseline) => {
+        _ if prompts::knows_only_scenes(baseline) => {
             let count = args.prompts.num_prompts.unwrap_or(usual);
-            let known: HashSet<&str> = super::SCENES.lines().collect();
+            let known: HashSet<&str> = prompts::SCENES.lines().collect();
             // half of all captions with one object are known, and a quarter of the others
             let captions = Scene::draw(4 * count + 16, CAPTIONS).map(|scene| scene.to_string());
             let fresh = captions.filter(|caption| !known.contains(caption.as_str()));
@@ -284,7 +291,11 @@ fn prompts(
             let list = include_str!("../../configs/prompts/eval.txt").lines();
             let source = "configs/prompts/eval.txt, none of the calibration list";
             let list: Vec<String> = list.map(str::to_owned).collect();
-            (source.to_owned(), list, args.prompts.num_prompts.unwrap_or(usual))
+            (
+                source.to_owned(),
+                list,
+                args.prompts.num_prompts.unwrap_or(usual),
+            )
         }
     };
     (source, list.iter().cycle().take(count).cloned().collect())

@@ -6,18 +6,19 @@ use anyhow::{Context, Result, bail, ensure};
 use candle::Tensor;
 use serde::Serialize;
 
-use super::{
-    PixelSize, load,
-    place::{Need, Place},
-};
 use crate::{
-    checkpoint::target,
+    checkpoint::{record, target},
     cli::GenerateArgs,
     device::Runtime,
-    pipeline::Pipeline,
+    pipeline::{
+        Pipeline, load,
+        placement::{Activity, MemoryBudget},
+        prompts,
+    },
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
         png::Picture,
+        size::ImageSize,
     },
     ui,
 };
@@ -50,7 +51,7 @@ struct Job {
 pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     let mut prompts = args.prompt.clone();
     if let Some(path) = &args.prompt_file {
-        prompts.extend(super::read_prompts("--prompt-file", path)?);
+        prompts.extend(prompts::read("--prompt-file", path)?);
     }
     let pictures = prompts.len().saturating_mul(args.images_per_prompt);
     ensure!(
@@ -61,8 +62,8 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     );
     let runtime = super::runtime(args.run)?;
     let pipeline = super::open(&super::model_choice(&args.pipeline))?;
-    let place = Place::new(args.memory, &runtime).of(&pipeline);
-    let size = super::picture_size(&pipeline, args.size.width, args.size.height)?;
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
+    let size = pipeline.image_size(args.size.width, args.size.height)?;
     if args.sampling.guidance.is_some() && !pipeline.config.guidance_embed {
         ui::note(format!(
             "`{}` has no guidance embedding: --guidance has no effect",
@@ -81,7 +82,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
         .with_context(|| pipeline.scheduler_name.clone())?;
     let encoded = load::encode_prompts(&pipeline, &prompts, args.max_sequence_length, &runtime)?;
     let latents = denoise(&pipeline, &runtime, &place, &jobs, &encoded, size)?;
-    let decoder = place.decoder(&vae_files, size.latent(), args.decode)?;
+    let decoder = place.decoder(&vae_files, size.latent(), args.decode.vae_tile)?;
     for (i, job) in jobs.iter().enumerate() {
         let picture = decoder.pictures(&latents.narrow(0, i, 1)?)?;
         let picture = picture.first().context("the VAE gave no picture")?;
@@ -101,7 +102,7 @@ fn jobs(
     args: &GenerateArgs,
     pipeline: &Pipeline,
     prompts: &[String],
-    size: PixelSize,
+    size: ImageSize,
 ) -> Result<Vec<Job>> {
     let several = prompts.len() * args.images_per_prompt > 1;
     let seed = args.seed.seed.unwrap_or_default();
@@ -112,11 +113,15 @@ fn jobs(
                 path: path(&args.output.path, seed, prompt_index, image_index, several)?,
                 prompt: prompt.clone(),
                 seed,
-                steps: args.sampling.steps.unwrap_or_else(|| pipeline.default_steps()),
-                guidance: pipeline
-                    .config
-                    .guidance_embed
-                    .then(|| args.sampling.guidance.unwrap_or_else(|| pipeline.default_guidance())),
+                steps: args
+                    .sampling
+                    .steps
+                    .unwrap_or_else(|| pipeline.default_steps()),
+                guidance: pipeline.config.guidance_embed.then(|| {
+                    args.sampling
+                        .guidance
+                        .unwrap_or_else(|| pipeline.default_guidance())
+                }),
                 width: size.width,
                 height: size.height,
                 prompt_index,
@@ -186,10 +191,10 @@ fn create_folders(jobs: &[Job]) -> Result<()> {
 fn denoise(
     pipeline: &Pipeline,
     runtime: &Runtime,
-    place: &Place,
+    place: &MemoryBudget,
     jobs: &[Job],
     encoded: &Encoded,
-    size: PixelSize,
+    size: ImageSize,
 ) -> Result<Tensor> {
     let Some(first) = jobs.first() else {
         bail!("nothing to draw")
@@ -197,10 +202,10 @@ fn denoise(
     let tokens = size.tokens() + encoded.txt.dim(1)?;
     let usual = TOKENS_PER_FORWARD / tokens;
     let batch = place.batch(&pipeline.config, tokens, usual.min(jobs.len()));
-    let need = Need {
+    let need = Activity {
         batch,
         tokens,
-        beside: 0,
+        extra_bytes: 0,
     };
     let flux = place.flux(pipeline, need)?;
     let schedule = load::schedule(pipeline)?;
@@ -267,7 +272,7 @@ fn write(job: &Job, picture: &Picture, pipeline: &Pipeline) -> Result<()> {
         ("guidance", &job.guidance.unwrap_or_default().to_string()),
         ("size", &size),
         ("model", &pipeline.locator),
-        ("Software", &load::software()),
+        ("Software", &record::software()),
     ];
     picture.save(&job.path, &text)
 }

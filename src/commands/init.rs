@@ -7,7 +7,8 @@ use serde_json::json;
 
 use crate::{
     checkpoint::{
-        Checkpoint, Source, config::ConfigFile, init, output, save, target, transformer_json,
+        Checkpoint, Source, config::ConfigFile, init, output, record, save, target,
+        transformer_json,
     },
     cli::InitArgs,
     ui,
@@ -26,14 +27,16 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
     let (config, record) = transformer_json::read(&read_config(&args.config)?)?;
     // what a pruned layout needs to open; the layers are no one's
     let record = record.map(|mut record| {
-        record.tool = super::load::software();
+        record.tool = record::software();
         "random".clone_into(&mut record.base_fingerprint);
         record.recipe = json!({ "init": { "seed": args.seed.seed.unwrap_or_default() } });
         record
     });
-    let mut checkpoint = args
-        .format
-        .named(&init::random(&config, args.seed.seed.unwrap_or_default(), args.dtype)?)?;
+    let mut checkpoint = args.layout.layout.named(&init::random(
+        &config,
+        args.seed.seed.unwrap_or_default(),
+        args.dtype,
+    )?)?;
     checkpoint.metadata = output::metadata(record.as_ref())?;
     if !args.dry_run.dry_run {
         let path = args.output.as_deref().context("--output is missing")?;

@@ -24,7 +24,7 @@ struct Row {
 
 pub(super) fn run(args: &InspectArgs) -> Result<()> {
     let pipeline = super::open(&super::bare_choice(&args.model))?;
-    let size = super::picture_size(&pipeline, args.size.width, args.size.height)?;
+    let size = pipeline.image_size(args.size.width, args.size.height)?;
     let text = match args.text_tokens {
         Some(tokens) => tokens,
         None => pipeline.default_text_length()?,

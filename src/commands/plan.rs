@@ -9,15 +9,13 @@ use super::{
     calibrate,
     choose::{self, Wanted},
     gather,
-    place::Place,
     session::{Session, Settings},
 };
 use crate::{
     checkpoint::{output, record, target},
     cli::PlanArgs,
-    device::Runtime,
     layout::BlockId,
-    pipeline::Pipeline,
+    pipeline::{Pipeline, placement::MemoryBudget},
     prune::{
         forecast::{Forecast, Situation},
         plan::{PruningPlan, originals},
@@ -42,7 +40,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<()> {
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
     let runtime = super::runtime(args.run)?;
     let pipeline = super::open(&super::model_choice(&args.pipeline))?;
-    let place = Place::new(args.memory, &runtime).of(&pipeline);
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
     let wanted = Wanted::new(&args.goal, &recipe, &pipeline, None)?;
     let (settings, images) = calibrate::settings(
         &args.calibration,

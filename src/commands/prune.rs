@@ -9,23 +9,20 @@ use super::{
     calibrate,
     choose::{self, Wanted},
     demand::Demand,
-    gather, load,
-    place::Place,
-    score,
+    gather, score,
     select::Selection,
     session::Session,
 };
 use crate::{
     calibrate::{file::Calibration, pass::Shard},
     checkpoint::{
-        Checkpoint, convert, output,
-        record::{self, Record},
+        Checkpoint, convert, output, record,
         target::{self, OutputFolder},
     },
-    cli::{DecodeArgs, PruneArgs},
-    device::Runtime,
+    cli::PruneArgs,
     layout::{BlockId, FluxConfig},
     model::{Flux, cost},
+    pipeline::placement::MemoryBudget,
     prune::{
         apply,
         layers::Layers,
@@ -77,7 +74,7 @@ fn dry_run(args: &PruneArgs) -> Result<()> {
     let mut recipe = recipe(args)?;
     let runtime = super::runtime(args.run)?;
     let pipeline = super::open(&super::model_choice(&args.pipeline))?;
-    let place = Place::new(args.memory, &runtime).of(&pipeline);
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
     let (settings, _) = calibrate::settings(
         &args.calibration,
         args.stats.stats.as_deref(),
@@ -99,7 +96,7 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
     let given = args.plan.as_deref().map(PruningPlan::read).transpose()?;
     let runtime = super::runtime(args.run)?;
     let pipeline = super::open(&super::model_choice(&args.pipeline))?;
-    let place = Place::new(args.memory, &runtime).of(&pipeline);
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
     let usual = Refit::usual(pipeline.config.hidden_size);
     recipe.fit.refit.get_or_insert(usual);
     let wanted = Wanted::new(&args.goal, &recipe, &pipeline, given)?;
@@ -146,7 +143,7 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
             pipeline.name
         ));
     }
-    let record = record(&session, &recipe, &found, &config)?;
+    let record = pipeline.record_of(&config, json!({ "prune": recipe, "plan": found.plan }))?;
     let output = OutputFolder::create(&args.output.path, args.output.force)?;
     output::write(
         output.path(),
@@ -158,7 +155,7 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
     write(&session, output.path(), &found)?;
     let mut report = report(&session, &recipe, &found, &config, &checkpoint, args);
     let text = text(&session, &found, &report);
-    let drawn = draw_before_and_after(session, found, &place, args.decode, output.path())?;
+    let drawn = draw_before_and_after(session, found, &place, args.decode.vae_tile, output.path())?;
     report["picture"] = json!(drawn.then_some(PICTURE));
     output.finish()?;
     calibrate::remove_partial(&gathering.partial)?;
@@ -244,37 +241,13 @@ fn find(
     })
 }
 
-fn record(
-    session: &Session,
-    recipe: &PruneRecipe,
-    found: &Found,
-    config: &FluxConfig,
-) -> Result<Record> {
-    let pipeline = session.pipeline;
-    let before = pipeline.record.as_ref();
-    Ok(Record {
-        version: record::VERSION,
-        tool: load::software(),
-        base: before.map_or_else(|| pipeline.locator.clone(), |r| r.base.clone()),
-        base_fingerprint: before
-            .map_or_else(|| found.plan.source.clone(), |r| r.base_fingerprint.clone()),
-        layout: config.layout.clone(),
-        axes_dims: config.axes_dims.clone(),
-        theta: config.theta,
-        scheduler: pipeline.scheduler.clone(),
-        parts: pipeline.recorded_parts(),
-        defaults: serde_json::to_value(pipeline.recorded_defaults()?)?,
-        recipe: json!({ "prune": recipe, "plan": found.plan }),
-    })
-}
-
 /// Draws the last prompts with both models into `before-after.png`: unpruned above, pruned below. The models are gone
 /// when the VAE comes.
 fn draw_before_and_after(
     session: Session,
     found: Found,
-    place: &Place,
-    decode: DecodeArgs,
+    place: &MemoryBudget,
+    vae_tile: Option<usize>,
     folder: &Path,
 ) -> Result<bool> {
     let files = match session.pipeline.vae_files() {
@@ -299,13 +272,13 @@ fn draw_before_and_after(
     );
     let size = session.settings.size.latent();
     drop((session, found));
-    let decoder = place.decoder(&files, size, decode)?;
+    let decoder = place.decoder(&files, size, vae_tile)?;
     let rows: Result<Vec<_>> = latents.iter().map(|x| decoder.pictures(x)).collect();
     let grid = crate::sample::grid::grid(&rows?)?;
     let text = [
         ("Title", title.as_str()),
         ("prompts", &prompts),
-        ("Software", &load::software()),
+        ("Software", &record::software()),
     ];
     grid.save(&folder.join(PICTURE), &text)?;
     Ok(true)

@@ -6,7 +6,6 @@ use anyhow::{Context, Result, ensure};
 
 use super::{
     calibrate, gather,
-    place::Place,
     select::{self, plain_fit},
     session::Session,
 };
@@ -14,9 +13,9 @@ use crate::{
     calibrate::stats::{BlockStats, CalibrationStats},
     checkpoint::{output, record, save, target},
     cli::ScoreArgs,
-    device::Runtime,
     layout::BlockId,
     model::{Block, ReplacementBlock},
+    pipeline::placement::MemoryBudget,
     prune::layers::{LayerMap, Layers},
     score::{BlockScore, Metric, Scores, ablation::HeldOut, chart, moments},
     ui,
@@ -34,7 +33,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     target::check_file(&picture, args.output.force)?;
     let runtime = super::runtime(args.run)?;
     let pipeline = super::open(&super::model_choice(&args.pipeline))?;
-    let place = Place::new(args.memory, &runtime).of(&pipeline);
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
     let (settings, images) = calibrate::settings(
         &args.calibration,
         args.stats.stats.as_deref(),

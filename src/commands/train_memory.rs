@@ -3,13 +3,11 @@
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use super::{
-    place::Place,
-    train::{self, Pair, Resolved},
-};
+use super::train::{self, Pair, Resolved};
 use crate::{
-    cli::{MemoryArgs, TrainArgs},
+    cli::TrainArgs,
     device::Runtime,
+    pipeline::placement::MemoryBudget,
     train::{
         memory::{self, Forecast, Situation},
         sandwich::Sandwich,
@@ -48,11 +46,7 @@ pub(super) fn way(
         offload: args.memory.offload,
         ahead: 1,
     };
-    let limits = MemoryArgs {
-        offload: args.memory.offload,
-        max_vram: args.memory.max_vram,
-    };
-    let Some(limit) = Place::new(limits, runtime).limit() else {
+    let Some(limit) = MemoryBudget::new(super::memory(args.memory), runtime).limit() else {
         return ahead(asked, None, pair, resolved, sandwiches, runtime);
     };
     let least = Way {

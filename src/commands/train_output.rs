@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use candle::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-use super::{load, train::Pair};
+use super::train::Pair;
 use crate::{
     checkpoint::{Checkpoint, Source, convert, output, record::Record, save, target::OutputFolder},
     cli::TrainArgs,
@@ -118,7 +118,7 @@ fn record(pair: &Pair, report: &Value, kept_lora: bool) -> Result<Record> {
     let before = pair
         .pruned
         .record
-        .clone()
+        .as_ref()
         .context("the pruned model has a record")?;
     let mut recipe = match before.recipe.clone() {
         Value::Object(recipe) => recipe,
@@ -128,9 +128,5 @@ fn record(pair: &Pair, report: &Value, kept_lora: bool) -> Result<Record> {
         "train-sandwich".to_owned(),
         json!({ "recipe": report["recipe"], "phases": report["phases"], "kept-lora": kept_lora }),
     );
-    Ok(Record {
-        tool: load::software(),
-        recipe: Value::Object(recipe),
-        ..before
-    })
+    Ok(before.with_recipe(Value::Object(recipe)))
 }

@@ -19,7 +19,6 @@ use super::{
 use crate::{
     checkpoint::{advise, target},
     cli::TrainArgs,
-    device::Runtime,
     pipeline::Pipeline,
     train::{
         Entry, Training, Watch, sandwich,
@@ -66,7 +65,10 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let state = StateFile::new(&folder, settings.clone());
     if let Some(report) = finished(&args.output.path, &settings).filter(|_| !args.output.force) {
         // killed after its output was in place and before its state was removed
-        ui::note(format!("`{}` is of this very run", args.output.path.display()));
+        ui::note(format!(
+            "`{}` is of this very run",
+            args.output.path.display()
+        ));
         show(args, &report)?;
         return state::remove(&folder);
     }

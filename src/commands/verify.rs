@@ -6,10 +6,7 @@ use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 use serde::Serialize;
 
-use super::{
-    load,
-    recorded::{Reference, distance},
-};
+use super::recorded::{Reference, distance};
 use crate::{
     checkpoint::{Checkpoint, advise},
     cli::VerifyArgs,
@@ -17,7 +14,7 @@ use crate::{
     files::Blob,
     layout::{BlockKind, BlockSpec},
     model::{Conditioning, Flux, Inputs, Observer, Stream},
-    pipeline::Pipeline,
+    pipeline::{Pipeline, decoder, load},
     sample::{
         denoise::{Denoise, Encoded, LatentSize, starting_noise},
         vae::Vae,
@@ -399,7 +396,7 @@ impl Check<'_> {
         if recorded {
             let channels = Some(vae.config().latent_channels);
             let latents = reference.shaped("vae.latents", &[None, channels, None, None])?;
-            let image = load::decode(&vae, &latents, None, self.runtime)?;
+            let image = decoder::decode(&vae, &latents, None, self.runtime)?;
             self.compare("vae.image", &image, true)?;
         }
         drawn.map_or(Ok(()), |drawn| self.pictures(&vae, &drawn))
@@ -417,7 +414,7 @@ impl Check<'_> {
             ("pipeline.seeded_image", drawn.seeded.as_ref()),
         ] {
             if let Some(latents) = latents {
-                let image = load::decode_packed(vae, latents, drawn.size, None, self.runtime)?;
+                let image = decoder::decode_packed(vae, latents, drawn.size, None, self.runtime)?;
                 let image = (image.clamp(-1.0, 1.0)? * 0.5)?.affine(1.0, 0.5)?;
                 self.compare_picture(name, &image)?;
             }

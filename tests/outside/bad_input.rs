@@ -195,7 +195,12 @@ fn bad_arguments_are_refused_before_any_work() {
         );
     }
     fs::write(w.join("many.txt"), "x\n".repeat(11)).unwrap();
-    let many = ["generate", "--prompt-file", "many.txt", "--images-per-prompt"];
+    let many = [
+        "generate",
+        "--prompt-file",
+        "many.txt",
+        "--images-per-prompt",
+    ];
     refused(w, &[&many[..], &["10000"]].concat(), &["110000 pictures"]);
     misused(
         w,
