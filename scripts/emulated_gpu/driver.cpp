@@ -262,6 +262,10 @@ Result cuMemFree_v2(Address at) {
 Result cuMemAllocAsync(Address *out, size_t bytes, void *) { return cuMemAlloc_v2(out, bytes); }
 Result cuMemFreeAsync(Address at, void *) { return cuMemFree_v2(at); }
 
+// Pinned memory of the host.
+Result cuMemHostAlloc(void **out, size_t bytes, unsigned) { return (*out = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096)) ? OK : OUT_OF_MEMORY; }
+Result cuMemFreeHost(void *at) { return free(at), OK; }
+
 Result cuMemGetInfo_v2(size_t *free, size_t *all) {
     Lock lock(everything);
     *free = total() - used;
