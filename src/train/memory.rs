@@ -27,6 +27,10 @@ const MOST_AHEAD: usize = 64;
 
 /// Where and how a run computes.
 #[derive(Clone, Copy, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each holds or not whatever the others do"
+)]
 pub struct Situation {
     /// Bytes of an activation.
     pub element: f64,
