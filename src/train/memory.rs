@@ -16,7 +16,8 @@ use crate::{
     model::cost,
 };
 
-/// Scores that the backward pass of attention holds at once on a GPU: four tensors of f32 of this many elements.
+/// Scores that the backward pass of attention holds at once where no kernel does it: four tensors of f32 of this many
+/// elements.
 const SCORES: f64 = (1u64 << 26) as f64;
 
 /// Bytes on the device for batches that pass through a stored block together, where there is room for so many.
@@ -26,13 +27,19 @@ const MAX_BATCHES_PER_LOAD: usize = 64;
 
 /// Where and how a run computes.
 #[derive(Clone, Copy, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each holds or not whatever the others do"
+)]
 pub struct Workload {
     /// Bytes of an activation.
     pub element: f64,
     /// Bytes of a frozen weight, on average: fewer where weights stay packed.
     pub weight: f64,
-    /// Whether to the CPU, whose kernels hold the scores of a few rows only.
+    /// Whether on the CPU.
     pub cpu: bool,
+    /// Whether the backward pass of attention holds matrices of scores: see `ops::holds_scores_backward`.
+    pub scores: bool,
     /// States in a forward.
     pub batch: usize,
     /// Text and image tokens of a state.
@@ -173,7 +180,7 @@ pub fn estimate(
         range.clone().map(graph).sum()
     };
     // the backward pass of attention: queries, keys, values and their gradients, wide, and scores
-    let scores = if s.cpu { 0.0 } else { 4.0 * 4.0 * SCORES };
+    let scores = if s.scores { 4.0 * 4.0 * SCORES } else { 0.0 };
     let full = (s.batch * config.num_heads) as f64 * ((text + image) as f64).powi(2) * 16.0;
     let attention = 24.0 * config.hidden_size as f64 * rows * 4.0 + scores.min(full);
     let data = &recipe.data;

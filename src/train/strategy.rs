@@ -8,7 +8,7 @@ use super::{
     sandwich::Sandwich,
     setup::TrainSetup,
 };
-use crate::ui;
+use crate::{model::ops, ui};
 
 /// A run whose estimate, an upper one, is this many times the memory there is cannot fit.
 const HOPELESS: f64 = 4.0;
@@ -162,6 +162,11 @@ impl TrainSetup {
             element: runtime.dtype.size_in_bytes() as f64,
             weight: self.pair.teacher.bytes_of_a_weight(runtime.dtype),
             cpu: runtime.device.is_cpu(),
+            scores: ops::holds_scores_backward(
+                &runtime.device,
+                runtime.dtype,
+                self.pair.pruned.config.head_dim(),
+            ),
             batch: self.options.batch,
             tokens: (self.options.text_tokens, self.options.size.tokens()),
             gradient_checkpointing: strategy.gradient_checkpointing,

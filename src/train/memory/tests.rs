@@ -4,6 +4,19 @@ use crate::{
     train::{recipe::LayersRecipe, sandwich::sandwiches},
 };
 
+/// 1024×1024 in bf16 on a GPU, everything on it.
+const ONE_SAMPLE: Workload = Workload {
+    element: 2.0,
+    weight: 2.0,
+    cpu: false,
+    scores: true,
+    batch: 1,
+    tokens: (512, 4096),
+    gradient_checkpointing: true,
+    offload: false,
+    batches_per_load: 1,
+};
+
 /// FLUX.1-dev with a layer for each stream in the place of one double block.
 fn pruned_dev() -> FluxConfig {
     let mut pruned = flux_dev();
@@ -33,14 +46,8 @@ fn a_sandwich_of_flux_dev_fits_24_gigabytes_when_the_rest_is_elsewhere() {
     let recipe = SandwichRecipe::default();
     let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
     let workload = |offload| Workload {
-        element: 2.0,
-        weight: 2.0,
-        cpu: false,
-        batch: 1,
-        tokens: (512, 4096),
-        gradient_checkpointing: true,
         offload,
-        batches_per_load: 1,
+        ..ONE_SAMPLE
     };
     for sandwich in found.iter().map(Some).chain([None]) {
         let take = |offload| {
@@ -67,14 +74,9 @@ fn packed_weights_count_as_they_are_held() {
     let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
     let weights = |weight, gradient_checkpointing| {
         let workload = Workload {
-            element: 2.0,
             weight,
-            cpu: false,
-            batch: 1,
-            tokens: (512, 4096),
             gradient_checkpointing,
-            offload: false,
-            batches_per_load: 1,
+            ..ONE_SAMPLE
         };
         estimate(&pruned, &teacher, &found, found.first(), &recipe, workload).weights
     };
@@ -89,20 +91,35 @@ fn packed_weights_count_as_they_are_held() {
 }
 
 #[test]
+fn scores_count_where_the_backward_pass_holds_them() {
+    let teacher = flux_dev();
+    let pruned = pruned_dev();
+    let recipe = SandwichRecipe::default();
+    let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
+    let activations = |scores, tokens| {
+        let workload = Workload {
+            scores,
+            tokens,
+            ..ONE_SAMPLE
+        };
+        estimate(&pruned, &teacher, &found, found.first(), &recipe, workload).activations
+    };
+    let of_scores = |tokens| activations(true, tokens) - activations(false, tokens);
+    // slices of 2^26 of them, or all there are: 24 heads of 128 tokens
+    let (sliced, all) = (of_scores((512, 4096)), of_scores((64, 64)));
+    assert!((sliced - 16.0 * 2f64.powi(26)).abs() < 1.0, "{sliced}");
+    assert!((all - 16.0 * 24.0 * 128.0 * 128.0).abs() < 1.0, "{all}");
+}
+
+#[test]
 fn as_many_batches_per_load_as_are_counted() {
     let teacher = flux_dev();
     let pruned = pruned_dev();
     let recipe = SandwichRecipe::default();
     let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
     let alone = Workload {
-        element: 2.0,
-        weight: 2.0,
-        cpu: false,
-        batch: 1,
-        tokens: (512, 4096),
-        gradient_checkpointing: true,
         offload: true,
-        batches_per_load: 1,
+        ..ONE_SAMPLE
     };
     let peak = |batches_per_load| {
         let workload = Workload {
