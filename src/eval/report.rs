@@ -239,45 +239,29 @@ impl Report {
         order
     }
 
-    /// What a terminal shows.
+    /// What a terminal shows: at most 80 columns if names are short.
     pub fn table(&self) -> String {
-        // the last column only where there is something in it
+        let number = |value: Option<f64>, digits: usize| {
+            value.map_or_else(|| "-".to_owned(), |v| format!("{v:.digits$}"))
+        };
+        // the last column only if there is something in it
         let columns = if self.settings.clip.is_some() { 9 } else { 8 };
-        let rows: Vec<Vec<String>> = std::iter::once(&self.baseline)
-            .chain(&self.models)
+        let models = std::iter::once(&self.baseline).chain(&self.models);
+        let rows: Vec<Vec<String>> = models
             .map(|m| {
                 let against = m.against_baseline.as_ref();
-                let number = |value: Option<f64>, digits: usize| {
-                    value.map_or_else(|| "-".to_owned(), |v| format!("{v:.digits$}"))
-                };
-                let score = m.prompt_following.map(|p| p.ok);
-                vec![
+                let speed_up = m.speed_up.map(|s| format!("{s:.2}x"));
+                let mut row = vec![
                     m.name.clone(),
                     ui::count(m.parameters as f64),
-                    format!("{:.2} ms", 1e3 * m.step.median),
-                    m.speed_up
-                        .map_or_else(|| "-".to_owned(), |s| format!("{s:.2}x")),
+                    format!("{:.2}", 1e3 * m.step.median),
+                    speed_up.unwrap_or_else(|| "-".to_owned()),
                     number(against.map(|a| a.velocity.error), 5),
                     number(against.map(|a| a.psnr.mean), 2),
                     number(against.map(|a| a.ssim.mean), 4),
-                    score.map_or_else(
-                        || "-".to_owned(),
-                        |s| {
-                            format!(
-                                "{:.1} ({:.1} to {:.1})",
-                                100.0 * s.share,
-                                100.0 * s.low,
-                                100.0 * s.high
-                            )
-                        },
-                    ),
-                    m.clip_score.as_ref().map_or_else(
-                        || "-".to_owned(),
-                        |s| format!("{:.2} ± {:.2}", s.mean, s.deviation),
-                    ),
-                ]
-            })
-            .map(|mut row: Vec<String>| {
+                    number(m.prompt_following.map(|p| 100.0 * p.ok.share), 1),
+                    number(m.clip_score.as_ref().map(|s| s.mean), 2),
+                ];
                 row.truncate(columns);
                 row
             })
@@ -285,24 +269,27 @@ impl Report {
         let header = [
             "model",
             "parameters",
-            "step",
-            "speed-up",
+            "step, ms",
+            "speed",
             "velocity error",
-            "PSNR, dB",
+            "PSNR",
             "SSIM",
-            "prompts followed, %",
-            "CLIP score",
+            "followed",
+            "CLIP",
         ];
         let mut out = ui::table(&header[..columns], &rows, &[1, 2, 3, 4, 5, 6, 7, 8]);
-        for (model, index) in self.models.iter().zip(0..) {
-            let worst = model
-                .against_baseline
-                .iter()
-                .flat_map(|a| a.worst.iter().take(3));
+        if let Some(score) = self.models.iter().find_map(|m| m.prompt_following) {
+            out.push_str(&format!(
+                "\nfollowed: share of {} prompts in %, 95 % interval in report.html",
+                score.ok.count
+            ));
+        }
+        for (index, model) in self.models.iter().enumerate() {
+            let worst = model.against_baseline.iter().flat_map(|a| &a.worst).take(3);
             for pair in worst.filter_map(|i| self.pairs.get(*i)) {
-                let psnr = pair.models.get::<usize>(index).map_or(0.0, |m| m.psnr);
+                let psnr = pair.models.get(index).map_or(0.0, |m| m.psnr);
                 out.push_str(&format!(
-                    "\nworst of {}: {psnr:.1} dB, seed {}, {}",
+                    "\nworst of {}: {psnr:.1} dB, seed {}\n  {}",
                     model.name, pair.seed, pair.prompt
                 ));
             }
