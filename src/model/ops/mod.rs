@@ -6,8 +6,8 @@
 //! backward pass of its own (`function`), again fused or composed, so that no training flag can be forgotten and no
 //! fused operation drops a gradient.
 //!
-//! On CPUs with AVX-512 products and attention run on inner loops of our own (`avx512`), in bf16 on pairs or, with AMX, on
-//! tiles where the CPU multiplies them; elsewhere on `faer`. Weights are read as they are stored: none is widened or
+//! On CPUs with AVX-512 products and attention run on inner loops of our own (`avx512`), in bf16 on pairs if the CPU
+//! multiplies them; elsewhere on `faer`. Weights are read as they are stored: none is widened or
 //! repacked as a whole.
 //!
 //! Computed in f32 whatever the dtype: norm statistics, the rotation of queries and keys, softmax, gate and residual of

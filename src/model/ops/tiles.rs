@@ -9,14 +9,14 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use super::avx512::{Avx512, Columns, GROUP, LANES, Rows, SIDE, Vector};
+use super::avx512::{Avx512, Columns, GROUP, LANES, Vector};
 use super::blank::Blank;
 use super::cpu::vectorized;
 use super::gelu::gelu_of;
 
 mod caches;
 
-use caches::{BY_VECTORS, Caches, WIDE, in_pairs};
+use caches::{CACHES, Caches, WIDE, in_pairs};
 
 /// Buffers of one thread, kept from product to product.
 #[derive(Default)]
@@ -89,9 +89,8 @@ fn by<T: Vector>(
     }
     static CALLS: AtomicU64 = AtomicU64::new(0);
     let call = CALLS.fetch_add(1, Ordering::Relaxed);
-    let caches = simd.map_or(&BY_VECTORS, |simd| Caches::of::<T>(simd, inner));
     let threads = rayon::current_num_threads();
-    let (tall, wide) = caches.cut(rows, inner, columns, threads);
+    let (tall, wide) = CACHES.cut(rows, inner, columns, threads);
     let tile = |row: usize, column: usize, out: Blank<T>| {
         let (rows, columns) = (out.nrows(), out.ncols());
         let x = &x[row * inner..][..rows * inner];
@@ -126,12 +125,11 @@ fn in_panels<T: Vector>(
     } else {
         None
     };
-    let tiles = pairs.and_then(|_| simd.tiles());
-    let Caches { panel, band, deep } = *Caches::of::<T>(simd, inner);
+    let Caches { panel, band, deep } = CACHES;
     let units = if pairs.is_some() { inner / 2 } else { inner };
     let (rows, columns) = (out.nrows(), out.ncols());
-    // a panel has whole vectors of lanes, one for tiles all its lanes
-    let lanes_of = |rows: usize| rows.next_multiple_of(if tiles.is_some() { SIDE } else { LANES });
+    // a panel has whole vectors of lanes
+    let lanes_of = |rows: usize| rows.next_multiple_of(LANES);
     let most = lanes_of(rows).min(band);
     let panels = room(&mut scratch.panels, most * units);
     let sums = room(
@@ -162,31 +160,7 @@ fn in_panels<T: Vector>(
             let padded = columns.next_multiple_of(GROUP);
             for start in (0..units).step_by(deep) {
                 let units_here = (units - start).min(deep);
-                // by tiles as far as they go, the rest by vectors
-                let (mut done, mut units_done) = (0, 0);
-                if let (Some(tiles), Some((_, weight))) = (&tiles, pairs) {
-                    done = columns / SIDE * SIDE;
-                    units_done = units_here / LANES * LANES;
-                    for (row, ..) in of_panels() {
-                        for group in (0..done).step_by(SIDE) {
-                            let panel = &panels[row * units + start * SIDE..];
-                            let weight = Rows {
-                                data: weight,
-                                start: (left + group) * inner + 2 * start,
-                                stride: inner,
-                                next: 2 * LANES,
-                            };
-                            let sums = &mut sums[row * padded + group * SIDE..];
-                            tiles.multiply(panel, units_done, weight, sums, start > 0);
-                        }
-                    }
-                }
                 for group in (0..columns).step_by(GROUP) {
-                    let from = if group < done { units_done } else { 0 };
-                    if from == units_here {
-                        continue;
-                    }
-                    let (start, units_here) = (start + from, units_here - from);
                     // the last group repeats its last column, whose sums are not written
                     let column = |n: usize| left + (group + n).min(columns - 1);
                     let group_columns = match (pairs, T::as_f32(weight)) {
