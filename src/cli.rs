@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use safetensors::Dtype;
 
 use crate::{
-    checkpoint::output::Format,
+    checkpoint::output::Naming,
     device::{DTypeChoice, DeviceChoice},
     layout::Form,
     pipeline::ModelChoice,
@@ -242,8 +242,8 @@ pub struct PruneArgs {
     #[command(flatten)]
     pub calibration: CalibrationArgs,
     /// Names and places of what is written: original (flux.safetensors) or diffusers (a transformer folder).
-    #[arg(long, default_value_t, value_parser = |s: &str| s.parse::<Format>())]
-    pub format: Format,
+    #[arg(long, default_value_t, value_parser = |s: &str| s.parse::<Naming>())]
+    pub format: Naming,
     /// Say how many forwards and how much memory it takes, and do nothing.
     #[arg(long)]
     pub dry_run: bool,
@@ -346,8 +346,8 @@ pub struct InitArgs {
     #[arg(long, default_value = "bf16", value_parser = weight_dtype)]
     pub dtype: Dtype,
     /// Names of the tensors: original or diffusers.
-    #[arg(long, default_value_t, value_parser = |s: &str| s.parse::<Format>())]
-    pub format: Format,
+    #[arg(long, default_value_t, value_parser = |s: &str| s.parse::<Naming>())]
+    pub format: Naming,
     /// Say how large it would be and write nothing.
     #[arg(long)]
     pub dry_run: bool,

@@ -11,13 +11,13 @@ use safetensors::SafeTensors;
 
 use crate::{
     files::{Blob, Files},
-    formats::{Packed, name_of_scale},
+    quant::{QuantType, name_of_scale},
 };
 
 pub mod config;
 pub mod convert;
 pub mod diffusers;
-mod format;
+mod dtype;
 mod gguf;
 mod gguf_write;
 pub mod init;
@@ -29,11 +29,11 @@ pub mod save;
 mod scales;
 pub mod shapes;
 mod source;
-pub mod target;
+mod to_f32;
 pub mod transformer_json;
-mod widen;
 
-pub use format::Format;
+pub use crate::files::output as target;
+pub use dtype::StorageDType;
 pub use source::{Source, safetensors_dtype};
 
 /// An ordered, lazy map from tensor names to their bytes. Cloning copies names, not data.
@@ -332,20 +332,20 @@ pub fn advise<T>(result: Result<T>, hint: &str) -> Result<T> {
 }
 
 /// The format of a matrix that is served as its bytes too.
-fn packed(source: &Source) -> Option<Packed> {
+fn packed(source: &Source) -> Option<QuantType> {
     match source.format() {
-        Format::Packed(packed) if source.shape().len() == 2 => Some(packed),
+        StorageDType::Quantized(packed) if source.shape().len() == 2 => Some(packed),
         _ => None,
     }
 }
 
-/// [`Checkpoint`] as candle's source of weights. Packed matrices are served in full under their own names, and as bytes
+/// [`Checkpoint`] as candle's source of weights. Quantized matrices are served in full under their own names, and as bytes
 /// and scales under those that `formats` gives them.
 struct Backend(Arc<Checkpoint>);
 
 impl Backend {
     /// The packed matrix whose bytes or scales go by `name`.
-    fn packed<'a>(&self, name: &'a str) -> Option<(&'a str, &Source, Packed)> {
+    fn packed<'a>(&self, name: &'a str) -> Option<(&'a str, &Source, QuantType)> {
         let (tensor, _) = name.rsplit_once('@')?;
         let source = self.0.get(tensor)?;
         let packed = packed(source)?;

@@ -24,7 +24,7 @@ const DIFFUSERS_SOURCE: &str = include_str!("../../scripts/fastflux_flux.py");
 
 /// A `--format` value: names and places of what is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Format {
+pub enum Naming {
     /// Black Forest Labs' names in one file, `flux.safetensors`.
     #[default]
     Original,
@@ -32,7 +32,7 @@ pub enum Format {
     Diffusers,
 }
 
-impl FromStr for Format {
+impl FromStr for Naming {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -44,7 +44,7 @@ impl FromStr for Format {
     }
 }
 
-impl fmt::Display for Format {
+impl fmt::Display for Naming {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Original => "original",
@@ -53,7 +53,7 @@ impl fmt::Display for Format {
     }
 }
 
-impl Format {
+impl Naming {
     /// A canonical checkpoint under this format's names; no byte is read.
     ///
     /// # Errors
@@ -88,11 +88,11 @@ pub fn write(
     checkpoint: &Checkpoint,
     config: &FluxConfig,
     record: Option<&Record>,
-    format: Format,
+    format: Naming,
 ) -> Result<()> {
     let (folder, stem) = match format {
-        Format::Original => (folder.to_path_buf(), ORIGINAL_STEM),
-        Format::Diffusers => (folder.join("transformer"), DIFFUSERS_STEM),
+        Naming::Original => (folder.to_path_buf(), ORIGINAL_STEM),
+        Naming::Diffusers => (folder.join("transformer"), DIFFUSERS_STEM),
     };
     std::fs::create_dir_all(&folder)
         .with_context(|| format!("cannot create `{}`", folder.display()))?;
@@ -100,7 +100,7 @@ pub fn write(
     named.metadata = metadata(record)?;
     save::write(&named, &folder.join(format!("{stem}.safetensors")))?;
     let mut json = transformer_json::write(config, record);
-    if format == Format::Diffusers && !transformer_json::is_stock(config) {
+    if format == Naming::Diffusers && !transformer_json::is_stock(config) {
         json["_class_name"] = DIFFUSERS_CLASS.into();
         json["auto_map"] =
             serde_json::json!({ "AutoModel": format!("{DIFFUSERS_MODULE}.{DIFFUSERS_CLASS}") });
@@ -202,11 +202,11 @@ mod tests {
             defaults: serde_json::json!({}),
             recipe: Value::Null,
         };
-        for format in [Format::Original, Format::Diffusers] {
+        for format in [Naming::Original, Naming::Diffusers] {
             let folder = tempfile::tempdir().unwrap();
             write(folder.path(), &pruned, &config, Some(&record), format).unwrap();
             let opened = open(folder.path());
-            assert_eq!(opened.diffusers, format == Format::Diffusers);
+            assert_eq!(opened.diffusers, format == Naming::Diffusers);
             assert_eq!(opened.config, config);
             assert_eq!(opened.record.as_ref(), Some(&record));
             same(&opened.transformer, &pruned);
@@ -221,9 +221,9 @@ mod tests {
         let blocks = vec![BlockId::single(3), BlockId::single(4)];
         let fitted = layers(base.config.hidden_size, &blocks[..1]);
         for (form, format, custom) in [
-            (Form::Linear, Format::Diffusers, true),
-            (Form::Linear, Format::Original, false),
-            (Form::Remove, Format::Diffusers, false),
+            (Form::Linear, Naming::Diffusers, true),
+            (Form::Linear, Naming::Original, false),
+            (Form::Remove, Naming::Diffusers, false),
         ] {
             let mut plan = plan(&base.config, Vec::new());
             plan.replace = vec![Replacement {
@@ -235,8 +235,8 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             write(folder.path(), &pruned, &config, None, format).unwrap();
             let folder = match format {
-                Format::Original => folder.path().to_path_buf(),
-                Format::Diffusers => folder.path().join("transformer"),
+                Naming::Original => folder.path().to_path_buf(),
+                Naming::Diffusers => folder.path().join("transformer"),
             };
             let text = std::fs::read(folder.join("config.json")).unwrap();
             let json: Value = serde_json::from_slice(&text).unwrap();
@@ -270,9 +270,9 @@ mod tests {
         .unwrap();
         assert_eq!(config, opened.config);
         let format = if diffusers {
-            Format::Diffusers
+            Naming::Diffusers
         } else {
-            Format::Original
+            Naming::Original
         };
         let path = folder.join("again.bin");
         save::write(&format.named(&again).unwrap(), &path).unwrap();
@@ -385,8 +385,8 @@ mod tests {
             assert!(grown < largest / 2, "{what}: {grown} bytes");
         };
         for (from, to) in [
-            (Format::Original, Format::Diffusers),
-            (Format::Diffusers, Format::Original),
+            (Naming::Original, Naming::Diffusers),
+            (Naming::Diffusers, Naming::Original),
         ] {
             report(
                 &format!("init, {from}"),

@@ -6,8 +6,8 @@ use anyhow::{Context, Result, bail, ensure};
 use candle::{DType, Device, Tensor};
 use safetensors::Dtype;
 
-use super::{format::Format, random::Random, widen};
-use crate::{files::Blob, formats::Packed};
+use super::{dtype::StorageDType, random::Random, to_f32};
+use crate::{files::Blob, quant::QuantType};
 
 mod sum;
 mod values;
@@ -18,7 +18,7 @@ const STEP: usize = 16 << 20;
 /// One named tensor of a checkpoint, not loaded yet. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct Source {
-    format: Format,
+    format: StorageDType,
     shape: Vec<usize>,
     data: Data,
     /// What float8 values are multiplied by: one number, or one for each row.
@@ -73,7 +73,7 @@ impl Source {
     pub(super) fn mapped(
         blob: &Blob,
         range: Range<usize>,
-        format: Format,
+        format: StorageDType,
         shape: Vec<usize>,
     ) -> Self {
         Self::piece(format, shape, Whole::Blob(blob.clone()), range)
@@ -86,7 +86,7 @@ impl Source {
         Self::piece(format, shape, Whole::Random(random), 0..bytes)
     }
 
-    fn piece(format: Format, shape: Vec<usize>, of: Whole, range: Range<usize>) -> Self {
+    fn piece(format: StorageDType, shape: Vec<usize>, of: Whole, range: Range<usize>) -> Self {
         Self {
             format,
             shape,
@@ -119,7 +119,7 @@ impl Source {
     /// The same numbers in another format, converted a part at a time while they are written; as it is where it has the
     /// format (and scale) already. `scale` is what float8 values are multiplied by again.
     #[must_use]
-    pub fn converted(&self, format: Format, scale: Option<f32>) -> Self {
+    pub fn converted(&self, format: StorageDType, scale: Option<f32>) -> Self {
         if self.format == format && (scale.is_none() == self.scale.is_none()) {
             return self.clone();
         }
@@ -137,7 +137,7 @@ impl Source {
     /// When the values are no float8, or there is another number of scales.
     pub fn with_scale(mut self, scale: Vec<f32>) -> Result<Self> {
         ensure!(
-            self.format == Format::Packed(Packed::F8E4M3),
+            self.format == StorageDType::Quantized(QuantType::F8E4M3),
             "a tensor of {} has a scale beside it, which only F8_E4M3 may have",
             self.format
         );
@@ -162,7 +162,7 @@ impl Source {
     }
 
     /// Number format on disk.
-    pub fn format(&self) -> Format {
+    pub fn format(&self) -> StorageDType {
         self.format
     }
 
@@ -331,7 +331,7 @@ impl Source {
         let block = self.format.block();
         let fitting = limit / self.format.bytes(block).max(1) * block;
         let count = fitting.min(self.elements());
-        let part = |range| self.format.pack(&self.stored(range)?);
+        let part = |range| self.format.encode(&self.stored(range)?);
         Ok([
             part(0..count)?,
             part(self.elements() - count..self.elements())?,
@@ -384,8 +384,8 @@ impl Source {
         if device.is_cpu()
             && dtype == DType::F32
             && matches!(self.data, Data::Pieces(_))
-            && let Format::Plain(stored) = self.format
-            && let Some(values) = widen::to_f32(&self.bytes()?, stored)
+            && let StorageDType::Plain(stored) = self.format
+            && let Some(values) = to_f32::to_f32(&self.bytes()?, stored)
         {
             return Ok(Tensor::from_vec(values, self.shape(), device)?);
         }
@@ -397,7 +397,7 @@ impl Source {
     /// # Errors
     /// When candle has no such dtype or the device is out of memory.
     pub fn tensor(&self, device: &Device) -> Result<Tensor> {
-        if matches!(self.format, Format::Packed(_)) {
+        if matches!(self.format, StorageDType::Quantized(_)) {
             let values = self.values(0..self.elements())?;
             return Ok(Tensor::from_vec(values, self.shape.as_slice(), device)?);
         }
@@ -466,10 +466,10 @@ pub fn safetensors_dtype(dtype: DType) -> Result<Dtype> {
 }
 
 /// The candle dtype of a format.
-fn candle_dtype(format: Format) -> Result<DType> {
+fn candle_dtype(format: StorageDType) -> Result<DType> {
     let dtype = match format {
-        Format::Plain(dtype) => DType::try_from(dtype).ok(),
-        Format::Packed(_) => None,
+        StorageDType::Plain(dtype) => DType::try_from(dtype).ok(),
+        StorageDType::Quantized(_) => None,
     };
     dtype.with_context(|| format!("tensors of dtype {format} are not supported\nhint: use a float32, float16, bfloat16, F8_E4M3 or GGUF file"))
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{PipelineArgs, RunArgs, bytes};
-use crate::checkpoint::output::Format;
+use crate::checkpoint::output::Naming;
 
 /// `train-sandwich`.
 #[derive(Args, Debug)]
@@ -92,8 +92,8 @@ pub struct TrainArgs {
     #[arg(long)]
     pub dry_run: bool,
     /// Names and places of what is written: original (flux.safetensors) or diffusers (a transformer folder).
-    #[arg(long, default_value_t, value_parser = |s: &str| s.parse::<Format>())]
-    pub format: Format,
+    #[arg(long, default_value_t, value_parser = |s: &str| s.parse::<Naming>())]
+    pub format: Naming,
     /// Overwrite an existing output.
     #[arg(long)]
     pub force: bool,

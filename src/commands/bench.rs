@@ -19,7 +19,7 @@ use crate::{
     layout::{BlockKind, BlockSpec, FluxConfig},
     model::{
         Flux, Trunk, cost,
-        demand::{self, Format},
+        memory::{self, ElementSizes},
         ops,
     },
     pipeline::{ModelChoice, Pipeline},
@@ -164,7 +164,7 @@ fn check_numbers(args: &BenchArgs) -> Result<()> {
 
 /// Fails before memory runs out where the weights alone do not fit into what is free.
 fn check_memory(subjects: &[Subject], runtime: &Runtime) -> Result<()> {
-    let bytes = |s: &Subject| demand::weights(&s.config, s.format(runtime));
+    let bytes = |s: &Subject| memory::weights(&s.config, s.format(runtime));
     let bytes: u64 = subjects.iter().map(bytes).sum();
     let free = runtime.free_memory().unwrap_or(u64::MAX);
     ensure!(
@@ -230,12 +230,12 @@ fn subjects(args: &BenchArgs) -> Result<Vec<Subject>> {
 
 impl Subject {
     /// What a forward is computed with: weights as they are held, packed ones in fewer bytes.
-    pub(super) fn format(&self, runtime: &Runtime) -> Format {
+    pub(super) fn format(&self, runtime: &Runtime) -> ElementSizes {
         let element = runtime.dtype.size_in_bytes();
         let weight = self.pipeline.as_ref().map_or(element as f64, |pipeline| {
             pipeline.bytes_of_a_weight(runtime.dtype)
         });
-        Format {
+        ElementSizes {
             element: element as u64,
             weight,
             scores: ops::holds_scores(&runtime.device, runtime.dtype),
@@ -311,7 +311,7 @@ impl Bench<'_> {
             let cost = cost::model(&subject.config, given.image_tokens, given.text_tokens);
             let tokens =
                 given.image_tokens * (subject.config.in_channels + subject.config.out_channels);
-            let weights = demand::weights(&subject.config, subject.format(self.runtime));
+            let weights = memory::weights(&subject.config, subject.format(self.runtime));
             let moved = Moved { weights, tokens };
             let mut row = self.row(&subject.name, "step", given, time, cost, moved);
             row.speed_up = (models.len() > 1).then(|| reference.median / time.median);

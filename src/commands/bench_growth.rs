@@ -21,7 +21,7 @@ use crate::{
     layout::{BlockKind, BlockSpec, FluxConfig},
     model::{
         Flux, cost,
-        demand::{self, Format},
+        memory::{self, ElementSizes},
     },
     ui,
 };
@@ -109,7 +109,7 @@ fn points(
     config: &FluxConfig,
     sizes: &[usize],
     text: usize,
-    format: Format,
+    format: ElementSizes,
     before: u64,
 ) -> Vec<Point> {
     let most = sizes.iter().copied().max().unwrap_or(USUAL);
@@ -127,8 +127,8 @@ fn points(
             seconds: None,
             bytes: None,
             forecast_bytes: before
-                + demand::weights(config, format)
-                + demand::activations(config, batch, image + text, format),
+                + memory::weights(config, format)
+                + memory::activations(config, batch, image + text, format),
             forecast_seconds: None,
         }
     };
@@ -171,7 +171,7 @@ impl Measuring<'_> {
             let held = model.is_some() && known.last().is_some_and(|p| p.blocks == point.blocks);
             let needed = if held {
                 let weights =
-                    demand::weights(&self.config(point), self.subject.format(self.runtime));
+                    memory::weights(&self.config(point), self.subject.format(self.runtime));
                 point.forecast_bytes.saturating_sub(weights)
             } else {
                 model = None;

@@ -15,7 +15,7 @@ use crate::{
         report::Memory,
         velocity::Velocities,
     },
-    model::{Flux, demand::TOGETHER},
+    model::{Flux, memory::BATCHES_PER_LOAD},
     pipeline::Pipeline,
     sample::{
         denoise::{Denoise, Encoded},
@@ -125,7 +125,7 @@ impl Task<'_> {
             &self.encoded,
             channels,
             batch,
-            TOGETHER,
+            BATCHES_PER_LOAD,
             self.seed,
             &progress,
         )

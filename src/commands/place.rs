@@ -1,5 +1,5 @@
 //! How much of the device a command uses: what stays there, what is brought when it is needed, in what portions.
-//! The sizes themselves are counted by `model::demand` and `sample::vae`.
+//! The sizes themselves are counted by `model::memory` and `sample::vae`.
 
 use anyhow::{Context, Result, bail};
 
@@ -12,13 +12,13 @@ use crate::{
     layout::FluxConfig,
     model::{
         Flux,
-        demand::{self, Format, Residence},
+        memory::{self, ElementSizes, OffloadPlan},
         ops,
     },
     pipeline::{Pipeline, VaeFiles},
     sample::{
         denoise::LatentSize,
-        vae::{Demand, VaeConfig},
+        vae::{MemoryEstimate, VaeConfig},
     },
     ui,
 };
@@ -91,8 +91,8 @@ impl Place {
         &self.runtime
     }
 
-    fn format(&self) -> Format {
-        Format {
+    fn format(&self) -> ElementSizes {
+        ElementSizes {
             element: self.runtime.dtype.size_in_bytes() as u64,
             weight: self.weight,
             scores: ops::holds_scores(&self.runtime.device, self.runtime.dtype),
@@ -106,20 +106,20 @@ impl Place {
 
     /// Bytes of a forward's activations.
     pub(super) fn activations(&self, config: &FluxConfig, batch: usize, tokens: usize) -> u64 {
-        demand::activations(config, batch, tokens, self.format())
+        memory::activations(config, batch, tokens, self.format())
     }
 
     /// Bytes of the batches that wait while one of them goes through a block that is read for all.
     pub(super) fn waiting(&self, config: &FluxConfig, batch: usize, tokens: usize) -> u64 {
-        demand::waiting(config, batch, tokens, self.format())
+        memory::waiting(config, batch, tokens, self.format())
     }
 
     /// `usual` states in a forward, or as few as fit.
     pub(super) fn batch(&self, config: &FluxConfig, tokens: usize, usual: usize) -> usize {
         let format = self.format();
-        let least = Residence::none(config, format).bytes;
+        let least = OffloadPlan::none(config, format).bytes;
         let fits = |batch: usize| {
-            let at_work = demand::activations(config, batch, tokens, format);
+            let at_work = memory::activations(config, batch, tokens, format);
             self.limit.is_none_or(|limit| least + at_work <= limit)
         };
         let mut batch = usual.max(1);
@@ -139,29 +139,29 @@ impl Place {
     /// `None` where nobody says.
     pub(super) fn spare(&self, config: &FluxConfig, need: Need) -> Option<u64> {
         let format = self.format();
-        let taken = Residence::none(config, format).bytes + self.at_work(config, need);
+        let taken = OffloadPlan::none(config, format).bytes + self.at_work(config, need);
         Some(self.limit?.saturating_sub(taken))
     }
 
     fn at_work(&self, config: &FluxConfig, need: Need) -> u64 {
-        demand::activations(config, need.batch, need.tokens, self.format()) + need.beside
+        memory::activations(config, need.batch, need.tokens, self.format()) + need.beside
     }
 
     /// Which blocks stay on the device.
-    pub(super) fn residence(&self, config: &FluxConfig, need: Need) -> Result<Residence> {
+    pub(super) fn residence(&self, config: &FluxConfig, need: Need) -> Result<OffloadPlan> {
         let format = self.format();
         if self.offload {
-            return Ok(Residence::none(config, format));
+            return Ok(OffloadPlan::none(config, format));
         }
         let Some(limit) = self.limit else {
-            return Ok(Residence::all(config, format));
+            return Ok(OffloadPlan::all(config, format));
         };
         let at_work = self.at_work(config, need);
         let room = limit.saturating_sub(at_work);
-        if let Some(residence) = Residence::within(config, format, room) {
+        if let Some(residence) = OffloadPlan::within(config, format, room) {
             return Ok(residence);
         }
-        let least = Residence::none(config, format);
+        let least = OffloadPlan::none(config, format);
         let size = |bytes: u64| ui::bytes(bytes as f64);
         let text = format!(
             "{} of memory are too little: two blocks at a time and what is around them take {}, {} state{} of {} tokens {}",
@@ -230,9 +230,9 @@ impl Place {
         size: LatentSize,
         rows: Option<usize>,
         element: u64,
-    ) -> Demand {
+    ) -> MemoryEstimate {
         let size = (size.height, size.width);
-        config.demand(size, rows, element, self.runtime.unfolds_convolutions())
+        config.decode_memory(size, rows, element, self.runtime.unfolds_convolutions())
     }
 
     /// Bytes for what is decoded; no bound where nobody says.
@@ -243,7 +243,7 @@ impl Place {
     }
 
     /// Whether the device's kernels can count all that is decoded at once.
-    fn counts(&self, take: Demand) -> bool {
+    fn counts(&self, take: MemoryEstimate) -> bool {
         self.on_cpu() || take.largest < COUNTED
     }
 
@@ -302,7 +302,7 @@ impl Place {
             "`{}`: {} of {} blocks stay on the device, the others are read when they are run; {} of weights at a time and {} for the rest{}",
             pipeline.name,
             residence.count(),
-            residence.of(),
+            residence.total(),
             size(residence.bytes),
             size(self.at_work(config, need)),
             limit.map_or_else(String::new, |limit| format!(", of {}", size(limit)))
@@ -311,7 +311,7 @@ impl Place {
         let vb = pipeline
             .transformer
             .var_builder(self.runtime.dtype, &self.runtime.device);
-        Flux::stored(config, &vb, &|index| residence.stays(index))
+        Flux::offloaded(config, &vb, &|index| residence.is_resident(index))
             .with_context(|| format!("cannot load the transformer of `{}`", pipeline.name))
     }
 }

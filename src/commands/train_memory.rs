@@ -128,7 +128,7 @@ fn lower(resolved: &Resolved, phases: &[Taken]) -> &'static str {
     }
 }
 
-/// `way` with as many batches together through a stored block as there is room for.
+/// `way` with as many batches together through a offloaded block as there is room for.
 fn ahead(
     way: Way,
     limit: Option<u64>,

@@ -6,9 +6,9 @@ use candle::Result;
 use candle_nn::VarBuilder;
 
 use super::double::DoubleBlock;
-use super::last::LastStep;
 use super::linear::{Linear, Lora};
 use super::modulation::Modulation;
+use super::output_projection::OutputProjection;
 use super::replacement::ReplacementBlock;
 use super::single::SingleBlock;
 use super::stream::{Conditioning, Stream};
@@ -24,23 +24,23 @@ pub enum Block {
     /// What stands in for removed blocks.
     Replacement(Box<ReplacementBlock>),
     /// Read from where its weights are whenever it is run.
-    Stored(Box<Stored>),
+    Offloaded(Box<Offloaded>),
 }
 
 /// A block whose weights are not on the device, and the LoRA beside them, which is.
 #[derive(Clone)]
-pub struct Stored {
+pub struct Offloaded {
     config: Arc<FluxConfig>,
     spec: BlockSpec,
     vb: VarBuilder<'static>,
     lora: Vec<(&'static str, Lora)>,
-    /// Projections that have taken the place of stored ones, wherever their tensors are.
+    /// Projections that have taken the place of those that are read, wherever their tensors are.
     exchanged: Vec<(&'static str, Linear)>,
 }
 
-impl fmt::Debug for Stored {
+impl fmt::Debug for Offloaded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Stored").field(&self.spec).finish()
+        f.debug_tuple("Offloaded").field(&self.spec).finish()
     }
 }
 
@@ -65,8 +65,8 @@ impl Block {
     }
 
     /// A block that is read below `vb` whenever it is run.
-    pub fn stored(config: &Arc<FluxConfig>, spec: &BlockSpec, vb: &VarBuilder<'static>) -> Self {
-        Self::Stored(Box::new(Stored {
+    pub fn offloaded(config: &Arc<FluxConfig>, spec: &BlockSpec, vb: &VarBuilder<'static>) -> Self {
+        Self::Offloaded(Box::new(Offloaded {
             config: config.clone(),
             spec: spec.clone(),
             vb: vb.clone(),
@@ -76,21 +76,21 @@ impl Block {
     }
 
     /// Whether its weights are read whenever it is run.
-    pub fn is_stored(&self) -> bool {
-        matches!(self, Self::Stored(_))
+    pub fn is_offloaded(&self) -> bool {
+        matches!(self, Self::Offloaded(_))
     }
 
     /// The block with its weights on the device.
     pub fn resident(&self) -> Result<Self> {
-        let Self::Stored(stored) = self else {
+        let Self::Offloaded(offloaded) = self else {
             return Ok(self.clone());
         };
-        let mut block = Self::new(&stored.config, &stored.spec, &stored.vb)?;
+        let mut block = Self::new(&offloaded.config, &offloaded.spec, &offloaded.vb)?;
         for (name, linear) in block.linears_mut() {
-            if let Some((_, other)) = stored.exchanged.iter().find(|(other, _)| *other == name) {
-                *linear = other.to_device(stored.vb.device())?;
+            if let Some((_, other)) = offloaded.exchanged.iter().find(|(other, _)| *other == name) {
+                *linear = other.to_device(offloaded.vb.device())?;
             }
-            if let Some((_, lora)) = stored.lora.iter().find(|(other, _)| *other == name) {
+            if let Some((_, lora)) = offloaded.lora.iter().find(|(other, _)| *other == name) {
                 linear.set_lora(Some(lora.clone()))?;
             }
         }
@@ -99,28 +99,28 @@ impl Block {
 
     /// [`resident`](Self::resident), for another thread to run: candle gives every thread a CUDA stream of its own, so the
     /// copies that this one has started must have ended.
-    pub(super) fn resident_elsewhere(&self) -> Result<Self> {
+    pub(super) fn load_on_thread(&self) -> Result<Self> {
         let block = self.resident()?;
-        self.wait()?;
+        self.synchronize()?;
         Ok(block)
     }
 
-    /// Waits until all that this thread has started on a stored block's device is done.
-    pub(super) fn wait(&self) -> Result<()> {
+    /// Waits until all that this thread has started on a offloaded block's device is done.
+    pub(super) fn synchronize(&self) -> Result<()> {
         match self {
-            Self::Stored(stored) => stored.vb.device().synchronize(),
+            Self::Offloaded(offloaded) => offloaded.vb.device().synchronize(),
             _ => Ok(()),
         }
     }
 
-    /// Puts `linear` in the place of the projection `name`. A stored block keeps it where its tensors are, so that they
+    /// Puts `linear` in the place of the projection `name`. A offloaded block keeps it where its tensors are, so that they
     /// may wait on the host, and brings it to the device with the rest.
     ///
     /// Fails where there is no projection of that name.
     pub fn exchange(&mut self, name: &'static str, linear: Linear) -> Result<()> {
-        if let Self::Stored(stored) = self {
-            stored.exchanged.retain(|(other, _)| *other != name);
-            stored.exchanged.push((name, linear));
+        if let Self::Offloaded(offloaded) = self {
+            offloaded.exchanged.retain(|(other, _)| *other != name);
+            offloaded.exchanged.push((name, linear));
             return Ok(());
         }
         let mut linears = self.linears_mut().into_iter();
@@ -131,25 +131,25 @@ impl Block {
         Ok(())
     }
 
-    /// This stored block with the LoRA of `resident`; a block that is not stored is `resident` itself.
+    /// This offloaded block with the LoRA of `resident`; a block that is not offloaded is `resident` itself.
     #[must_use]
     pub fn with_lora_of(&self, mut resident: Self) -> Self {
-        let Self::Stored(stored) = self else {
+        let Self::Offloaded(offloaded) = self else {
             return resident;
         };
-        let mut stored = stored.clone();
+        let mut offloaded = offloaded.clone();
         let linears = resident.linears_mut();
-        stored.lora = linears
+        offloaded.lora = linears
             .into_iter()
             .filter_map(|(name, linear)| Some((name, linear.lora()?.clone())))
             .collect();
-        Self::Stored(stored)
+        Self::Offloaded(offloaded)
     }
 
     /// Whether a LoRA is attached to one of its projections.
     pub fn has_lora(&self) -> bool {
         match self {
-            Self::Stored(stored) => !stored.lora.is_empty(),
+            Self::Offloaded(offloaded) => !offloaded.lora.is_empty(),
             _ => {
                 let mut block = self.clone();
                 let linears = block.linears_mut();
@@ -162,8 +162,8 @@ impl Block {
     #[must_use]
     pub fn detached(&self) -> Self {
         let mut block = self.clone();
-        if let Self::Stored(stored) = &mut block {
-            for (_, lora) in &mut stored.lora {
+        if let Self::Offloaded(offloaded) = &mut block {
+            for (_, lora) in &mut offloaded.lora {
                 *lora = lora.detached();
             }
         }
@@ -176,7 +176,7 @@ impl Block {
     /// One step of the fold.
     pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
         match self {
-            Self::Stored(_) => self.resident()?.forward(stream, conditioning),
+            Self::Offloaded(_) => self.resident()?.forward(stream, conditioning),
             Self::Double(block) => block.forward(stream, conditioning),
             Self::Single(block) => block.forward(stream, conditioning),
             Self::Replacement(block) => block.forward(stream, conditioning),
@@ -190,7 +190,7 @@ impl Block {
             Self::Double(block) => block.modulations(),
             Self::Single(block) => block.modulations(),
             Self::Replacement(_) => return Ok(None),
-            Self::Stored(_) => return self.resident()?.modulations(),
+            Self::Offloaded(_) => return self.resident()?.modulations(),
         };
         // the first three parts of three (single) or six (double)
         let first = |lin: &Linear| -> Result<Modulation<3>> {
@@ -206,27 +206,27 @@ impl Block {
 
     /// The last step of a kept block: one for all tokens (single), or text first, then image (double); none for
     /// replacements.
-    pub fn last_steps(
+    pub fn output_projections(
         &self,
         stream: &Stream,
         conditioning: &Conditioning,
-    ) -> Result<Vec<LastStep>> {
+    ) -> Result<Vec<OutputProjection>> {
         Ok(match self {
-            Self::Double(block) => block.last_steps(stream, conditioning)?.into(),
-            Self::Single(block) => vec![block.last_step(stream, conditioning)?],
+            Self::Double(block) => block.output_projections(stream, conditioning)?.into(),
+            Self::Single(block) => vec![block.output_projection(stream, conditioning)?],
             Self::Replacement(_) => vec![],
-            Self::Stored(_) => return self.resident()?.last_steps(stream, conditioning),
+            Self::Offloaded(_) => return self.resident()?.output_projections(stream, conditioning),
         })
     }
 
     /// Every projection with its canonical name below the block (`img_attn.qkv`, `linear1`, `linear.img`): the one
-    /// place to attach LoRA, merge or count. None for a stored block: make it [`resident`](Self::resident) first.
+    /// place to attach LoRA, merge or count. None for a offloaded block: make it [`resident`](Self::resident) first.
     pub fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
         match self {
             Self::Double(block) => block.linears_mut(),
             Self::Single(block) => block.linears_mut(),
             Self::Replacement(block) => block.linears_mut(),
-            Self::Stored(_) => vec![],
+            Self::Offloaded(_) => vec![],
         }
     }
 }

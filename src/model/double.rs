@@ -3,10 +3,10 @@
 use candle::{Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::last::LastStep;
 use super::linear::Linear;
 use super::modulation::Modulation;
 use super::ops::{self, Branch, Norms, Projected};
+use super::output_projection::OutputProjection;
 use super::stream::{Conditioning, Stream};
 use crate::layout::FluxConfig;
 
@@ -51,7 +51,7 @@ impl Half {
         x: &Tensor,
         attended: &Tensor,
         [gate, shift, scale, last_gate]: [&Tensor; 4],
-    ) -> Result<LastStep> {
+    ) -> Result<OutputProjection> {
         let y = self.proj.product(attended)?;
         let x = ops::gated_residual(&[Branch {
             x,
@@ -60,7 +60,7 @@ impl Half {
             gate: Some(gate),
         }])?;
         let z = self.mlp_in.gelu(&ops::norm_modulate(&x, shift, scale)?)?;
-        Ok(LastStep {
+        Ok(OutputProjection {
             name,
             x,
             z,
@@ -95,7 +95,7 @@ impl DoubleBlock {
 
     /// One step of the fold.
     pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
-        let [txt, img] = self.last_steps(stream, conditioning)?;
+        let [txt, img] = self.output_projections(stream, conditioning)?;
         let txt_y = self.txt.mlp_out.product(&txt.z)?;
         let img_y = self.img.mlp_out.product(&img.z)?;
         let tokens = ops::gated_residual(&[
@@ -106,11 +106,11 @@ impl DoubleBlock {
     }
 
     /// What the output projections `txt_mlp.2` and `img_mlp.2` are applied to.
-    pub(super) fn last_steps(
+    pub(super) fn output_projections(
         &self,
         stream: &Stream,
         conditioning: &Conditioning,
-    ) -> Result<[LastStep; 2]> {
+    ) -> Result<[OutputProjection; 2]> {
         let Self {
             img,
             txt,

@@ -4,10 +4,10 @@ use candle::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::double::load_norms;
-use super::last::LastStep;
 use super::linear::Linear;
 use super::modulation::Modulation;
 use super::ops::{self, Norms, Projected};
+use super::output_projection::OutputProjection;
 use super::stream::{Conditioning, Stream};
 use crate::layout::FluxConfig;
 
@@ -43,22 +43,22 @@ impl SingleBlock {
 
     /// One step of the fold.
     pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
-        let last = self.last_step(stream, conditioning)?;
+        let last = self.output_projection(stream, conditioning)?;
         let y = self.linear2.product(&last.z)?;
         let branch = last.branch(&y, &self.linear2);
         Ok(stream.with_tokens(ops::gated_residual(&[branch])?))
     }
 
     /// What the output projection `linear2` is applied to, for text and image tokens together.
-    pub(super) fn last_step(
+    pub(super) fn output_projection(
         &self,
         stream: &Stream,
         conditioning: &Conditioning,
-    ) -> Result<LastStep> {
+    ) -> Result<OutputProjection> {
         let x = &stream.tokens;
         let [shift, scale, gate] = self.modulation.forward(conditioning)?;
         let normed = ops::norm_modulate(x, &shift, &scale)?;
-        Ok(LastStep {
+        Ok(OutputProjection {
             name: "linear2",
             x: x.clone(),
             z: self.inside(&normed, conditioning)?,

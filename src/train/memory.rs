@@ -19,7 +19,7 @@ use crate::{
 /// Scores that the backward pass of attention holds at once on a GPU: four tensors of f32 of this many elements.
 const SCORES: f64 = (1u64 << 26) as f64;
 
-/// Bytes on the device for batches that pass through a stored block together, where there is room for so many.
+/// Bytes on the device for batches that pass through a offloaded block together, where there is room for so many.
 const AHEAD_BYTES: f64 = (1u64 << 31) as f64;
 /// Batches from which reading takes a small part of the time: more would only take memory.
 const MOST_AHEAD: usize = 64;
@@ -59,7 +59,7 @@ impl Situation {
         2.0 * self.input(config) + (4 * head * (text + image)) as f64
     }
 
-    /// How many batches may pass through a stored block together: as many as fit into 2 GiB and into `room` bytes, of the
+    /// How many batches may pass through a offloaded block together: as many as fit into 2 GiB and into `room` bytes, of the
     /// `samples` that there are, 64 at most.
     pub fn most_ahead(self, config: &FluxConfig, samples: usize, room: Option<f64>) -> usize {
         if !self.offload {

@@ -3,10 +3,10 @@
 
 use candle::{D, DType, Result, Tensor};
 
-use super::attend_cpu;
+use super::attend_fused;
 use super::attention::attention;
 use super::cpu::fusable;
-use super::function::{by_recomputing, function};
+use super::custom_op::{by_recomputing, custom_op};
 use super::gelu::gelu;
 use super::heads::{Heads, Norms, Projected, heads, plain as plain_heads};
 use super::wide;
@@ -47,9 +47,9 @@ pub fn attend(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Te
     let y = forward(&stored, num_heads, rope)?;
     let inputs: Vec<&Tensor> = streams.iter().map(|s| s.qkv).collect();
     let rope = rope.clone();
-    function(&inputs, y, move |grad| {
+    custom_op(&inputs, y, move |grad| {
         let grads = if fused(&stored) {
-            attend_cpu::backward(&stored, num_heads, &rope, &grad.contiguous()?, None)?
+            attend_fused::backward(&stored, num_heads, &rope, &grad.contiguous()?, None)?
         } else {
             backward(&stored, num_heads, &rope, grad)?
         };
@@ -71,10 +71,10 @@ pub fn attend_beside_gelu(projected: &Projected, num_heads: usize, rope: &Rope) 
         Some(&forward(&stored, num_heads, rope)?),
     )?;
     let rope = rope.clone();
-    function(&[projected.qkv], y, move |grad| {
+    custom_op(&[projected.qkv], y, move |grad| {
         if fused(&stored) {
             let grad = grad.contiguous()?;
-            let all = attend_cpu::backward(&stored, num_heads, &rope, &grad, mlp_bias.as_ref())?;
+            let all = attend_fused::backward(&stored, num_heads, &rope, &grad, mlp_bias.as_ref())?;
             return Ok(all.into_iter().map(Some).collect());
         }
         let [of_qkv] = backward(&stored, num_heads, &rope, &grad.narrow(2, 0, hidden)?)?

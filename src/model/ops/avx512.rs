@@ -1,5 +1,5 @@
 //! The inner loops of matrix products in AVX-512 and AVX512-BF16: the one place of the crate with vector instructions
-//! written by hand, behind functions that check their bounds. `tiles` decides how a product is cut into these.
+//! written by hand, behind functions that check their bounds. `gemm` decides how a product is cut into these.
 //!
 //! A *panel* holds up to 48 rows of the left factor, transposed: for every unit of the inner dimension one number per
 //! row, so that rows are lanes of a vector. A *unit* is 32 bits: one f32, or two neighbouring bf16 for the instruction
@@ -25,8 +25,8 @@ use std::sync::LazyLock;
 use faer::MatRef;
 use half::{bf16, f16};
 
-use super::blank::Blank;
 use super::cpu::Element;
+use super::uninit::Uninit;
 
 mod layout;
 
@@ -235,7 +235,7 @@ impl Avx512 {
         self,
         panel: &[f32],
         vectors: usize,
-        mut out: Blank<T>,
+        mut out: Uninit<T>,
         add: Option<MatRef<T>>,
     ) {
         let (rows, columns) = (out.nrows(), out.ncols());

@@ -4,8 +4,8 @@
 use candle::{D, Result, Tensor};
 use rayon::prelude::*;
 
-use super::blank::{Blank, filled};
 use super::cpu::{Element, LANES, Operand, by_dtype, fusable, sum_map, vectorized};
+use super::uninit::{Uninit, filled};
 use super::{biased, cuda, wide};
 use crate::model::rope::Rope;
 
@@ -142,7 +142,7 @@ fn fused<T: Element>(streams: &[Projected], num_heads: usize, rope: &Rope) -> Re
 
     // queries, keys or values of all heads
     let write = |which: usize| {
-        filled(batch * num_heads * total, size, |out: Blank<T>| {
+        filled(batch * num_heads * total, size, |out: Uninit<T>| {
             out.par_bands(total.max(1))
                 .enumerate()
                 .for_each(|(i, out)| {

@@ -10,9 +10,9 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::avx512::{Avx512, Columns, GROUP, LANES, Vector};
-use super::blank::Blank;
 use super::cpu::vectorized;
 use super::gelu::gelu_of;
+use super::uninit::Uninit;
 
 mod caches;
 
@@ -68,7 +68,7 @@ pub(super) fn times_transposed<T: Vector>(
     x: &[T],
     weight: &[T],
     inner: usize,
-    out: Blank<T>,
+    out: Uninit<T>,
     then: Then<T>,
 ) {
     by(Avx512::detect(), x, weight, inner, out, then);
@@ -79,7 +79,7 @@ fn by<T: Vector>(
     x: &[T],
     weight: &[T],
     inner: usize,
-    out: Blank<T>,
+    out: Uninit<T>,
     then: Then<T>,
 ) {
     let (rows, columns) = (out.nrows(), out.ncols());
@@ -91,14 +91,14 @@ fn by<T: Vector>(
     let call = CALLS.fetch_add(1, Ordering::Relaxed);
     let threads = rayon::current_num_threads();
     let (tall, wide) = CACHES.cut(rows, inner, columns, threads);
-    let tile = |row: usize, column: usize, out: Blank<T>| {
+    let tile = |row: usize, column: usize, out: Uninit<T>| {
         let (rows, columns) = (out.nrows(), out.ncols());
         let x = &x[row * inner..][..rows * inner];
         let weight = &weight[column * inner..][..columns * inner];
         let then = then.part(row, column, rows, columns);
         SCRATCH.with_borrow_mut(|scratch| match simd {
             Some(simd) => in_panels(simd, [x, weight], (call, row), inner, out, then, scratch),
-            None => widened(x, weight, inner, out, then, scratch),
+            None => portable(x, weight, inner, out, then, scratch),
         });
     };
     if tall >= rows && wide >= columns {
@@ -116,7 +116,7 @@ fn in_panels<T: Vector>(
     [x, weight]: [&[T]; 2],
     (call, first): (u64, usize),
     inner: usize,
-    out: Blank<T>,
+    out: Uninit<T>,
     then: Then<T>,
     scratch: &mut Scratch,
 ) {
@@ -238,12 +238,12 @@ pub(super) fn widen<T: Vector>(x: &[T], out: &mut [f32]) {
     );
 }
 
-/// One task without `avx512`: the portable twin.
-fn widened<T: Vector>(
+/// One task without `avx512`: the portable reference.
+fn portable<T: Vector>(
     x: &[T],
     weight: &[T],
     inner: usize,
-    out: Blank<T>,
+    out: Uninit<T>,
     then: Then<T>,
     scratch: &mut Scratch,
 ) {
@@ -299,8 +299,8 @@ fn widened<T: Vector>(
 mod tests {
     use candle::{DType, Device, Result, Tensor};
 
-    use super::super::blank::filled;
     use super::super::cpu::{Operand, by_dtype};
+    use super::super::uninit::filled;
     use super::*;
     use crate::model::testing::{close, random};
 

@@ -9,9 +9,9 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 use super::avx512::{Avx512, Columns, GROUP, LANES, VECTORS, Vector};
-use super::blank::Blank;
 use super::cpu::{Element, exp, vectorized};
-use super::tiles::{room, widen};
+use super::gemm::{room, widen};
+use super::uninit::Uninit;
 use half::bf16;
 
 /// Queries of a full panel.
@@ -54,7 +54,7 @@ pub(super) fn attention<T: Vector>(
     [q, k, v]: [&[T]; 3],
     (heads, tokens, size): (usize, usize, usize),
     scale: f32,
-    out: Blank<T>,
+    out: Uninit<T>,
 ) {
     let block = tokens * size;
     let batch = out.nrows() / tokens.max(1);
@@ -83,7 +83,7 @@ fn strip<T: Vector>(
     [q, k, v]: [&[T]; 3],
     size: usize,
     scale: f32,
-    out: Blank<T>,
+    out: Uninit<T>,
     scratch: &mut Scratch,
 ) {
     let pairs = if simd.pairs() { T::as_bf16(q) } else { None };

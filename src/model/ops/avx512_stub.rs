@@ -4,8 +4,8 @@
 use faer::MatRef;
 use half::bf16;
 
-use super::blank::Blank;
 use super::cpu::Element;
+use super::uninit::Uninit;
 
 pub(super) const LANES: usize = 16;
 pub(super) const VECTORS: usize = 3;
@@ -66,7 +66,7 @@ impl Avx512 {
         match self {}
     }
 
-    pub(super) fn write<T: Vector>(self, _: &[f32], _: usize, _: Blank<T>, _: Option<MatRef<T>>) {
+    pub(super) fn write<T: Vector>(self, _: &[f32], _: usize, _: Uninit<T>, _: Option<MatRef<T>>) {
         match self {}
     }
 }
