@@ -18,9 +18,10 @@ pub(super) struct Head {
 
 impl Head {
     pub(super) fn new(config: &FluxConfig, vb: &VarBuilder) -> Result<Self> {
+        let (hidden, biases) = (config.hidden_size, config.family.biases);
         Ok(Self {
-            modulation: Modulation::new(config.hidden_size, &vb.pp("adaLN_modulation").pp("1"))?,
-            linear: Linear::load(config.hidden_size, config.out_channels, &vb.pp("linear"))?,
+            modulation: Modulation::new(hidden, biases, &vb.pp("adaLN_modulation").pp("1"))?,
+            linear: Linear::load(hidden, config.out_channels, biases, &vb.pp("linear"))?,
         })
     }
 

@@ -50,10 +50,11 @@ pub fn activations(
     tokens: usize,
     format: ElementSizes,
 ) -> u64 {
-    let (hidden, mlp) = (config.hidden_size as u64, config.mlp_size as u64);
+    let hidden = config.hidden_size as u64;
+    let mlp = (config.mlp_in_size() + config.mlp_size) as u64;
     // a block's input and output and what is normed, q, k, v before and after their norms and what attention makes of them,
     // and the MLP before and after its activation; measured on the CPU (`bench --growth`): 20 to 22 times the width
-    let widest = 2 * mlp + 14 * hidden;
+    let widest = mlp + 14 * hidden;
     let rows = (samples * tokens) as u64;
     // two tensors of scores in f32
     let scores = MAX_SCORES.min(samples * config.num_heads * tokens * tokens) as u64;
@@ -127,7 +128,7 @@ impl OffloadPlan {
         let largest = |i: usize| if resident[i] { 0 } else { bytes[i] };
         let largest = (0..bytes.len()).map(largest).max().unwrap_or(0);
         // the one that computes, the next one, and a tensor of it in the file's format
-        let widest = (3 * config.hidden_size + config.mlp_size) * config.hidden_size;
+        let widest = (3 * config.hidden_size + config.mlp_in_size()) * config.hidden_size;
         let on_their_way = match largest {
             0 => 0,
             largest => 2 * largest + widest as u64 * format.element,

@@ -16,6 +16,8 @@ pub mod ops;
 mod output_projection;
 mod replacement;
 mod rope;
+#[cfg(test)]
+mod shared_modulation_tests;
 mod single;
 mod stream;
 #[cfg(test)]

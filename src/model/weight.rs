@@ -205,7 +205,7 @@ mod tests {
         let vb = VarBuilder::from_tensors(tensors, dtype, &cpu);
         let bias = random("b", 24)?.to_dtype(dtype)?;
         Ok([
-            Linear::load(256, 24, &vb)?,
+            Linear::load(256, 24, true, &vb)?,
             Linear::new(wide.to_dtype(dtype)?, Some(bias))?,
         ])
     }

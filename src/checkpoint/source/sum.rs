@@ -7,7 +7,8 @@ use anyhow::{Result, bail, ensure};
 use candle::DType;
 use safetensors::Dtype;
 
-use super::{Data, STEP, Source, cut};
+use super::rows::cut;
+use super::{Data, STEP, Source};
 use crate::checkpoint::dtype::StorageDType;
 
 impl Source {

@@ -6,7 +6,8 @@ use anyhow::{Result, ensure};
 use candle::DType;
 use rayon::prelude::*;
 
-use super::{Data, Source, cut};
+use super::rows::cut;
+use super::{Data, Source};
 
 /// Values that one thread converts at a time, and how many such parts are converted at once.
 const PART: usize = 1 << 18;

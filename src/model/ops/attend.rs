@@ -8,42 +8,17 @@ use super::attention::attention;
 use super::cpu::fusable;
 use super::custom_op::{by_recomputing, custom_op};
 use super::gelu::gelu;
-use super::heads::{Heads, Norms, Projected, heads, plain as plain_heads};
+use super::heads::{Heads, OwnedProjection, Projected, heads, plain as plain_heads};
 use super::wide;
 use crate::model::rope::Rope;
 
 /// Scores that the composed backward pass holds at once, in elements; some four tensors of this size in f32 (1 GiB).
 const MAX_SCORES: usize = 1 << 26;
 
-/// One stream's projection, owned and outside of any graph.
-pub(super) struct Stored {
-    pub(super) qkv: Tensor,
-    pub(super) bias: Option<Tensor>,
-    pub(super) norms: Norms,
-}
-
-impl Stored {
-    fn new(stream: &Projected) -> Self {
-        Self {
-            qkv: stream.qkv.detach(),
-            bias: stream.bias.map(Tensor::detach),
-            norms: stream.norms.clone(),
-        }
-    }
-
-    pub(super) fn borrowed(&self) -> Projected<'_> {
-        Projected {
-            qkv: &self.qkv,
-            bias: self.bias.as_ref(),
-            norms: &self.norms,
-        }
-    }
-}
-
 /// Softmax attention over the tokens of all streams together, from their projections; heads side by side:
 /// (batch, tokens, hidden). Biases and norms get no gradient.
 pub fn attend(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Tensor> {
-    let stored: Vec<Stored> = streams.iter().map(Stored::new).collect();
+    let stored: Vec<OwnedProjection> = streams.iter().map(OwnedProjection::new).collect();
     let y = forward(&stored, num_heads, rope)?;
     let inputs: Vec<&Tensor> = streams.iter().map(|s| s.qkv).collect();
     let rope = rope.clone();
@@ -61,7 +36,7 @@ pub fn attend(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Te
 /// (batch, tokens, 3·hidden + mlp) beside the GELU of the rest; (batch, tokens, hidden + mlp).
 pub fn attend_beside_gelu(projected: &Projected, num_heads: usize, rope: &Rope) -> Result<Tensor> {
     let hidden = num_heads * rope.head_dim();
-    let stored = [Stored::new(projected)];
+    let stored = [OwnedProjection::new(projected)];
     let mlp = stored[0].qkv.dim(2)?.saturating_sub(3 * hidden);
     let mlp_bias = stored[0].bias.as_ref();
     let mlp_bias = mlp_bias.map(|b| b.narrow(0, 3 * hidden, mlp)).transpose()?;
@@ -93,12 +68,12 @@ pub fn attend_beside_gelu(projected: &Projected, num_heads: usize, rope: &Rope) 
     })
 }
 
-fn forward(streams: &[Stored], num_heads: usize, rope: &Rope) -> Result<Tensor> {
-    let borrowed: Vec<Projected> = streams.iter().map(Stored::borrowed).collect();
+fn forward(streams: &[OwnedProjection], num_heads: usize, rope: &Rope) -> Result<Tensor> {
+    let borrowed: Vec<Projected> = streams.iter().map(OwnedProjection::borrowed).collect();
     attention(&heads(&borrowed, num_heads, rope)?)
 }
 
-fn fused(streams: &[Stored]) -> bool {
+fn fused(streams: &[OwnedProjection]) -> bool {
     let operands = streams.iter().flat_map(|s| {
         [
             Some(&s.qkv),
@@ -112,12 +87,12 @@ fn fused(streams: &[Stored]) -> bool {
 
 /// Gradients of the projections from that of the result (batch, tokens, hidden), on any device.
 fn backward(
-    streams: &[Stored],
+    streams: &[OwnedProjection],
     num_heads: usize,
     rope: &Rope,
     grad: &Tensor,
 ) -> Result<Vec<Tensor>> {
-    let borrowed: Vec<Projected> = streams.iter().map(Stored::borrowed).collect();
+    let borrowed: Vec<Projected> = streams.iter().map(OwnedProjection::borrowed).collect();
     let heads = heads(&borrowed, num_heads, rope)?;
     let (batch, tokens, _) = grad.dims3()?;
     let grad = grad

@@ -31,6 +31,31 @@ pub struct Norms {
     pub key: Tensor,
 }
 
+/// One stream's projection, owned and outside of any graph.
+pub(super) struct OwnedProjection {
+    pub(super) qkv: Tensor,
+    pub(super) bias: Option<Tensor>,
+    pub(super) norms: Norms,
+}
+
+impl OwnedProjection {
+    pub(super) fn new(stream: &Projected) -> Self {
+        Self {
+            qkv: stream.qkv.detach(),
+            bias: stream.bias.map(Tensor::detach),
+            norms: stream.norms.clone(),
+        }
+    }
+
+    pub(super) fn borrowed(&self) -> Projected<'_> {
+        Projected {
+            qkv: &self.qkv,
+            bias: self.bias.as_ref(),
+            norms: &self.norms,
+        }
+    }
+}
+
 /// Queries, keys (normalised and rotated) and values of all streams, joined along the tokens in the order given.
 #[derive(Debug)]
 pub(super) struct Heads {

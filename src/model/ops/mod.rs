@@ -36,6 +36,7 @@ mod heads;
 mod norm;
 mod product;
 mod residual;
+mod swiglu;
 mod uninit;
 
 pub use attend::{attend, attend_beside_gelu};
@@ -50,6 +51,7 @@ pub use norm::norm_modulate;
 pub use dequantize::dequantize;
 pub use product::product;
 pub use residual::{Branch, biased, gated_residual};
+pub use swiglu::swiglu;
 
 use candle::{D, DType, Result, Tensor};
 
