@@ -10,7 +10,10 @@ use super::output_projection::OutputProjection;
 use super::stream::{Conditioning, Stream};
 use crate::layout::{Activation, FluxConfig};
 
-/// BFL `DoubleStreamBlock`, diffusers `FluxTransformerBlock`.
+/// BFL `DoubleStreamBlock`, diffusers `FluxTransformerBlock`; for each of the two streams
+/// `x ← x + gate₁ · proj(attention)`, then `x ← x + gate₂ · mlp((1 + scale₂) · norm(x) + shift₂)` ([BFL][forward]).
+///
+/// [forward]: https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L158-L191
 #[derive(Clone, Debug)]
 pub struct DoubleBlock {
     img: Half,

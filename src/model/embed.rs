@@ -37,7 +37,9 @@ pub struct Inputs<'a> {
     pub guidance: Option<&'a Tensor>,
 }
 
-/// Two projections with a SiLU between (BFL `MLPEmbedder`).
+/// Two projections with a SiLU between, `out_layer(silu(in_layer(x)))` ([BFL `MLPEmbedder`][bfl]).
+///
+/// [bfl]: https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L52-L60
 #[derive(Clone, Debug)]
 struct MlpEmbedder {
     in_layer: Linear,
@@ -193,7 +195,9 @@ fn check(inputs: &Inputs) -> Result<(usize, usize)> {
 }
 
 /// Sinusoidal embedding of `x` (batch,) times [`TIME_FACTOR`]: cosines, then sines, of 128 frequencies from 1 to
-/// 1/[`MAX_PERIOD`]; (batch, 256), f32 whatever the model's dtype (bf16 has no 999).
+/// 1/[`MAX_PERIOD`]; (batch, 256), f32 whatever the model's dtype (bf16 has no 999). [BFL `timestep_embedding`][bfl].
+///
+/// [bfl]: https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L28-L49
 fn sinusoid(x: &Tensor) -> Result<Tensor> {
     let half = SINUSOID / 2;
     let frequencies = Tensor::from_vec(frequencies(), (1, half), x.device())?;

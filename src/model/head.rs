@@ -9,7 +9,9 @@ use super::ops;
 use super::stream::{Conditioning, Stream};
 use crate::layout::FluxConfig;
 
-/// BFL `LastLayer`, diffusers `norm_out` and `proj_out`.
+/// BFL `LastLayer`, diffusers `norm_out` and `proj_out`: `linear((1 + scale) · norm(x) + shift)` ([BFL][forward]).
+///
+/// [forward]: https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L249-L253
 #[derive(Clone, Debug)]
 pub(super) struct Head {
     modulation: Modulation<2>,

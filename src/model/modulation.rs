@@ -7,7 +7,10 @@ use super::linear::Linear;
 use super::stream::Conditioning;
 use crate::layout::{FluxConfig, ModulationSource};
 
-/// A modulation projection (BFL `Modulation.lin`, diffusers `AdaLayerNormZero.linear`).
+/// A modulation projection, `lin(silu(vec))` cut into N parts ([BFL `Modulation`][forward], diffusers
+/// `AdaLayerNormZero.linear`).
+///
+/// [forward]: https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L120-L126
 #[derive(Clone, Debug)]
 pub struct Modulation<const N: usize> {
     /// hidden → N · hidden
@@ -39,8 +42,10 @@ impl<const N: usize> Modulation<N> {
     }
 }
 
-/// The modulation projections of a model whose blocks share them (BFL FLUX.2 `double_stream_modulation_img`,
-/// `double_stream_modulation_txt`, `single_stream_modulation`).
+/// The modulation projections of a model whose blocks share them ([diffusers `Flux2Modulation`][shared]; tensors
+/// `double_stream_modulation_img.lin`, `double_stream_modulation_txt.lin`, `single_stream_modulation.lin`).
+///
+/// [shared]: https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/models/transformers/transformer_flux2.py#L1036-L1057
 #[derive(Clone, Debug)]
 pub(super) struct SharedModulation {
     img: Modulation<6>,

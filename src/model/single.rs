@@ -12,7 +12,10 @@ use super::rope::Rope;
 use super::stream::{Conditioning, Stream};
 use crate::layout::{Activation, FluxConfig};
 
-/// BFL `SingleStreamBlock`, diffusers `FluxSingleTransformerBlock`.
+/// BFL `SingleStreamBlock`, diffusers `FluxSingleTransformerBlock`:
+/// `x + gate · linear2([attention, activation(mlp)])`, both from `linear1((1 + scale) · norm(x) + shift)` ([BFL][forward]).
+///
+/// [forward]: https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L227-L239
 #[derive(Clone, Debug)]
 pub struct SingleBlock {
     modulation: BlockModulation<3>,

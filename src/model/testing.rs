@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write as _;
 use std::sync::{Arc, Mutex};
 
 use candle::{DType, Device, Result, Shape, Tensor};
@@ -122,17 +123,36 @@ pub(super) fn random_flux_on(device: &Device, config: &FluxConfig, dtype: DType)
     )
 }
 
-/// The first GPU, for tests that leave it at a note where there is none.
-#[cfg(feature = "cuda")]
-#[expect(clippy::print_stderr, reason = "a test that does nothing says so")]
-pub(super) fn gpu() -> Option<Device> {
-    match Device::new_cuda(0) {
-        Ok(gpu) => Some(gpu),
-        Err(_) => {
-            eprintln!("no GPU here: nothing was tested");
-            None
-        }
+/// Reports on standard error that the test which runs on this thread skips what needs `hardware` (`avx512`,
+/// `avx512bf16`, `cuda`), once for each test, past the harness, which would hide it.
+///
+/// Panics if `FASTFLUX_REQUIRE`, a list such as `avx512,cuda`, names it: there a skipped test is a failed one.
+pub(super) fn skip(hardware: &str) {
+    static REPORTED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let required = std::env::var("FASTFLUX_REQUIRE").unwrap_or_default();
+    assert!(
+        !required.split(',').any(|name| name.trim() == hardware),
+        "FASTFLUX_REQUIRE names {hardware}, which this machine does not have"
+    );
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("a test");
+    let line = format!("skipped: {test}: no {hardware} here\n");
+    let mut reported = REPORTED.lock().expect("no panic while reporting");
+    if !reported.contains(&line) {
+        // a closed stderr must not fail the test
+        let _ = std::io::stderr().write_all(line.as_bytes());
+        reported.push(line);
     }
+}
+
+/// The first GPU; `None`, and the test counts as skipped, if there is none.
+#[cfg(feature = "cuda")]
+pub(super) fn gpu() -> Option<Device> {
+    let gpu = Device::new_cuda(0).ok();
+    if gpu.is_none() {
+        skip("cuda");
+    }
+    gpu
 }
 
 /// The tensors that a model of this configuration reads.

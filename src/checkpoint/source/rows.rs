@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use anyhow::{Result, bail, ensure};
-use candle::Tensor;
+use candle::{Device, Tensor};
 
 use super::{Data, Piece, Source};
 

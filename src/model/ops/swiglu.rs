@@ -3,6 +3,8 @@
 use candle::{D, Result, Tensor};
 
 /// `silu(a) · b` for `x` (…, 2·n) = [a, b]: (…, n); differentiable.
+///
+/// diffusers [`Flux2SwiGLU`](https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/models/transformers/transformer_flux2.py#L295-L298).
 pub fn swiglu(x: &Tensor) -> Result<Tensor> {
     let width = x.dim(D::Minus1)?;
     if !width.is_multiple_of(2) {
