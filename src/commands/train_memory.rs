@@ -7,6 +7,7 @@ use super::train::{self, Pair, Resolved};
 use crate::{
     cli::TrainArgs,
     device::Runtime,
+    model::ops,
     pipeline::placement::MemoryBudget,
     train::{
         memory::{self, Forecast, Situation},
@@ -153,6 +154,11 @@ fn situation(pair: &Pair, resolved: &Resolved, way: Way, runtime: &Runtime) -> R
         element: runtime.dtype.size_in_bytes() as f64,
         weight: pair.teacher.bytes_of_a_weight(runtime.dtype),
         cpu: runtime.device.is_cpu(),
+        scores: ops::holds_scores_backward(
+            &runtime.device,
+            runtime.dtype,
+            pair.pruned.config.head_dim(),
+        ),
         batch: resolved.batch,
         tokens: (pair.teacher.default_text_length()?, resolved.size.tokens()),
         recompute: way.recompute,
