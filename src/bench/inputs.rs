@@ -1,4 +1,4 @@
-//! What `bench` times things on: random inputs, and random weights of every kind of block. Measuring is `bench`'s business.
+//! Random inputs of a step, and random weights for every kind of block.
 
 use anyhow::Result;
 use candle::{DType, Device, Tensor};
@@ -11,13 +11,13 @@ use crate::{
     sample::latents,
 };
 
-/// A model's weights, the same ones every time.
-pub(super) fn random_weights(config: &FluxConfig, dtype: DType) -> Result<Checkpoint> {
+/// Random weights of a whole model; the same ones every time.
+pub fn random_weights(config: &FluxConfig, dtype: DType) -> Result<Checkpoint> {
     init::random(config, 0, safetensors_dtype(dtype)?)
 }
 
 /// One block of every kind and form, in the widths of `config`, with random weights: time does not depend on values.
-pub(super) fn kinds(config: &FluxConfig, runtime: &Runtime) -> Result<(FluxConfig, Trunk)> {
+pub fn one_of_each_kind(config: &FluxConfig, runtime: &Runtime) -> Result<(FluxConfig, Trunk)> {
     let forms = [Form::Linear, Form::Conditioned, Form::Modulated].map(|form| (form, false));
     let replaced = forms.into_iter().chain([(Form::Linear, true)]).enumerate();
     let replaced = replaced.map(|(i, (form, joint))| {
@@ -36,8 +36,8 @@ pub(super) fn kinds(config: &FluxConfig, runtime: &Runtime) -> Result<(FluxConfi
     Ok((config, trunk))
 }
 
-/// Random inputs of one size.
-pub(super) struct Given {
+/// Random inputs of one step.
+pub struct StepInputs {
     img: Tensor,
     img_ids: Tensor,
     txt: Tensor,
@@ -45,16 +45,20 @@ pub(super) struct Given {
     timestep: Tensor,
     vec: Tensor,
     guidance: Tensor,
-    pub(super) batch: usize,
-    pub(super) image_tokens: usize,
-    pub(super) text_tokens: usize,
+    /// Images in one forward.
+    pub batch: usize,
+    /// Image tokens of one image.
+    pub image_tokens: usize,
+    /// Text tokens of one image.
+    pub text_tokens: usize,
 }
 
-impl Given {
-    pub(super) fn new(
+impl StepInputs {
+    /// Inputs for `batch` square images whose sides are `size` pixels.
+    pub fn new(
         config: &FluxConfig,
         size: usize,
-        text: usize,
+        text_tokens: usize,
         batch: usize,
         runtime: &Runtime,
     ) -> Result<Self> {
@@ -69,18 +73,19 @@ impl Given {
         Ok(Self {
             img: normal(&[batch, image_tokens, config.in_channels])?,
             img_ids,
-            txt: normal(&[batch, text, config.context_in_dim])?,
-            txt_ids: latents::txt_ids(text, device)?,
+            txt: normal(&[batch, text_tokens, config.context_in_dim])?,
+            txt_ids: latents::txt_ids(text_tokens, device)?,
             timestep: Tensor::full(0.6f32, batch, device)?,
             vec: normal(&[batch, config.vec_in_dim])?,
             guidance: Tensor::full(3.5f32, batch, device)?,
             batch,
             image_tokens,
-            text_tokens: text,
+            text_tokens,
         })
     }
 
-    pub(super) fn inputs(&self) -> Inputs<'_> {
+    /// As a model takes them.
+    pub fn model_inputs(&self) -> Inputs<'_> {
         Inputs {
             img: &self.img,
             img_ids: &self.img_ids,
