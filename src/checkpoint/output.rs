@@ -17,10 +17,10 @@ pub const ORIGINAL_STEM: &str = "flux";
 /// The stem of a transformer's weight file in diffusers layout.
 pub const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
 
-/// The module that diffusers loads with a model that it has no class of its own for; `scripts/check_diffusers.py` tries it.
+/// The module that diffusers loads with a model that it has no class of its own for; `scripts/interop/check_diffusers.py` tries it.
 const DIFFUSERS_MODULE: &str = "fastflux_flux";
 const DIFFUSERS_CLASS: &str = "FastFluxTransformer2DModel";
-const DIFFUSERS_SOURCE: &str = include_str!("../../scripts/fastflux_flux.py");
+const DIFFUSERS_SOURCE: &str = include_str!("../../scripts/interop/fastflux_flux.py");
 
 /// A `--format` value: names and places of what is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -244,7 +244,7 @@ mod tests {
             assert_eq!(json["num_single_layers"], kept);
             let python = std::fs::read(folder.join("fastflux_flux.py")).ok();
             if custom {
-                let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/fastflux_flux.py");
+                let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/interop/fastflux_flux.py");
                 assert_eq!(python, std::fs::read(script).ok());
                 assert_eq!(json["_class_name"], "FastFluxTransformer2DModel");
                 let module = json["auto_map"]["AutoModel"].as_str();
