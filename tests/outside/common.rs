@@ -72,10 +72,25 @@ pub(crate) fn json(folder: &Path, args: &[&str]) -> Value {
 
 /// Runs, expects exit code 1 and a message with all of `words`, no panic, and nothing new in the folder.
 pub(crate) fn refused(folder: &Path, args: &[&str], words: &[&str]) {
+    fails_with(1, folder, args, words);
+}
+
+/// Refused by the command line itself: a value that its flag cannot have.
+pub(crate) fn misused(folder: &Path, args: &[&str], words: &[&str]) {
+    fails_with(2, folder, args, words);
+}
+
+fn fails_with(code: i32, folder: &Path, args: &[&str], words: &[&str]) {
     let before = list(folder);
+    says(code, folder, args, words);
+    assert_eq!(list(folder), before, "{args:?} left something behind");
+}
+
+/// Runs, expects exit code `code` and a message with all of `words`, nothing printed, and no panic.
+pub(crate) fn says(code: i32, folder: &Path, args: &[&str], words: &[&str]) {
     let out = fastflux(folder, args);
     let message = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert_eq!(out.status.code(), Some(1), "{args:?}: {message}");
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {message}");
     assert!(!message.contains("panicked"), "{args:?}: {message}");
     for word in words {
         assert!(
@@ -83,7 +98,7 @@ pub(crate) fn refused(folder: &Path, args: &[&str], words: &[&str]) {
             "{args:?}: `{word}` is not in: {message}"
         );
     }
-    assert_eq!(list(folder), before, "{args:?} left something behind");
+    assert!(out.stdout.is_empty(), "{args:?} printed something");
 }
 
 pub(crate) fn list(folder: &Path) -> Vec<PathBuf> {

@@ -1,0 +1,126 @@
+//! Loads the components of a pipeline onto the device, with progress and errors that name files.
+
+use std::sync::Once;
+
+use anyhow::{Context, Result};
+use candle::{Device, Tensor};
+
+use super::{Pipeline, VaeFiles};
+use crate::{
+    device::{self, Runtime},
+    files::Files,
+    model::{Flux, ops},
+    sample::{denoise::Encoded, schedule::Schedule, text::TextEncoders, vae::Vae},
+    ui,
+};
+
+/// Prompts in one call of the text encoders.
+const PROMPTS_PER_CALL: usize = 32;
+
+/// The transformer in the runtime's format on its device.
+pub fn flux(pipeline: &Pipeline, runtime: &Runtime) -> Result<Flux> {
+    check_kernels(runtime);
+    let vb = pipeline
+        .transformer
+        .var_builder(runtime.dtype, &runtime.device);
+    Flux::new(&pipeline.config, vb)
+        .with_context(|| format!("cannot load the transformer of `{}`", pipeline.name))
+}
+
+/// Says once if a GPU or its kernels are not used: results are the same, slower.
+pub fn check_kernels(runtime: &Runtime) {
+    static ASKED: Once = Once::new();
+    ASKED.call_once(|| {
+        if let Some(why) = device::unused_gpu() {
+            ui::warn(format!(
+                "computing on the CPU, as the GPU cannot be used: {why}\nhint: see `nvidia-smi`; --device cpu says that this is wanted"
+            ));
+        }
+        if let Some(why) = ops::trouble(&runtime.device) {
+            ui::warn(format!(
+                "slower than it could be, without our CUDA kernels: {why}"
+            ));
+        }
+    });
+}
+
+/// The scheduler.
+pub fn schedule(pipeline: &Pipeline) -> Result<Schedule> {
+    Schedule::from_json(pipeline.scheduler.to_string().as_bytes())
+        .with_context(|| pipeline.scheduler_name.clone())
+}
+
+/// Both text encoders and their tokenizers; `length` is the T5 length, by default the model's.
+pub fn text_encoders(
+    pipeline: &Pipeline,
+    files: &Files,
+    length: Option<usize>,
+    runtime: &Runtime,
+) -> Result<TextEncoders> {
+    // what is drawn with the prompts needs it, and encoding them takes a while
+    schedule(pipeline)?;
+    let encoders = TextEncoders::load(
+        files,
+        length,
+        pipeline.default_text_length()?,
+        runtime.dtype,
+        &runtime.device,
+    )?;
+    encoders.check_widths(pipeline.config.context_in_dim, pipeline.config.vec_in_dim)?;
+    Ok(encoders)
+}
+
+/// Encodes prompts, a bounded number at a time; on the CPU, as those of a calibration are half a gigabyte.
+pub fn encode(encoders: &TextEncoders, prompts: &[String]) -> Result<Encoded> {
+    let progress = ui::progress(prompts.len(), "encoding prompts");
+    let (mut txt, mut vec) = (Vec::new(), Vec::new());
+    for chunk in prompts.chunks(PROMPTS_PER_CALL) {
+        let (t, v) = encoders.encode(chunk)?;
+        txt.push(t.to_device(&Device::Cpu)?);
+        vec.push(v.to_device(&Device::Cpu)?);
+        progress.inc(chunk.len() as u64);
+    }
+    progress.finish_and_clear();
+    Ok(Encoded {
+        txt: Tensor::cat(&txt, 0)?,
+        vec: Tensor::cat(&vec, 0)?,
+    })
+}
+
+/// Loads the text encoders, encodes prompts and frees the encoders again.
+pub fn encode_prompts(
+    pipeline: &Pipeline,
+    prompts: &[String],
+    length: Option<usize>,
+    runtime: &Runtime,
+) -> Result<Encoded> {
+    let encoders = text_encoders(pipeline, &pipeline.text_files()?, length, runtime)?;
+    let encoded = encode(&encoders, prompts)?;
+    for (name, cut) in ["CLIP", "T5"].iter().zip(encoders.cut(prompts)?) {
+        if cut.prompts > 0 {
+            let which = match prompts.len() {
+                1 => "the prompt is".to_owned(),
+                all => format!("{} of {all} prompts are", cut.prompts),
+            };
+            ui::note(format!(
+                "{which} longer than the {} tokens that {name} reads: what follows is cut off",
+                cut.length
+            ));
+        }
+    }
+    drop(encoders);
+    ui::note(format!(
+        "encoded {} prompt{} and freed the text encoders",
+        prompts.len(),
+        if prompts.len() == 1 { "" } else { "s" }
+    ));
+    Ok(encoded)
+}
+
+/// The VAE.
+pub fn vae(files: &VaeFiles, runtime: &Runtime) -> Result<Vae> {
+    match files {
+        VaeFiles::Folder(folder) => Vae::load_folder(folder, runtime.dtype, &runtime.device),
+        VaeFiles::File(name, blob) => Vae::load_file(name, blob, runtime.dtype, &runtime.device),
+    }
+}
