@@ -19,6 +19,7 @@ mod help;
 mod memory;
 mod outputs;
 mod sandwich;
+mod shell;
 
 use common::*;
 
