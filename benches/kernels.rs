@@ -8,15 +8,18 @@
 use anyhow::Result;
 use candle::{DType, Device, Tensor, Var};
 use fastflux::{
-    calibrate::stats::{CalibrationStats, Gram, with_ones},
+    calibrate::stats::CalibrationStats,
     checkpoint::{Checkpoint, init, save},
     eval::latency::{Effort, Timing, measure},
+    fit::{
+        gram::{Gram, with_ones},
+        ridge,
+    },
     layout::{BlockId, BlockKind, BlockSpec, FluxConfig, Form, Replacement},
     model::{
         Conditioning, Flux, Inputs, Linear, Lora, Rope, Stream,
         ops::{Norms, Projected, attend},
     },
-    prune::fit,
     sample::latents,
 };
 
@@ -273,7 +276,7 @@ fn least_squares(report: &Report) -> Result<()> {
             None => Gram::of(&features, &target)?,
         };
         report(&format!("least squares, width {width}"), &mut || {
-            fit::solve(&sums, 1e-4)?;
+            ridge::solve(&sums, 1e-4)?;
             Ok(())
         })?;
     }

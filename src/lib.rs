@@ -15,6 +15,7 @@ pub mod sample;
 
 // which blocks matter, and what takes the place of the others
 pub mod calibrate;
+pub mod fit;
 pub mod prune;
 pub mod score;
 

@@ -195,6 +195,18 @@ impl Calibration {
         }
     }
 
+    /// Writes it to `path` as the output of a command, into a folder that is made if it is missing.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn write_output(&self, path: &Path) -> Result<()> {
+        if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("cannot create `{}`", folder.display()))?;
+        }
+        self.write(path, false)
+    }
+
     fn tensors(&self) -> Result<Checkpoint> {
         let mut file = Checkpoint::default();
         let header = serde_json::to_string(&self.header)?;

@@ -7,8 +7,8 @@ use candle::{Device, Tensor};
 use indicatif::ProgressBar;
 
 use super::{
+    noised::{Share, States},
     recipe::StateSource,
-    states::{Share, States},
     stats::CalibrationStats,
 };
 use crate::{

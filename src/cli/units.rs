@@ -77,15 +77,6 @@ pub(super) fn factor(text: &str) -> Result<f64, String> {
     factor.ok_or_else(|| "expected a factor above 1, such as 1.2".to_owned())
 }
 
-/// A number above 0.
-pub(super) fn positive(text: &str) -> Result<f64, String> {
-    let number = text
-        .parse()
-        .ok()
-        .filter(|n: &f64| n.is_finite() && *n > 0.0);
-    number.ok_or_else(|| "expected a number above 0".to_owned())
-}
-
 /// A plain number format of weights.
 pub(super) fn weight_dtype(text: &str) -> Result<Dtype, String> {
     match text {
@@ -128,6 +119,5 @@ mod tests {
         assert!(number(0.0, 2.0)("nan").is_err());
         assert!(share("0").is_err() && share("1").is_err() && share("0.5").is_ok());
         assert!(factor("1").is_err() && factor("inf").is_err() && factor("1.2").is_ok());
-        assert!(positive("0").is_err() && positive("1e-9").is_ok());
     }
 }

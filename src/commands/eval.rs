@@ -9,7 +9,6 @@ use super::{
     eval_clip::ClipFiles,
     eval_output,
     measure::{self, Measured, Task},
-    planned::Planned,
 };
 use crate::{
     checkpoint::{
@@ -28,6 +27,7 @@ use crate::{
     layout::BlockSpec,
     model::cost,
     pipeline::{ModelChoice, Pipeline, load, placement::MemoryBudget, prompts},
+    prune::plan_run::PlanRun,
     sample::png::Picture,
     ui,
 };
@@ -56,10 +56,10 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let runtime = super::runtime(args.run)?;
     let place = MemoryBudget::new(super::memory(args.memory), &runtime);
     let (baseline, mut models) = open(args)?;
-    let plans: Vec<Planned> = args
+    let plans: Vec<PlanRun> = args
         .plan
         .iter()
-        .map(|path| Planned::read(path, args.recipe.recipe.as_deref(), &baseline))
+        .map(|path| PlanRun::read(path, args.recipe.recipe.as_deref(), &baseline))
         .collect::<Result<_>>()?;
     let vae_files = baseline.vae_files()?;
     let clip = args.clip.as_deref().map(ClipFiles::find).transpose()?;
@@ -73,7 +73,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     target::check_writable(&args.output.path)?;
     for plan in plans {
         let place = place.clone().of(&baseline);
-        models.push(plan.carry_out(&baseline, &runtime, &place, &args.output.path)?);
+        models.push(plan.carry_out(&baseline, &place, &args.output.path)?);
     }
 
     let all: Vec<&Pipeline> = std::iter::once(&baseline).chain(&models).collect();

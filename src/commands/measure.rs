@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use candle::Tensor;
 
 use crate::{
-    calibrate::{self, states::States},
+    calibrate::{self, noised::States},
     device::Runtime,
     eval::{
         latency::{self, Effort, MemoryWatch, Timing},

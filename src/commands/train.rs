@@ -4,19 +4,19 @@ use std::{path::Path, sync::Arc};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle::{Device, Tensor};
-use clap::Parser;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::{
     calibrate,
     checkpoint::{Checkpoint, Source, advise, keys, record, save},
-    cli::{Cli, Command, PruneArgs, TrainArgs},
+    cli::TrainArgs,
     device::Runtime,
     files::Files,
     layout::{BlockSpec, FluxConfig},
     model::{Block, Flux, Trunk},
-    pipeline::{ModelChoice, Pipeline, load, prompts},
+    pipeline::{ModelChoice, Pipeline, load, placement::MemoryBudget, prompts},
+    prune::{self, options::PruneOptions},
     sample::{
         denoise::{Denoise, Encoded},
         schedule::Schedule,
@@ -199,17 +199,14 @@ impl Pair {
 pub(super) fn prune_bundled(args: &TrainArgs, folder: &Path) -> Result<ModelChoice> {
     if !folder.exists() {
         ui::note("pruning the bundled tiny model at 20 % first; --model names a pruned model");
-        let output = folder.display().to_string();
-        let words = ["fastflux", "prune", "--ratio", "0.2", "--output", &output];
-        let cli = Cli::try_parse_from(words).context("cannot prune the bundled model")?;
-        let Command::Prune(prune) = cli.command else {
-            bail!("cannot prune the bundled model")
+        let runtime = super::runtime(args.run)?;
+        let pipeline = Pipeline::open(&ModelChoice::default())?;
+        let budget = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
+        let options = PruneOptions {
+            output: folder.to_path_buf(),
+            ..PruneOptions::default()
         };
-        super::prune::make(&PruneArgs {
-            run: args.run,
-            memory: args.memory,
-            ..prune
-        })?;
+        prune::run::run(&pipeline, &budget, &options)?;
     }
     Ok(ModelChoice {
         model: Some(folder.display().to_string()),
@@ -402,7 +399,7 @@ pub(super) fn pictures(
     checkpoint.metadata.insert(PICTURES_KEY.to_owned(), key);
     std::fs::create_dir_all(folder)
         .with_context(|| format!("cannot create `{}`", folder.display()))?;
-    save::write(&checkpoint, &path)?;
+    save::write_again(&checkpoint, &path)?;
     Ok((flux, new(latents, encoded)?))
 }
 

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::outputs::Refit;
+use super::projections::RefitProjections;
 use crate::{calibrate::recipe::CalibrationRecipe, layout::Form};
 
 /// The recipe of a pruning run.
@@ -47,7 +47,7 @@ pub struct FitRecipe {
     pub sequential: bool,
     /// Output projections of what is kept that are fitted anew: `none`, `head`, or `all` (also of kept blocks behind a
     /// replaced one); `null`: `all` up to a width of 1,024, where that takes seconds, and `head` above.
-    pub refit: Option<Refit>,
+    pub refit: Option<RefitProjections>,
 }
 
 impl Default for PruneRecipe {

@@ -141,7 +141,7 @@ impl StateFile {
         let all = serde_json::json!({ "settings": self.settings, "progress": saved.progress });
         let text = serde_json::to_string(&to_bits(all))?;
         checkpoint.metadata.insert(KEY.to_owned(), text);
-        save::write(&checkpoint, &self.path())
+        save::write_again(&checkpoint, &self.path())
             .context("cannot save the run\nhint: free some space and start it again: it goes on from what was saved last")
     }
 
@@ -150,7 +150,8 @@ impl StateFile {
     }
 }
 
-/// Takes everything away that a run puts into its folder; and the folder, unless it holds something else.
+/// Removes everything that a run puts into its folder, also what killed runs had begun to write there; and the folder,
+/// unless it holds something else.
 ///
 /// # Errors
 /// When something cannot be removed.
@@ -159,18 +160,50 @@ pub fn remove(folder: &Path) -> Result<()> {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     };
-    let remove = || {
+    let remove = || -> std::io::Result<()> {
         for stem in [STEM, PICTURES_STEM] {
-            let file = folder.join(format!("{stem}.safetensors"));
-            gone(std::fs::remove_file(file))?;
+            for name in [
+                format!("{stem}.safetensors"),
+                format!("{stem}.safetensors.tmp"),
+            ] {
+                gone(std::fs::remove_file(folder.join(name)))?;
+            }
+        }
+        for name in [format!("{PRUNED}.partial"), format!("{PRUNED}.partial.tmp")] {
+            gone(std::fs::remove_file(folder.join(name)))?;
         }
         gone(std::fs::remove_dir_all(folder.join(PRUNED)))?;
+        left_by_killed_runs(folder)?;
         match std::fs::remove_dir(folder) {
             Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => Ok(()),
             result => gone(result),
         }
     };
     remove().with_context(|| format!("cannot remove `{}`", folder.display()))
+}
+
+/// Removes temporary files and folders: only one run at a time writes into its folder, so they are of killed ones.
+fn left_by_killed_runs(folder: &Path) -> std::io::Result<()> {
+    let entries = match std::fs::read_dir(folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if !entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with(".fastflux-")
+        {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            std::fs::remove_dir_all(entry.path())?;
+        } else {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// How a float is written: its bits, since the parser of JSON may be off by the last one of them.
@@ -276,6 +309,28 @@ mod tests {
         std::fs::remove_file(folder.path().join("run/notes")).unwrap();
         remove(&folder.path().join("run")).unwrap();
         assert!(!folder.path().join("run").exists());
+    }
+
+    #[test]
+    fn what_killed_runs_had_begun_to_write_is_removed_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path().join("run");
+        let file = StateFile::new(&run, json!({}));
+        file.save(&saved()).unwrap();
+        for name in [
+            "state.safetensors.tmp",
+            "pictures.safetensors.tmp",
+            "pruned.partial",
+            "pruned.partial.tmp",
+            ".fastflux-Ab12",
+        ] {
+            std::fs::write(run.join(name), "half").unwrap();
+        }
+        std::fs::create_dir(run.join(".fastflux-folder")).unwrap();
+        std::fs::write(run.join(".fastflux-folder/flux.safetensors"), "half").unwrap();
+        remove(&run).unwrap();
+        assert!(!run.exists());
+        remove(&run).unwrap();
     }
 
     #[test]

@@ -44,7 +44,7 @@ fn replace(id: BlockId, form: Form, joint: bool) -> Replacement {
     }
 }
 
-fn fit(flux: &Flux, states: &States, replace: &[Replacement], refit: Refit) -> Flux {
+fn fit(flux: &Flux, states: &States, replace: &[Replacement], refit: RefitProjections) -> Flux {
     let fitting = Fitting {
         ridge: None,
         sequential: true,
@@ -96,7 +96,7 @@ fn a_block_that_is_a_layer_of_the_form_is_recovered() {
         let mut known_flux = flux.clone();
         known_flux.trunk = flux.trunk.with_block(7, known.into()).unwrap();
         let replace = [replace(BlockId::single(2), form, joint)];
-        let fitted = fit(&known_flux, &states, &replace, Refit::All);
+        let fitted = fit(&known_flux, &states, &replace, RefitProjections::All);
         let off = off(&fitted, &known_flux, &states).sqrt();
         assert!(off < 1e-5, "{form} joint {joint}: {off}");
     }
@@ -109,14 +109,18 @@ fn each_further_refit_brings_the_velocity_nearer() {
         replace(BlockId::double(1), Form::Linear, false),
         replace(BlockId::single(4), Form::Modulated, false),
     ];
-    let [none, head, all] = [Refit::None, Refit::Head, Refit::All]
-        .map(|refit| off(&fit(&flux, &states, &replace, refit), &flux, &states));
+    let [none, head, all] = [
+        RefitProjections::None,
+        RefitProjections::Head,
+        RefitProjections::All,
+    ]
+    .map(|refit| off(&fit(&flux, &states, &replace, refit), &flux, &states));
     assert!(all < head && head < none, "{none} {head} {all}");
 }
 
 #[test]
 fn nothing_is_refitted_where_nothing_is_replaced() {
     let (flux, states) = bundled(2);
-    let same = fit(&flux, &states, &[], Refit::All);
+    let same = fit(&flux, &states, &[], RefitProjections::All);
     assert!(off(&same, &flux, &states) <= 0.0);
 }
