@@ -92,18 +92,6 @@ pub fn json(value: &impl serde::Serialize) -> Result<()> {
     data(serde_json::to_string_pretty(value)?)
 }
 
-/// Writes a report to stdout: as JSON, or as the text that `text` makes of it.
-///
-/// # Errors
-/// When stdout is closed or full.
-pub fn report<T: serde::Serialize>(report: &T, json: bool, text: fn(&T) -> String) -> Result<()> {
-    if json {
-        self::json(report)
-    } else {
-        data(text(report))
-    }
-}
-
 /// A progress bar on stderr; hidden when stderr is not a terminal or with `--quiet`.
 pub fn progress(steps: usize, what: &'static str) -> ProgressBar {
     bar(

@@ -50,7 +50,7 @@ pub fn sample(
 
 /// Fails at the first block whose output is NaN or infinite, and names it.
 #[derive(Debug)]
-pub struct FiniteCheck;
+pub(super) struct FiniteCheck;
 
 impl Observer for FiniteCheck {
     fn block(

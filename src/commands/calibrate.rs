@@ -15,7 +15,7 @@ use crate::{
 
 pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     let recipe = options::recipe(&args.calibration)?;
-    let (output, json) = (&args.output.path, args.output.print.json);
+    let output = &args.output.path;
     if !args.dry_run.dry_run {
         target::check_file(output, args.output.force)?;
     }
@@ -27,7 +27,7 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     if args.dry_run.dry_run {
         let estimate =
             CalibrationEstimate::new(&pipeline, &budget, &settings, shard, memory, false)?;
-        return ui::report(&estimate, json, CalibrationEstimate::text);
+        return super::show(args.output.print, &estimate, || estimate.text());
     }
     target::check_writable(output)?;
     let calibrator = Calibrator::open(&pipeline, &budget, settings, memory)?;
@@ -39,11 +39,8 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     let calibration = calibrator.run(&run)?;
     calibration.write_output(output)?;
     run.remove_partial()?;
-    ui::report(
-        &CalibrationReport::new(&calibration, output),
-        json,
-        CalibrationReport::text,
-    )?;
+    let report = CalibrationReport::new(&calibration, output);
+    super::show(args.output.print, &report, || report.text())?;
     ui::note(format!("wrote `{}`", output.display()));
     Ok(())
 }

@@ -41,11 +41,8 @@ pub(super) fn run(args: &MergeStatsArgs) -> Result<()> {
         );
     }
     sum.write_output(output)?;
-    ui::report(
-        &CalibrationReport::new(&sum, output),
-        args.output.print.json,
-        CalibrationReport::text,
-    )?;
+    let report = CalibrationReport::new(&sum, output);
+    super::show(args.output.print, &report, || report.text())?;
     ui::note(format!("wrote `{}`", output.display()));
     Ok(())
 }

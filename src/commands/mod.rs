@@ -3,31 +3,26 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
+use serde::Serialize;
 
 use self::options::{bare_choice, memory, model_choice, open, runtime};
-use crate::cli::Command;
+use crate::{
+    cli::{Command, PrintArgs},
+    ui,
+};
 
 mod bench;
-mod bench_growth;
-mod bench_inputs;
 mod calibrate;
 mod convert;
 mod eval;
-mod eval_clip;
-mod eval_output;
 mod generate;
 mod init;
 mod inspect;
-mod measure;
 mod merge_stats;
 mod options;
 mod plan;
 mod prune;
-mod recorded;
 mod score;
-mod train;
-mod train_memory;
-mod train_output;
 mod train_sandwich;
 mod verify;
 
@@ -50,5 +45,14 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Init(args) => init::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+/// Prints a report: JSON if flags ask for it, otherwise its table.
+fn show(print: PrintArgs, report: &impl Serialize, table: impl FnOnce() -> String) -> Result<()> {
+    if print.json {
+        ui::json(report)
+    } else {
+        ui::data(table())
     }
 }

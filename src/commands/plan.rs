@@ -63,7 +63,7 @@ pub(super) fn run(args: &PlanArgs) -> Result<()> {
     };
     output::write_json(output, &serde_json::to_value(&ranked.plan)?)?;
     let report = PlanReport::new(&pipeline, ranked, workload, output);
-    ui::report(&report, args.output.print.json, PlanReport::text)?;
+    super::show(args.output.print, &report, || report.text())?;
     ui::note(format!("wrote `{}`", output.display()));
     Ok(())
 }

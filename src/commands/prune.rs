@@ -20,16 +20,15 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
         PruningPlan::read(plan)?; // a damaged one is refused before the model is opened
     }
     let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
-    let json = args.output.print.json;
     if args.dry_run.dry_run {
         let settings = ResolvedOptions::new(&pipeline, &options.calibration)?;
         let memory = options.calibration.stats_memory;
         let estimate =
             CalibrationEstimate::new(&pipeline, &budget, &settings, Shard::WHOLE, memory, true)?;
-        return ui::report(&estimate, json, CalibrationEstimate::text);
+        return super::show(args.output.print, &estimate, || estimate.text());
     }
     let report = prune::run::run(&pipeline, &budget, &options)?;
-    ui::report(&report, json, prune::report::PruneReport::text)?;
+    super::show(args.output.print, &report, || report.text())?;
     ui::note(format!("wrote `{}`", options.output.display()));
     Ok(())
 }

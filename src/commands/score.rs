@@ -7,7 +7,7 @@ use crate::{
     calibrate::{Calibrator, options::ResolvedOptions, run::RunOptions},
     checkpoint::target,
     cli::ScoreArgs,
-    score::{Scores, measure},
+    score::measure,
     ui,
 };
 
@@ -34,7 +34,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     let scores = measure::score(&calibrator, &calibration, args.metric, recipe.fit.ridge)?;
     scores.write(output, &chart)?;
     run.remove_partial()?;
-    ui::report(&scores, args.output.print.json, Scores::text)?;
+    super::show(args.output.print, &scores, || scores.text())?;
     ui::note(format!(
         "wrote `{}` and `{}`",
         output.display(),

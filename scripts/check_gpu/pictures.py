@@ -1,0 +1,56 @@
+"""Prints the largest difference between two PNG files of eight-bit RGB, of 255; needs nothing but Python."""
+
+import pathlib
+import struct
+import sys
+import zlib
+
+
+def pixels(path):
+    """Width, height and the bytes of a picture."""
+    data = pathlib.Path(path).read_bytes()
+    at, packed, head = 8, b"", None
+    while at < len(data):
+        size, kind = struct.unpack(">I4s", data[at:at + 8])
+        body = data[at + 8:at + 8 + size]
+        if kind == b"IHDR":
+            head = struct.unpack(">IIBBBBB", body)
+        elif kind == b"IDAT":
+            packed += body
+        at += 12 + size
+    width, height, depth, colour = head[:4]
+    if (depth, colour, head[6]) != (8, 2, 0):
+        sys.exit(f"{path}: expected eight-bit RGB, not interlaced")
+    raw, row, out = zlib.decompress(packed), bytearray(3 * width), []
+    for y in range(height):
+        start = y * (3 * width + 1)
+        kind, line, above = raw[start], bytearray(raw[start + 1:start + 1 + 3 * width]), row
+        for x in range(3 * width):
+            left, corner = (line[x - 3], above[x - 3]) if x >= 3 else (0, 0)
+            up = above[x]
+            if kind == 1:
+                line[x] = (line[x] + left) & 255
+            elif kind == 2:
+                line[x] = (line[x] + up) & 255
+            elif kind == 3:
+                line[x] = (line[x] + (left + up) // 2) & 255
+            elif kind == 4:
+                guess = left + up - corner
+                best = min((abs(guess - left), 0, left), (abs(guess - up), 1, up), (abs(guess - corner), 2, corner))
+                line[x] = (line[x] + best[2]) & 255
+        row = line
+        out.append(bytes(line))
+    return (width, height), b"".join(out)
+
+
+def main():
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    (size, first), (other, second) = map(pixels, sys.argv[1:])
+    if size != other:
+        sys.exit(f"the pictures are {size} and {other} pixels large")
+    print(max((abs(a - b) for a, b in zip(first, second)), default=0))
+
+
+if __name__ == "__main__":
+    main()
