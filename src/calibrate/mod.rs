@@ -24,6 +24,7 @@ use crate::{
 
 mod behind;
 pub mod file;
+pub mod header;
 pub mod held_out;
 mod images;
 pub mod memory;

@@ -8,7 +8,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use super::{
-    file::{self, Header},
+    file,
+    header::Header,
     images::captioned,
     recipe::{CalibrationRecipe, StateSource},
 };
@@ -68,8 +69,9 @@ impl Default for CalibrationOptions {
 /// Everything that a calibration needs to know before anything is loaded: nothing is left open.
 #[derive(Clone, Debug)]
 pub struct ResolvedOptions {
-    /// Nothing left open.
+    /// The recipe.
     pub recipe: CalibrationRecipe,
+    /// Size of the images.
     pub size: ImageSize,
     /// Prompts to gather statistics of, then those held out.
     pub prompts: Vec<String>,
@@ -77,9 +79,9 @@ pub struct ResolvedOptions {
     pub samples: usize,
     /// Held-out states that blocks are compared on.
     pub held_out: usize,
-    /// Sampling steps of pictures to look at: those asked for, or the model's own default.
+    /// Sampling steps of images for people to look at: those asked for, or the model's own default.
     pub drawing_steps: usize,
-    /// States in one forward.
+    /// Noised latents in one forward.
     pub batch: usize,
     /// Text tokens the model is given.
     pub text_tokens: usize,

@@ -12,7 +12,8 @@ use candle::Tensor;
 
 use super::{
     Calibrator,
-    file::{self, Calibration, Header},
+    file::{self, Calibration},
+    header::Header,
     held_out::HeldOut,
     memory::{blocks_within, bytes_of_sums},
     noised::{Share, States},

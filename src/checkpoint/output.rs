@@ -130,11 +130,11 @@ mod tests {
     use super::*;
     use crate::{
         files::Files,
+        fit::layers::{Fitted, LayerMap, Layers},
         layout::{BlockId, Form, Replacement},
         pipeline::{ModelChoice, Pipeline},
         prune::{
             apply::apply,
-            layers::{Fitted, LayerMap, Layers},
             plan::PruningPlan,
         },
     };

@@ -34,6 +34,7 @@ pub mod report;
 pub mod run;
 pub mod select;
 pub mod sequential;
+mod trunk;
 
 /// A plan carried out on a model.
 #[derive(Clone, Debug)]
@@ -110,7 +111,7 @@ impl Pruned {
     /// When they do not fit on the device.
     pub fn flux(&self, calibrator: &Calibrator) -> Result<Flux> {
         let (flux, runtime) = (&calibrator.flux, calibrator.runtime);
-        let mut out = sequential::pruned(flux, &self.plan.replace, &self.fits.layers, runtime)?;
+        let mut out = trunk::pruned(flux, &self.plan.replace, &self.fits.layers, runtime)?;
         projections::put(&mut out, &self.fits.outputs, runtime)?;
         Ok(out)
     }

@@ -1,7 +1,7 @@
 use candle::DType;
 
 use super::*;
-use crate::layout::unpruned;
+use crate::{calibrate::recipe::CalibrationRecipe, layout::unpruned};
 
 /// Two units of 4 tokens' pictures, one held out.
 fn calibration() -> Calibration {
@@ -16,7 +16,7 @@ fn calibration() -> Calibration {
         ..CalibrationRecipe::default()
     };
     let header = Header {
-        version: VERSION,
+        version: Header::VERSION,
         model: String::new(),
         model_name: String::new(),
         runtime: String::new(),

@@ -1,7 +1,8 @@
-use super::*;
+use super::{super::trunk::pruned, *};
 use crate::{
     layout::{BlockId, Form},
-    model::AffineLayer,
+    fit::gram,
+    model::{AffineLayer, ReplacementBlock},
     pipeline::{ModelChoice, Pipeline},
     sample::denoise::{Encoded, LatentSize},
     ui,
@@ -56,7 +57,7 @@ fn fit(flux: &Flux, states: &States, replace: &[Replacement], refit: RefitProjec
     let bar = ui::progress(1, "");
     let fits = fit_layers(flux, states, replace, fitting, &runtime(), &bar).unwrap();
     let mut out = pruned(flux, replace, &fits.layers, &runtime()).unwrap();
-    outputs::put(&mut out, &fits.outputs, &runtime()).unwrap();
+    projections::put(&mut out, &fits.outputs, &runtime()).unwrap();
     out
 }
 
@@ -67,7 +68,7 @@ fn off(got: &Flux, want: &Flux, states: &States) -> f64 {
         .unwrap();
     let velocity = |flux: &Flux| flux.forward(&batch.inputs(), &mut ()).unwrap();
     let (got, want) = (velocity(got), velocity(want));
-    sums::square(&(got - &want).unwrap()).unwrap() / sums::square(&want).unwrap()
+    gram::square(&(got - &want).unwrap()).unwrap() / gram::square(&want).unwrap()
 }
 
 #[test]
