@@ -31,7 +31,7 @@ figure() {
 stamp() { while IFS= read -r line; do printf '%s %s\n' "$EPOCHREALTIME" "$line"; done; }
 
 # attempt NAME SECONDS COMMAND…: stdout to logs/NAME.out, stderr with times to logs/NAME.err. Sets code, seconds, peak (MiB on
-# the GPU beyond what was used before, empty where nobody says).
+# the GPU beyond the least that was used meanwhile, as the one before may still be leaving; empty where nobody says).
 attempt() {
     local name=$1 most=$2 before base rest
     shift 2
@@ -52,7 +52,7 @@ attempt() {
     exec 3>&-
     wait "$stamper" 2>/dev/null
     seconds=$(calc "$EPOCHREALTIME - $begun")
-    ((before > 0)) && peak=$(tail -n +"$before" "$memory" | awk 'NR == 1 { base = $1 } $1 > most { most = $1 } END { print most - base }')
+    ((before > 0)) && peak=$(tail -n +"$before" "$memory" | awk 'NR == 1 || $1 < least { least = $1 } $1 > most { most = $1 } END { print most - least }')
     printf '%s\t%s\t%s\t%s\n' "$name" "$code" "$seconds" "${peak:--}" >>"$runs"
     if ((code)); then
         note "$name: exit status $code after $seconds s$( ((code == 124)) && echo ', the limit'): $(tail -n 2 "$output/logs/$name.err" | cut -d' ' -f2- | tr '\n' ' ' | cut -c1-300)"

@@ -7,7 +7,7 @@ use candle::{DType, Device, Tensor};
 use indicatif::ProgressBar;
 
 use super::noised::{Batch, States};
-use crate::model::{Block, Flux, Stream, Trunk, demand::TOGETHER};
+use crate::model::{Block, Flux, Stream, Trunk, memory::BATCHES_PER_LOAD};
 
 /// Held-out states with the unpruned model's velocity on them.
 pub struct HeldOut {
@@ -76,8 +76,8 @@ impl HeldOut {
     ) -> Result<BTreeMap<usize, f64>> {
         let mut errors: BTreeMap<usize, f64> = candidates.keys().map(|k| (*k, 0.0)).collect();
         let order: Vec<usize> = candidates.keys().copied().collect();
-        let together = if trunk.has_stored(0..trunk.len()) {
-            TOGETHER
+        let together = if trunk.has_offloaded(0..trunk.len()) {
+            BATCHES_PER_LOAD
         } else {
             1
         };

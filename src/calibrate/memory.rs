@@ -265,7 +265,7 @@ impl CalibrationEstimate {
                 height: settings.size.height,
                 noised,
                 sums_of_a_block: bytes_of_sums(config),
-                all_blocks: residence.of(),
+                all_blocks: residence.total(),
                 fitting,
                 on_cpu,
             },

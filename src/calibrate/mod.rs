@@ -13,7 +13,7 @@ use self::{
 };
 use crate::{
     device::Runtime,
-    model::{Flux, demand::TOGETHER},
+    model::{Flux, memory::BATCHES_PER_LOAD},
     pipeline::{Pipeline, load, placement::MemoryBudget},
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
@@ -205,7 +205,7 @@ impl<'a> Calibrator<'a> {
                 &encoded,
                 self.channels(),
                 batch,
-                TOGETHER,
+                BATCHES_PER_LOAD,
                 seed,
                 &progress,
             )?;

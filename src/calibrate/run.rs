@@ -25,7 +25,7 @@ use super::{
 use crate::{
     checkpoint::{advise, record},
     layout::{BlockId, FluxConfig},
-    model::{Block, ReplacementBlock, demand::TOGETHER},
+    model::{Block, ReplacementBlock, memory::BATCHES_PER_LOAD},
     ui,
 };
 
@@ -217,7 +217,7 @@ fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
                 &prompts,
                 pass.channels,
                 pass.batch,
-                TOGETHER,
+                BATCHES_PER_LOAD,
                 seed,
                 &progress,
             )?

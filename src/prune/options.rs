@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::{goal::GoalOptions, projections::RefitProjections, recipe::PruneRecipe};
 use crate::{
     calibrate::options::{CalibrationOptions, ResolvedOptions},
-    checkpoint::output::Format,
+    checkpoint::output::Naming,
     pipeline::Pipeline,
 };
 
@@ -23,7 +23,7 @@ pub struct PruneOptions {
     /// Whether an existing folder is replaced.
     pub force: bool,
     /// Whose names the tensors have.
-    pub layout: Format,
+    pub layout: Naming,
     /// FitSplit of pixels of the bands that images are decoded in; 0: at once; `None`: as fits.
     pub vae_tile: Option<usize>,
 }

@@ -266,7 +266,7 @@ impl<'a> SequentialFit<'a> {
             let (before, pruned) = batch.load(&self.runtime.device)?;
             let conditioning = &batch.conditioning;
             let after = block.forward(&before, conditioning)?;
-            let steps = block.last_steps(&pruned, conditioning)?;
+            let steps = block.output_projections(&pruned, conditioning)?;
             let mut offset = 0;
             for (place, step) in steps.iter().enumerate() {
                 if projections.len() <= place {

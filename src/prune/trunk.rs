@@ -19,7 +19,7 @@ pub(super) fn pieces(trunk: &Trunk, range: Range<usize>) -> Vec<Range<usize>> {
         trunk
             .entries()
             .get(index)
-            .is_some_and(|(_, b)| b.is_stored())
+            .is_some_and(|(_, b)| b.is_offloaded())
     };
     let mut out: Vec<Range<usize>> = Vec::new();
     for index in range {

@@ -1,7 +1,7 @@
 use super::{super::trunk::pruned, *};
 use crate::{
-    layout::{BlockId, Form},
     fit::gram,
+    layout::{BlockId, Form},
     model::{AffineLayer, ReplacementBlock},
     pipeline::{ModelChoice, Pipeline},
     sample::denoise::{Encoded, LatentSize},

@@ -20,14 +20,14 @@ const BEYOND_SCALES: f32 = 1e9;
 
 /// A format that stores a weight in fewer bits than any float that is computed with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Packed {
+pub enum QuantType {
     /// float8 with 4 bits of exponent and 3 of mantissa, no infinities (`torch.float8_e4m3fn`).
     F8E4M3,
     /// Blocks of 32 or 256 values with scales of their own, as llama.cpp's GGML lays them out.
     Blocks(GgmlDType),
 }
 
-impl Packed {
+impl QuantType {
     /// Every format that is read.
     pub const ALL: [Self; 11] = [
         Self::F8E4M3,
@@ -93,7 +93,7 @@ impl Packed {
     ///
     /// # Errors
     /// When `bytes` are not those of as many values as `out` has.
-    pub fn widen(self, bytes: &[u8], out: &mut [f32]) -> Result<()> {
+    pub fn dequantize(self, bytes: &[u8], out: &mut [f32]) -> Result<()> {
         if !out.len().is_multiple_of(self.block()) || bytes.len() != self.bytes(out.len()) {
             candle::bail!("{} bytes of {self} for {} values", bytes.len(), out.len());
         }
@@ -120,7 +120,7 @@ impl Packed {
     ///
     /// # Errors
     /// When there are not whole blocks, or a number is beyond what the format holds.
-    pub fn pack(self, values: &[f32]) -> Result<Vec<u8>> {
+    pub fn quantize(self, values: &[f32]) -> Result<Vec<u8>> {
         let beyond = |v: f32| match self {
             Self::F8E4M3 => candle::bail!(
                 "{self} without a scale holds numbers up to {LARGEST}, not {v:e}\nhint: leave --no-scale away, or use bf16"
@@ -139,7 +139,7 @@ impl Packed {
                 let bytes = QTensor::quantize(&tensor, dtype)?.data()?.into_owned();
                 if most > LARGEST_SCALE {
                     let mut back = vec![0.0; values.len()];
-                    self.widen(&bytes, &mut back)?;
+                    self.dequantize(&bytes, &mut back)?;
                     if back.iter().any(|v| !v.is_finite()) {
                         return beyond(most);
                     }
@@ -150,7 +150,7 @@ impl Packed {
     }
 }
 
-impl fmt::Display for Packed {
+impl fmt::Display for QuantType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
     }
@@ -185,14 +185,14 @@ mod tests {
         values.to_vec1().unwrap()
     }
 
-    fn error(format: Packed, values: &[f32]) -> f32 {
-        let bytes = format.pack(values).unwrap();
+    fn error(format: QuantType, values: &[f32]) -> f32 {
+        let bytes = format.quantize(values).unwrap();
         assert_eq!(bytes.len(), format.bytes(values.len()), "{format}");
         // one byte aside, as a mapped file may have it
         let mut aside = vec![0];
         aside.extend(&bytes);
         let mut out = vec![0.0; values.len()];
-        format.widen(&aside[1..], &mut out).unwrap();
+        format.dequantize(&aside[1..], &mut out).unwrap();
         let off: f32 = out.iter().zip(values).map(|(a, b)| (a - b).powi(2)).sum();
         (off / values.iter().map(|v| v * v).sum::<f32>()).sqrt()
     }
@@ -201,17 +201,17 @@ mod tests {
     fn every_format_comes_back_as_near_as_its_bits_allow() {
         let values = normal(1 << 14);
         for (format, most) in [
-            (Packed::F8E4M3, 0.03),
-            (Packed::Blocks(GgmlDType::Q8_0), 0.008),
-            (Packed::Blocks(GgmlDType::Q6K), 0.03),
-            (Packed::Blocks(GgmlDType::Q5K), 0.05),
-            (Packed::Blocks(GgmlDType::Q5_0), 0.06),
-            (Packed::Blocks(GgmlDType::Q5_1), 0.05),
-            (Packed::Blocks(GgmlDType::Q4K), 0.1),
-            (Packed::Blocks(GgmlDType::Q4_0), 0.12),
-            (Packed::Blocks(GgmlDType::Q4_1), 0.1),
-            (Packed::Blocks(GgmlDType::Q3K), 0.2),
-            (Packed::Blocks(GgmlDType::Q2K), 0.4),
+            (QuantType::F8E4M3, 0.03),
+            (QuantType::Blocks(GgmlDType::Q8_0), 0.008),
+            (QuantType::Blocks(GgmlDType::Q6K), 0.03),
+            (QuantType::Blocks(GgmlDType::Q5K), 0.05),
+            (QuantType::Blocks(GgmlDType::Q5_0), 0.06),
+            (QuantType::Blocks(GgmlDType::Q5_1), 0.05),
+            (QuantType::Blocks(GgmlDType::Q4K), 0.1),
+            (QuantType::Blocks(GgmlDType::Q4_0), 0.12),
+            (QuantType::Blocks(GgmlDType::Q4_1), 0.1),
+            (QuantType::Blocks(GgmlDType::Q3K), 0.2),
+            (QuantType::Blocks(GgmlDType::Q2K), 0.4),
         ] {
             let found = error(format, &values);
             assert!(found > most / 8.0 && found < most, "{format}: {found}");
@@ -220,9 +220,9 @@ mod tests {
 
     #[test]
     fn numbers_beyond_a_format_are_refused_and_not_changed() {
-        for format in Packed::ALL {
+        for format in QuantType::ALL {
             let mut values = vec![0.5; format.block()];
-            let within = if format == Packed::F8E4M3 {
+            let within = if format == QuantType::F8E4M3 {
                 463.0
             } else {
                 60_000.0
@@ -231,25 +231,29 @@ mod tests {
             assert!(error(format, &values) < 0.2, "{format}");
             for huge in [3e38, 9e8] {
                 values[0] = huge;
-                let text = format.pack(&values).unwrap_err().to_string();
+                let text = format.quantize(&values).unwrap_err().to_string();
                 assert!(text.contains(format.name()), "{text}");
             }
         }
         let mut values = vec![0.5; 32];
         values[3] = 8e6;
-        let q8 = Packed::Blocks(GgmlDType::Q8_0);
+        let q8 = QuantType::Blocks(GgmlDType::Q8_0);
         assert!(error(q8, &values) < 0.01);
         values[3] = 9e6;
-        assert!(q8.pack(&values).is_err());
+        assert!(q8.quantize(&values).is_err());
     }
 
     #[test]
     fn parts_of_blocks_are_refused() {
-        for format in Packed::ALL.into_iter().skip(1) {
+        for format in QuantType::ALL.into_iter().skip(1) {
             let block = format.block();
-            assert!(format.widen(&[0; 3], &mut vec![0.0; block]).is_err());
-            assert!(format.widen(&[0; 3], &mut vec![0.0; block / 2]).is_err());
-            assert!(format.pack(&vec![0.0; block / 2]).is_err());
+            assert!(format.dequantize(&[0; 3], &mut vec![0.0; block]).is_err());
+            assert!(
+                format
+                    .dequantize(&[0; 3], &mut vec![0.0; block / 2])
+                    .is_err()
+            );
+            assert!(format.quantize(&vec![0.0; block / 2]).is_err());
         }
     }
 }

@@ -9,14 +9,14 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use super::avx512::{Avx512, Columns, GROUP, LANES, Rows, SIDE, Vector};
-use super::blank::Blank;
+use super::avx512::{Avx512, Columns, GROUP, LANES, Vector};
 use super::cpu::vectorized;
 use super::gelu::gelu_of;
+use super::uninit::Uninit;
 
 mod caches;
 
-use caches::{BY_VECTORS, Caches, WIDE, in_pairs};
+use caches::{CACHES, Caches, WIDE, in_pairs};
 
 /// Buffers of one thread, kept from product to product.
 #[derive(Default)]
@@ -68,7 +68,7 @@ pub(super) fn times_transposed<T: Vector>(
     x: &[T],
     weight: &[T],
     inner: usize,
-    out: Blank<T>,
+    out: Uninit<T>,
     then: Then<T>,
 ) {
     by(Avx512::detect(), x, weight, inner, out, then);
@@ -79,7 +79,7 @@ fn by<T: Vector>(
     x: &[T],
     weight: &[T],
     inner: usize,
-    out: Blank<T>,
+    out: Uninit<T>,
     then: Then<T>,
 ) {
     let (rows, columns) = (out.nrows(), out.ncols());
@@ -89,17 +89,16 @@ fn by<T: Vector>(
     }
     static CALLS: AtomicU64 = AtomicU64::new(0);
     let call = CALLS.fetch_add(1, Ordering::Relaxed);
-    let caches = simd.map_or(&BY_VECTORS, |simd| Caches::of::<T>(simd, inner));
     let threads = rayon::current_num_threads();
-    let (tall, wide) = caches.cut(rows, inner, columns, threads);
-    let tile = |row: usize, column: usize, out: Blank<T>| {
+    let (tall, wide) = CACHES.cut(rows, inner, columns, threads);
+    let tile = |row: usize, column: usize, out: Uninit<T>| {
         let (rows, columns) = (out.nrows(), out.ncols());
         let x = &x[row * inner..][..rows * inner];
         let weight = &weight[column * inner..][..columns * inner];
         let then = then.part(row, column, rows, columns);
         SCRATCH.with_borrow_mut(|scratch| match simd {
             Some(simd) => in_panels(simd, [x, weight], (call, row), inner, out, then, scratch),
-            None => widened(x, weight, inner, out, then, scratch),
+            None => portable(x, weight, inner, out, then, scratch),
         });
     };
     if tall >= rows && wide >= columns {
@@ -117,7 +116,7 @@ fn in_panels<T: Vector>(
     [x, weight]: [&[T]; 2],
     (call, first): (u64, usize),
     inner: usize,
-    out: Blank<T>,
+    out: Uninit<T>,
     then: Then<T>,
     scratch: &mut Scratch,
 ) {
@@ -126,12 +125,11 @@ fn in_panels<T: Vector>(
     } else {
         None
     };
-    let tiles = pairs.and_then(|_| simd.tiles());
-    let Caches { panel, band, deep } = *Caches::of::<T>(simd, inner);
+    let Caches { panel, band, deep } = CACHES;
     let units = if pairs.is_some() { inner / 2 } else { inner };
     let (rows, columns) = (out.nrows(), out.ncols());
-    // a panel has whole vectors of lanes, one for tiles all its lanes
-    let lanes_of = |rows: usize| rows.next_multiple_of(if tiles.is_some() { SIDE } else { LANES });
+    // a panel has whole vectors of lanes
+    let lanes_of = |rows: usize| rows.next_multiple_of(LANES);
     let most = lanes_of(rows).min(band);
     let panels = room(&mut scratch.panels, most * units);
     let sums = room(
@@ -162,31 +160,7 @@ fn in_panels<T: Vector>(
             let padded = columns.next_multiple_of(GROUP);
             for start in (0..units).step_by(deep) {
                 let units_here = (units - start).min(deep);
-                // by tiles as far as they go, the rest by vectors
-                let (mut done, mut units_done) = (0, 0);
-                if let (Some(tiles), Some((_, weight))) = (&tiles, pairs) {
-                    done = columns / SIDE * SIDE;
-                    units_done = units_here / LANES * LANES;
-                    for (row, ..) in of_panels() {
-                        for group in (0..done).step_by(SIDE) {
-                            let panel = &panels[row * units + start * SIDE..];
-                            let weight = Rows {
-                                data: weight,
-                                start: (left + group) * inner + 2 * start,
-                                stride: inner,
-                                next: 2 * LANES,
-                            };
-                            let sums = &mut sums[row * padded + group * SIDE..];
-                            tiles.multiply(panel, units_done, weight, sums, start > 0);
-                        }
-                    }
-                }
                 for group in (0..columns).step_by(GROUP) {
-                    let from = if group < done { units_done } else { 0 };
-                    if from == units_here {
-                        continue;
-                    }
-                    let (start, units_here) = (start + from, units_here - from);
                     // the last group repeats its last column, whose sums are not written
                     let column = |n: usize| left + (group + n).min(columns - 1);
                     let group_columns = match (pairs, T::as_f32(weight)) {
@@ -264,12 +238,12 @@ pub(super) fn widen<T: Vector>(x: &[T], out: &mut [f32]) {
     );
 }
 
-/// One task without `avx512`: the portable twin.
-fn widened<T: Vector>(
+/// One task without `avx512`: the portable reference.
+fn portable<T: Vector>(
     x: &[T],
     weight: &[T],
     inner: usize,
-    out: Blank<T>,
+    out: Uninit<T>,
     then: Then<T>,
     scratch: &mut Scratch,
 ) {
@@ -322,118 +296,4 @@ fn widened<T: Vector>(
 }
 
 #[cfg(test)]
-mod tests {
-    use candle::{DType, Device, Result, Tensor};
-
-    use super::super::blank::filled;
-    use super::super::cpu::{Operand, by_dtype};
-    use super::*;
-    use crate::model::testing::{close, random};
-
-    const SHAPES: [(usize, usize, usize); 9] = [
-        (1, 8, 3),
-        (3, 7, 1),
-        (16, 2, 8),
-        (47, 33, 17),
-        (49, 130, 250),
-        (193, 1030, 263),
-        (200, 64, 600),
-        (5, 2050, 9),
-        (390, 31, 40),
-    ];
-
-    /// Every way there is on this machine.
-    fn ways() -> Vec<Option<Avx512>> {
-        let mut ways = vec![None];
-        ways.extend(Avx512::ways().into_iter().map(Some));
-        ways
-    }
-
-    fn product<T: Vector>(
-        simd: Option<Avx512>,
-        x: &Tensor,
-        weight: &Tensor,
-        sum: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let ((rows, inner), columns) = (x.dims2()?, weight.dim(0)?);
-        let sum = sum.map(Operand::new);
-        let (x, weight) = (Operand::new(x), Operand::new(weight));
-        let (x, weight) = (x.slice::<T>()?, weight.slice::<T>()?);
-        let then = match &sum {
-            Some(sum) => {
-                let sum = sum.slice::<T>()?;
-                Then::Add(MatRef::from_row_major_slice(sum, rows, columns))
-            }
-            None => Then::Put,
-        };
-        let out = filled(rows, columns, |out| by(simd, x, weight, inner, out, then));
-        Tensor::from_vec(out, (rows, columns), &Device::Cpu)
-    }
-
-    #[test]
-    fn every_way_is_the_exact_product_within_rounding() -> Result<()> {
-        // half a unit in the last place of the result
-        for (rows, inner, columns) in SHAPES {
-            for (dtype, tolerance) in [(DType::F32, 5e-7), (DType::BF16, 4e-3), (DType::F16, 5e-4)]
-            {
-                let x = random("x", (rows, inner))?.to_dtype(dtype)?;
-                let weight = random("w", (columns, inner))?.to_dtype(dtype)?;
-                let sum = random("s", (rows, columns))?.to_dtype(dtype)?;
-                let wide = |t: &Tensor| t.to_dtype(DType::F64);
-                let exact = wide(&x)?.matmul(&wide(&weight)?.t()?)?;
-                for simd in ways() {
-                    let got = by_dtype!(dtype, product(simd, &x, &weight, None))?;
-                    close(&got, &exact, tolerance)?;
-                    let got = by_dtype!(dtype, product(simd, &x, &weight, Some(&sum)))?;
-                    close(&got, &(&exact + wide(&sum)?)?, tolerance)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn numbers_beyond_the_end_of_a_row_or_panel_do_not_matter() -> Result<()> {
-        // every second row is not a number: its neighbours' products must be
-        let (rows, inner, columns) = (37, 70, 21);
-        for dtype in [DType::F32, DType::BF16, DType::F16] {
-            let x = random("x", (rows, inner))?.to_dtype(dtype)?;
-            let mut weight = random("w", (columns, inner))?.to_vec2::<f32>()?;
-            for row in weight.iter_mut().skip(1).step_by(2) {
-                row.fill(f32::NAN);
-            }
-            let weight = Tensor::new(weight, &Device::Cpu)?.to_dtype(dtype)?;
-            for simd in ways() {
-                let got = by_dtype!(dtype, product(simd, &x, &weight, None))?;
-                for row in got.to_dtype(DType::F32)?.to_vec2::<f32>()? {
-                    for (column, x) in row.iter().enumerate() {
-                        assert_eq!(x.is_nan(), column % 2 == 1, "{dtype:?}, column {column}");
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn the_bits_do_not_depend_on_the_number_of_threads() -> Result<()> {
-        for dtype in [DType::F32, DType::BF16] {
-            let x = random("x", (300, 1100))?.to_dtype(dtype)?;
-            let weight = random("w", (700, 1100))?.to_dtype(dtype)?;
-            for simd in ways() {
-                let run = |threads: usize| -> Result<Tensor> {
-                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-                    let pool = pool.map_err(candle::Error::wrap)?;
-                    pool.install(|| by_dtype!(dtype, product(simd, &x, &weight, None)))
-                };
-                let one = run(1)?;
-                for threads in [2, 5] {
-                    close(&run(threads)?, &one, 0.0)?;
-                }
-                let top = by_dtype!(dtype, product(simd, &x.narrow(0, 0, 50)?, &weight, None))?;
-                close(&top, &one.narrow(0, 0, 50)?, 0.0)?;
-            }
-        }
-        Ok(())
-    }
-}
+mod tests;

@@ -5,11 +5,10 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use super::attend::Stored;
 use super::attention::exp_in_place;
 use super::cpu::{Operand, Rows, sum_map, sum_product, vectorized};
 use super::gelu::gelu_backward_row;
-use super::heads::{EPS, Heads, Projected, heads};
+use super::heads::{EPS, Heads, OwnedProjection, Projected, heads};
 use crate::model::rope::Rope;
 
 /// Query rows whose scores are held at once by one task.
@@ -20,7 +19,7 @@ const ROWS: usize = 128;
 /// `grad` (batch, tokens, at least hidden). Where a projection is wider than 3·hidden, what is left of `grad` is the
 /// gradient of the GELU of its remaining columns, whose bias is `mlp_bias`.
 pub(super) fn backward(
-    streams: &[Stored],
+    streams: &[OwnedProjection],
     num_heads: usize,
     rope: &Rope,
     grad: &Tensor,
@@ -29,7 +28,7 @@ pub(super) fn backward(
     let (total, size) = (rope.tokens(), rope.head_dim());
     let hidden = num_heads * size;
     let batch = grad.dim(0)?;
-    let borrowed: Vec<Projected> = streams.iter().map(Stored::borrowed).collect();
+    let borrowed: Vec<Projected> = streams.iter().map(OwnedProjection::borrowed).collect();
     let heads = heads(&borrowed, num_heads, rope)?;
     let grad = Operand::new(grad);
     let grad = grad.rows::<f32>()?;

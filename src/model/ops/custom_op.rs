@@ -20,7 +20,7 @@ type Backward = Arc<dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync
 
 /// `output`, computed from `inputs` (and anything else) without a graph, with the given backward pass: from the gradient
 /// of the output to those of all inputs in order. At most three inputs may be tracked.
-pub(super) fn function(
+pub(super) fn custom_op(
     inputs: &[&Tensor],
     output: Tensor,
     backward: impl Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,

@@ -4,13 +4,12 @@
 use faer::MatRef;
 use half::bf16;
 
-use super::blank::Blank;
 use super::cpu::Element;
+use super::uninit::Uninit;
 
 pub(super) const LANES: usize = 16;
 pub(super) const VECTORS: usize = 3;
 pub(super) const GROUP: usize = 8;
-pub(super) const SIDE: usize = 32;
 
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Avx512 {}
@@ -21,16 +20,6 @@ pub(super) enum Columns<'a> {
     PairsApart(&'a [bf16], [usize; GROUP]),
     Beside(&'a [f32], usize),
     PairsBeside(&'a [f32], usize),
-}
-
-pub(super) enum Tiles {}
-
-#[derive(Clone, Copy)]
-pub(super) struct Rows<'a, T> {
-    pub(super) data: &'a [T],
-    pub(super) start: usize,
-    pub(super) stride: usize,
-    pub(super) next: usize,
 }
 
 pub(super) trait Vector: Element {}
@@ -48,15 +37,8 @@ impl Avx512 {
 
     #[cfg(test)]
     pub(super) fn ways() -> Vec<Self> {
+        crate::model::testing::skip("avx512");
         Vec::new()
-    }
-
-    pub(super) fn has_tiles(self) -> bool {
-        match self {}
-    }
-
-    pub(super) fn tiles(self) -> Option<Tiles> {
-        None
     }
 
     pub(super) fn pack<T: Vector>(
@@ -85,20 +67,7 @@ impl Avx512 {
         match self {}
     }
 
-    pub(super) fn write<T: Vector>(self, _: &[f32], _: usize, _: Blank<T>, _: Option<MatRef<T>>) {
+    pub(super) fn write<T: Vector>(self, _: &[f32], _: usize, _: Uninit<T>, _: Option<MatRef<T>>) {
         match self {}
-    }
-}
-
-impl Tiles {
-    pub(super) fn multiply<T: Element>(
-        &self,
-        _: &[f32],
-        _: usize,
-        _: Rows<T>,
-        _: &mut [f32],
-        _: bool,
-    ) {
-        match *self {}
     }
 }

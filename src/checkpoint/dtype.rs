@@ -7,42 +7,42 @@ use candle::DType;
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-use crate::formats::Packed;
+use crate::quant::QuantType;
 
 /// How the values of a tensor are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub enum StorageDType {
     /// One after another, under safetensors' name for them.
     Plain(Dtype),
     /// In fewer bits than are computed with.
-    Packed(Packed),
+    Quantized(QuantType),
 }
 
-impl From<Dtype> for Format {
+impl From<Dtype> for StorageDType {
     fn from(dtype: Dtype) -> Self {
         match dtype {
-            Dtype::F8_E4M3 => Self::Packed(Packed::F8E4M3),
+            Dtype::F8_E4M3 => Self::Quantized(QuantType::F8E4M3),
             dtype => Self::Plain(dtype),
         }
     }
 }
 
-impl fmt::Display for Format {
+impl fmt::Display for StorageDType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Plain(dtype) => f.pad(&format!("{dtype:?}")),
-            Self::Packed(packed) => f.pad(packed.name()),
+            Self::Quantized(packed) => f.pad(packed.name()),
         }
     }
 }
 
-impl Format {
+impl StorageDType {
     /// safetensors' name; `None` for blocks, which only GGUF has.
     pub fn dtype(self) -> Option<Dtype> {
         match self {
             Self::Plain(dtype) => Some(dtype),
-            Self::Packed(Packed::F8E4M3) => Some(Dtype::F8_E4M3),
-            Self::Packed(Packed::Blocks(_)) => None,
+            Self::Quantized(QuantType::F8E4M3) => Some(Dtype::F8_E4M3),
+            Self::Quantized(QuantType::Blocks(_)) => None,
         }
     }
 
@@ -50,7 +50,7 @@ impl Format {
     /// is a float of at least 16 bits, bf16 in place of packed values, f32 otherwise.
     pub fn of_changed(self) -> DType {
         match self {
-            Self::Packed(_) => DType::BF16,
+            Self::Quantized(_) => DType::BF16,
             Self::Plain(dtype) => DType::try_from(dtype)
                 .ok()
                 .filter(|d| matches!(d, DType::F16 | DType::BF16 | DType::F32 | DType::F64))
@@ -61,14 +61,17 @@ impl Format {
     /// Whether weights may be stored so.
     pub fn is_float(self) -> bool {
         use Dtype::{BF16, F16, F32, F64};
-        matches!(self, Self::Packed(_) | Self::Plain(BF16 | F16 | F32 | F64))
+        matches!(
+            self,
+            Self::Quantized(_) | Self::Plain(BF16 | F16 | F32 | F64)
+        )
     }
 
     /// Bytes of `values` values.
     pub fn bytes(self, values: usize) -> usize {
         match self {
             Self::Plain(dtype) => (values * dtype.bitsize()).div_ceil(8),
-            Self::Packed(packed) => packed.bytes(values),
+            Self::Quantized(packed) => packed.bytes(values),
         }
     }
 
@@ -76,7 +79,7 @@ impl Format {
     pub(super) fn block(self) -> usize {
         match self {
             Self::Plain(_) => 1,
-            Self::Packed(packed) => packed.block(),
+            Self::Quantized(packed) => packed.block(),
         }
     }
 
@@ -84,15 +87,15 @@ impl Format {
     ///
     /// # Errors
     /// When they are no floats.
-    pub(super) fn widen(self, bytes: &[u8]) -> Result<Vec<f32>> {
+    pub(super) fn decode(self, bytes: &[u8]) -> Result<Vec<f32>> {
         fn each<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
             bytes.as_chunks().0.iter().map(|b| value(*b)).collect()
         }
         Ok(match self {
-            Self::Packed(packed) => {
+            Self::Quantized(packed) => {
                 let block = packed.bytes(packed.block());
                 let mut out = vec![0.0; bytes.len() / block * packed.block()];
-                packed.widen(bytes, &mut out)?;
+                packed.dequantize(bytes, &mut out)?;
                 out
             }
             Self::Plain(Dtype::F32) => each(bytes, f32::from_le_bytes),
@@ -107,12 +110,12 @@ impl Format {
     ///
     /// # Errors
     /// When the format is none that we write, or a number is beyond its range.
-    pub(super) fn pack(self, values: &[f32]) -> Result<Vec<u8>> {
+    pub(super) fn encode(self, values: &[f32]) -> Result<Vec<u8>> {
         fn each<const N: usize>(values: &[f32], bytes: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
             values.iter().flat_map(|v| bytes(*v)).collect()
         }
         Ok(match self {
-            Self::Packed(packed) => packed.pack(values)?,
+            Self::Quantized(packed) => packed.quantize(values)?,
             Self::Plain(Dtype::F32) => each(values, f32::to_le_bytes),
             Self::Plain(Dtype::BF16) => {
                 // the last half step below float32's end rounds up

@@ -1,11 +1,13 @@
 //! How a product is cut: panels, bands and passes that stay in the caches, and tasks for all threads.
 
-use crate::model::ops::avx512::{Avx512, LANES, SIDE, VECTORS, Vector};
+use crate::model::ops::avx512::{Avx512, LANES, VECTORS, Vector};
 
 /// Multiply-adds worth a task of their own: some 20 µs.
 const TASK: usize = 1 << 21;
 /// Columns whose sums are kept while the passes over the inner dimension add to them.
 pub(super) const WIDE: usize = 256;
+/// A task has a multiple of so many columns.
+const STEP: usize = 2 * LANES;
 
 /// How operands are cut so that they stay in the caches.
 pub(super) struct Caches {
@@ -17,29 +19,14 @@ pub(super) struct Caches {
     pub(super) deep: usize,
 }
 
-/// With vectors, eight columns of a pass fill half of the first cache, and all panels go by them: 300 KB.
-pub(super) const BY_VECTORS: Caches = Caches {
+/// Eight columns of a pass fill half of the first cache, and all panels go by them: 300 KB.
+pub(super) const CACHES: Caches = Caches {
     panel: VECTORS * LANES,
     band: 3 * VECTORS * LANES,
     deep: 512,
 };
-/// With tiles, a panel of a pass fills 32 KB of the first cache, and all columns go by it.
-const BY_TILES: Caches = Caches {
-    panel: SIDE,
-    band: 5 * SIDE,
-    deep: 256,
-};
 
 impl Caches {
-    /// For products of this number format and inner dimension.
-    pub(super) fn of<T: Vector>(simd: Avx512, inner: usize) -> &'static Self {
-        if simd.has_tiles() && in_pairs::<T>(simd, inner) {
-            &BY_TILES
-        } else {
-            &BY_VECTORS
-        }
-    }
-
     /// Rows and columns of a task: whole panels, of one size as far as possible, and enough tasks for all threads.
     pub(super) fn cut(
         &self,
@@ -60,11 +47,11 @@ impl Caches {
         // narrow ones only where there are too few tasks otherwise
         let across = (4 * threads)
             .div_ceil(bands)
-            .min(columns.div_ceil(2 * SIDE))
+            .min(columns.div_ceil(2 * STEP))
             .max(across);
         (
             panels.div_ceil(bands) * self.panel,
-            columns.div_ceil(SIDE).div_ceil(across) * SIDE,
+            columns.div_ceil(STEP).div_ceil(across) * STEP,
         )
     }
 }
@@ -82,14 +69,12 @@ mod tests {
     fn work_is_cut_into_enough_tasks_of_whole_panels() {
         for (rows, inner, columns) in [(1280, 1024, 7168), (256, 4096, 1024), (1344, 128, 896)] {
             for threads in [2, 16] {
-                for caches in [BY_VECTORS, BY_TILES] {
-                    let (tall, wide) = caches.cut(rows, inner, columns, threads);
-                    let tasks = rows.div_ceil(tall) * columns.div_ceil(wide);
-                    assert!(tall % caches.panel == 0 && wide % SIDE == 0);
-                    assert!(tasks >= 3 * threads, "{tasks} tasks for {threads} threads");
-                }
+                let (tall, wide) = CACHES.cut(rows, inner, columns, threads);
+                let tasks = rows.div_ceil(tall) * columns.div_ceil(wide);
+                assert!(tall % CACHES.panel == 0 && wide % STEP == 0);
+                assert!(tasks >= 3 * threads, "{tasks} tasks for {threads} threads");
             }
         }
-        assert_eq!(BY_VECTORS.cut(1, 128, 768, 8).1, 768);
+        assert_eq!(CACHES.cut(1, 128, 768, 8).1, 768);
     }
 }

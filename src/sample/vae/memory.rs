@@ -4,7 +4,7 @@ use super::{VaeConfig, conv::UNFOLDED};
 
 /// Bytes that decoding one picture takes beside the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Demand {
+pub struct MemoryEstimate {
     /// Of what is computed with.
     pub work: u64,
     /// Of what waits for its turn, where bands are kept; nothing when the picture is decoded at once.
@@ -42,15 +42,15 @@ impl VaeConfig {
     /// What decoding latents of `height`×`width` takes, at once or in bands of `rows` rows of them, in numbers of
     /// `element` bytes; `unfolded` where convolutions write what their taps see, nine times their input, a strip of
     /// rows at a time, and norms are composed in f32.
-    pub fn demand(
+    pub fn decode_memory(
         &self,
         (height, width): (usize, usize),
         rows: Option<usize>,
         element: u64,
         unfolded: bool,
-    ) -> Demand {
+    ) -> MemoryEstimate {
         let band = rows.unwrap_or(height).min(height) as u64;
-        let mut out = Demand::default();
+        let mut out = MemoryEstimate::default();
         let mut see = |pixels: u64, kept: u64, work: Work| {
             let all = pixels * height as u64 * width as u64 * element;
             out.parked = out.parked.max(all * kept);
@@ -158,7 +158,7 @@ mod tests {
             (48_000_000..51_000_000).contains(&parameters),
             "{parameters}"
         );
-        let of = |side, rows, unfolded| config.demand((side, side), rows, 2, unfolded);
+        let of = |side, rows, unfolded| config.decode_memory((side, side), rows, 2, unfolded);
         let whole = of(128, None, true);
         assert_eq!(whole.parked, 0);
         // most of it a norm of 256 channels of every pixel, in f32

@@ -7,7 +7,7 @@ use super::ops::Branch;
 
 /// A block's last step for one of its streams: x + g ⊙ (W z + b), with W and b the projection `name`.
 #[derive(Clone, Debug)]
-pub struct LastStep {
+pub struct OutputProjection {
     /// The projection's name below the block: `linear2`, `txt_mlp.2` or `img_mlp.2`.
     pub name: &'static str,
     /// The residual, (batch, tokens, hidden).
@@ -18,7 +18,7 @@ pub struct LastStep {
     pub gate: Tensor,
 }
 
-impl LastStep {
+impl OutputProjection {
     /// With `y`, the product of z and the projection without its bias.
     pub(super) fn branch<'a>(&'a self, y: &'a Tensor, projection: &'a Linear) -> Branch<'a> {
         Branch {

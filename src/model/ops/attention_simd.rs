@@ -8,20 +8,18 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::avx512::{Avx512, Columns, GROUP, LANES, Rows, SIDE, VECTORS, Vector};
-use super::blank::Blank;
+use super::avx512::{Avx512, Columns, GROUP, LANES, VECTORS, Vector};
 use super::cpu::{Element, exp, vectorized};
-use super::tiles::{room, widen};
+use super::gemm::{room, widen};
+use super::uninit::Uninit;
 use half::bf16;
 
-/// Queries of a full panel; with AMX it is [`SIDE`].
+/// Queries of a full panel.
 const PANEL: usize = VECTORS * LANES;
-/// Queries that share a pass over keys and values, whole panels of either kind.
+/// Queries that share a pass over keys and values, whole panels.
 const TALL: usize = 4 * PANEL;
-/// Keys of one step: 48 KB of scores, and whole tiles.
+/// Keys of one step: 48 KB of scores.
 const KEYS: usize = 256;
-/// Numbers of bf16 in a row of a tile.
-const TILE: usize = 2 * LANES;
 
 #[derive(Default)]
 struct Scratch {
@@ -44,11 +42,6 @@ struct Running {
     sum: [f32; LANES],
 }
 
-/// Queries of a full panel.
-fn panel_of(in_tiles: bool) -> usize {
-    if in_tiles { SIDE } else { PANEL }
-}
-
 /// Whether heads of this size can be taken.
 pub(super) fn fits(size: usize) -> bool {
     size > 0 && size.is_multiple_of(GROUP)
@@ -61,15 +54,14 @@ pub(super) fn attention<T: Vector>(
     [q, k, v]: [&[T]; 3],
     (heads, tokens, size): (usize, usize, usize),
     scale: f32,
-    out: Blank<T>,
+    out: Uninit<T>,
 ) {
     let block = tokens * size;
     let batch = out.nrows() / tokens.max(1);
     assert!(fits(size) && out.ncols() == heads * size);
     assert!([q, k, v].iter().all(|x| x.len() == batch * heads * block));
-    let panel = panel_of(in_tiles::<T>(simd, size));
-    let panels = (batch * heads * tokens).div_ceil(panel * 4 * rayon::current_num_threads());
-    let tall = panels.clamp(1, TALL / panel) * panel;
+    let panels = (batch * heads * tokens).div_ceil(PANEL * 4 * rayon::current_num_threads());
+    let tall = panels.clamp(1, TALL / PANEL) * PANEL;
     let samples = out.par_bands(tokens.max(1)).enumerate();
     samples.for_each(|(b, out)| {
         let columns = out.par_strips(size).enumerate();
@@ -85,18 +77,13 @@ pub(super) fn attention<T: Vector>(
     });
 }
 
-/// Whether heads of this size are multiplied by AMX.
-fn in_tiles<T: Vector>(simd: Avx512, size: usize) -> bool {
-    simd.has_tiles() && simd.pairs() && size.is_multiple_of(TILE) && T::as_bf16(&[]).is_some()
-}
-
 /// The queries of one task, [`TALL`] at most.
 fn strip<T: Vector>(
     simd: Avx512,
     [q, k, v]: [&[T]; 3],
     size: usize,
     scale: f32,
-    out: Blank<T>,
+    out: Uninit<T>,
     scratch: &mut Scratch,
 ) {
     let pairs = if simd.pairs() { T::as_bf16(q) } else { None };
@@ -110,16 +97,14 @@ fn strip<T: Vector>(
         keys,
         values,
     } = scratch;
-    let tiles = in_tiles::<T>(simd, size).then(|| simd.tiles()).flatten();
-    let panel = panel_of(tiles.is_some());
-    let lanes_of = |rows: usize| rows.next_multiple_of(if tiles.is_some() { SIDE } else { LANES });
+    let lanes_of = |rows: usize| rows.next_multiple_of(LANES);
     let lanes = lanes_of(rows);
     let queries = room(queries, lanes * units);
     let attended = room(attended, lanes * size);
     let scores = room(scores, PANEL * KEYS);
     let panels = || {
-        (0..rows).step_by(panel).map(|row| {
-            let here = (rows - row).min(panel);
+        (0..rows).step_by(PANEL).map(|row| {
+            let here = (rows - row).min(PANEL);
             (row, here, lanes_of(here) / LANES)
         })
     };
@@ -144,22 +129,9 @@ fn strip<T: Vector>(
         ) {
             (Some((k, v)), _) if pairs.is_some() => {
                 let of_pairs = count.div_ceil(2);
-                if tiles.is_some() {
-                    let keys = room(keys, of_pairs * size);
-                    paired_rows(v, size, keys);
-                    let values = room(values, of_pairs.next_multiple_of(LANES) * size);
-                    for (pairs, values) in keys
-                        .chunks(LANES * size)
-                        .zip(values.chunks_exact_mut(LANES * size))
-                    {
-                        simd.pack(pairs, (pairs.len() / size, size, size), 1, values);
-                    }
-                    (Factor::Pairs(k), &*values)
-                } else {
-                    let values = room(values, of_pairs * size);
-                    paired_rows(v, size, values);
-                    (Factor::Pairs(k), &*values)
-                }
+                let values = room(values, of_pairs * size);
+                paired_rows(v, size, values);
+                (Factor::Pairs(k), &*values)
             }
             (_, Some((k, v))) => (Factor::Singles(k), v),
             _ => {
@@ -172,21 +144,7 @@ fn strip<T: Vector>(
         for (row, _, vectors) in panels() {
             let lanes = vectors * LANES;
             let queries = &queries[row * units..];
-            let mut done = 0;
-            if let (Some(tiles), Factor::Pairs(k)) = (&tiles, k) {
-                done = count / SIDE * SIDE;
-                for group in (0..done).step_by(SIDE) {
-                    let keys = Rows {
-                        data: k,
-                        start: group * size,
-                        stride: size,
-                        next: TILE,
-                    };
-                    let scores = &mut scores[group * lanes..];
-                    tiles.multiply(queries, units, keys, scores, false);
-                }
-            }
-            for group in (done..count).step_by(GROUP) {
+            for group in (0..count).step_by(GROUP) {
                 // the last group repeats the last key, whose scores are not used
                 let starts = std::array::from_fn(|n| (group + n).min(count - 1) * size);
                 let columns = match k {
@@ -203,23 +161,6 @@ fn strip<T: Vector>(
                 #[inline(always)]
                 || exponentials(scores, scale, start == 0, running, attended),
             );
-            if let Some(tiles) = &tiles {
-                let units = count.div_ceil(2).next_multiple_of(LANES);
-                let weights = room(weights, units * lanes);
-                paired_lanes(scores, lanes, weights);
-                weights[count.div_ceil(2) * lanes..].fill(0.0);
-                for group in (0..size).step_by(SIDE) {
-                    let values = Rows {
-                        data: v,
-                        start: group * LANES,
-                        stride: LANES,
-                        next: size * LANES,
-                    };
-                    let attended = &mut attended[group * lanes..];
-                    tiles.multiply(weights, units, values, attended, start > 0);
-                }
-                continue;
-            }
             let (weights, units) = if pairs.is_some() {
                 let weights = room(weights, count.div_ceil(2) * lanes);
                 paired_lanes(scores, lanes, weights);
@@ -238,7 +179,7 @@ fn strip<T: Vector>(
             }
         }
     }
-    for ((row, _, vectors), out) in panels().zip(out.bands(panel)) {
+    for ((row, _, vectors), out) in panels().zip(out.bands(PANEL)) {
         let attended = &mut attended[row * size..][..vectors * LANES * size];
         let running = &running[row / LANES..][..vectors];
         vectorized(

@@ -1,18 +1,18 @@
-//! Packed bytes of a weight → numbers.
+//! Quantized bytes of a weight → numbers.
 
 use candle::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{Element, Operand, by_dtype};
-use crate::formats::{Packed, decode_table};
+use crate::quant::{QuantType, decode_table};
 
-/// Values that one task widens, in whole rows: they pass through f32 in the cache.
+/// Values that one task dequantizes, in whole rows: they pass through f32 in the cache.
 const PART: usize = 1 << 14;
 
 /// `rows`, u8 (out, bytes of a row), as (out, in) numbers of `dtype`; float8 times `scale`, f32 (1) or (out). Rounded once.
-pub fn widen(
+pub fn dequantize(
     rows: &Tensor,
-    format: Packed,
+    format: QuantType,
     scale: Option<&Tensor>,
     dtype: DType,
 ) -> Result<Tensor> {
@@ -25,13 +25,13 @@ pub fn widen(
         };
         return out.to_dtype(dtype);
     }
-    if format != Packed::F8E4M3 {
-        candle::bail!("bytes of {format} are widened on the CPU only");
+    if format != QuantType::F8E4M3 {
+        candle::bail!("bytes of {format} are dequantized on the CPU only");
     }
     by_table(rows, scale, dtype)
 }
 
-/// [`widen`] for float8 on any device.
+/// [`dequantize`] for float8 on any device.
 fn by_table(rows: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Result<Tensor> {
     let table = Tensor::new(&decode_table()[..], rows.device())?;
     let of_rows = |table: Tensor| {
@@ -50,7 +50,7 @@ fn by_table(rows: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Result<Tenso
     }
 }
 
-fn on_cpu<T: Element>(rows: &Tensor, format: Packed, scale: Option<&[f32]>) -> Result<Tensor> {
+fn on_cpu<T: Element>(rows: &Tensor, format: QuantType, scale: Option<&[f32]>) -> Result<Tensor> {
     let (output, row_bytes) = rows.dims2()?;
     let input = row_bytes / format.bytes(format.block()) * format.block();
     if row_bytes == 0 {
@@ -65,7 +65,7 @@ fn on_cpu<T: Element>(rows: &Tensor, format: Packed, scale: Option<&[f32]>) -> R
         .enumerate()
         .try_for_each(|(part, (out, bytes))| {
             let mut wide = vec![0.0; out.len()];
-            format.widen(bytes, &mut wide)?;
+            format.dequantize(bytes, &mut wide)?;
             for (row, (out, wide)) in out.chunks_mut(input).zip(wide.chunks(input)).enumerate() {
                 let scale = match scale {
                     None => 1.0,
@@ -93,7 +93,7 @@ mod tests {
         for scale in [None, Some(&[0.37f32][..]), Some(&[0.37, 2.9])] {
             let scale = scale.map(|s| Tensor::new(s, &Device::Cpu)).transpose()?;
             for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
-                let want = widen(&rows, Packed::F8E4M3, scale.as_ref(), dtype)?;
+                let want = dequantize(&rows, QuantType::F8E4M3, scale.as_ref(), dtype)?;
                 let got = by_table(&rows, scale.as_ref(), dtype)?;
                 assert_eq!(got.dtype(), dtype);
                 let numbers = |x: Tensor| x.to_dtype(DType::F64)?.to_vec2::<f64>();

@@ -6,11 +6,11 @@ use crate::layout::{BlockSpec, FluxConfig};
 
 /// Streams that go together through a block that is read whenever it is run, unless more are asked for: each waits in a
 /// twentieth of the memory that a block takes at work.
-pub const TOGETHER: usize = 8;
+pub const BATCHES_PER_LOAD: usize = 8;
 
 /// What a forward is computed with.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Format {
+pub struct ElementSizes {
     /// Bytes of an activation.
     pub element: u64,
     /// Bytes of a weight, on average: fewer where weights stay packed.
@@ -19,19 +19,19 @@ pub struct Format {
     pub scores: bool,
 }
 
-impl Format {
+impl ElementSizes {
     fn of_weights(self, parameters: u64) -> u64 {
         (parameters as f64 * self.weight).ceil() as u64
     }
 }
 
 /// Bytes of all that is not a block: embedder and head.
-pub fn outside(config: &FluxConfig, format: Format) -> u64 {
+pub fn outside(config: &FluxConfig, format: ElementSizes) -> u64 {
     format.of_weights(cost::embedder_and_head(config, 1, 1).parameters)
 }
 
 /// Bytes of each entry of the layout.
-pub fn blocks(config: &FluxConfig, format: Format) -> Vec<u64> {
+pub fn blocks(config: &FluxConfig, format: ElementSizes) -> Vec<u64> {
     let entries = config.layout.iter();
     entries
         .map(|spec| format.of_weights(cost::block(config, spec, 1, 1).parameters))
@@ -39,16 +39,22 @@ pub fn blocks(config: &FluxConfig, format: Format) -> Vec<u64> {
 }
 
 /// Bytes of all weights.
-pub fn weights(config: &FluxConfig, format: Format) -> u64 {
+pub fn weights(config: &FluxConfig, format: ElementSizes) -> u64 {
     outside(config, format) + blocks(config, format).iter().sum::<u64>()
 }
 
 /// Bytes of the widest moment of a block without its weights, for `samples` of `tokens` text and image tokens together.
-pub fn activations(config: &FluxConfig, samples: usize, tokens: usize, format: Format) -> u64 {
-    let (hidden, mlp) = (config.hidden_size as u64, config.mlp_size as u64);
+pub fn activations(
+    config: &FluxConfig,
+    samples: usize,
+    tokens: usize,
+    format: ElementSizes,
+) -> u64 {
+    let hidden = config.hidden_size as u64;
+    let mlp = (config.mlp_in_size() + config.mlp_size) as u64;
     // a block's input and output and what is normed, q, k, v before and after their norms and what attention makes of them,
     // and the MLP before and after its activation; measured on the CPU (`bench --growth`): 20 to 22 times the width
-    let widest = 2 * mlp + 14 * hidden;
+    let widest = mlp + 14 * hidden;
     let rows = (samples * tokens) as u64;
     // two tensors of scores in f32
     let scores = MAX_SCORES.min(samples * config.num_heads * tokens * tokens) as u64;
@@ -56,37 +62,37 @@ pub fn activations(config: &FluxConfig, samples: usize, tokens: usize, format: F
     rows * widest * format.element + scores
 }
 
-/// Bytes of the streams of `samples` of `tokens` tokens that wait for their turn at a block, [`TOGETHER`] at most.
-pub fn waiting(config: &FluxConfig, samples: usize, tokens: usize, format: Format) -> u64 {
+/// Bytes of the streams of `samples` of `tokens` tokens that wait for their turn at a block, [`BATCHES_PER_LOAD`] at most.
+pub fn waiting(config: &FluxConfig, samples: usize, tokens: usize, format: ElementSizes) -> u64 {
     let stream = (samples * tokens * config.hidden_size) as u64 * format.element;
-    (TOGETHER as u64 - 1) * stream
+    (BATCHES_PER_LOAD as u64 - 1) * stream
 }
 
 /// Which entries of the layout stay on the device; the others are read whenever they are run.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Residence {
-    stays: Vec<bool>,
+pub struct OffloadPlan {
+    resident: Vec<bool>,
     /// Most bytes of weights that are on the device at once.
     pub bytes: u64,
 }
 
-impl Residence {
+impl OffloadPlan {
     /// Everything stays.
-    pub fn all(config: &FluxConfig, format: Format) -> Self {
+    pub fn all(config: &FluxConfig, format: ElementSizes) -> Self {
         Self {
-            stays: vec![true; config.layout.len()],
+            resident: vec![true; config.layout.len()],
             bytes: weights(config, format),
         }
     }
 
     /// No block stays, only layers that replace some.
-    pub fn none(config: &FluxConfig, format: Format) -> Self {
+    pub fn none(config: &FluxConfig, format: ElementSizes) -> Self {
         Self::filled(config, format, 0)
     }
 
     /// As many blocks as fit into `limit` bytes, spread evenly, so that each of them gives time to read the next one;
     /// `None` where not even two at a time fit.
-    pub fn within(config: &FluxConfig, format: Format, limit: u64) -> Option<Self> {
+    pub fn within(config: &FluxConfig, format: ElementSizes, limit: u64) -> Option<Self> {
         let all = Self::all(config, format);
         if all.bytes <= limit {
             return Some(all);
@@ -97,7 +103,7 @@ impl Residence {
     }
 
     /// With `room` bytes for blocks that stay.
-    fn filled(config: &FluxConfig, format: Format, room: u64) -> Self {
+    fn filled(config: &FluxConfig, format: ElementSizes, room: u64) -> Self {
         let bytes = blocks(config, format);
         let original = |i: usize| matches!(config.layout[i], BlockSpec::Original(_));
         let of_originals = |f: &dyn Fn(usize) -> bool| -> u64 {
@@ -118,43 +124,43 @@ impl Residence {
             spent += if stays { *bytes } else { 0 };
             stays
         });
-        let stays: Vec<bool> = stays.collect();
-        let largest = |i: usize| if stays[i] { 0 } else { bytes[i] };
+        let resident: Vec<bool> = stays.collect();
+        let largest = |i: usize| if resident[i] { 0 } else { bytes[i] };
         let largest = (0..bytes.len()).map(largest).max().unwrap_or(0);
         // the one that computes, the next one, and a tensor of it in the file's format
-        let widest = (3 * config.hidden_size + config.mlp_size) * config.hidden_size;
+        let widest = (3 * config.hidden_size + config.mlp_in_size()) * config.hidden_size;
         let on_their_way = match largest {
             0 => 0,
             largest => 2 * largest + widest as u64 * format.element,
         };
         let kept: u64 = (0..bytes.len())
-            .filter(|i| stays[*i])
+            .filter(|i| resident[*i])
             .map(|i| bytes[i])
             .sum();
         Self {
             bytes: outside(config, format) + kept + on_their_way,
-            stays,
+            resident,
         }
     }
 
     /// Whether entry `index` stays.
-    pub fn stays(&self, index: usize) -> bool {
-        self.stays.get(index).copied().unwrap_or(true)
+    pub fn is_resident(&self, index: usize) -> bool {
+        self.resident.get(index).copied().unwrap_or(true)
     }
 
-    /// How many entries stay.
+    /// How many entries stay on the device.
     pub fn count(&self) -> usize {
-        self.stays.iter().filter(|stays| **stays).count()
+        self.resident.iter().filter(|stays| **stays).count()
     }
 
     /// How many entries there are.
-    pub fn of(&self) -> usize {
-        self.stays.len()
+    pub fn total(&self) -> usize {
+        self.resident.len()
     }
 
     /// Whether everything stays.
     pub fn is_all(&self) -> bool {
-        self.count() == self.of()
+        self.count() == self.total()
     }
 }
 
@@ -163,7 +169,7 @@ mod tests {
     use super::*;
     use crate::layout::flux_dev;
 
-    const BF16: Format = Format {
+    const BF16: ElementSizes = ElementSizes {
         element: 2,
         weight: 2.0,
         scores: true,
@@ -175,11 +181,11 @@ mod tests {
         let at_work = activations(&config, 1, 4608, BF16);
         // most of it scores
         assert!(at_work < 1_700_000_000, "{at_work}");
-        let least = Residence::none(&config, BF16);
+        let least = OffloadPlan::none(&config, BF16);
         assert_eq!(least.count(), 0);
         assert!(least.bytes < 2_000_000_000, "{}", least.bytes);
         assert!(least.bytes + at_work < 4_000_000_000);
-        let whole = Residence::within(&config, BF16, 25_000_000_000).unwrap();
+        let whole = OffloadPlan::within(&config, BF16, 25_000_000_000).unwrap();
         assert!(whole.is_all());
         assert_eq!(whole.bytes, 2 * 11_901_408_320);
     }
@@ -190,7 +196,7 @@ mod tests {
         let mut last = 0;
         for gigabytes in [2, 4, 8, 12, 16, 20, 23] {
             let limit = gigabytes * 1_000_000_000;
-            let residence = Residence::within(&config, BF16, limit).unwrap();
+            let residence = OffloadPlan::within(&config, BF16, limit).unwrap();
             assert!(residence.bytes <= limit, "{gigabytes}");
             assert!(residence.count() >= last, "{gigabytes}");
             last = residence.count();
@@ -198,10 +204,10 @@ mod tests {
             let left = limit - residence.bytes;
             assert!(left < 1_400_000_000, "{gigabytes}: {left} left");
         }
-        let half = Residence::within(&config, BF16, 12_500_000_000).unwrap();
-        let in_front: usize = (0..28).filter(|i| half.stays(*i)).count();
-        let behind: usize = (28..57).filter(|i| half.stays(*i)).count();
+        let half = OffloadPlan::within(&config, BF16, 12_500_000_000).unwrap();
+        let in_front: usize = (0..28).filter(|i| half.is_resident(*i)).count();
+        let behind: usize = (28..57).filter(|i| half.is_resident(*i)).count();
         assert!(in_front.abs_diff(behind) < 8, "{in_front} and {behind}");
-        assert_eq!(Residence::within(&config, BF16, 1_000_000_000), None);
+        assert_eq!(OffloadPlan::within(&config, BF16, 1_000_000_000), None);
     }
 }

@@ -11,18 +11,18 @@ use faer::MatMut;
 use rayon::prelude::*;
 
 /// A part of a matrix that nothing has been written to. Writing uses it up, so that no number counts twice.
-pub(super) struct Blank<'a, T> {
+pub(super) struct Uninit<'a, T> {
     matrix: MatMut<'a, MaybeUninit<T>>,
     written: &'a AtomicUsize,
 }
 
 /// The numbers of a matrix, row after row, written by `fill`, which must write all of them.
-pub(super) fn filled<T: Copy>(rows: usize, columns: usize, fill: impl FnOnce(Blank<T>)) -> Vec<T> {
+pub(super) fn filled<T: Copy>(rows: usize, columns: usize, fill: impl FnOnce(Uninit<T>)) -> Vec<T> {
     let len = rows * columns;
     let mut out = Vec::with_capacity(len);
     let written = AtomicUsize::new(0);
     let spare = &mut out.spare_capacity_mut()[..len];
-    fill(Blank {
+    fill(Uninit {
         matrix: MatMut::from_row_major_slice_mut(spare, rows, columns),
         written: &written,
     });
@@ -36,7 +36,7 @@ pub(super) fn filled<T: Copy>(rows: usize, columns: usize, fill: impl FnOnce(Bla
     out
 }
 
-impl<T: Copy + Send> Blank<'_, T> {
+impl<T: Copy + Send> Uninit<'_, T> {
     pub(super) fn nrows(&self) -> usize {
         self.matrix.nrows()
     }
@@ -82,14 +82,14 @@ impl<T: Copy + Send> Blank<'_, T> {
         })
     }
 
-    /// [`Blank::bands`] in parallel.
+    /// [`Uninit::bands`] in parallel.
     pub(super) fn par_bands(self, tall: usize) -> impl IndexedParallelIterator<Item = Self> {
         let written = self.written;
         let bands = self.matrix.par_row_chunks_mut(tall);
         bands.map(move |matrix| Self { matrix, written })
     }
 
-    /// [`Blank::strips`] in parallel.
+    /// [`Uninit::strips`] in parallel.
     pub(super) fn par_strips(self, wide: usize) -> impl IndexedParallelIterator<Item = Self> {
         let written = self.written;
         let strips = self.matrix.par_col_chunks_mut(wide);
@@ -139,8 +139,8 @@ mod tests {
     #[test]
     fn parts_make_up_the_whole() {
         for (rows, columns) in [(0, 3), (3, 0), (1, 1), (7, 10), (40, 33)] {
-            let out = filled(rows, columns, |blank| {
-                blank.par_bands(3).enumerate().for_each(|(i, band)| {
+            let out = filled(rows, columns, |out| {
+                out.par_bands(3).enumerate().for_each(|(i, band)| {
                     for (j, strip) in band.strips(4).enumerate() {
                         for (k, part) in strip.bands(2).enumerate() {
                             part.rows(0, |row, out| {
@@ -159,8 +159,8 @@ mod tests {
     #[test]
     #[should_panic(expected = "not written as a whole")]
     fn a_part_left_out_is_noticed() {
-        filled(4, 4, |blank| {
-            let [left, _] = blank.split_columns(3);
+        filled(4, 4, |out| {
+            let [left, _] = out.split_columns(3);
             left.rows(0u8, |_, _| {});
         });
     }
