@@ -8,14 +8,16 @@ use crate::{
     calibrate::{options::CalibrationOptions, recipe::StateSource},
     cli::{
         CalibrationArgs, GoalArgs, MemoryArgs, ModelArgs, PipelineArgs, PruneArgs, RunArgs,
-        StatsArgs,
+        StatsArgs, TrainArgs,
     },
     device::Runtime,
     pipeline::{
         ModelChoice, Pipeline,
         placement::{MemoryBudget, MemoryLimit},
+        prompts,
     },
     prune::{goal::GoalOptions, options::PruneOptions, recipe::PruneRecipe},
+    train::{options::TrainOptions, recipe::SandwichRecipe},
     ui,
 };
 
@@ -148,4 +150,30 @@ pub(super) fn prune(args: &PruneArgs) -> Result<PruneOptions> {
         layout: args.layout.layout,
         vae_tile: args.decode.vae_tile,
     })
+}
+
+/// What `train-sandwich` is asked for.
+pub(super) fn train(args: &TrainArgs, teacher: &Pipeline) -> Result<TrainOptions> {
+    let mut recipe = match &args.recipe.recipe {
+        Some(path) => SandwichRecipe::read(path)?,
+        None => SandwichRecipe::default(),
+    };
+    recipe.seed = args.seed.seed.unwrap_or(recipe.seed);
+    recipe.steps = args.steps.unwrap_or(recipe.steps);
+    recipe.finetune.steps = args.finetune.unwrap_or(recipe.finetune.steps);
+    recipe.optimiser.lr = args.lr.unwrap_or(recipe.optimiser.lr);
+    recipe.lora.rank = args.rank.or(recipe.lora.rank).filter(|_| !args.no_lora);
+    recipe.lora.alpha = args.alpha.or(recipe.lora.alpha);
+    let d = &mut recipe.data;
+    d.samples = args.prompts.num_prompts.or(d.samples);
+    d.batch = args.batch.or(d.batch);
+    d.accumulate = args.accumulate.unwrap_or(d.accumulate);
+    d.cache = args.cache.unwrap_or(d.cache);
+    d.width = args.size.width.or(d.width);
+    d.height = args.size.height.or(d.height);
+    let prompts = match &args.prompts.prompts {
+        Some(path) => prompts::read("--prompts", path)?,
+        None => prompts::bundled(teacher),
+    };
+    TrainOptions::new(recipe, &prompts, teacher, args.save_every)
 }
