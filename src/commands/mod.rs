@@ -23,6 +23,7 @@ mod options;
 mod plan;
 mod prune;
 mod score;
+mod shell;
 mod train_sandwich;
 mod verify;
 
@@ -45,6 +46,8 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Init(args) => init::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Completions(args) => shell::completions(&args).map(|()| ExitCode::SUCCESS),
+        Command::Man(args) => shell::man(&args).map(|()| ExitCode::SUCCESS),
     }
 }
 

@@ -19,6 +19,7 @@ mod memory;
 mod old_files;
 mod outputs;
 mod sandwich;
+mod shell;
 
 use common::*;
 
