@@ -1,4 +1,4 @@
-//! A calibration as a file: the sums of every block, the pictures they were gathered of, and what made them. Files of
+//! A calibration as a file: the sums of every block, the images they were gathered of, and what made them. Files of
 //! shards add up to that of one run. Gathering is `pass`' business.
 
 use std::{
@@ -29,7 +29,7 @@ pub struct Calibration {
     pub header: Header,
     /// The sums.
     pub stats: CalibrationStats,
-    /// Packed latents of the pictures of each unit, (prompts, tokens, 4 · channels), f32 on the CPU.
+    /// Packed latents of the images of each unit, (prompts, tokens, 4 · channels), f32 on the CPU.
     pub pictures: BTreeMap<usize, Tensor>,
 }
 
@@ -46,7 +46,7 @@ impl Calibration {
         }
     }
 
-    /// All pictures, (prompts, tokens, 4 · channels).
+    /// All images, (prompts, tokens, 4 · channels).
     ///
     /// # Errors
     /// When units are missing.
@@ -192,7 +192,7 @@ impl Calibration {
         Ok(out)
     }
 
-    /// The pictures of all units that are done, each as many as it has prompts, of the recipe's size.
+    /// The images of all units that are done, each as many as it has prompts, of the recipe's size.
     fn read_pictures(&mut self, name: &str, file: &Checkpoint) -> Result<()> {
         let header = &self.header;
         let division = header.validate()?;
@@ -247,7 +247,7 @@ impl Reader<'_> {
         Ok(tensor)
     }
 
-    /// Pictures in f32 of this shape.
+    /// Images in f32 of this shape.
     fn pictures(&self, what: &str, shape: &[usize]) -> Result<Tensor> {
         let source = self.of_form(what, shape, safetensors::Dtype::F32)?;
         let tensor = source.tensor(&Device::Cpu)?;

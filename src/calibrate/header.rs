@@ -22,7 +22,7 @@ pub struct Header {
     pub runtime: String,
     /// The recipe, nothing left open.
     pub recipe: CalibrationRecipe,
-    /// Prompts of the pictures for statistics, then those held out.
+    /// Prompts of the images for statistics, then those held out.
     pub prompts: Vec<String>,
     /// How many of the prompts are for statistics.
     pub samples: usize,

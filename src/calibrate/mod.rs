@@ -56,7 +56,7 @@ pub struct Calibrator<'a> {
     pub stats_memory: Option<u64>,
     encoded: Encoded,
     schedule: Schedule,
-    /// Given pictures as packed latents, (prompts, tokens, 4 · channels).
+    /// Given images as packed latents, (prompts, tokens, 4 · channels).
     images: Option<Tensor>,
 }
 

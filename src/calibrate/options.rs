@@ -24,13 +24,13 @@ pub const AGAIN: &str = "make it again with `fastflux calibrate`";
 
 /// Prompts sampled for calibration unless asked otherwise.
 const SAMPLES: usize = 640;
-/// The same for models whose pictures have many tokens: each picture is thousands of rows.
+/// The same for models whose images have many tokens: each image is thousands of rows.
 const SAMPLES_LARGE: usize = 96;
-/// Noised states that later fits look at, of small and of large pictures, where that is at most as many of a picture as
+/// Noised states that later fits look at, of small and of large images, where that is at most as many of a image as
 /// of a held-out one.
 const STATES_LATER: usize = 1280;
 const STATES_LATER_LARGE: usize = 256;
-/// Noised states of a held-out picture.
+/// Noised states of a held-out image.
 pub(super) const DRAWS_HELD_OUT: usize = 8;
 
 /// A calibration as it is asked for: recipe and flags.
@@ -158,7 +158,7 @@ impl ResolvedOptions {
                 let samples = recipe.samples.unwrap_or(usual);
                 (samples, samples + held_out_prompts)
             }
-            // an eighth of the pictures is kept for comparing
+            // an eighth of the images is kept for comparing
             Some(given) => {
                 let samples = given - (given / 8).clamp(1, held_out_prompts);
                 let samples = samples.min(recipe.samples.unwrap_or(samples));
@@ -208,7 +208,7 @@ impl ResolvedOptions {
         })
     }
 
-    /// Noised states of each picture that later fits look at.
+    /// Noised states of each image that later fits look at.
     pub(super) fn draws_later(&self) -> usize {
         let states = if self.size.is_large() {
             STATES_LATER_LARGE

@@ -43,7 +43,7 @@ pub struct RunOptions {
     pub partial: PathBuf,
     /// How often it is saved.
     pub save_every: Duration,
-    /// Whether sums are wanted, or the pictures alone.
+    /// Whether sums are wanted, or the images alone.
     pub sums: bool,
     /// Whether more work follows: then a finished calibration that took longer than `save_every` is saved there too.
     pub more: bool,
@@ -169,7 +169,7 @@ fn warn_of_few_rows(stats: &CalibrationStats, config: &FluxConfig) {
     }
 }
 
-/// Pictures that the first, cheap choice of candidates looks at.
+/// Images that the first, cheap choice of candidates looks at.
 const CHEAP_PICTURES: usize = 4;
 
 /// The blocks whose sums are kept: all where they fit, otherwise those whose removal changes the velocity least.
@@ -201,7 +201,7 @@ fn products(calibrator: &Calibrator) -> Result<Vec<BlockId>> {
     Ok(order)
 }
 
-/// The velocity error of removing each block alone, on a few noised pictures: half a forward for each block and state.
+/// The velocity error of removing each block alone, on a few noised images: half a forward for each block and state.
 fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
     let pass = calibrator.pass()?;
     let count = CHEAP_PICTURES.min(calibrator.settings.samples);

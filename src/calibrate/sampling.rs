@@ -10,9 +10,9 @@ use crate::{
     sample::denoise::{Denoise, Encoded, starting_noise},
 };
 
-/// Samples one picture for each prompt, `batch` at a time; packed latents (prompts, tokens, channels), f32, on the CPU.
+/// Samples one image for each prompt, `batch` at a time; packed latents (prompts, tokens, channels), f32, on the CPU.
 ///
-/// Picture i starts from the noise of seed `seed + i`, whatever the batch. Where blocks are read whenever they are run,
+/// Image i starts from the noise of seed `seed + i`, whatever the batch. Where blocks are read whenever they are run,
 /// `together` batches share each reading.
 ///
 /// # Errors

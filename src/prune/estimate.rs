@@ -11,10 +11,10 @@ use crate::{
     },
 };
 
-/// Where and how large pictures are drawn: what arithmetic and memory are counted for.
+/// Where and how large images are drawn: what arithmetic and memory are counted for.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Workload {
-    /// Image tokens of one picture.
+    /// Image tokens of one image.
     pub image_tokens: usize,
     /// Text tokens.
     pub text_tokens: usize,
@@ -35,7 +35,7 @@ pub struct ModelCost {
     pub file_bytes: u64,
     /// Floating-point operations of one step at batch 1.
     pub flops: u64,
-    /// Device memory while drawing one picture: the transformer's weights and the widest moment of a block. Text
+    /// Device memory while drawing one image: the transformer's weights and the widest moment of a block. Text
     /// encoders and VAE come before and after it, not beside it.
     pub memory_bytes: u64,
 }

@@ -1,4 +1,4 @@
-//! Output projections of what is kept, fitted anew in closed form, so that kept blocks and the head take back the
+//! Output projections of what is kept, refitted in closed form, so that kept blocks and the head take back the
 //! errors that replaced blocks before them leave.
 //!
 //! A kept block ends in x + g ⊙ (W z + b). Its change of W and b minimises the distance to the original's stream behind
@@ -23,7 +23,7 @@ use crate::{
     model::{Flux, Linear},
 };
 
-/// Which output projections of what is kept are fitted anew.
+/// Which output projections of what is kept are refitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RefitProjections {

@@ -30,7 +30,7 @@ pub struct Fitting {
     pub ridge: Option<f64>,
     /// On the activations of the already pruned prefix.
     pub sequential: bool,
-    /// Output projections of what is kept that are fitted anew.
+    /// Output projections of what is kept that are refitted.
     pub refit: RefitProjections,
     /// States in one forward.
     pub batch: usize,
@@ -49,7 +49,7 @@ pub struct Fits {
     pub outputs: Outputs,
 }
 
-/// The states of one picture in eight are left out of the fit to choose the ridge, and used after that.
+/// The states of one image in eight are left out of the fit to choose the ridge, and used after that.
 const LEFT_OUT: u32 = 8;
 /// Bytes of token streams that may stay on a device of its own memory in any case; more are held in the host's and visit
 /// the device a batch at a time.

@@ -3,7 +3,7 @@ use candle::DType;
 use super::*;
 use crate::{calibrate::recipe::CalibrationRecipe, layout::unpruned};
 
-/// Two units of 4 tokens' pictures, one held out.
+/// Two units of 4 tokens' images, one held out.
 fn calibration() -> Calibration {
     let recipe = CalibrationRecipe {
         samples: Some(2),
