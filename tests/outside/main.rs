@@ -18,6 +18,7 @@ mod formats;
 mod memory;
 mod old_files;
 mod outputs;
+mod pages;
 mod sandwich;
 mod shell;
 
