@@ -138,7 +138,6 @@ const LONG: [&str; 1] = ["model/ops/cuda/launch"];
 const MAX_LINES: usize = 400;
 /// A command: options → stage → report → write.
 const MAX_LINES_OF_A_COMMAND: usize = 150;
-const MAX_LINES_OF_THE_README: usize = 120;
 
 /// Path below `src` without `.rs`, and text, of every source file.
 fn sources() -> Vec<(Vec<String>, String)> {
@@ -359,13 +358,6 @@ fn files_are_short_enough_to_be_read() {
         }
     }
     assert_eq!(long, LONG, "these files are too long");
-}
-
-#[test]
-fn the_readme_is_short_enough_to_be_finished() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
-    let lines = fs::read_to_string(path).unwrap().lines().count();
-    assert!(lines <= MAX_LINES_OF_THE_README, "{lines} lines");
 }
 
 #[test]
