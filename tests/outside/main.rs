@@ -17,7 +17,9 @@ mod evaluation;
 mod formats;
 mod help;
 mod memory;
+mod old_files;
 mod outputs;
+mod pages;
 mod sandwich;
 mod shell;
 
