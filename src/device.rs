@@ -1,5 +1,11 @@
 //! Which device and number format to compute with: the only place that picks one.
 
+#[cfg(feature = "cuda")]
+mod upload;
+
+#[cfg(feature = "cuda")]
+pub use upload::upload;
+
 use std::{fmt, str::FromStr, sync::OnceLock};
 
 use anyhow::{Context, Result, bail};

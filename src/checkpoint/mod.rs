@@ -367,7 +367,14 @@ impl Backend {
             } else {
                 let [rows, columns] = self.0.dims(tensor)?;
                 let shape = [rows, packed.bytes(columns)];
-                Tensor::from_raw_buffer(&source.bytes()?, DType::U8, &shape, device)
+                match device {
+                    #[cfg(feature = "cuda")]
+                    Device::Cuda(gpu) if source.mapped_parts().is_some() => {
+                        let parts = source.mapped_parts().unwrap_or_default();
+                        crate::device::upload(&parts, DType::U8, &shape, gpu)
+                    }
+                    _ => Tensor::from_raw_buffer(&source.bytes()?, DType::U8, &shape, device),
+                }
             };
             return loaded.with_context(|| format!("`{}`: tensor `{tensor}`", self.0.name));
         }

@@ -13,7 +13,8 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
     ("device", &[]),
     ("ui", &[]),
     ("files", &["ui"]),
-    ("checkpoint", &["formats", "layout", "files"]),
+    // `device`: bytes of a file go to a GPU as they lie in it
+    ("checkpoint", &["formats", "layout", "device", "files"]),
     ("pipeline", &["layout", "ui", "files", "checkpoint"]),
     ("model", &["formats", "layout"]),
     ("sample", &["files", "checkpoint", "model"]),
