@@ -91,11 +91,15 @@ impl Place {
         &self.runtime
     }
 
-    fn format(&self) -> Format {
+    fn format(&self, config: &FluxConfig) -> Format {
         Format {
             element: self.runtime.dtype.size_in_bytes() as u64,
             weight: self.weight,
-            scores: ops::holds_scores(&self.runtime.device, self.runtime.dtype),
+            scores: ops::holds_scores(
+                &self.runtime.device,
+                self.runtime.dtype,
+                config.head_dim(),
+            ),
         }
     }
 
@@ -106,17 +110,17 @@ impl Place {
 
     /// Bytes of a forward's activations.
     pub(super) fn activations(&self, config: &FluxConfig, batch: usize, tokens: usize) -> u64 {
-        demand::activations(config, batch, tokens, self.format())
+        demand::activations(config, batch, tokens, self.format(config))
     }
 
     /// Bytes of the batches that wait while one of them goes through a block that is read for all.
     pub(super) fn waiting(&self, config: &FluxConfig, batch: usize, tokens: usize) -> u64 {
-        demand::waiting(config, batch, tokens, self.format())
+        demand::waiting(config, batch, tokens, self.format(config))
     }
 
     /// `usual` states in a forward, or as few as fit.
     pub(super) fn batch(&self, config: &FluxConfig, tokens: usize, usual: usize) -> usize {
-        let format = self.format();
+        let format = self.format(config);
         let least = Residence::none(config, format).bytes;
         let fits = |batch: usize| {
             let at_work = demand::activations(config, batch, tokens, format);
@@ -138,18 +142,18 @@ impl Place {
     /// Bytes that are left for something beside the blocks when no more of them than necessary are on the device;
     /// `None` where nobody says.
     pub(super) fn spare(&self, config: &FluxConfig, need: Need) -> Option<u64> {
-        let format = self.format();
+        let format = self.format(config);
         let taken = Residence::none(config, format).bytes + self.at_work(config, need);
         Some(self.limit?.saturating_sub(taken))
     }
 
     fn at_work(&self, config: &FluxConfig, need: Need) -> u64 {
-        demand::activations(config, need.batch, need.tokens, self.format()) + need.beside
+        demand::activations(config, need.batch, need.tokens, self.format(config)) + need.beside
     }
 
     /// Which blocks stay on the device.
     pub(super) fn residence(&self, config: &FluxConfig, need: Need) -> Result<Residence> {
-        let format = self.format();
+        let format = self.format(config);
         if self.offload {
             return Ok(Residence::none(config, format));
         }

@@ -28,6 +28,14 @@ pub(super) fn scores(_: &Tensor, _: &Tensor, _: f64) -> Result<Option<Tensor>> {
     Ok(None)
 }
 
+pub(super) fn flash(_: &Tensor, _: &Tensor, _: &Tensor, _: f64) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn has_flash(_: &Device, _: DType, _: usize) -> bool {
+    false
+}
+
 pub(super) fn softmax(_: &Tensor, _: DType) -> Result<Option<Tensor>> {
     Ok(None)
 }
