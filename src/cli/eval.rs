@@ -90,6 +90,10 @@ pub struct BenchArgs {
     /// A second model, timed in turn with the first.
     #[arg(long, value_name = "PATH|ID")]
     pub against: Option<String>,
+    /// Time the first model in turn with itself after N of its blocks, spread over the single ones, were replaced by
+    /// linear layers: what pruning would bring. Shares all other weights.
+    #[arg(long, value_name = "N", conflicts_with = "against")]
+    pub replaced: Option<usize>,
     /// Sides of square pictures, in pixels, such as 512,1024. Default: the model's own.
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub size: Vec<usize>,
@@ -110,7 +114,7 @@ pub struct BenchArgs {
     pub step_only: bool,
     /// Measure instead how time and memory of a step grow with picture size (256² to 2048², or --size), blocks and batch,
     /// as far as they fit, and draw it beside the forecast into this file.
-    #[arg(long, value_name = "SVG", conflicts_with_all = ["against", "batch", "step_only"])]
+    #[arg(long, value_name = "SVG", conflicts_with_all = ["against", "replaced", "batch", "step_only"])]
     pub growth: Option<PathBuf>,
     /// Overwrite an existing chart.
     #[arg(long, requires = "growth")]

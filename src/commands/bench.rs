@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::{
     MOST_TEXT, PixelSize, bench_growth,
-    bench_inputs::{Given, kinds, random_weights},
+    bench_inputs::{Given, kinds, random_weights, replaced, with_layers},
     init, load,
 };
 use crate::{
@@ -76,6 +76,8 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         sizes => sizes.to_vec(),
     };
     let text = args.text_tokens.unwrap_or(first.text);
+    let pruned = args.replaced.map(|count| first.replaced(count));
+    let pruned = pruned.transpose()?;
     if let Some(output) = &args.growth {
         let dtype = args.dtype.first().copied().unwrap_or_default();
         let runtime = Runtime::resolve(args.device, dtype)?;
@@ -102,10 +104,14 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
                 seconds: args.seconds,
             },
         };
-        let models: Vec<(&Subject, Flux)> = subjects
+        let mut models: Vec<(&Subject, Flux)> = subjects
             .iter()
             .map(|subject| Ok((subject, subject.load(&runtime)?)))
             .collect::<Result<_>>()?;
+        if let (Some(pruned), Some((_, flux))) = (&pruned, models.first()) {
+            let flux = with_layers(flux, &pruned.config, &runtime)?;
+            models.push((pruned, flux));
+        }
         let kinds = if args.step_only {
             None
         } else {
@@ -238,8 +244,19 @@ impl Subject {
         Format {
             element: element as u64,
             weight,
-            scores: ops::holds_scores(&runtime.device, runtime.dtype),
+            scores: ops::holds_scores(&runtime.device, runtime.dtype, self.config.head_dim()),
         }
+    }
+
+    /// This shape with `count` of its single blocks replaced.
+    fn replaced(&self, count: usize) -> Result<Self> {
+        let of = self.config.layout.len();
+        Ok(Self {
+            name: format!("{}, {count} of {of} blocks replaced", self.name),
+            config: replaced(&self.config, count)?,
+            pipeline: None,
+            ..*self
+        })
     }
 
     fn load(&self, runtime: &Runtime) -> Result<Flux> {
@@ -250,12 +267,15 @@ impl Subject {
     pub(super) fn load_part(&self, config: &FluxConfig, runtime: &Runtime) -> Result<Flux> {
         load::check_kernels(runtime);
         let random = self.pipeline.is_none();
-        let random = random.then(|| random_weights(config, runtime.dtype));
-        let weights = match (&self.pipeline, random.transpose()?) {
-            (Some(pipeline), _) => pipeline.transformer.clone(),
-            (None, weights) => weights.unwrap_or_default(),
+        let random = random.then(|| random_weights(config, runtime));
+        let vb = match (&self.pipeline, random.transpose()?) {
+            (None, Some(random)) => random,
+            (pipeline, _) => pipeline
+                .as_ref()
+                .context("a model or random weights")?
+                .transformer
+                .var_builder(runtime.dtype, &runtime.device),
         };
-        let vb = weights.var_builder(runtime.dtype, &runtime.device);
         Flux::new(config, vb)
             .with_context(|| format!("cannot load the transformer of `{}`", self.name))
     }
