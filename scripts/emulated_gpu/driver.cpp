@@ -317,6 +317,9 @@ Result cuStreamDestroy_v2(void *) { return OK; }
 Result cuStreamSynchronize(void *) { return OK; }
 Result cuStreamWaitEvent(void *, void *, unsigned) { return OK; }
 Result cuStreamIsCapturing(void *, int *capturing) { return *capturing = 0, OK; }
+Result cuMemHostAlloc(void **memory, size_t bytes, unsigned) { return *memory = malloc(bytes), OK; }
+Result cuMemFreeHost(void *memory) { return free(memory), OK; }
+
 Result cuEventCreate(void **event, unsigned) { return *event = &something, OK; }
 Result cuEventDestroy_v2(void *) { return OK; }
 Result cuEventRecord(void *, void *) { return OK; }
