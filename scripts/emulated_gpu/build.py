@@ -26,7 +26,15 @@ OURS = {
     "unsigned to_bf16(": "return emulated_to_bfloat(first) | (unsigned)emulated_to_bfloat(second) << 16;",
     "float power_of_two(": "return exp2f(x);",
     "float reciprocal(": "return 1 / x;",
+    "unsigned shared_address(": "return (const char *)at - emulated_shared;",
+    "void copy_16_bytes(": "emulated_copy_later(to, from, bytes);",
+    "void wait_for_copies(": "emulated_finish_copies();",
+    "void load_matrices(": "emulated_load_matrices(to, at, false);",
+    "void load_transposed(": "emulated_load_matrices(to, at, true);",
+    "void multiply_f16(": "emulated_multiply<emulated_from_half>(sum, a, b0, b1);",
+    "void multiply_bf16(": "emulated_multiply<emulated_from_bfloat>(sum, a, b0, b1);",
 }
+OUR_SOURCES = ["numbers.cu", "kernels.cu", "attention_backward.cu"]
 OURS_ALONE = ("gelu", "gated_residual")
 
 
@@ -47,7 +55,7 @@ def body(source, function, text):
 
 def portable(source):
     source = re.sub(r'extern\s+"C"\s+__global__', "static GLOBAL", source)
-    return source.replace("extern __shared__ int dst_row[];", "int *dst_row = (int *)emulated_shared;")
+    return re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"\1 *\2 = (\1 *)emulated_shared;", source)
 
 
 def kernels(out, name, source, waits, prefix=""):
@@ -89,7 +97,7 @@ def main():
         (out / header).write_text("")
     for name in ALONE + TOGETHER:
         kernels(out, name, (found[-1] / f"{name}.cu").read_text(), lambda _: name in TOGETHER)
-    ours = (ROOT / "src/model/ops/cuda/kernels.cu").read_text()
+    ours = "".join((ROOT / "src/model/ops/cuda" / name).read_text() for name in OUR_SOURCES)
     for function, text in OURS.items():
         ours = body(ours, function, text)
     kernels(out, "ours", ours, lambda kernel: not kernel.startswith(OURS_ALONE), "ours:")

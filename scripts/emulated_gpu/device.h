@@ -38,6 +38,8 @@ extern char emulated_shared[];
 void emulated_wait_block();
 void emulated_wait_warp();
 void *emulated_slot(int lane);
+void emulated_copy_later(unsigned to, const void *from, int bytes);
+void emulated_finish_copies();
 int emulated_lane();
 void emulated_register(const char *name, void (*call)(void *, void **), void *function, bool waits);
 }
@@ -235,6 +237,46 @@ inline float __low2float(half2 x) { return x.x; }
 inline float __high2float(half2 x) { return x.y; }
 inline float2 __half22float2(half2 x) { return {x.x, x.y}; }
 inline half2 make_half2(__half x, __half y) { return {x, y}; }
+
+// --- tensor cores: each lane shows its part to the others ----------------------------------------------------------------
+
+inline void emulated_load_matrices(unsigned (&to)[4], unsigned at, bool transposed) {
+    memcpy(emulated_slot(emulated_lane()), &at, sizeof at);
+    emulated_wait_warp();
+    const int group = emulated_lane() / 4, pair = emulated_lane() % 4 * 2;
+    for (int i = 0; i < 4; i++) {
+        uint16_t both[2];
+        for (int half = 0; half < 2; half++) {
+            const int row = transposed ? pair + half : group, column = transposed ? group : pair + half;
+            unsigned from;
+            memcpy(&from, emulated_slot(8 * i + row), sizeof from);
+            if (from % 16) abort();
+            memcpy(&both[half], emulated_shared + from + 2 * column, sizeof both[half]);
+        }
+        to[i] = both[0] | (unsigned)both[1] << 16;
+    }
+    emulated_wait_warp();
+}
+
+// sum (16x8) += a (16x16) · b (16x8), spread over the lanes as m16n8k16 has them
+template <float (*FROM)(uint16_t)>
+inline void emulated_multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    const unsigned all[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    memcpy(emulated_slot(emulated_lane()), all, sizeof all);
+    emulated_wait_warp();
+    const int group = emulated_lane() / 4, pair = emulated_lane() % 4 * 2;
+    const auto number = [](int lane, int word, int half) {
+        unsigned both;
+        memcpy(&both, (char *)emulated_slot(lane) + 4 * word, sizeof both);
+        return FROM(both >> 16 * half & 0xffff);
+    };
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++) {
+            const int column = pair + i % 2, lane = k % 8 / 2;
+            sum[i] += number(4 * group + lane, k / 8 * 2 + i / 2, k % 2) * number(4 * column + lane, 4 + k / 8, k % 2);
+        }
+    emulated_wait_warp();
+}
 
 // --- float8 (e4m3): without infinities, too large becomes the largest -----------------------------------------------------
 

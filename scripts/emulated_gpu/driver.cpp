@@ -37,6 +37,7 @@ struct Kernel {
     void (*call)(void *, void **);
     void *function;
     bool waits;
+    unsigned shared;  // bytes of dynamic shared memory that a block may have
 };
 
 static std::recursive_mutex everything;
@@ -57,10 +58,10 @@ static std::map<std::string, Kernel> &kernels() {
 extern "C" {
 
 Index emulated_thread, emulated_block, emulated_block_size, emulated_grid_size;
-char emulated_shared[1 << 18];
+alignas(1024) char emulated_shared[1 << 18];
 
 void emulated_register(const char *name, void (*call)(void *, void **), void *function, bool waits) {
-    kernels()[name] = Kernel{name, call, function, waits};
+    kernels()[name] = Kernel{name, call, function, waits, 49152};
 }
 
 // Saves the registers and the stack pointer, and goes on on another stack.
@@ -88,11 +89,18 @@ emulated_switch:
 
 enum class Waits { not_at_all, for_block, for_warp, done };
 
+struct Copy {
+    unsigned to;
+    const void *from;
+    int bytes;
+};
+
 struct Thread {
     char *stack;
     void *at;
     Waits waits;
     Index index;
+    std::vector<Copy> copies;  // into shared memory, not yet waited for
 };
 
 constexpr int STACK = 1 << 16, WARP = 32, MOST_THREADS = 1024;
@@ -102,7 +110,10 @@ static int current;
 static bool on_a_stack;
 static const Kernel *running;
 static void **parameters;
-static char exchanged[MOST_THREADS][16];
+static unsigned shared_bytes;
+alignas(16) static char exchanged[MOST_THREADS][32];
+
+static void check(const char *what, Address from, size_t bytes);
 
 extern "C" {
 
@@ -119,6 +130,21 @@ static void give_way(Waits waits) {
 
 void emulated_wait_block() { give_way(Waits::for_block); }
 void emulated_wait_warp() { give_way(Waits::for_warp); }
+
+// 16 bytes to shared memory, `bytes` of them copied and the rest zeros; nothing of it is seen before it is waited for.
+void emulated_copy_later(unsigned to, const void *from, int bytes) {
+    if (to % 16 || to + 16 > shared_bytes || (Address)from % 16) fail(running->name + ": a copy beyond its shared memory");
+    check("a copy to shared memory from", (Address)from, bytes);
+    threads[current].copies.push_back({to, from, bytes});
+}
+
+void emulated_finish_copies() {
+    for (const Copy &copy : threads[current].copies) {
+        memset(emulated_shared + copy.to, 0, 16);
+        memcpy(emulated_shared + copy.to, copy.from, copy.bytes);
+    }
+    threads[current].copies.clear();
+}
 }
 
 static void start() {
@@ -141,7 +167,7 @@ static bool release(int first, int end, Waits what) {
 }
 
 static void run_together(int count) {
-    while ((int)threads.size() < count) threads.push_back({(char *)aligned_alloc(64, STACK), {}, {}, {}});
+    while ((int)threads.size() < count) threads.push_back({(char *)aligned_alloc(64, STACK), {}, {}, {}, {}});
     for (int i = 0; i < count; i++) {
         const Index size = emulated_block_size;
         void **top = (void **)(threads[i].stack + STACK - 64);
@@ -151,7 +177,9 @@ static void run_together(int count) {
         threads[i].at = top;
         threads[i].waits = Waits::not_at_all;
         threads[i].index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+        threads[i].copies.clear();
     }
+    memset(emulated_shared, 0xff, shared_bytes);
     on_a_stack = true;
     for (bool some = true; some;) {
         for (current = 0; current < count; current++) {
@@ -360,16 +388,25 @@ Result cuModuleGetFunction(void **out, void *module, const char *name) {
     return OK;
 }
 
+// Only CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES.
+Result cuFuncSetAttribute(void *function, int attribute, int value) {
+    if (attribute != 8 || value < 0 || value > 232448) return INVALID_VALUE;
+    ((Kernel *)function)->shared = value;
+    return OK;
+}
+
 Result cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned x, unsigned y,
                       unsigned z, unsigned shared, void *, void **given, void **) {
     Lock lock(everything);
     const bool nothing = !grid_x || !grid_y || !grid_z || !x || !y || !z;
-    const bool large = grid_x > 2147483647u || grid_y > 65535 || grid_z > 65535 || z > 64 || shared > 49152;
+    const bool large = grid_x > 2147483647u || grid_y > 65535 || grid_z > 65535 || z > 64 ||
+                       shared > ((Kernel *)function)->shared;
     if (nothing || large || (uint64_t)x * y * z > MOST_THREADS) return INVALID_VALUE;
     launches++;
     if (only_counts() && 1.0 * grid_x * grid_y * grid_z * x * y * z > SMALL_LAUNCH) return OK;
     running = (Kernel *)function;
     parameters = given;
+    shared_bytes = shared;
     emulated_grid_size = {grid_x, grid_y, grid_z};
     emulated_block_size = {x, y, z};
     const auto each = [](Index size, auto run) {

@@ -10,6 +10,7 @@ use super::{
 use crate::{
     cli::{MemoryArgs, TrainArgs},
     device::Runtime,
+    model::ops,
     train::{
         memory::{self, Forecast, Situation},
         sandwich::Sandwich,
@@ -159,6 +160,11 @@ fn situation(pair: &Pair, resolved: &Resolved, way: Way, runtime: &Runtime) -> R
         element: runtime.dtype.size_in_bytes() as f64,
         weight: pair.teacher.bytes_of_a_weight(runtime.dtype),
         cpu: runtime.device.is_cpu(),
+        scores: ops::holds_scores_backward(
+            &runtime.device,
+            runtime.dtype,
+            pair.pruned.config.head_dim(),
+        ),
         batch: resolved.batch,
         tokens: (pair.teacher.default_text_length()?, resolved.size.tokens()),
         recompute: way.recompute,

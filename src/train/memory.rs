@@ -16,7 +16,8 @@ use crate::{
     model::cost,
 };
 
-/// Scores that the backward pass of attention holds at once on a GPU: four tensors of f32 of this many elements.
+/// Scores that the backward pass of attention holds at once where no kernel does it: four tensors of f32 of this many
+/// elements.
 const SCORES: f64 = (1u64 << 26) as f64;
 
 /// Bytes on the device for batches that pass through a stored block together, where there is room for so many.
@@ -31,8 +32,10 @@ pub struct Situation {
     pub element: f64,
     /// Bytes of a frozen weight, on average: fewer where weights stay packed.
     pub weight: f64,
-    /// Whether to the CPU, whose kernels hold the scores of a few rows only.
+    /// Whether on the CPU.
     pub cpu: bool,
+    /// Whether the backward pass of attention holds matrices of scores: see `ops::holds_scores_backward`.
+    pub scores: bool,
     /// States in a forward.
     pub batch: usize,
     /// Text and image tokens of a state.
@@ -166,7 +169,7 @@ pub fn forecast(
         range.clone().map(graph).sum()
     };
     // the backward pass of attention: queries, keys, values and their gradients, wide, and scores
-    let scores = if s.cpu { 0.0 } else { 4.0 * 4.0 * SCORES };
+    let scores = if s.scores { 4.0 * 4.0 * SCORES } else { 0.0 };
     let full = (s.batch * config.num_heads) as f64 * ((text + image) as f64).powi(2) * 16.0;
     let attention = 24.0 * config.hidden_size as f64 * rows * 4.0 + scores.min(full);
     let data = &recipe.data;
@@ -245,6 +248,19 @@ mod tests {
         train::{recipe::LayersRecipe, sandwich::sandwiches},
     };
 
+    /// 1024×1024 in bf16 on a GPU, everything on it.
+    const ONE_SAMPLE: Situation = Situation {
+        element: 2.0,
+        weight: 2.0,
+        cpu: false,
+        scores: true,
+        batch: 1,
+        tokens: (512, 4096),
+        recompute: true,
+        offload: false,
+        ahead: 1,
+    };
+
     /// FLUX.1-dev with a layer for each stream in the place of one double block.
     fn pruned_dev() -> FluxConfig {
         let mut pruned = flux_dev();
@@ -274,14 +290,8 @@ mod tests {
         let recipe = SandwichRecipe::default();
         let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
         let situation = |offload| Situation {
-            element: 2.0,
-            weight: 2.0,
-            cpu: false,
-            batch: 1,
-            tokens: (512, 4096),
-            recompute: true,
             offload,
-            ahead: 1,
+            ..ONE_SAMPLE
         };
         for sandwich in found.iter().map(Some).chain([None]) {
             let take = |offload| {
@@ -308,14 +318,9 @@ mod tests {
         let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
         let weights = |weight, recompute| {
             let situation = Situation {
-                element: 2.0,
                 weight,
-                cpu: false,
-                batch: 1,
-                tokens: (512, 4096),
                 recompute,
-                offload: false,
-                ahead: 1,
+                ..ONE_SAMPLE
             };
             forecast(&pruned, &teacher, &found, found.first(), &recipe, situation).weights
         };
@@ -330,20 +335,35 @@ mod tests {
     }
 
     #[test]
+    fn scores_count_where_the_backward_pass_holds_them() {
+        let teacher = flux_dev();
+        let pruned = pruned_dev();
+        let recipe = SandwichRecipe::default();
+        let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
+        let activations = |scores, tokens| {
+            let situation = Situation {
+                scores,
+                tokens,
+                ..ONE_SAMPLE
+            };
+            forecast(&pruned, &teacher, &found, found.first(), &recipe, situation).activations
+        };
+        let of_scores = |tokens| activations(true, tokens) - activations(false, tokens);
+        // slices of 2^26 of them, or all there are: 24 heads of 128 tokens
+        let (sliced, all) = (of_scores((512, 4096)), of_scores((64, 64)));
+        assert!((sliced - 16.0 * 2f64.powi(26)).abs() < 1.0, "{sliced}");
+        assert!((all - 16.0 * 24.0 * 128.0 * 128.0).abs() < 1.0, "{all}");
+    }
+
+    #[test]
     fn as_many_batches_go_ahead_as_are_counted() {
         let teacher = flux_dev();
         let pruned = pruned_dev();
         let recipe = SandwichRecipe::default();
         let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
         let alone = Situation {
-            element: 2.0,
-            weight: 2.0,
-            cpu: false,
-            batch: 1,
-            tokens: (512, 4096),
-            recompute: true,
             offload: true,
-            ahead: 1,
+            ..ONE_SAMPLE
         };
         let peak = |ahead| {
             let situation = Situation { ahead, ..alone };

@@ -1,7 +1,7 @@
 //! From fused projections to what attention puts out, as one node of the gradient graph: the backward pass computes
 //! queries, keys, values and scores again instead of keeping them. The forward is that of `heads` and `attention`.
 
-use candle::{D, DType, Result, Tensor};
+use candle::{D, DType, Device, Result, Tensor};
 
 use super::attend_cpu;
 use super::attention::attention;
@@ -9,11 +9,17 @@ use super::cpu::fusable;
 use super::function::{by_recomputing, function};
 use super::gelu::gelu;
 use super::heads::{Heads, Norms, Projected, heads, plain as plain_heads};
-use super::wide;
+use super::{cuda, wide};
 use crate::model::rope::Rope;
 
 /// Scores that the composed backward pass holds at once, in elements; some four tensors of this size in f32 (1 GiB).
 const MAX_SCORES: usize = 1 << 26;
+
+/// Whether the backward pass of attention with heads of this size in `dtype` on a device holds matrices of scores: kernels
+/// do not.
+pub fn holds_scores_backward(device: &Device, dtype: DType, head: usize) -> bool {
+    !(device.is_cpu() || cuda::has_attention_backward(device, dtype, head))
+}
 
 /// One stream's projection, owned and outside of any graph.
 pub(super) struct Stored {
@@ -118,14 +124,7 @@ fn backward(
     grad: &Tensor,
 ) -> Result<Vec<Tensor>> {
     let borrowed: Vec<Projected> = streams.iter().map(Stored::borrowed).collect();
-    let heads = heads(&borrowed, num_heads, rope)?;
-    let (batch, tokens, _) = grad.dims3()?;
-    let grad = grad
-        .reshape((batch, tokens, num_heads, rope.head_dim()))?
-        .transpose(1, 2)?
-        .contiguous()?;
-    let grads = attention_backward(&heads, &grad, MAX_SCORES)?;
-    drop(heads);
+    let grads = attention_backward(&heads(&borrowed, num_heads, rope)?, grad)?;
     let inputs: Vec<&Tensor> = streams.iter().map(|s| &s.qkv).collect();
     let out = by_recomputing(&inputs, &grads, |qkv| {
         let projected: Vec<Projected> = streams
@@ -144,9 +143,23 @@ fn backward(
         .collect()
 }
 
+/// Gradients of queries, keys and values, stacked ((3, batch, heads, tokens, head size)), from that of the attended values,
+/// (batch, tokens, heads · head size).
+fn attention_backward(heads: &Heads, grad: &Tensor) -> Result<Tensor> {
+    if let Some(grads) = cuda::attention_backward(heads, grad)? {
+        return Ok(grads);
+    }
+    let (batch, num_heads, tokens, size) = heads.q.dims4()?;
+    let grad = grad
+        .reshape((batch, tokens, num_heads, size))?
+        .transpose(1, 2)?
+        .contiguous()?;
+    composed_backward(heads, &grad, MAX_SCORES)
+}
+
 /// Gradients of queries, keys and values, stacked, from that of the attended values (all (batch, heads, tokens, head
 /// size)), a slice of query rows at a time so that at most `max_scores` scores exist.
-fn attention_backward(
+pub(super) fn composed_backward(
     Heads { q, k, v }: &Heads,
     grad: &Tensor,
     max_scores: usize,

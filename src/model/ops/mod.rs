@@ -38,7 +38,7 @@ mod residual;
 mod tiles;
 mod widen;
 
-pub use attend::{attend, attend_beside_gelu};
+pub use attend::{attend, attend_beside_gelu, holds_scores_backward};
 pub(super) use attention::MAX_SCORES;
 pub use attention::holds_scores;
 pub use cuda::trouble;

@@ -43,3 +43,11 @@ pub(super) fn softmax(_: &Tensor, _: DType) -> Result<Option<Tensor>> {
 pub(super) fn gelu(_: &Tensor, _: Option<&Tensor>, _: Option<&Tensor>) -> Result<Option<Tensor>> {
     Ok(None)
 }
+
+pub(super) fn attention_backward(_: &Heads, _: &Tensor) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn has_attention_backward(_: &Device, _: DType, _: usize) -> bool {
+    false
+}

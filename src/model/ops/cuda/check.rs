@@ -315,7 +315,7 @@ mod tests {
     /// Needs NVRTC, but neither GPU nor driver.
     #[test]
     fn all_kernels_compile() {
-        let ptx = launch::compiled().unwrap();
+        let ptx = launch::KERNELS.compiled().unwrap();
         for kernel in ALL {
             for (dtype, _) in FORMATS {
                 let entry = format!(".entry {kernel}_{}(", dtype.as_str());

@@ -13,7 +13,7 @@ use candle::backend::{BackendDevice, BackendStorage};
 use candle::cuda_backend::cudarc::cublas::{result as cublas, sys as blas};
 use candle::cuda_backend::cudarc::driver::{
     CudaFunction, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result,
-    sys::CUmemPool_attribute,
+    sys::{CUfunction_attribute_enum, CUmemPool_attribute},
 };
 use candle::cuda_backend::cudarc::nvrtc::{CompileError, CompileOptions, compile_ptx_with_opts};
 use candle::cuda_backend::{CudaDType, WrapErr};
@@ -22,14 +22,28 @@ use candle::{CudaDevice, CudaStorage, DType, Device, Result, Shape, Storage, Ten
 
 use super::super::cpu::by_dtype;
 
-const SOURCE: &str = include_str!("kernels.cu");
+/// What lies between the products, in all formats.
+pub(super) static KERNELS: Program = Program::new(
+    "fastflux",
+    concat!(include_str!("numbers.cu"), include_str!("kernels.cu")),
+    &[DType::F32, DType::F16, DType::BF16],
+);
+/// The backward pass of attention, in the formats that tensor cores multiply as they are.
+pub(super) static ATTENTION_BACKWARD: Program = Program::new(
+    "fastflux_attention_backward",
+    concat!(
+        include_str!("numbers.cu"),
+        include_str!("attention_backward.cu")
+    ),
+    &[DType::F16, DType::BF16],
+);
 /// The oldest GPUs with bfloat16. For newer ones the driver finishes the compilation.
 const ARCHITECTURE: &str = "compute_80";
 /// Bytes of freed memory that a device keeps for the tensors that come next. By itself it keeps none when it is waited
 /// for: every step would have its memory mapped anew.
 const KEPT: u64 = 2 << 30;
-/// How the kernels' names end.
-const FORMATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+/// Bytes of shared memory that a kernel's threads get without asking.
+const SHARED: usize = 48 << 10;
 
 /// A tensor (batch, tokens, width) or (batch, width) or (width,) as `kernels.cu` reads it; strides in numbers.
 #[repr(C)]
@@ -118,6 +132,17 @@ parameters! {
         width: i32,
         whole: i32,
     }
+    "attention_backward" AttentionBackward {
+        q: u64,
+        k: u64,
+        v: u64,
+        grad: Rows<'a>,
+        out: u64,
+        sums: u64,
+        tokens: i32,
+        padded: i32,
+        scale: f32,
+    }
 }
 
 /// All kernels of all number formats, loaded on one device.
@@ -129,46 +154,75 @@ pub(super) struct Module {
 /// Device memory that nothing has been written to.
 pub(super) struct Blank(CudaStorage);
 
-/// The kernels as PTX, compiled once in a process; or why they are not.
-pub(super) fn compiled() -> std::result::Result<&'static str, String> {
-    static PTX: OnceLock<std::result::Result<String, String>> = OnceLock::new();
-    let ptx = PTX.get_or_init(|| {
-        let options = CompileOptions {
-            arch: Some(ARCHITECTURE),
-            name: Some("kernels.cu".to_owned()),
-            options: vec!["--std=c++17".to_owned()],
-            ..CompileOptions::default()
-        };
-        match compile_ptx_with_opts(SOURCE, options) {
-            Ok(ptx) => Ok(ptx.to_src()),
-            Err(CompileError::CompileError { log, .. }) => {
-                let log = log.to_string_lossy();
-                Err(log.lines().next().unwrap_or_default().to_owned())
-            }
-            Err(error) => Err(error.to_string()),
+/// Sources that are compiled together, once in a process, when they are first needed.
+pub(super) struct Program {
+    /// The name candle keeps it under.
+    name: &'static str,
+    source: &'static str,
+    /// How the kernels' names end.
+    formats: &'static [DType],
+    ptx: OnceLock<std::result::Result<String, String>>,
+}
+
+impl Program {
+    const fn new(name: &'static str, source: &'static str, formats: &'static [DType]) -> Self {
+        Self {
+            name,
+            source,
+            formats,
+            ptx: OnceLock::new(),
         }
-    });
-    ptx.as_deref()
-        .map_err(|why| format!("NVRTC refuses the kernels: {why}"))
+    }
+
+    /// The kernels as PTX; or why they are not.
+    pub(super) fn compiled(&self) -> std::result::Result<&str, String> {
+        let ptx = self.ptx.get_or_init(|| {
+            let options = CompileOptions {
+                arch: Some(ARCHITECTURE),
+                name: Some(format!("{}.cu", self.name)),
+                options: vec!["--std=c++17".to_owned()],
+                ..CompileOptions::default()
+            };
+            match compile_ptx_with_opts(self.source, options) {
+                Ok(ptx) => Ok(ptx.to_src()),
+                Err(CompileError::CompileError { log, .. }) => {
+                    let log = log.to_string_lossy();
+                    Err(log.lines().next().unwrap_or_default().to_owned())
+                }
+                Err(error) => Err(error.to_string()),
+            }
+        });
+        ptx.as_deref()
+            .map_err(|why| format!("NVRTC refuses the kernels: {why}"))
+    }
 }
 
 impl Module {
-    /// Compiles and loads all kernels named in `kernels`.
+    /// Compiles and loads all kernels of [`KERNELS`] named in `kernels`.
     pub(super) fn load(
         device: &CudaDevice,
         kernels: &[&'static str],
     ) -> std::result::Result<Self, String> {
         keep_freed_memory(device);
         forget_events(device);
-        let ptx = compiled()?;
+        Self::of(&KERNELS, device, kernels)
+    }
+
+    /// Compiles a program and loads its kernels named in `kernels`.
+    pub(super) fn of(
+        program: &'static Program,
+        device: &CudaDevice,
+        kernels: &[&'static str],
+    ) -> std::result::Result<Self, String> {
+        let ptx = program.compiled()?;
         let mut functions = HashMap::new();
         for kernel in kernels {
-            for dtype in FORMATS {
+            for dtype in program.formats {
                 let name = format!("{kernel}_{}", dtype.as_str());
                 let function = device
-                    .get_or_load_custom_func(&name, "fastflux", ptx)
+                    .get_or_load_custom_func(&name, program.name, ptx)
                     .map_err(|why| format!("the driver refuses the kernels: {why}"))?;
-                functions.insert((*kernel, dtype), function.into_cuda_function());
+                functions.insert((*kernel, *dtype), function.into_cuda_function());
             }
         }
         Ok(Self {
@@ -189,12 +243,29 @@ impl Module {
         block: [usize; 2],
         parameters: &P,
     ) -> Result<()> {
+        self.start(P::KERNEL, dtype, grid, block, 0, parameters)
+    }
+
+    /// Starts the kernel `name` as [`Self::run`] does, with `shared` bytes of memory for the threads of a block.
+    pub(super) fn start<P: Parameters>(
+        &self,
+        name: &'static str,
+        dtype: DType,
+        grid: [usize; 3],
+        block: [usize; 2],
+        shared: usize,
+        parameters: &P,
+    ) -> Result<()> {
         if grid.contains(&0) {
             return Ok(()); // nothing to write
         }
-        let Some(function) = self.functions.get(&(P::KERNEL, dtype)) else {
-            candle::bail!("no kernel `{}` for {dtype:?}", P::KERNEL)
+        let Some(function) = self.functions.get(&(name, dtype)) else {
+            candle::bail!("no kernel `{name}` for {dtype:?}")
         };
+        if shared > SHARED {
+            let most = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(most, shared as i32).w()?;
+        }
         let [x, y, z] = grid.map(|blocks| blocks as u32);
         let [columns, rows] = block.map(|threads| threads as u32);
         let stream = self.device.cuda_stream();
@@ -206,7 +277,7 @@ impl Module {
             launch.launch(LaunchConfig {
                 grid_dim: (x, y, z),
                 block_dim: (columns, rows, 1),
-                shared_mem_bytes: 0,
+                shared_mem_bytes: shared as u32,
             })
         }
         .w()?;

@@ -1,6 +1,7 @@
 //! The fused kernels on NVIDIA GPUs: whether they run. Each is compiled and compared with its slow twin when a device is
 //! first used; one that cannot be compiled or disagrees is not used, and [`trouble`] says so. No run fails for it.
 
+mod attention_backward;
 mod calls;
 mod check;
 mod flash;
@@ -15,6 +16,7 @@ use candle::{CudaDevice, DType, Device, Result, Tensor};
 use super::heads::{Heads, Projected};
 use super::residual::Branch;
 use crate::model::rope::Rope;
+pub(super) use attention_backward::{attention_backward, has_attention_backward};
 use flash::Flash;
 use launch::{GatedResidual, Gelu, Module, NormModulate, Parameters, Softmax};
 
@@ -90,7 +92,8 @@ pub fn trouble(device: &Device) -> Option<String> {
         return Some(why.clone());
     }
     let each = kernels.refused.iter();
-    let each: Vec<_> = each.map(|(name, why)| format!("`{name}`: {why}")).collect();
+    let each = each.map(|(name, why)| format!("`{name}`: {why}"));
+    let each: Vec<_> = each.chain(attention_backward::trouble(device)).collect();
     (!each.is_empty()).then(|| each.join("; "))
 }
 
