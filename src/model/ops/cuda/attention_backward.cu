@@ -76,7 +76,7 @@ struct TensorBF16 {
 // Rows that a block of threads keeps, 16 for each warp; rows of a tile; threads.
 const int KEPT = 128, TILE = 64, THREADS = 2 * KEPT;
 // Columns of S and dP that exist at a time for each warp, in the kernel that keeps queries and in the one that keeps keys.
-const int QUERIES_CHUNK = 64, KEYS_CHUNK = 16;
+const int QUERIES_CHUNK = 32, KEYS_CHUNK = 32;
 
 struct AttentionBackward {
     const void *q, *k, *v;  // (batch, heads, tokens, size), contiguous
