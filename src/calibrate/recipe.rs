@@ -5,6 +5,8 @@ use std::{fmt, str::FromStr};
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::pipeline::defaults::MAX_STEPS_OF_DATA;
+
 /// Where the states come from whose activations are looked at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -86,10 +88,9 @@ impl Default for CalibrationRecipe {
 }
 
 /// Bounds of what a recipe may ask for: beyond them a number is a slip, and would exhaust memory before it is noticed.
-pub(crate) const MOST_SAMPLES: usize = 1_000_000;
-pub(crate) const MOST_STEPS: usize = 1000;
-const MOST_DRAWS: f64 = 1000.0;
-pub(crate) const LARGEST_BATCH: usize = 65_536;
+pub(crate) const MAX_SAMPLES: usize = 1_000_000;
+const MAX_DRAWS: f64 = 1000.0;
+pub(crate) const MAX_BATCH: usize = 65_536;
 
 impl CalibrationRecipe {
     /// Checks the ranges of all numbers.
@@ -100,22 +101,22 @@ impl CalibrationRecipe {
         let within = |value: Option<usize>, most| value.is_none_or(|v| (1..=most).contains(&v));
         let number = |value: Option<usize>| value.map_or_else(String::new, |v| v.to_string());
         ensure!(
-            within(self.samples, MOST_SAMPLES),
-            "--samples {}: expected 1 to {MOST_SAMPLES} prompts",
+            within(self.samples, MAX_SAMPLES),
+            "--num-prompts {}: expected 1 to {MAX_SAMPLES} prompts",
             number(self.samples)
         );
         ensure!(
-            within(self.steps, MOST_STEPS),
-            "--steps {}: expected 1 to {MOST_STEPS}",
+            within(self.steps, MAX_STEPS_OF_DATA),
+            "--steps {}: expected 1 to {MAX_STEPS_OF_DATA}",
             number(self.steps)
         );
         ensure!(
-            self.draws.is_none_or(|d| d > 0.0 && d <= MOST_DRAWS),
-            "recipe: `calibration.draws` must be above 0 and at most {MOST_DRAWS}"
+            self.draws.is_none_or(|d| d > 0.0 && d <= MAX_DRAWS),
+            "recipe: `calibration.draws` must be above 0 and at most {MAX_DRAWS}"
         );
         ensure!(
-            within(self.batch, LARGEST_BATCH),
-            "recipe: `calibration.batch` must be 1 to {LARGEST_BATCH}"
+            within(self.batch, MAX_BATCH),
+            "recipe: `calibration.batch` must be 1 to {MAX_BATCH}"
         );
         ensure!(
             self.guidance.is_none_or(|g| g.is_finite() && g >= 0.0),

@@ -10,6 +10,7 @@ use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use safetensors::SafeTensors;
 
 use crate::{
+    device::{self, PageLocked},
     files::{Blob, Files},
     formats::{Packed, name_of_scale},
 };
@@ -35,6 +36,9 @@ mod widen;
 
 pub use format::Format;
 pub use source::{Source, safetensors_dtype};
+
+/// The most of the host's free memory that is page-locked.
+const LOCKABLE: f64 = 0.7;
 
 /// An ordered, lazy map from tensor names to their bytes. Cloning copies names, not data.
 #[derive(Clone, Debug, Default)]
@@ -288,11 +292,44 @@ impl Checkpoint {
 
     /// A `VarBuilder` over these tensors that converts each to `dtype` when it is asked for.
     pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
-        VarBuilder::from_backend(
-            Box::new(Backend(Arc::new(self.clone()))),
-            dtype,
-            device.clone(),
-        )
+        self.builder(dtype, device, Vec::new())
+    }
+
+    /// The same for tensors that are read again and again: on a GPU its files are page-locked as long as the `VarBuilder`
+    /// or a clone of it lives, if they take less than [`LOCKABLE`] of the host's free memory.
+    pub fn offloaded_var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
+        self.builder(dtype, device, self.page_locked(device))
+    }
+
+    fn builder(
+        &self,
+        dtype: DType,
+        device: &Device,
+        locked: Vec<PageLocked>,
+    ) -> VarBuilder<'static> {
+        let backend = Backend {
+            checkpoint: Arc::new(self.clone()),
+            _locked: locked,
+        };
+        VarBuilder::from_backend(Box::new(backend), dtype, device.clone())
+    }
+
+    /// The mapped files, page-locked for `device`; nothing where there is no room for all of them.
+    fn page_locked(&self, device: &Device) -> Vec<PageLocked> {
+        let mut files: Vec<&Blob> = Vec::new();
+        for blob in self.tensors.values().flat_map(Source::blobs) {
+            if files.iter().all(|other| other.as_ptr() != blob.as_ptr()) {
+                files.push(blob);
+            }
+        }
+        let bytes: usize = files.iter().map(|blob| blob.len()).sum();
+        let free = device::free_host_memory().unwrap_or(0);
+        if bytes as f64 > LOCKABLE * free as f64 {
+            return Vec::new();
+        }
+        let each = files.into_iter();
+        each.filter_map(|blob| PageLocked::new(blob, Box::new(blob.clone()), device))
+            .collect()
     }
 }
 
@@ -341,13 +378,17 @@ fn packed(source: &Source) -> Option<Packed> {
 
 /// [`Checkpoint`] as candle's source of weights. Packed matrices are served in full under their own names, and as bytes
 /// and scales under those that `formats` gives them.
-struct Backend(Arc<Checkpoint>);
+struct Backend {
+    checkpoint: Arc<Checkpoint>,
+    /// Files that a GPU reads directly.
+    _locked: Vec<PageLocked>,
+}
 
 impl Backend {
     /// The packed matrix whose bytes or scales go by `name`.
     fn packed<'a>(&self, name: &'a str) -> Option<(&'a str, &Source, Packed)> {
         let (tensor, _) = name.rsplit_once('@')?;
-        let source = self.0.get(tensor)?;
+        let source = self.checkpoint.get(tensor)?;
         let packed = packed(source)?;
         let known = name == packed.name_of_bytes(tensor) || name == name_of_scale(tensor);
         known.then_some((tensor, source, packed))
@@ -365,7 +406,7 @@ impl Backend {
                 let scale = source.scale().unwrap_or(&[1.0]);
                 Tensor::from_slice(scale, scale.len(), device)
             } else {
-                let [rows, columns] = self.0.dims(tensor)?;
+                let [rows, columns] = self.checkpoint.dims(tensor)?;
                 let shape = [rows, packed.bytes(columns)];
                 match device {
                     #[cfg(feature = "cuda")]
@@ -376,20 +417,20 @@ impl Backend {
                     _ => Tensor::from_raw_buffer(&source.bytes()?, DType::U8, &shape, device),
                 }
             };
-            return loaded.with_context(|| format!("`{}`: tensor `{tensor}`", self.0.name));
+            return loaded.with_context(|| format!("`{}`: tensor `{tensor}`", self.checkpoint.name));
         }
-        let source = self.0.expect(name)?;
+        let source = self.checkpoint.expect(name)?;
         if let Some(shape) = shape {
             ensure!(
                 shape.dims() == source.shape(),
                 "`{}`: tensor `{name}` has shape {:?}, expected {:?}",
-                self.0.name,
+                self.checkpoint.name,
                 source.shape(),
                 shape.dims()
             );
         }
         let tensor = source.tensor_as(dtype, device);
-        tensor.with_context(|| format!("`{}`: tensor `{name}`", self.0.name))
+        tensor.with_context(|| format!("`{}`: tensor `{name}`", self.checkpoint.name))
     }
 }
 
@@ -410,7 +451,7 @@ impl SimpleBackend for Backend {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.packed(name).is_some() || self.0.contains(name)
+        self.packed(name).is_some() || self.checkpoint.contains(name)
     }
 }
 

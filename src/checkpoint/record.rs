@@ -15,6 +15,11 @@ pub const KEY: &str = "fastflux";
 /// The version of the record that this build writes and the newest it reads.
 pub const VERSION: u32 = 1;
 
+/// This program, as PNG and metadata name it.
+pub fn software() -> String {
+    concat!("fastflux ", env!("CARGO_PKG_VERSION")).to_owned()
+}
+
 /// Where the other parts of a model's pipeline were, where flags named them; absolute.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
@@ -98,6 +103,16 @@ impl Record {
             .check()
             .with_context(|| format!("`{name}`: its fastflux metadata is damaged"))?;
         Ok(record)
+    }
+
+    /// The same record of what another recipe made.
+    #[must_use]
+    pub fn with_recipe(&self, recipe: Value) -> Self {
+        Self {
+            tool: software(),
+            recipe,
+            ..self.clone()
+        }
     }
 
     /// What the form of the record does not say: that its values make sense.

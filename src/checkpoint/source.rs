@@ -376,6 +376,22 @@ impl Source {
         }
     }
 
+    /// The files that bytes of it lie in.
+    pub(super) fn blobs(&self) -> Vec<&Blob> {
+        match &self.data {
+            Data::Pieces(pieces) => {
+                let blobs = pieces.iter().map(|piece| match &piece.of {
+                    Whole::Blob(blob) => Some(blob),
+                    Whole::Random(_) => None,
+                });
+                blobs.flatten().collect()
+            }
+            Data::Converted(from) => from.blobs(),
+            Data::Sum(parts) => parts.iter().flat_map(Self::blobs).collect(),
+            Data::Dense(_) => vec![],
+        }
+    }
+
     /// The bytes in row-major order where they lie in mapped files.
     #[cfg(feature = "cuda")]
     pub(super) fn mapped_parts(&self) -> Option<Vec<&[u8]>> {

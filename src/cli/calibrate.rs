@@ -4,15 +4,23 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{MemoryArgs, PipelineArgs, RunArgs, bytes};
-use crate::calibrate::{pass::Shard, recipe::StateSource};
+use super::{
+    DryRunArgs, MemoryArgs, OutputArgs, PipelineArgs, PromptsArgs, RecipeArgs, RunArgs, SeedArgs,
+    SizeArgs,
+    shared::written,
+    units::{bytes, whole},
+};
+use crate::{
+    calibrate::{pass::Shard, recipe::StateSource},
+    pipeline::defaults::MAX_STEPS_OF_DATA,
+};
 
-/// The flags that make no sense beside a calibration that was made before.
+/// The flags that make no sense next to a calibration that was made before.
 pub const CALIBRATION: [&str; 10] = [
     "prompts",
     "images",
     "source",
-    "samples",
+    "num_prompts",
     "steps",
     "width",
     "height",
@@ -23,39 +31,38 @@ pub const CALIBRATION: [&str; 10] = [
 
 /// What to calibrate on.
 #[derive(Args, Clone, Debug, Default)]
+#[expect(missing_docs, reason = "flattened arguments")]
+#[command(
+    next_help_heading = "Calibration",
+    mut_arg("prompts", |arg| arg.help("Prompts to calibrate with, one a line. Default: a bundled list")),
+    mut_arg("num_prompts", |arg| arg.help("How many prompts to sample for calibration. Default: 640 for small images, 96 for large ones")),
+    mut_arg("width", |arg| arg.help("Image width of calibration, in pixels. Default: the model's own")),
+    mut_arg("height", |arg| arg.help("Image height of calibration, in pixels. Default: the model's own")),
+    mut_arg("seed", |arg| arg.help("Seed of calibration. Default: 0"))
+)]
 pub struct CalibrationArgs {
-    /// Recipe (JSON, see configs/prune.json); flags win over it.
-    #[arg(long, value_name = "FILE")]
-    pub recipe: Option<PathBuf>,
-    /// Prompts to calibrate with, one a line. Default: a bundled list.
-    #[arg(long, value_name = "FILE")]
-    pub prompts: Option<PathBuf>,
-    /// Calibrate on these pictures (PNG, JPEG) instead of sampling; the caption of fox.jpg is in fox.txt.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    #[command(flatten)]
+    pub prompts: PromptsArgs,
+    /// Calibrate on these images (PNG, JPEG) instead of sampling; the caption of fox.jpg is in fox.txt.
     #[arg(long, value_name = "DIR", conflicts_with = "prompts")]
     pub images: Option<PathBuf>,
-    /// States to look at: latents (the model's own pictures, noised anew) or trajectory (those of sampling itself).
+    /// Noised latents to run: latents (the model's own images, noised again) or trajectory (those of sampling itself).
     /// Default: latents.
     #[arg(long, conflicts_with = "images")]
     pub source: Option<StateSource>,
-    /// How many prompts to sample for calibration. Default: 640 for small pictures, 96 for large ones.
-    #[arg(long)]
-    pub samples: Option<usize>,
-    /// Sampling steps of calibration. Default: 8, or the model's own where that is lower
-    #[arg(long)]
+    /// Sampling steps of calibration. Default: 8, or the model's own if that is lower.
+    #[arg(long, value_parser = whole(1, MAX_STEPS_OF_DATA))]
     pub steps: Option<usize>,
-    /// Picture width of calibration, in pixels.
-    #[arg(long)]
-    pub width: Option<usize>,
-    /// Picture height of calibration, in pixels.
-    #[arg(long)]
-    pub height: Option<usize>,
-    /// Seed of calibration.
-    #[arg(long)]
-    pub seed: Option<u64>,
+    #[command(flatten)]
+    pub size: SizeArgs,
+    #[command(flatten)]
+    pub seed: SeedArgs,
     /// Tokens of each stream that enter the sums of one forward. Default: all.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole(1, usize::MAX))]
     pub tokens_per_forward: Option<usize>,
-    /// Memory for the sums, such as 8GiB; where not all blocks fit, a first cheap pass chooses candidates.
+    /// Memory for the sums, such as 8GiB; if not all blocks fit, a first cheap pass chooses candidates.
     /// Default: half of what is free.
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub stats_memory: Option<u64>,
@@ -65,48 +72,49 @@ pub struct CalibrationArgs {
     pub save_every: u64,
 }
 
+/// A calibration that was made before.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Calibration")]
+pub struct StatsArgs {
+    /// Use these statistics, made by `calibrate`, instead of calibrating.
+    #[arg(long, value_name = "FILE", conflicts_with_all = CALIBRATION)]
+    pub stats: Option<PathBuf>,
+}
+
 /// `calibrate`.
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
+#[command(
+    mut_arg("output", |arg| written(arg, "FILE", "stats.safetensors", "Statistics file to write"))
+)]
 pub struct CalibrateArgs {
     #[command(flatten)]
     pub pipeline: PipelineArgs,
     #[command(flatten)]
     pub calibration: CalibrationArgs,
     /// Do the i-th of n parts only, from 1; `merge-stats` adds them up.
-    #[arg(long, value_name = "I/N")]
+    #[arg(long, value_name = "I/N", help_heading = "Calibration")]
     pub shard: Option<Shard>,
-    /// Say how many forwards and how much memory it takes, and do nothing.
-    #[arg(long)]
-    pub dry_run: bool,
-    /// Statistics file to write.
-    #[arg(long, short, value_name = "FILE", default_value = "stats.safetensors")]
-    pub output: PathBuf,
-    /// Overwrite an existing output.
-    #[arg(long)]
-    pub force: bool,
-    /// Print JSON.
-    #[arg(long)]
-    pub json: bool,
     #[command(flatten)]
     pub run: RunArgs,
     #[command(flatten)]
     pub memory: MemoryArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+    #[command(flatten)]
+    pub dry_run: DryRunArgs,
 }
 
 /// `merge-stats`.
 #[derive(Args, Debug)]
+#[expect(missing_docs, reason = "flattened arguments")]
+#[command(
+    mut_arg("output", |arg| written(arg, "FILE", "stats.safetensors", "Statistics file to write"))
+)]
 pub struct MergeStatsArgs {
     /// Statistics files of the shards, all of them.
     #[arg(required = true)]
     pub files: Vec<PathBuf>,
-    /// Statistics file to write.
-    #[arg(long, short, value_name = "FILE", default_value = "stats.safetensors")]
-    pub output: PathBuf,
-    /// Overwrite an existing output.
-    #[arg(long)]
-    pub force: bool,
-    /// Print JSON.
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
 }

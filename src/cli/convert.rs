@@ -1,22 +1,22 @@
 //! Arguments of `convert`.
 
-use std::path::PathBuf;
-
 use candle::quantized::GgmlDType;
 use clap::{ArgGroup, Args};
 use safetensors::Dtype;
 
-use super::ModelArgs;
+use super::{DryRunArgs, ModelArgs, OutputArgs, units::weight_dtype};
 use crate::{checkpoint::convert::Target, formats::Packed};
 
 /// `convert`.
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "each is a switch of its own on the command line"
+#[command(
+    group = ArgGroup::new("target").required(true).args(["dtype", "gguf"]),
+    mut_arg("output", |arg| {
+        arg.value_name("FILE|DIR").help("What to write: a .safetensors or .gguf file, or a folder with it and a config.json")
+    }),
+    mut_arg("dry_run", |arg| arg.help("Print how large the file would be and write nothing"))
 )]
-#[command(group = ArgGroup::new("format").required(true).args(["dtype", "gguf"]))]
 pub struct ConvertArgs {
     #[command(flatten)]
     pub model: ModelArgs,
@@ -26,27 +26,19 @@ pub struct ConvertArgs {
     /// Write GGUF with the kept blocks' matrices in q8_0 or q4_k.
     #[arg(long, value_name = "FORMAT", value_parser = gguf)]
     pub gguf: Option<Target>,
-    /// With --dtype f8e4m3: no scale for each matrix, as plain ComfyUI files have it.
+    /// With --dtype f8e4m3: write no scale for each matrix, as plain ComfyUI files have none.
     #[arg(long, conflicts_with = "gguf")]
     pub no_scale: bool,
-    /// What to write: a .safetensors or .gguf file, or a folder with it and a config.json.
-    #[arg(long, short, value_name = "FILE|DIR")]
-    pub output: PathBuf,
-    /// Say how large it would be and write nothing.
-    #[arg(long)]
-    pub dry_run: bool,
-    /// Overwrite an existing output.
-    #[arg(long)]
-    pub force: bool,
-    /// Print JSON.
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
+    #[command(flatten)]
+    pub dry_run: DryRunArgs,
 }
 
 fn dtype(text: &str) -> Result<Target, String> {
     match text {
         "f8e4m3" | "fp8" => Ok(Target::Float8 { scaled: true }),
-        _ => super::weight_dtype(text)
+        _ => weight_dtype(text)
             .map(Target::Plain)
             .map_err(|_| "expected bf16, f16, f32 or f8e4m3".to_owned()),
     }

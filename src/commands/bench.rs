@@ -7,12 +7,12 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::{
-    MOST_TEXT, PixelSize, bench_growth,
+    bench_growth,
     bench_inputs::{Given, kinds, random_weights, replaced, with_layers},
-    init, load,
+    init,
 };
 use crate::{
-    checkpoint::transformer_json,
+    checkpoint::{record, transformer_json},
     cli::BenchArgs,
     device::Runtime,
     eval::latency::{self, Effort, Machine, Peak, Timing},
@@ -22,7 +22,8 @@ use crate::{
         demand::{self, Format},
         ops,
     },
-    pipeline::{ModelChoice, Pipeline},
+    pipeline::{ModelChoice, Pipeline, defaults::MAX_TEXT_TOKENS, load},
+    sample::size::{ImageSize, MAX_SIDE},
     ui,
 };
 
@@ -80,12 +81,12 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let pruned = pruned.transpose()?;
     if let Some(output) = &args.growth {
         let dtype = args.dtype.first().copied().unwrap_or_default();
-        let runtime = Runtime::resolve(args.device, dtype)?;
+        let runtime = Runtime::resolve(args.device.device, dtype)?;
         return bench_growth::run(args, first, text, &runtime, output);
     }
     let (mut rows, mut peaks) = (Vec::new(), Vec::new());
     for dtype in &args.dtype {
-        let runtime = Runtime::resolve(args.device, *dtype)?;
+        let runtime = Runtime::resolve(args.device.device, *dtype)?;
         check_memory(&subjects, &runtime)?;
         let peak = latency::peak(&runtime.device, runtime.dtype)?;
         peaks.push(json!({ "dtype": runtime.dtype.as_str(), "flops_per_second": peak.flops, "bytes_per_second": peak.bytes }));
@@ -127,9 +128,9 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
             }
         }
     }
-    if args.json {
+    if args.print.json {
         return ui::json(&json!({
-            "tool": load::software(),
+            "tool": record::software(),
             "machine": Machine::this(),
             "peaks": peaks,
             "rows": rows,
@@ -147,17 +148,16 @@ fn check_numbers(args: &BenchArgs) -> Result<()> {
     }
     for size in &args.size {
         ensure!(
-            (PixelSize::STEP..=PixelSize::LARGEST).contains(size)
-                && size.is_multiple_of(PixelSize::STEP),
+            (ImageSize::STEP..=MAX_SIDE).contains(size) && size.is_multiple_of(ImageSize::STEP),
             "--size {size}: expected a multiple of {} up to {}",
-            PixelSize::STEP,
-            PixelSize::LARGEST
+            ImageSize::STEP,
+            MAX_SIDE
         );
     }
     if let Some(text) = args.text_tokens {
         ensure!(
-            (1..=MOST_TEXT).contains(&text),
-            "--text-tokens {text}: expected 1 to {MOST_TEXT}"
+            (1..=MAX_TEXT_TOKENS).contains(&text),
+            "--text-tokens {text}: expected 1 to {MAX_TEXT_TOKENS}"
         );
     }
     ensure!(

@@ -8,10 +8,9 @@ use serde_json::json;
 use super::{
     bench::{Subject, row_of_time},
     bench_inputs::Given,
-    load,
 };
 use crate::{
-    checkpoint::{save, target},
+    checkpoint::{record, save, target},
     cli::BenchArgs,
     device::Runtime,
     eval::{
@@ -72,9 +71,9 @@ pub(super) fn run(
         output,
         growth::svg(&points, title.trim_end_matches("; "))?.as_bytes(),
     )?;
-    if args.json {
+    if args.print.json {
         ui::json(&json!({
-            "tool": load::software(),
+            "tool": record::software(),
             "machine": Machine::this(),
             "model": subject.name,
             "runtime": runtime.to_string(),

@@ -11,15 +11,13 @@ use serde_json::json;
 use super::{
     demand::Demand,
     gather::{self, Gathering},
-    place::Place,
     session::{Session, Settings},
 };
 use crate::{
     calibrate::{file::Calibration, pass::Shard, recipe::StateSource},
     checkpoint::{advise, target},
     cli::{CalibrateArgs, CalibrationArgs},
-    device::Runtime,
-    pipeline::Pipeline,
+    pipeline::{Pipeline, placement::MemoryBudget, prompts},
     prune::recipe::PruneRecipe,
     sample::image,
     ui,
@@ -34,7 +32,7 @@ pub(super) struct Input {
 
 /// The recipe with the flags laid over it.
 pub(super) fn recipe(args: &CalibrationArgs) -> Result<PruneRecipe> {
-    let mut recipe = match &args.recipe {
+    let mut recipe = match &args.recipe.recipe {
         Some(path) => PruneRecipe::read(path)?,
         None => PruneRecipe::default(),
     };
@@ -47,11 +45,11 @@ pub(super) fn recipe(args: &CalibrationArgs) -> Result<PruneRecipe> {
         (c.source == StateSource::Images) == args.images.is_some(),
         "calibrating on images takes --images DIR"
     );
-    c.samples = args.samples.or(c.samples);
+    c.samples = args.prompts.num_prompts.or(c.samples);
     c.steps = args.steps.or(c.steps);
-    c.width = args.width.or(c.width);
-    c.height = args.height.or(c.height);
-    c.seed = args.seed.unwrap_or(c.seed);
+    c.width = args.size.width.or(c.width);
+    c.height = args.size.height.or(c.height);
+    c.seed = args.seed.seed.unwrap_or(c.seed);
     c.tokens_per_forward = args.tokens_per_forward.or(c.tokens_per_forward);
     recipe.validate()?;
     Ok(recipe)
@@ -63,13 +61,13 @@ pub(super) fn input(
     recipe: &PruneRecipe,
     pipeline: &Pipeline,
 ) -> Result<Input> {
-    let (prompts, images) = match (&args.images, &args.prompts) {
+    let (prompts, images) = match (&args.images, &args.prompts.prompts) {
         (Some(folder), _) => {
             let (prompts, images) = captioned(folder)?;
             (prompts, Some(images))
         }
-        (None, Some(path)) => (super::read_prompts("--prompts", path)?, None),
-        (None, None) => (super::bundled_prompts(pipeline), None),
+        (None, Some(path)) => (prompts::read("--prompts", path)?, None),
+        (None, None) => (prompts::bundled(pipeline), None),
     };
     let given = images.as_ref().map(Vec::len);
     let held_out = recipe.score.held_out;
@@ -160,23 +158,23 @@ pub(super) fn gathering(args: &CalibrationArgs, output: &Path, sums: bool) -> Ga
 
 pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     let recipe = recipe(&args.calibration)?;
-    if !args.dry_run {
-        target::check_file(&args.output, args.force)?;
+    if !args.dry_run.dry_run {
+        target::check_file(&args.output.path, args.output.force)?;
     }
-    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
-    let pipeline = super::open(&args.pipeline.choice())?;
-    let place = Place::new(args.memory, &runtime).of(&pipeline);
+    let runtime = super::runtime(args.run)?;
+    let pipeline = super::open(&super::model_choice(&args.pipeline))?;
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
     let Input { settings, images } = input(&args.calibration, &recipe, &pipeline)?;
     let shard = args.shard.unwrap_or(Shard::WHOLE);
-    if args.dry_run {
+    if args.dry_run.dry_run {
         let demand = Demand {
             shard,
             sums: args.calibration.stats_memory,
             fitting: false,
         };
-        return demand.say(&pipeline, &place, &settings, args.json);
+        return demand.say(&pipeline, &place, &settings, args.output.print.json);
     }
-    target::check_writable(&args.output)?;
+    target::check_writable(&args.output.path)?;
     let sums = args.calibration.stats_memory;
     let session = Session::open(
         &pipeline,
@@ -189,12 +187,12 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     let gathering = Gathering {
         shard,
         more: false, // the output is written at once
-        ..gathering(&args.calibration, &args.output, true)
+        ..gathering(&args.calibration, &args.output.path, true)
     };
     let calibration = gather::gather(&session, &gathering)?;
-    write(&calibration, &args.output)?;
+    write(&calibration, &args.output.path)?;
     remove_partial(&gathering.partial)?;
-    report(&calibration, &args.output, args.json)
+    report(&calibration, &args.output.path, args.output.print.json)
 }
 
 fn write(calibration: &Calibration, output: &Path) -> Result<()> {
@@ -281,10 +279,10 @@ pub(super) fn report(calibration: &Calibration, output: &Path, json: bool) -> Re
 
 /// `merge-stats`.
 pub(super) fn merge(args: &crate::cli::MergeStatsArgs) -> Result<()> {
-    target::check_file(&args.output, args.force)?;
-    target::check_writable(&args.output)?;
+    target::check_file(&args.output.path, args.output.force)?;
+    target::check_writable(&args.output.path)?;
     let inputs: Vec<_> = args.files.iter().map(|path| Some(path.as_path())).collect();
-    target::check_other(&args.output, &inputs)?;
+    target::check_other(&args.output.path, &inputs)?;
     let mut files = args.files.iter();
     let first = files
         .next()
@@ -310,6 +308,6 @@ pub(super) fn merge(args: &crate::cli::MergeStatsArgs) -> Result<()> {
             missing.join(", ")
         );
     }
-    write(&sum, &args.output)?;
-    report(&sum, &args.output, args.json)
+    write(&sum, &args.output.path)?;
+    report(&sum, &args.output.path, args.output.print.json)
 }

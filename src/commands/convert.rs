@@ -5,13 +5,12 @@ use std::{collections::BTreeMap, path::Path};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::load;
 use crate::{
     checkpoint::{
         Checkpoint,
         convert::{self, Target},
         keys, output,
-        record::{self, Record},
+        record::Record,
         save,
         target::{self as place, OutputFolder},
         transformer_json,
@@ -35,18 +34,18 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
         Target::Gguf(_) => "gguf",
         Target::Plain(_) | Target::Float8 { .. } => "safetensors",
     };
-    let file = is_file(&args.output, extension)?;
-    let pipeline = super::open(&args.model.choice())?;
-    if !args.dry_run {
+    let file = is_file(&args.output.path, extension)?;
+    let pipeline = super::open(&super::bare_choice(&args.model))?;
+    if !args.dry_run.dry_run {
         if file {
-            place::check_file(&args.output, args.force)?;
+            place::check_file(&args.output.path, args.output.force)?;
         } else {
-            place::check_folder(&args.output, args.force)?;
+            place::check_folder(&args.output.path, args.output.force)?;
         }
-        place::check_writable(&args.output)?;
+        place::check_writable(&args.output.path)?;
     }
     let source = &pipeline.transformer;
-    let mut checkpoint = if args.dry_run {
+    let mut checkpoint = if args.dry_run.dry_run {
         convert::converted(source, target, &mut |_| Ok(LARGEST))?
     } else {
         measured(source, target)?
@@ -57,16 +56,16 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     if let Target::Gguf(packed) = target {
         note_fallbacks(&checkpoint, packed);
     }
-    if !args.dry_run {
+    if !args.dry_run.dry_run {
         let name = format!("{}.{extension}", output::ORIGINAL_STEM);
         if file {
-            if let Some(folder) = args.output.parent() {
+            if let Some(folder) = args.output.path.parent() {
                 std::fs::create_dir_all(folder)
                     .with_context(|| format!("cannot create `{}`", folder.display()))?;
             }
-            write(&checkpoint, target, &args.output)?;
+            write(&checkpoint, target, &args.output.path)?;
         } else {
-            let folder = OutputFolder::create(&args.output, args.force)?;
+            let folder = OutputFolder::create(&args.output.path, args.output.force)?;
             write(&checkpoint, target, &folder.path().join(name))?;
             let json = transformer_json::write(&pipeline.config, Some(&record));
             output::write_json(&folder.path().join("config.json"), &json)?;
@@ -75,14 +74,14 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     }
     let report = json!({
         "model": pipeline.name,
-        "output": args.output.display().to_string(),
-        "written": !args.dry_run,
+        "output": args.output.path.display().to_string(),
+        "written": !args.dry_run.dry_run,
         "parameters": checkpoint.parameters(),
         "formats": formats,
         "before": source.bytes(),
         "bytes": checkpoint.bytes(),
     });
-    if args.json {
+    if args.output.print.json {
         return ui::json(&report);
     }
     ui::data(text(&report))
@@ -165,27 +164,10 @@ fn record(pipeline: &Pipeline, args: &ConvertArgs) -> Result<Record> {
         json!({ "to": format!("{:?}", args.target()) }),
     );
     let recipe = Value::Object(recipe);
-    if let Some(before) = before {
-        return Ok(Record {
-            tool: load::software(),
-            recipe,
-            ..before.clone()
-        });
+    match before {
+        Some(before) => Ok(before.with_recipe(recipe)),
+        None => pipeline.record_of(&pipeline.config, recipe),
     }
-    let config = &pipeline.config;
-    Ok(Record {
-        version: record::VERSION,
-        tool: load::software(),
-        base: pipeline.locator.clone(),
-        base_fingerprint: record::fingerprint(&pipeline.transformer)?,
-        layout: config.layout.clone(),
-        axes_dims: config.axes_dims.clone(),
-        theta: config.theta,
-        scheduler: pipeline.scheduler.clone(),
-        parts: pipeline.recorded_parts(),
-        defaults: serde_json::to_value(pipeline.recorded_defaults()?)?,
-        recipe,
-    })
 }
 
 /// Tensors and bytes by format.

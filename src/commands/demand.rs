@@ -3,11 +3,11 @@
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::{gather, place::Place, session::Settings};
+use super::{gather, session::Settings};
 use crate::{
     calibrate::{pass::Shard, recipe::StateSource},
     model::cost,
-    pipeline::Pipeline,
+    pipeline::{Pipeline, placement::MemoryBudget},
     prune::plan::originals,
     ui,
 };
@@ -28,7 +28,7 @@ impl Demand {
     pub(super) fn say(
         &self,
         pipeline: &Pipeline,
-        place: &Place,
+        place: &MemoryBudget,
         settings: &Settings,
         json: bool,
     ) -> Result<()> {

@@ -2,14 +2,13 @@
 
 use std::collections::HashSet;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use candle::{DType, Tensor};
 
 use super::{
     eval_clip::ClipFiles,
-    eval_output, load,
+    eval_output,
     measure::{self, Measured, Task},
-    place::Place,
     planned::Planned,
 };
 use crate::{
@@ -18,7 +17,6 @@ use crate::{
         target::{self, OutputFolder},
     },
     cli::EvalArgs,
-    device::Runtime,
     eval::{
         detect,
         latency::{self, Effort, Machine},
@@ -29,7 +27,7 @@ use crate::{
     files::BUNDLED,
     layout::BlockSpec,
     model::cost,
-    pipeline::{ModelChoice, Pipeline},
+    pipeline::{ModelChoice, Pipeline, load, placement::MemoryBudget, prompts},
     sample::png::Picture,
     ui,
 };
@@ -38,45 +36,44 @@ use crate::{
 const PICTURES: usize = 128;
 /// The same where pictures have many tokens.
 const PICTURES_LARGE: usize = 8;
-/// Image tokens from which a picture counts as large.
-pub(super) const LARGE: usize = 1024;
 /// Bytes of weights up to which all models are loaded together to be timed.
 const TOGETHER: usize = 1 << 30;
-/// Beyond these a number is a slip of the finger.
-const MOST_PICTURES: usize = 10_000;
-const MOST_STEPS: usize = 1000;
+/// Beyond this a number is a slip of the finger.
+const MAX_IMAGES: usize = 10_000;
+/// Seed of the first image's noise unless asked otherwise.
+const SEED: u64 = 10_000;
 /// Seed of the captions that are drawn for the bundled model.
 const CAPTIONS: u64 = 1;
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
-    check_numbers(args)?;
     let given = args
         .prompts
+        .prompts
         .as_deref()
-        .map(|path| super::read_prompts("--prompts", path))
+        .map(|path| prompts::read("--prompts", path))
         .transpose()?;
-    target::check_folder(&args.output, args.force)?;
-    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
-    let place = Place::new(args.memory, &runtime);
+    target::check_folder(&args.output.path, args.output.force)?;
+    let runtime = super::runtime(args.run)?;
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime);
     let (baseline, mut models) = open(args)?;
     let plans: Vec<Planned> = args
         .plan
         .iter()
-        .map(|path| Planned::read(path, args.recipe.as_deref(), &baseline))
+        .map(|path| Planned::read(path, args.recipe.recipe.as_deref(), &baseline))
         .collect::<Result<_>>()?;
     let vae_files = baseline.vae_files()?;
     let clip = args.clip.as_deref().map(ClipFiles::find).transpose()?;
-    let size = super::picture_size(&baseline, args.width, args.height)?;
-    let usual = if size.tokens() >= LARGE {
+    let size = baseline.image_size(args.size.width, args.size.height)?;
+    let usual = if size.is_large() {
         PICTURES_LARGE
     } else {
         PICTURES
     };
     let (source, prompts) = prompts(args, given, &baseline, usual);
-    target::check_writable(&args.output)?;
+    target::check_writable(&args.output.path)?;
     for plan in plans {
         let place = place.clone().of(&baseline);
-        models.push(plan.carry_out(&baseline, &runtime, &place, &args.output)?);
+        models.push(plan.carry_out(&baseline, &runtime, &place, &args.output.path)?);
     }
 
     let all: Vec<&Pipeline> = std::iter::once(&baseline).chain(&models).collect();
@@ -88,9 +85,15 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         encoded: load::encode_prompts(&baseline, &prompts, None, &runtime)?,
         schedule: load::schedule(&baseline)?,
         size,
-        steps: args.steps.unwrap_or_else(|| baseline.default_steps()),
-        guidance: args.guidance.unwrap_or_else(|| baseline.default_guidance()),
-        seed: args.seed,
+        steps: args
+            .sampling
+            .steps
+            .unwrap_or_else(|| baseline.default_steps()),
+        guidance: args
+            .sampling
+            .guidance
+            .unwrap_or_else(|| baseline.default_guidance()),
+        seed: args.seed.seed.unwrap_or(SEED),
         together: bytes <= TOGETHER && !place.is_short_of(2 * bytes as u64),
     };
     let text_tokens = task.encoded.txt.dim(1)?;
@@ -107,7 +110,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         }
     }
 
-    let decoder = place.decoder(&vae_files, size.latent(), args.decode)?;
+    let decoder = place.decoder(&vae_files, size.latent(), args.decode.vae_tile)?;
     let decode_seconds = {
         let one = before.latents.narrow(0, 0, 1)?;
         let effort = Effort {
@@ -140,7 +143,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
 
     let pairs = pairs(
         &prompts,
-        args.seed,
+        args.seed.seed.unwrap_or(SEED),
         &before,
         &after,
         &drawn,
@@ -186,11 +189,11 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         reports.push(describe(model, measured, Some(index))?);
     }
     let report = Report {
-        tool: load::software(),
+        tool: record::software(),
         settings: Settings {
             prompts: source,
             pictures: prompts.len(),
-            seed: args.seed,
+            seed: args.seed.seed.unwrap_or(SEED),
             steps: task.steps,
             guidance: task.guidance,
             width: size.width,
@@ -210,38 +213,18 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         models: reports,
         pairs,
     };
-    let output = OutputFolder::create(&args.output, args.force)?;
+    let output = OutputFolder::create(&args.output.path, args.output.force)?;
     eval_output::write(output.path(), &report, &models, &drawn)?;
     output.finish()?;
-    if args.json {
+    if args.output.print.json {
         ui::json(&report)?;
     } else {
         ui::data(eval_output::table(&report))?;
     }
     ui::note(format!(
         "wrote `{}`: report.html, report.json, pictures.png",
-        args.output.display()
+        args.output.path.display()
     ));
-    Ok(())
-}
-
-fn check_numbers(args: &EvalArgs) -> Result<()> {
-    let in_range = |flag: &str, value: Option<usize>, most: usize| -> Result<()> {
-        let value = value.unwrap_or(1);
-        ensure!(
-            (1..=most).contains(&value),
-            "{flag} {value}: expected a number from 1 to {most}"
-        );
-        Ok(())
-    };
-    in_range("--num", args.num, MOST_PICTURES)?;
-    in_range("--steps", args.steps, MOST_STEPS)?;
-    if let Some(guidance) = args.guidance {
-        ensure!(
-            guidance.is_finite() && guidance >= 0.0,
-            "--guidance {guidance}: expected a number of at least 0"
-        );
-    }
     Ok(())
 }
 
@@ -249,9 +232,9 @@ fn check_numbers(args: &EvalArgs) -> Result<()> {
 fn open(args: &EvalArgs) -> Result<(Pipeline, Vec<Pipeline>)> {
     let choice = |model: &str| ModelChoice {
         model: Some(model.to_owned()),
-        config: args.config.clone(),
-        text_encoders: args.text_encoders.clone(),
-        vae: args.vae.clone(),
+        config: args.config.config.clone(),
+        text_encoders: args.parts.text_encoders.clone(),
+        vae: args.parts.vae.clone(),
     };
     let models: Vec<Pipeline> = args
         .model
@@ -286,14 +269,18 @@ fn prompts(
     baseline: &Pipeline,
     usual: usize,
 ) -> (String, Vec<String>) {
-    let (source, list, count) = match (&args.prompts, given) {
+    let (source, list, count) = match (&args.prompts.prompts, given) {
         (Some(path), Some(list)) => {
-            let count = args.num.unwrap_or(list.len()).min(MOST_PICTURES);
+            let count = args
+                .prompts
+                .num_prompts
+                .unwrap_or(list.len())
+                .min(MAX_IMAGES);
             (format!("`{}`", path.display()), list, count)
         }
-        _ if super::knows_only_scenes(baseline) => {
-            let count = args.num.unwrap_or(usual);
-            let known: HashSet<&str> = super::SCENES.lines().collect();
+        _ if prompts::knows_only_scenes(baseline) => {
+            let count = args.prompts.num_prompts.unwrap_or(usual);
+            let known: HashSet<&str> = prompts::SCENES.lines().collect();
             // half of all captions with one object are known, and a quarter of the others
             let captions = Scene::draw(4 * count + 16, CAPTIONS).map(|scene| scene.to_string());
             let fresh = captions.filter(|caption| !known.contains(caption.as_str()));
@@ -304,7 +291,11 @@ fn prompts(
             let list = include_str!("../../configs/prompts/eval.txt").lines();
             let source = "configs/prompts/eval.txt, none of the calibration list";
             let list: Vec<String> = list.map(str::to_owned).collect();
-            (source.to_owned(), list, args.num.unwrap_or(usual))
+            (
+                source.to_owned(),
+                list,
+                args.prompts.num_prompts.unwrap_or(usual),
+            )
         }
     };
     (source, list.iter().cycle().take(count).cloned().collect())

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::eval::LARGE;
 use crate::{
     checkpoint::{output, save},
     eval::{
@@ -12,7 +11,7 @@ use crate::{
         report::Report,
     },
     pipeline::Pipeline,
-    sample::{grid, image, png::Picture},
+    sample::{grid, image, png::Picture, size::LARGE_TOKENS},
     score::{Scores, chart},
     ui,
 };
@@ -36,7 +35,7 @@ pub(super) fn write(
     let order = report.worst_first();
     let of_pair = |index: usize| drawn.iter().filter_map(move |pictures| pictures.get(index));
     let mut pairs = Vec::new();
-    let large = report.settings.image_tokens >= LARGE;
+    let large = report.settings.image_tokens >= LARGE_TOKENS;
     let shown = if large { SHOWN_LARGE } else { SHOWN };
     for &index in order.iter().take(shown) {
         let png = |picture: &Picture| image::within(picture, SHOWN_SIDE)?.to_png();

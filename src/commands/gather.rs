@@ -10,10 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use candle::Tensor;
 
-use super::{
-    place::{Need, Place},
-    session::{Session, Settings},
-};
+use super::session::{Session, Settings};
 use crate::{
     calibrate::{
         file::{self, Calibration, Header},
@@ -24,7 +21,10 @@ use crate::{
     checkpoint::{advise, record},
     layout::{BlockId, FluxConfig},
     model::{Block, ReplacementBlock, demand::TOGETHER},
-    pipeline::Pipeline,
+    pipeline::{
+        Pipeline,
+        placement::{Activity, MemoryBudget},
+    },
     prune::plan::originals,
     score::ablation::HeldOut,
     ui,
@@ -85,10 +85,10 @@ pub(super) fn bytes_of_kept(config: &FluxConfig, memory: Option<u64>) -> u64 {
 /// half of what is left; the other half is for solving.
 pub(super) fn need(
     pipeline: &Pipeline,
-    place: &Place,
+    place: &MemoryBudget,
     settings: &Settings,
     given: Option<u64>,
-) -> (Need, Option<u64>) {
+) -> (Activity, Option<u64>) {
     let config = &pipeline.config;
     let (batch, tokens) = (
         settings.batch,
@@ -99,15 +99,15 @@ pub(super) fn need(
     let stream = (batch * tokens * config.hidden_size) as u64;
     // and, at other times, candidates that are scored together, pictures that are drawn together
     let waiting = place.waiting(config, batch, tokens);
-    let mut need = Need {
+    let mut need = Activity {
         batch,
         tokens,
-        beside: (2 * stream * wide).max(waiting) + bytes_of_sums(config),
+        extra_bytes: (2 * stream * wide).max(waiting) + bytes_of_sums(config),
     };
-    let sums = given.or_else(|| Some(place.spare(config, need)? / 2));
+    let sums = given.or_else(|| Some(place.headroom(config, need)? / 2));
     let kept = blocks_within(config, sums) as u64 * bytes_of_sums(config);
     // layers and solver are on the host
-    need.beside += if place.on_cpu() { 2 * kept } else { kept };
+    need.extra_bytes += if place.on_cpu() { 2 * kept } else { kept };
     (need, sums)
 }
 
@@ -215,7 +215,7 @@ pub(super) fn warn_of_few_rows(stats: &CalibrationStats, config: &FluxConfig) {
     let per_channel = stats.fewest_rows() / config.hidden_size as f64;
     if per_channel < ROWS_PER_CHANNEL {
         ui::warn(format!(
-            "{per_channel:.1} tokens for each of {} channels are few: fits get better up to about {ROWS_PER_CHANNEL} and more\nhint: raise --samples",
+            "{per_channel:.1} tokens for each of {} channels are few: fits get better up to about {ROWS_PER_CHANNEL} and more\nhint: raise --num-prompts",
             config.hidden_size
         ));
     }

@@ -6,21 +6,19 @@ use anyhow::{Context, Result, bail, ensure};
 use candle::Tensor;
 use serde::Serialize;
 
-use super::{
-    MOST_TEXT, PixelSize, load,
-    place::{Need, Place},
-};
 use crate::{
-    checkpoint::target,
+    checkpoint::{record, target},
     cli::GenerateArgs,
     device::Runtime,
     pipeline::{
-        Pipeline,
-        defaults::{MOST_GUIDANCE, MOST_STEPS},
+        Pipeline, load,
+        placement::{Activity, MemoryBudget},
+        prompts,
     },
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
         png::Picture,
+        size::ImageSize,
     },
     ui,
 };
@@ -28,8 +26,6 @@ use crate::{
 /// Tokens in one forward: small pictures are drawn several at a time.
 const TOKENS_PER_FORWARD: usize = 1024;
 
-/// Beyond this a number is a slip of the finger, and would take for ever.
-const MOST_IMAGES: usize = 10_000;
 /// Pictures of one run: all latents are kept until the VAE takes the transformer's place.
 const MOST_PICTURES: usize = 100_000;
 
@@ -55,40 +51,20 @@ struct Job {
 pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     let mut prompts = args.prompt.clone();
     if let Some(path) = &args.prompt_file {
-        prompts.extend(super::read_prompts("--prompt-file", path)?);
+        prompts.extend(prompts::read("--prompt-file", path)?);
     }
-    let in_range = |flag: &str, value: usize, most: usize| -> Result<()> {
-        ensure!(
-            (1..=most).contains(&value),
-            "{flag} {value}: expected a number from 1 to {most}"
-        );
-        Ok(())
-    };
-    in_range("--num-images", args.num_images, MOST_IMAGES)?;
-    let pictures = prompts.len().saturating_mul(args.num_images);
+    let pictures = prompts.len().saturating_mul(args.images_per_prompt);
     ensure!(
         pictures <= MOST_PICTURES,
-        "--num-images {} of {} prompts: {pictures} pictures, but one run draws at most {MOST_PICTURES}\nhint: lower --num-images, or give fewer prompts at a time",
-        args.num_images,
+        "--images-per-prompt {} of {} prompts: {pictures} pictures, but one run draws at most {MOST_PICTURES}\nhint: lower --images-per-prompt, or give fewer prompts at a time",
+        args.images_per_prompt,
         prompts.len()
     );
-    in_range("--steps", args.steps.unwrap_or(1), MOST_STEPS)?;
-    in_range(
-        "--max-sequence-length",
-        args.max_sequence_length.unwrap_or(1),
-        MOST_TEXT,
-    )?;
-    if let Some(guidance) = args.guidance {
-        ensure!(
-            (0.0..=MOST_GUIDANCE).contains(&guidance),
-            "--guidance {guidance}: expected a number from 0 to {MOST_GUIDANCE}"
-        );
-    }
-    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
-    let pipeline = super::open(&args.pipeline.choice())?;
-    let place = Place::new(args.memory, &runtime).of(&pipeline);
-    let size = super::picture_size(&pipeline, args.width, args.height)?;
-    if args.guidance.is_some() && !pipeline.config.guidance_embed {
+    let runtime = super::runtime(args.run)?;
+    let pipeline = super::open(&super::model_choice(&args.pipeline))?;
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
+    let size = pipeline.image_size(args.size.width, args.size.height)?;
+    if args.sampling.guidance.is_some() && !pipeline.config.guidance_embed {
         ui::note(format!(
             "`{}` has no guidance embedding: --guidance has no effect",
             pipeline.name
@@ -96,7 +72,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     }
     let jobs = jobs(args, &pipeline, &prompts, size)?;
     for job in &jobs {
-        target::check_file(&job.path, args.force)?;
+        target::check_file(&job.path, args.output.force)?;
     }
     create_folders(&jobs)?;
     let vae_files = pipeline.vae_files()?;
@@ -106,16 +82,16 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
         .with_context(|| pipeline.scheduler_name.clone())?;
     let encoded = load::encode_prompts(&pipeline, &prompts, args.max_sequence_length, &runtime)?;
     let latents = denoise(&pipeline, &runtime, &place, &jobs, &encoded, size)?;
-    let decoder = place.decoder(&vae_files, size.latent(), args.decode)?;
+    let decoder = place.decoder(&vae_files, size.latent(), args.decode.vae_tile)?;
     for (i, job) in jobs.iter().enumerate() {
         let picture = decoder.pictures(&latents.narrow(0, i, 1)?)?;
         let picture = picture.first().context("the VAE gave no picture")?;
         write(job, picture, &pipeline)?;
-        if !args.json {
+        if !args.output.print.json {
             ui::data(job.path.display().to_string())?;
         }
     }
-    if args.json {
+    if args.output.print.json {
         ui::json(&serde_json::json!({ "model": pipeline.name, "images": jobs }))?;
     }
     Ok(())
@@ -126,21 +102,26 @@ fn jobs(
     args: &GenerateArgs,
     pipeline: &Pipeline,
     prompts: &[String],
-    size: PixelSize,
+    size: ImageSize,
 ) -> Result<Vec<Job>> {
-    let several = prompts.len() * args.num_images > 1;
+    let several = prompts.len() * args.images_per_prompt > 1;
+    let seed = args.seed.seed.unwrap_or_default();
     let mut jobs = Vec::new();
     for (prompt_index, prompt) in prompts.iter().enumerate() {
-        for image_index in 0..args.num_images {
+        for image_index in 0..args.images_per_prompt {
             jobs.push(Job {
-                path: path(&args.output, args.seed, prompt_index, image_index, several)?,
+                path: path(&args.output.path, seed, prompt_index, image_index, several)?,
                 prompt: prompt.clone(),
-                seed: args.seed,
-                steps: args.steps.unwrap_or_else(|| pipeline.default_steps()),
-                guidance: pipeline
-                    .config
-                    .guidance_embed
-                    .then(|| args.guidance.unwrap_or_else(|| pipeline.default_guidance())),
+                seed,
+                steps: args
+                    .sampling
+                    .steps
+                    .unwrap_or_else(|| pipeline.default_steps()),
+                guidance: pipeline.config.guidance_embed.then(|| {
+                    args.sampling
+                        .guidance
+                        .unwrap_or_else(|| pipeline.default_guidance())
+                }),
                 width: size.width,
                 height: size.height,
                 prompt_index,
@@ -210,10 +191,10 @@ fn create_folders(jobs: &[Job]) -> Result<()> {
 fn denoise(
     pipeline: &Pipeline,
     runtime: &Runtime,
-    place: &Place,
+    place: &MemoryBudget,
     jobs: &[Job],
     encoded: &Encoded,
-    size: PixelSize,
+    size: ImageSize,
 ) -> Result<Tensor> {
     let Some(first) = jobs.first() else {
         bail!("nothing to draw")
@@ -221,10 +202,10 @@ fn denoise(
     let tokens = size.tokens() + encoded.txt.dim(1)?;
     let usual = TOKENS_PER_FORWARD / tokens;
     let batch = place.batch(&pipeline.config, tokens, usual.min(jobs.len()));
-    let need = Need {
+    let need = Activity {
         batch,
         tokens,
-        beside: 0,
+        extra_bytes: 0,
     };
     let flux = place.flux(pipeline, need)?;
     let schedule = load::schedule(pipeline)?;
@@ -291,7 +272,7 @@ fn write(job: &Job, picture: &Picture, pipeline: &Pipeline) -> Result<()> {
         ("guidance", &job.guidance.unwrap_or_default().to_string()),
         ("size", &size),
         ("model", &pipeline.locator),
-        ("Software", &load::software()),
+        ("Software", &record::software()),
     ];
     picture.save(&job.path, &text)
 }

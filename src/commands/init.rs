@@ -7,7 +7,8 @@ use serde_json::json;
 
 use crate::{
     checkpoint::{
-        Checkpoint, Source, config::ConfigFile, init, output, save, target, transformer_json,
+        Checkpoint, Source, config::ConfigFile, init, output, record, save, target,
+        transformer_json,
     },
     cli::InitArgs,
     ui,
@@ -26,16 +27,18 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
     let (config, record) = transformer_json::read(&read_config(&args.config)?)?;
     // what a pruned layout needs to open; the layers are no one's
     let record = record.map(|mut record| {
-        record.tool = super::load::software();
+        record.tool = record::software();
         "random".clone_into(&mut record.base_fingerprint);
-        record.recipe = json!({ "init": { "seed": args.seed } });
+        record.recipe = json!({ "init": { "seed": args.seed.seed.unwrap_or_default() } });
         record
     });
-    let mut checkpoint = args
-        .format
-        .named(&init::random(&config, args.seed, args.dtype)?)?;
+    let mut checkpoint = args.layout.layout.named(&init::random(
+        &config,
+        args.seed.seed.unwrap_or_default(),
+        args.dtype,
+    )?)?;
     checkpoint.metadata = output::metadata(record.as_ref())?;
-    if !args.dry_run {
+    if !args.dry_run.dry_run {
         let path = args.output.as_deref().context("--output is missing")?;
         let folder = path.parent().unwrap_or(Path::new(""));
         let description = folder.join("config.json");
@@ -54,13 +57,13 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
     }
     let largest = checkpoint.iter().map(|(_, s)| Source::byte_len(s)).max();
     let (parameters, bytes) = (checkpoint.parameters(), checkpoint.bytes());
-    if args.json {
+    if args.print.json {
         return ui::json(&json!({
             "output": args.output.as_ref().map(|path| path.display().to_string()),
-            "written": !args.dry_run,
-            "seed": args.seed,
+            "written": !args.dry_run.dry_run,
+            "seed": args.seed.seed.unwrap_or_default(),
             "dtype": format!("{:?}", args.dtype),
-            "format": args.format.to_string(),
+            "format": args.layout.layout.to_string(),
             "tensors": checkpoint.len(),
             "largest_tensor_bytes": largest,
             "parameters": parameters,
@@ -74,7 +77,7 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
         args.dtype,
         ui::bytes(bytes as f64),
         match &args.output {
-            Some(path) if !args.dry_run => format!(", in {}", path.display()),
+            Some(path) if !args.dry_run.dry_run => format!(", in {}", path.display()),
             _ => " (nothing written)".to_owned(),
         }
     ))

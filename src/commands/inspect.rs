@@ -2,10 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use serde_json::json;
 
-use super::MOST_TEXT;
 use crate::{
     checkpoint::keys,
     cli::InspectArgs,
@@ -24,16 +23,12 @@ struct Row {
 }
 
 pub(super) fn run(args: &InspectArgs) -> Result<()> {
-    let pipeline = super::open(&args.model.choice())?;
-    let size = super::picture_size(&pipeline, args.width, args.height)?;
+    let pipeline = super::open(&super::bare_choice(&args.model))?;
+    let size = pipeline.image_size(args.size.width, args.size.height)?;
     let text = match args.text_tokens {
         Some(tokens) => tokens,
         None => pipeline.default_text_length()?,
     };
-    ensure!(
-        (1..=MOST_TEXT).contains(&text),
-        "--text-tokens {text}: expected a number from 1 to {MOST_TEXT}"
-    );
     let image = size.tokens();
     let rows = rows(&pipeline, image, text);
     let config = &pipeline.config;
@@ -44,7 +39,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
     }
     let parameters = pipeline.transformer.parameters();
     let bytes = pipeline.transformer.bytes();
-    if args.json {
+    if args.print.json {
         let blocks: Vec<_> = rows
             .iter()
             .map(|row| {

@@ -3,10 +3,6 @@
 use anyhow::{Context, Result, ensure};
 use candle::Tensor;
 
-use super::{
-    PixelSize, load,
-    place::{Need, Place},
-};
 use crate::{
     calibrate::{self, states::States},
     device::Runtime,
@@ -16,18 +12,18 @@ use crate::{
         velocity::Velocities,
     },
     model::{Flux, demand::TOGETHER},
-    pipeline::Pipeline,
+    pipeline::{
+        Pipeline, load,
+        placement::{Activity, MemoryBudget},
+    },
     sample::{
         denoise::{Denoise, Encoded},
         schedule::Schedule,
+        size::{ImageSize, TOKENS_PER_FORWARD},
     },
     ui,
 };
 
-/// Tokens in one forward.
-const TOKENS_PER_FORWARD: usize = 1536;
-/// Image tokens of all states that velocities are compared on, within bounds.
-const STATE_TOKENS: usize = 131_072;
 /// How often a step is timed.
 const STEPS: Effort = Effort {
     warm_up: 1,
@@ -39,10 +35,10 @@ const STEPS: Effort = Effort {
 /// What all models are given.
 pub(super) struct Task<'a> {
     pub(super) runtime: &'a Runtime,
-    pub(super) place: &'a Place,
+    pub(super) place: &'a MemoryBudget,
     pub(super) encoded: Encoded,
     pub(super) schedule: Schedule,
-    pub(super) size: PixelSize,
+    pub(super) size: ImageSize,
     pub(super) steps: usize,
     pub(super) guidance: f64,
     pub(super) seed: u64,
@@ -65,7 +61,7 @@ impl Task<'_> {
     pub(super) fn baseline(&self, pipeline: &Pipeline) -> Result<(Measured, States)> {
         let mut states = None;
         let measured = self.run(pipeline, &mut |latents: &Tensor| {
-            let wanted = (STATE_TOKENS / self.size.tokens()).clamp(16, 256);
+            let wanted = self.size.default_held_out();
             let draws = wanted.div_ceil(self.encoded.len());
             let noised = States::noised(
                 latents.clone(),
@@ -102,10 +98,10 @@ impl Task<'_> {
         let usual = TOKENS_PER_FORWARD / tokens;
         let place = self.place.clone().of(pipeline);
         let batch = place.batch(&pipeline.config, tokens, usual);
-        let need = Need {
+        let need = Activity {
             batch,
             tokens,
-            beside: place.waiting(&pipeline.config, batch, tokens),
+            extra_bytes: place.waiting(&pipeline.config, batch, tokens),
         };
         let flux = place.flux(pipeline, need)?;
         let denoise = Denoise {

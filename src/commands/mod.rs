@@ -1,16 +1,13 @@
 //! One file per subcommand: read, call the stage, write. All I/O and talk happens here.
 
-use std::{io::Read, path::Path, process::ExitCode};
+use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::Result;
 
 use crate::{
-    cli::Command,
-    pipeline::{
-        ModelChoice, Pipeline,
-        defaults::{LARGEST_PICTURE, MOST_TEXT, SMALLEST_PICTURE},
-    },
-    sample::{denoise::LatentSize, text},
+    cli::{Command, MemoryArgs, ModelArgs, PipelineArgs, RunArgs},
+    device::Runtime,
+    pipeline::{ModelChoice, Pipeline, placement::MemoryLimit},
     ui,
 };
 
@@ -28,9 +25,7 @@ mod gather;
 mod generate;
 mod init;
 mod inspect;
-mod load;
 mod measure;
-mod place;
 mod plan;
 mod planned;
 mod prune;
@@ -66,6 +61,37 @@ pub fn run(command: Command) -> Result<ExitCode> {
     }
 }
 
+/// The model that flags name, without text encoders and VAE.
+fn bare_choice(args: &ModelArgs) -> ModelChoice {
+    ModelChoice {
+        model: args.model.clone(),
+        config: args.config.config.clone(),
+        ..ModelChoice::default()
+    }
+}
+
+/// The model that flags name, with the other parts of its pipeline.
+fn model_choice(args: &PipelineArgs) -> ModelChoice {
+    ModelChoice {
+        text_encoders: args.parts.text_encoders.clone(),
+        vae: args.parts.vae.clone(),
+        ..bare_choice(&args.model)
+    }
+}
+
+/// The device and number format that flags name.
+fn runtime(args: RunArgs) -> Result<Runtime> {
+    Runtime::resolve(args.device.device, args.dtype)
+}
+
+/// How much of the device flags allow.
+fn memory(args: MemoryArgs) -> MemoryLimit {
+    MemoryLimit {
+        offload: args.offload,
+        max_bytes: args.max_vram,
+    }
+}
+
 /// Opens a model and says so when it is the bundled one.
 fn open(choice: &ModelChoice) -> Result<Pipeline> {
     if choice.model.is_none() {
@@ -75,137 +101,4 @@ fn open(choice: &ModelChoice) -> Result<Pipeline> {
         );
     }
     Pipeline::open(choice)
-}
-
-/// Size of a picture in pixels, both multiples of [`PixelSize::STEP`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct PixelSize {
-    width: usize,
-    height: usize,
-}
-
-impl PixelSize {
-    const STEP: usize = SMALLEST_PICTURE;
-    const LARGEST: usize = LARGEST_PICTURE;
-
-    fn latent(self) -> LatentSize {
-        LatentSize {
-            height: self.height / 8,
-            width: self.width / 8,
-        }
-    }
-
-    fn tokens(self) -> usize {
-        self.latent().tokens()
-    }
-}
-
-/// The size the user asked for, rounded down to what the model can draw (with a note), or the model's own.
-fn picture_size(
-    pipeline: &Pipeline,
-    width: Option<usize>,
-    height: Option<usize>,
-) -> Result<PixelSize> {
-    let own = |said: Option<usize>| said.map_or_else(|| pipeline.default_size(), Ok);
-    let (width, height) = (own(width)?, own(height)?);
-    let round = |flag: &str, value: usize| -> Result<usize> {
-        ensure!(
-            (PixelSize::STEP..=PixelSize::LARGEST).contains(&value),
-            "{flag} {value}: pictures are between {} and {} pixels wide and high",
-            PixelSize::STEP,
-            PixelSize::LARGEST
-        );
-        Ok(value / PixelSize::STEP * PixelSize::STEP)
-    };
-    let size = PixelSize {
-        width: round("--width", width)?,
-        height: round("--height", height)?,
-    };
-    if (size.width, size.height) != (width, height) {
-        ui::note(format!(
-            "drawing {}×{} instead of {width}×{height}: sizes are multiples of {}",
-            size.width,
-            size.height,
-            PixelSize::STEP
-        ));
-    }
-    Ok(size)
-}
-
-/// The prompts of a file, one a line; blank lines are passed over.
-fn read_prompts(flag: &str, path: &Path) -> Result<Vec<String>> {
-    let name = path.display();
-    let bytes = if path == Path::new("-") {
-        let mut bytes = Vec::new();
-        std::io::stdin().read_to_end(&mut bytes).map(|_| bytes)
-    } else {
-        std::fs::read(path)
-    };
-    let bytes = bytes.with_context(|| format!("{flag}: cannot read `{name}`"))?;
-    let Ok(text) = String::from_utf8(bytes) else {
-        bail!("{flag}: `{name}` is not UTF-8 text")
-    };
-    let text = text.trim_start_matches('\u{feff}');
-    let prompts: Vec<String> = text
-        .lines()
-        .map(str::trim)
-        .filter(|l| !l.is_empty())
-        .map(str::to_owned)
-        .collect();
-    ensure!(!prompts.is_empty(), "{flag}: `{name}` holds no prompt");
-    Ok(prompts)
-}
-
-/// The prompts to calibrate with when the user names none: scenes the bundled model was trained on, or varied prompts
-/// for real models.
-fn bundled_prompts(pipeline: &Pipeline) -> Vec<String> {
-    let text = if knows_only_scenes(pipeline) {
-        SCENES
-    } else {
-        include_str!("../../configs/prompts/calibration.txt")
-    };
-    text.lines().map(str::to_owned).collect()
-}
-
-/// Captions of the bundled model's scenes, calibrated with and trained on.
-const SCENES: &str = include_str!("../../configs/tiny/prompts.txt");
-
-/// Whether the model has words for the bundled model's scenes and spells all others, as that model and its kin do.
-fn knows_only_scenes(pipeline: &Pipeline) -> bool {
-    let spells = |prompt: &str| {
-        let tokens = text::token_count(&pipeline.text_files()?, prompt)?;
-        anyhow::Ok(tokens > 2 * prompt.split(' ').count())
-    };
-    let caption = SCENES.lines().next().unwrap_or_default();
-    match (spells(caption), spells("a photograph of a village")) {
-        (Ok(caption), Ok(other)) => other && !caption,
-        // where text encoders cannot be opened, that is said when they are needed
-        _ => false,
-    }
-}
-
-/// Steps in which pictures for calibration and training are drawn, unless asked otherwise: they are noised anew, so
-/// their number counts for more than their finish.
-const STEPS_OF_DATA: usize = 8;
-
-fn steps_of_data(pipeline: &Pipeline) -> usize {
-    pipeline.default_steps().min(STEPS_OF_DATA)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_model_is_given_prompts_that_it_has_words_for() {
-        let bundled = Pipeline::open(&ModelChoice::default()).unwrap();
-        assert!(bundled_prompts(&bundled)[0].contains("background"));
-        // FLUX.1's own tokenizers, which know both
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/flux1");
-        let flux1 = Pipeline::open(&ModelChoice {
-            text_encoders: Some(folder.into()),
-            ..ModelChoice::default()
-        });
-        assert!(!bundled_prompts(&flux1.unwrap())[0].contains("background"));
-    }
 }

@@ -9,15 +9,13 @@ use super::{
     calibrate,
     choose::{self, Wanted},
     gather,
-    place::Place,
     session::{Session, Settings},
 };
 use crate::{
     checkpoint::{output, record, target},
     cli::PlanArgs,
-    device::Runtime,
     layout::BlockId,
-    pipeline::Pipeline,
+    pipeline::{Pipeline, placement::MemoryBudget},
     prune::{
         forecast::{Forecast, Situation},
         plan::{PruningPlan, originals},
@@ -36,25 +34,25 @@ struct Planned {
 pub(super) fn run(args: &PlanArgs) -> Result<()> {
     let mut recipe = calibrate::recipe(&args.calibration)?;
     recipe.ratio = args.goal.ratio.unwrap_or(recipe.ratio);
-    recipe.fit.form = args.form.unwrap_or(recipe.fit.form);
+    recipe.fit.form = args.goal.form.unwrap_or(recipe.fit.form);
     recipe.validate()?;
-    target::check_file(&args.output, args.force)?;
+    target::check_file(&args.output.path, args.output.force)?;
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
-    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
-    let pipeline = super::open(&args.pipeline.choice())?;
-    let place = Place::new(args.memory, &runtime).of(&pipeline);
+    let runtime = super::runtime(args.run)?;
+    let pipeline = super::open(&super::model_choice(&args.pipeline))?;
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
     let wanted = Wanted::new(&args.goal, &recipe, &pipeline, None)?;
     let (settings, images) = calibrate::settings(
         &args.calibration,
-        args.stats.as_deref(),
+        args.stats.stats.as_deref(),
         &mut recipe,
         &pipeline,
     )?;
     let situation = choose::situation(&pipeline, &runtime, &settings);
-    target::check_writable(&args.output)?;
+    target::check_writable(&args.output.path)?;
     target::check_other(
-        &args.output,
-        &[args.stats.as_deref(), args.scores.as_deref()],
+        &args.output.path,
+        &[args.stats.stats.as_deref(), args.scores.as_deref()],
     )?;
     let planned = match (wanted, scores) {
         (Wanted::Plan(plan), _) => Planned {
@@ -75,14 +73,14 @@ pub(super) fn run(args: &PlanArgs) -> Result<()> {
                     images.as_deref(),
                     sums,
                 )?;
-                let gathering = calibrate::gathering(&args.calibration, &args.output, true);
+                let gathering = calibrate::gathering(&args.calibration, &args.output.path, true);
                 let planned = by_model(args, &session, &recipe, &gathering, &budget, &protect)?;
                 calibrate::remove_partial(&gathering.partial)?;
                 planned
             }
         }
     };
-    output::write_json(&args.output, &serde_json::to_value(&planned.plan)?)?;
+    output::write_json(&args.output.path, &serde_json::to_value(&planned.plan)?)?;
     let settings = Forecast::of(&pipeline.config, situation);
     report(args, &pipeline, situation, &planned, settings)
 }
@@ -133,7 +131,7 @@ fn by_model(
     budget: &crate::prune::budget::Budget,
     protect: &[BlockId],
 ) -> Result<Planned> {
-    let calibration = gather::obtain(session, args.stats.as_deref(), gathering)?;
+    let calibration = gather::obtain(session, args.stats.stats.as_deref(), gathering)?;
     let states = session.states(&calibration)?;
     let Settings { batch, .. } = session.settings;
     let (device, dtype) = (&session.runtime.device, session.runtime.dtype);
@@ -156,9 +154,9 @@ fn report(
 ) -> Result<()> {
     let plan = &planned.plan;
     let after = Forecast::of_plan(&pipeline.config, plan, situation);
-    if args.json {
+    if args.output.print.json {
         return ui::json(&json!({
-            "output": args.output.display().to_string(),
+            "output": args.output.path.display().to_string(),
             "model": pipeline.name,
             "plan": plan,
             "importance": planned.importance.iter().map(|(id, v)| (id.to_string(), *v)).collect::<BTreeMap<_, _>>(),
@@ -181,7 +179,7 @@ fn report(
         situation.text_tokens,
     ));
     ui::data(out)?;
-    ui::note(format!("wrote `{}`", args.output.display()));
+    ui::note(format!("wrote `{}`", args.output.path.display()));
     Ok(())
 }
 

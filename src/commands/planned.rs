@@ -5,12 +5,11 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
-use super::{calibrate, choose::Wanted, gather, load, place::Place, session::Session};
+use super::{calibrate, choose::Wanted, gather, session::Session};
 use crate::{
-    checkpoint::record::{self, Record},
-    cli::{CalibrationArgs, GoalArgs},
+    cli::{CalibrationArgs, GoalArgs, RecipeArgs},
     device::Runtime,
-    pipeline::Pipeline,
+    pipeline::{Pipeline, placement::MemoryBudget},
     prune::{
         apply,
         outputs::Refit,
@@ -35,7 +34,9 @@ impl Planned {
     /// Reads a plan, and the recipe to carry it out with, and checks it against `base`.
     pub(super) fn read(path: &Path, recipe: Option<&Path>, base: &Pipeline) -> Result<Self> {
         let mut recipe = calibrate::recipe(&CalibrationArgs {
-            recipe: recipe.map(Path::to_path_buf),
+            recipe: RecipeArgs {
+                recipe: recipe.map(Path::to_path_buf),
+            },
             ..arguments()
         })?;
         let usual = Refit::usual(base.config.hidden_size);
@@ -55,7 +56,7 @@ impl Planned {
         mut self,
         base: &Pipeline,
         runtime: &Runtime,
-        place: &Place,
+        place: &MemoryBudget,
         output: &Path,
     ) -> Result<Pipeline> {
         let (settings, _) = calibrate::settings(&arguments(), None, &mut self.recipe, base)?;
@@ -84,19 +85,7 @@ impl Planned {
             apply::apply(&base.transformer, &base.config, &self.plan, &fits.layers)?;
         apply::put_outputs(&mut transformer, &config, &fits.outputs)?;
         calibrate::remove_partial(&gathering.partial)?;
-        let record = Record {
-            version: record::VERSION,
-            tool: load::software(),
-            base: base.locator.clone(),
-            base_fingerprint: self.plan.source.clone(),
-            layout: config.layout.clone(),
-            axes_dims: config.axes_dims.clone(),
-            theta: config.theta,
-            scheduler: base.scheduler.clone(),
-            parts: base.recorded_parts(),
-            defaults: serde_json::to_value(base.recorded_defaults()?)?,
-            recipe: json!({ "prune": self.recipe, "plan": self.plan }),
-        };
+        let record = base.record_of(&config, json!({ "prune": self.recipe, "plan": self.plan }))?;
         let mut out = base.clone();
         out.name = self.name;
         out.transformer = transformer;

@@ -9,23 +9,20 @@ use super::{
     calibrate,
     choose::{self, Wanted},
     demand::Demand,
-    gather, load,
-    place::Place,
-    score,
+    gather, score,
     select::Selection,
     session::Session,
 };
 use crate::{
     calibrate::{file::Calibration, pass::Shard},
     checkpoint::{
-        Checkpoint, convert, output,
-        record::{self, Record},
+        Checkpoint, convert, output, record,
         target::{self, OutputFolder},
     },
-    cli::{DecodeArgs, PruneArgs},
-    device::Runtime,
+    cli::PruneArgs,
     layout::{BlockId, FluxConfig},
     model::{Flux, cost},
+    pipeline::placement::MemoryBudget,
     prune::{
         apply,
         layers::Layers,
@@ -59,28 +56,28 @@ struct Found {
 }
 
 pub(super) fn run(args: &PruneArgs) -> Result<()> {
-    if args.dry_run {
+    if args.dry_run.dry_run {
         return dry_run(args);
     }
     let (report, text) = make(args)?;
-    if args.json {
+    if args.output.print.json {
         ui::json(&report)?;
     } else {
         ui::data(text)?;
     }
-    ui::note(format!("wrote `{}`", args.output.display()));
+    ui::note(format!("wrote `{}`", args.output.path.display()));
     Ok(())
 }
 
 /// Says what it will take, and does nothing.
 fn dry_run(args: &PruneArgs) -> Result<()> {
     let mut recipe = recipe(args)?;
-    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
-    let pipeline = super::open(&args.pipeline.choice())?;
-    let place = Place::new(args.memory, &runtime).of(&pipeline);
+    let runtime = super::runtime(args.run)?;
+    let pipeline = super::open(&super::model_choice(&args.pipeline))?;
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
     let (settings, _) = calibrate::settings(
         &args.calibration,
-        args.stats.as_deref(),
+        args.stats.stats.as_deref(),
         &mut recipe,
         &pipeline,
     )?;
@@ -89,23 +86,23 @@ fn dry_run(args: &PruneArgs) -> Result<()> {
         sums: args.calibration.stats_memory,
         fitting: true,
     };
-    demand.say(&pipeline, &place, &settings, args.json)
+    demand.say(&pipeline, &place, &settings, args.output.print.json)
 }
 
 /// Does everything but print; returns what to print.
 pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
     let mut recipe = recipe(args)?;
-    target::check_folder(&args.output, args.force)?;
+    target::check_folder(&args.output.path, args.output.force)?;
     let given = args.plan.as_deref().map(PruningPlan::read).transpose()?;
-    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
-    let pipeline = super::open(&args.pipeline.choice())?;
-    let place = Place::new(args.memory, &runtime).of(&pipeline);
+    let runtime = super::runtime(args.run)?;
+    let pipeline = super::open(&super::model_choice(&args.pipeline))?;
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
     let usual = Refit::usual(pipeline.config.hidden_size);
     recipe.fit.refit.get_or_insert(usual);
     let wanted = Wanted::new(&args.goal, &recipe, &pipeline, given)?;
     let (settings, images) = calibrate::settings(
         &args.calibration,
-        args.stats.as_deref(),
+        args.stats.stats.as_deref(),
         &mut recipe,
         &pipeline,
     )?;
@@ -113,7 +110,7 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
     if let Wanted::Choose { goal, protect } = &wanted {
         choose::budget(&pipeline, situation, &recipe, *goal, protect)?; // before the long part
     }
-    target::check_writable(&args.output)?;
+    target::check_writable(&args.output.path)?;
 
     let sums = matches!(wanted, Wanted::Choose { .. });
     let memory = if sums {
@@ -129,8 +126,8 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
         images.as_deref(),
         memory,
     )?;
-    let gathering = calibrate::gathering(&args.calibration, &args.output, sums);
-    let calibration = gather::obtain(&session, args.stats.as_deref(), &gathering)?;
+    let gathering = calibrate::gathering(&args.calibration, &args.output.path, sums);
+    let calibration = gather::obtain(&session, args.stats.stats.as_deref(), &gathering)?;
     let found = find(&session, &recipe, calibration, wanted)?;
     let (mut checkpoint, config) = apply::apply(
         &pipeline.transformer,
@@ -146,19 +143,19 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
             pipeline.name
         ));
     }
-    let record = record(&session, &recipe, &found, &config)?;
-    let output = OutputFolder::create(&args.output, args.force)?;
+    let record = pipeline.record_of(&config, json!({ "prune": recipe, "plan": found.plan }))?;
+    let output = OutputFolder::create(&args.output.path, args.output.force)?;
     output::write(
         output.path(),
         &checkpoint,
         &config,
         Some(&record),
-        args.format,
+        args.layout.layout,
     )?;
     write(&session, output.path(), &found)?;
     let mut report = report(&session, &recipe, &found, &config, &checkpoint, args);
     let text = text(&session, &found, &report);
-    let drawn = draw_before_and_after(session, found, &place, args.decode, output.path())?;
+    let drawn = draw_before_and_after(session, found, &place, args.decode.vae_tile, output.path())?;
     report["picture"] = json!(drawn.then_some(PICTURE));
     output.finish()?;
     calibrate::remove_partial(&gathering.partial)?;
@@ -169,7 +166,7 @@ pub(super) fn make(args: &PruneArgs) -> Result<(serde_json::Value, String)> {
 fn recipe(args: &PruneArgs) -> Result<PruneRecipe> {
     let mut recipe = calibrate::recipe(&args.calibration)?;
     recipe.ratio = args.goal.ratio.unwrap_or(recipe.ratio);
-    recipe.fit.form = args.form.unwrap_or(recipe.fit.form);
+    recipe.fit.form = args.goal.form.unwrap_or(recipe.fit.form);
     recipe.validate()?;
     Ok(recipe)
 }
@@ -244,37 +241,13 @@ fn find(
     })
 }
 
-fn record(
-    session: &Session,
-    recipe: &PruneRecipe,
-    found: &Found,
-    config: &FluxConfig,
-) -> Result<Record> {
-    let pipeline = session.pipeline;
-    let before = pipeline.record.as_ref();
-    Ok(Record {
-        version: record::VERSION,
-        tool: load::software(),
-        base: before.map_or_else(|| pipeline.locator.clone(), |r| r.base.clone()),
-        base_fingerprint: before
-            .map_or_else(|| found.plan.source.clone(), |r| r.base_fingerprint.clone()),
-        layout: config.layout.clone(),
-        axes_dims: config.axes_dims.clone(),
-        theta: config.theta,
-        scheduler: pipeline.scheduler.clone(),
-        parts: pipeline.recorded_parts(),
-        defaults: serde_json::to_value(pipeline.recorded_defaults()?)?,
-        recipe: json!({ "prune": recipe, "plan": found.plan }),
-    })
-}
-
 /// Draws the last prompts with both models into `before-after.png`: unpruned above, pruned below. The models are gone
 /// when the VAE comes.
 fn draw_before_and_after(
     session: Session,
     found: Found,
-    place: &Place,
-    decode: DecodeArgs,
+    place: &MemoryBudget,
+    vae_tile: Option<usize>,
     folder: &Path,
 ) -> Result<bool> {
     let files = match session.pipeline.vae_files() {
@@ -299,13 +272,13 @@ fn draw_before_and_after(
     );
     let size = session.settings.size.latent();
     drop((session, found));
-    let decoder = place.decoder(&files, size, decode)?;
+    let decoder = place.decoder(&files, size, vae_tile)?;
     let rows: Result<Vec<_>> = latents.iter().map(|x| decoder.pictures(x)).collect();
     let grid = crate::sample::grid::grid(&rows?)?;
     let text = [
         ("Title", title.as_str()),
         ("prompts", &prompts),
-        ("Software", &load::software()),
+        ("Software", &record::software()),
     ];
     grid.save(&folder.join(PICTURE), &text)?;
     Ok(true)
@@ -377,7 +350,7 @@ fn report(
         })
         .collect();
     json!({
-        "output": args.output.display().to_string(),
+        "output": args.output.path.display().to_string(),
         "model": pipeline.name,
         "replaced": found.plan.blocks().collect::<Vec<_>>(),
         "velocity_error": found.velocity_error,

@@ -3,8 +3,14 @@
 use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 
-use super::{MOST_TEXT, PixelSize};
-use crate::{checkpoint::Checkpoint, sample::denoise::LatentSize};
+use crate::{
+    checkpoint::Checkpoint,
+    pipeline::defaults::MAX_TEXT_TOKENS,
+    sample::{
+        denoise::LatentSize,
+        size::{ImageSize, MAX_SIDE},
+    },
+};
 
 /// Beyond this a number is damaged, and would take for ever or all memory.
 const MOST_STEPS: usize = 10_000;
@@ -89,12 +95,12 @@ impl Reference {
     /// Text tokens: those of the recorded ids, or what the metadata says.
     pub(super) fn text_length(&self) -> Result<usize> {
         if !self.has("t5.input_ids") {
-            return self.within("t5_len", 1..=MOST_TEXT);
+            return self.within("t5_len", 1..=MAX_TEXT_TOKENS);
         }
         let [_, length] = self.tensors.dims::<2>("t5.input_ids")?;
         ensure!(
-            (1..=MOST_TEXT).contains(&length),
-            "`{}`: tensor `t5.input_ids` has {length} tokens, expected 1 to {MOST_TEXT}",
+            (1..=MAX_TEXT_TOKENS).contains(&length),
+            "`{}`: tensor `t5.input_ids` has {length} tokens, expected 1 to {MAX_TEXT_TOKENS}",
             self.tensors.name
         );
         Ok(length)
@@ -109,10 +115,10 @@ impl Reference {
 
     /// Of the pictures that the whole pipeline draws.
     pub(super) fn size(&self) -> Result<LatentSize> {
-        let side = |key| self.within(key, PixelSize::STEP..=PixelSize::LARGEST);
-        let size = PixelSize {
-            height: side("height")? / PixelSize::STEP * PixelSize::STEP,
-            width: side("width")? / PixelSize::STEP * PixelSize::STEP,
+        let side = |key| self.within(key, ImageSize::STEP..=MAX_SIDE);
+        let size = ImageSize {
+            height: side("height")? / ImageSize::STEP * ImageSize::STEP,
+            width: side("width")? / ImageSize::STEP * ImageSize::STEP,
         };
         Ok(size.latent())
     }

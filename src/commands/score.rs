@@ -6,7 +6,6 @@ use anyhow::{Context, Result, ensure};
 
 use super::{
     calibrate, gather,
-    place::Place,
     select::{self, plain_fit},
     session::Session,
 };
@@ -14,9 +13,9 @@ use crate::{
     calibrate::stats::{BlockStats, CalibrationStats},
     checkpoint::{output, record, save, target},
     cli::ScoreArgs,
-    device::Runtime,
     layout::BlockId,
     model::{Block, ReplacementBlock},
+    pipeline::placement::MemoryBudget,
     prune::layers::{LayerMap, Layers},
     score::{BlockScore, Metric, Scores, ablation::HeldOut, chart, moments},
     ui,
@@ -24,26 +23,26 @@ use crate::{
 
 pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     let mut recipe = calibrate::recipe(&args.calibration)?;
-    let picture = args.output.with_extension("svg");
+    let picture = args.output.path.with_extension("svg");
     ensure!(
-        picture != args.output,
+        picture != args.output.path,
         "--output `{}` is the name of the chart that is put beside the scores\nhint: name a .json file",
         picture.display()
     );
-    target::check_file(&args.output, args.force)?;
-    target::check_file(&picture, args.force)?;
-    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
-    let pipeline = super::open(&args.pipeline.choice())?;
-    let place = Place::new(args.memory, &runtime).of(&pipeline);
+    target::check_file(&args.output.path, args.output.force)?;
+    target::check_file(&picture, args.output.force)?;
+    let runtime = super::runtime(args.run)?;
+    let pipeline = super::open(&super::model_choice(&args.pipeline))?;
+    let place = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
     let (settings, images) = calibrate::settings(
         &args.calibration,
-        args.stats.as_deref(),
+        args.stats.stats.as_deref(),
         &mut recipe,
         &pipeline,
     )?;
-    target::check_writable(&args.output)?;
+    target::check_writable(&args.output.path)?;
     target::check_writable(&picture)?;
-    target::check_other(&args.output, &[args.stats.as_deref()])?;
+    target::check_other(&args.output.path, &[args.stats.stats.as_deref()])?;
     let sums = args.calibration.stats_memory;
     let session = Session::open(
         &pipeline,
@@ -53,8 +52,8 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
         images.as_deref(),
         sums,
     )?;
-    let gathering = calibrate::gathering(&args.calibration, &args.output, true);
-    let calibration = gather::obtain(&session, args.stats.as_deref(), &gathering)?;
+    let gathering = calibrate::gathering(&args.calibration, &args.output.path, true);
+    let calibration = gather::obtain(&session, args.stats.stats.as_deref(), &gathering)?;
 
     let fits = fits(&calibration.stats, recipe.fit.ridge)?;
     let mut measured: BTreeMap<Metric, BTreeMap<BlockId, f64>> = BTreeMap::new();
@@ -74,16 +73,16 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
         blocks: of_blocks(&calibration.stats, &fits, &measured),
     };
     scores.validate()?;
-    write(&scores, &args.output, &picture)?;
+    write(&scores, &args.output.path, &picture)?;
     calibrate::remove_partial(&gathering.partial)?;
-    if args.json {
+    if args.output.print.json {
         ui::json(&scores)?;
     } else {
         ui::data(table(&scores))?;
     }
     ui::note(format!(
         "wrote `{}` and `{}`",
-        args.output.display(),
+        args.output.path.display(),
         picture.display()
     ));
     Ok(())

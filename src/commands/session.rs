@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use candle::Tensor;
 
-use super::{PixelSize, gather, load, place::Place};
+use super::gather;
 use crate::{
     calibrate::{
         FiniteCheck,
@@ -16,11 +16,12 @@ use crate::{
     },
     device::Runtime,
     model::{Flux, demand::TOGETHER},
-    pipeline::Pipeline,
+    pipeline::{Pipeline, load, placement::MemoryBudget},
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
         image, latents,
         schedule::Schedule,
+        size::{ImageSize, TOKENS_PER_FORWARD},
     },
     ui,
 };
@@ -29,12 +30,6 @@ use crate::{
 const SAMPLES: usize = 640;
 /// The same for models whose pictures have many tokens: each picture is thousands of rows.
 const SAMPLES_LARGE: usize = 96;
-/// Image tokens from which a picture counts as large.
-const LARGE: usize = 1024;
-/// Tokens in one forward where the recipe names no batch.
-const TOKENS_PER_FORWARD: usize = 1536;
-/// Image tokens of all held-out states where the recipe names no number, within bounds.
-const HELD_OUT_TOKENS: usize = 131_072;
 /// Noised states that later fits look at, of small and of large pictures, where that is at most as many of a picture as
 /// of a held-out one.
 const STATES_LATER: usize = 1280;
@@ -47,7 +42,7 @@ const DRAWS_HELD_OUT: usize = 8;
 pub(super) struct Settings {
     /// Nothing left open.
     pub(super) recipe: CalibrationRecipe,
-    pub(super) size: PixelSize,
+    pub(super) size: ImageSize,
     /// Prompts to gather statistics of, then those held out.
     pub(super) prompts: Vec<String>,
     /// How many of the prompts are for statistics.
@@ -72,16 +67,16 @@ impl Settings {
         given: Option<usize>,
     ) -> Result<Self> {
         recipe.validate()?;
-        let size = super::picture_size(pipeline, recipe.width, recipe.height)?;
+        let size = pipeline.image_size(recipe.width, recipe.height)?;
         (recipe.width, recipe.height) = (Some(size.width), Some(size.height));
         let drawing_steps = recipe.steps.unwrap_or(pipeline.default_steps());
         let usual = match recipe.source {
             StateSource::Trajectory => pipeline.default_steps(),
-            _ => super::steps_of_data(pipeline),
+            _ => pipeline.default_steps_of_data(),
         };
         let steps = *recipe.steps.get_or_insert(usual);
         recipe.guidance.get_or_insert(pipeline.default_guidance());
-        let usual = (HELD_OUT_TOKENS / size.tokens()).clamp(16, 256);
+        let usual = size.default_held_out();
         let held_out = held_out.unwrap_or(usual);
         let draws = match recipe.source {
             StateSource::Latents => steps as f64 / 5.0,
@@ -92,7 +87,7 @@ impl Settings {
         let held_out_prompts = held_out.div_ceil(DRAWS_HELD_OUT);
         let (samples, total) = match given {
             None => {
-                let usual = if size.tokens() >= LARGE {
+                let usual = if size.is_large() {
                     SAMPLES_LARGE
                 } else {
                     SAMPLES
@@ -135,9 +130,9 @@ impl Settings {
         held_out: Option<usize>,
     ) -> Result<Self> {
         let recipe = &header.recipe;
-        let size = super::picture_size(pipeline, recipe.width, recipe.height)?;
+        let size = pipeline.image_size(recipe.width, recipe.height)?;
         let kept = (header.prompts.len() - header.samples) * DRAWS_HELD_OUT;
-        let usual = (HELD_OUT_TOKENS / size.tokens()).clamp(16, 256);
+        let usual = size.default_held_out();
         Ok(Self {
             recipe: recipe.clone(),
             size,
@@ -162,7 +157,7 @@ impl Settings {
 
     /// Whether pictures take long to draw.
     pub(super) fn large(&self) -> bool {
-        self.size.tokens() >= LARGE
+        self.size.is_large()
     }
 }
 
@@ -194,7 +189,7 @@ impl<'a> Session<'a> {
     pub(super) fn open(
         pipeline: &'a Pipeline,
         runtime: &'a Runtime,
-        place: &Place,
+        place: &MemoryBudget,
         settings: Settings,
         images: Option<&[PathBuf]>,
         sums: Option<u64>,
@@ -328,7 +323,7 @@ impl<'a> Session<'a> {
 fn encode_images(
     pipeline: &Pipeline,
     runtime: &Runtime,
-    size: PixelSize,
+    size: ImageSize,
     images: &[PathBuf],
 ) -> Result<Tensor> {
     let vae = load::vae(&pipeline.vae_files()?, runtime)?;

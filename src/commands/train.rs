@@ -8,19 +8,19 @@ use clap::Parser;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::{PixelSize, load};
 use crate::{
     calibrate,
     checkpoint::{Checkpoint, Source, advise, keys, record, save},
-    cli::{Cli, Command, MemoryArgs, PruneArgs, TrainArgs},
+    cli::{Cli, Command, PruneArgs, TrainArgs},
     device::Runtime,
     files::Files,
     layout::{BlockSpec, FluxConfig},
     model::{Block, Flux, Trunk},
-    pipeline::{ModelChoice, Pipeline},
+    pipeline::{ModelChoice, Pipeline, load, prompts},
     sample::{
         denoise::{Denoise, Encoded},
         schedule::Schedule,
+        size::ImageSize,
     },
     train::{data::Pictures, recipe::SandwichRecipe, state::PICTURES_STEM},
     ui,
@@ -34,8 +34,6 @@ const HELD_OUT_SHARE: usize = 8;
 /// lists of prompts: without a distance the held-out pictures of training could be those that `prune` was fitted to.
 /// Only the lower 32 bits of a seed count in drawing noise, so this is as far as two seeds can be apart.
 const NOISE_OF_TRAINING: u64 = 1 << 31;
-/// Image tokens from which a picture counts as large.
-const LARGE: usize = 1024;
 /// Tokens in one forward where the recipe names no batch.
 const TOKENS_PER_FORWARD: usize = 1344;
 /// Tokens in one forward of sampling.
@@ -69,13 +67,13 @@ impl Pair {
                 // --config is the pruned model's, whose record knows what it says of both
                 .base_with(&ModelChoice {
                     config: None,
-                    ..args.pipeline.choice()
+                    ..super::model_choice(&args.pipeline)
                 })
                 .context("the teacher\nhint: name the original model with --teacher")?,
             Some(name) => {
                 let choice = ModelChoice {
                     model: Some(name.clone()),
-                    ..args.pipeline.choice()
+                    ..super::model_choice(&args.pipeline)
                 };
                 Pipeline::open_original(&choice, Some(&record)).context("--teacher")?
             }
@@ -119,7 +117,7 @@ impl Pair {
         let vb = self
             .teacher
             .transformer
-            .var_builder(runtime.dtype, &runtime.device);
+            .offloaded_var_builder(runtime.dtype, &runtime.device);
         Flux::stored(&self.teacher.config, &vb, &|_| false)
             .with_context(|| format!("cannot load the transformer of `{}`", self.teacher.name))
     }
@@ -209,16 +207,13 @@ pub(super) fn prune_bundled(args: &TrainArgs, folder: &Path) -> Result<ModelChoi
         };
         super::prune::make(&PruneArgs {
             run: args.run,
-            memory: MemoryArgs {
-                offload: args.offload,
-                max_vram: args.max_vram,
-            },
+            memory: args.memory,
             ..prune
         })?;
     }
     Ok(ModelChoice {
         model: Some(folder.display().to_string()),
-        ..args.pipeline.choice()
+        ..super::model_choice(&args.pipeline)
     })
 }
 
@@ -245,7 +240,7 @@ fn same(a: &Source, b: &Source) -> Result<bool> {
 /// What the recipe left open, filled in.
 pub(super) struct Resolved {
     pub(super) recipe: SandwichRecipe,
-    pub(super) size: PixelSize,
+    pub(super) size: ImageSize,
     pub(super) prompts: Vec<String>,
     pub(super) batch: usize,
     pub(super) held_out: usize,
@@ -253,39 +248,39 @@ pub(super) struct Resolved {
 
 /// The recipe with flags laid over it and everything filled in that it left open.
 pub(super) fn resolve(args: &TrainArgs, teacher: &Pipeline) -> Result<Resolved> {
-    let mut recipe = match &args.recipe {
+    let mut recipe = match &args.recipe.recipe {
         Some(path) => SandwichRecipe::read(path)?,
         None => SandwichRecipe::default(),
     };
-    recipe.seed = args.seed.unwrap_or(recipe.seed);
+    recipe.seed = args.seed.seed.unwrap_or(recipe.seed);
     recipe.steps = args.steps.unwrap_or(recipe.steps);
-    recipe.finish.steps = args.finish.unwrap_or(recipe.finish.steps);
+    recipe.finish.steps = args.finetune.unwrap_or(recipe.finish.steps);
     recipe.optimiser.lr = args.lr.unwrap_or(recipe.optimiser.lr);
     recipe.lora.rank = args.rank.or(recipe.lora.rank).filter(|_| !args.no_lora);
     recipe.lora.alpha = args.alpha.or(recipe.lora.alpha);
     let d = &mut recipe.data;
-    d.samples = args.samples.or(d.samples);
+    d.samples = args.prompts.num_prompts.or(d.samples);
     d.batch = args.batch.or(d.batch);
     d.accumulate = args.accumulate.unwrap_or(d.accumulate);
     d.cache = args.cache.unwrap_or(d.cache);
-    d.width = args.width.or(d.width);
-    d.height = args.height.or(d.height);
+    d.width = args.size.width.or(d.width);
+    d.height = args.size.height.or(d.height);
     recipe.validate(teacher.config.hidden_size)?;
-    let prompts = match &args.prompts {
-        Some(path) => super::read_prompts("--prompts", path)?,
-        None => super::bundled_prompts(teacher),
+    let prompts = match &args.prompts.prompts {
+        Some(path) => prompts::read("--prompts", path)?,
+        None => prompts::bundled(teacher),
     };
-    let size = super::picture_size(teacher, recipe.data.width, recipe.data.height)?;
-    let large = size.tokens() >= LARGE;
+    let size = teacher.image_size(recipe.data.width, recipe.data.height)?;
+    let large = size.is_large();
     let d = &mut recipe.data;
     (d.width, d.height) = (Some(size.width), Some(size.height));
-    d.steps.get_or_insert(super::steps_of_data(teacher));
+    d.steps.get_or_insert(teacher.default_steps_of_data());
     d.guidance.get_or_insert(teacher.default_guidance());
     let usual = if large { SAMPLES_LARGE } else { prompts.len() };
     let samples = *d.samples.get_or_insert(usual.max(2));
     ensure!(
         samples >= 2,
-        "--samples {samples}: at least two prompts are needed, one of them to be held out"
+        "--num-prompts {samples}: at least two prompts are needed, one of them to be held out"
     );
     // a short list is drawn from again, with other noise
     let prompts: Vec<String> = prompts.iter().cycle().take(samples).cloned().collect();
@@ -317,7 +312,7 @@ pub(super) fn settings(pair: &Pair, resolved: &Resolved, runtime: &Runtime) -> V
         .map(|byte| format!("{byte:02x}"))
         .collect();
     json!({
-        "version": load::software(),
+        "version": record::software(),
         "model": pair.fingerprints[0],
         "teacher": pair.fingerprints[1],
         "prompts": prompts,
@@ -423,7 +418,7 @@ pub(super) fn held_out_pictures(all: usize) -> usize {
 
 /// Whether pictures have so many tokens that activations are computed again rather than kept.
 pub(super) fn large(resolved: &Resolved) -> bool {
-    resolved.size.tokens() >= LARGE
+    resolved.size.is_large()
 }
 
 #[cfg(test)]

@@ -3,14 +3,12 @@
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use super::{
-    place::Place,
-    train::{self, Pair, Resolved},
-};
+use super::train::{self, Pair, Resolved};
 use crate::{
-    cli::{MemoryArgs, TrainArgs},
+    cli::TrainArgs,
     device::Runtime,
     model::ops,
+    pipeline::placement::MemoryBudget,
     train::{
         memory::{self, Forecast, Situation},
         sandwich::Sandwich,
@@ -43,17 +41,13 @@ pub(super) fn way(
     sandwiches: &[Sandwich],
     runtime: &Runtime,
 ) -> Result<Way> {
-    let recompute = args.recompute || args.offload || train::large(resolved);
+    let recompute = args.gradient_checkpointing || args.memory.offload || train::large(resolved);
     let asked = Way {
         recompute,
-        offload: args.offload,
+        offload: args.memory.offload,
         ahead: 1,
     };
-    let limits = MemoryArgs {
-        offload: args.offload,
-        max_vram: args.max_vram,
-    };
-    let Some(limit) = Place::new(limits, runtime).limit() else {
+    let Some(limit) = MemoryBudget::new(super::memory(args.memory), runtime).limit() else {
         return ahead(asked, None, pair, resolved, sandwiches, runtime);
     };
     let least = Way {
@@ -75,7 +69,7 @@ pub(super) fn way(
                     if way.offload {
                         "only blocks that are trained stay on the device (--offload)"
                     } else {
-                        "activations are computed again on the way back (--recompute)"
+                        "activations are computed again on the way back (--gradient-checkpointing)"
                     }
                 ));
             }
@@ -89,13 +83,13 @@ pub(super) fn way(
         ui::bytes(limit as f64),
         ui::bytes(peak)
     );
-    if args.max_vram.is_some() {
+    if args.memory.max_vram.is_some() {
         bail!(
             "--max-vram: {text}\nhint: a smaller --batch, smaller pictures (--width, --height) or a smaller --rank take less"
         );
     }
     let hopeless = peak > HOPELESS * limit as f64;
-    if hopeless && !args.dry_run {
+    if hopeless && !args.dry_run.dry_run {
         bail!(
             "{text}\nhint: {} takes less; --max-vram says how much there is, where it is more",
             lower(resolved, &phases)
@@ -213,7 +207,7 @@ pub(super) fn dry_run(
     let recipe = &resolved.recipe;
     let phases = phases(pair, resolved, sandwiches, way, runtime)?;
     let peak = peak(&phases);
-    if args.json {
+    if args.output.print.json {
         let phases: Vec<Value> = phases
             .iter()
             .map(|(name, steps, f)| json!({ "phase": name, "steps": steps, "memory": f }))

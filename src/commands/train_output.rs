@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use candle::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-use super::{load, train::Pair};
+use super::train::Pair;
 use crate::{
     checkpoint::{Checkpoint, Source, convert, output, record::Record, save, target::OutputFolder},
     cli::TrainArgs,
@@ -31,9 +31,9 @@ pub(super) fn write(
     let record = record(pair, report, args.keep_lora)?;
     let config = &pair.pruned.config;
     let checkpoint = healed(pair, student, !args.keep_lora)?;
-    let folder = OutputFolder::create(&args.output, args.force)?;
+    let folder = OutputFolder::create(&args.output.path, args.output.force)?;
     let path = folder.path();
-    output::write(path, &checkpoint, config, Some(&record), args.format)?;
+    output::write(path, &checkpoint, config, Some(&record), args.layout.layout)?;
     drop(checkpoint);
     let mut values = Checkpoint::default();
     for (name, value) in &done.values {
@@ -54,7 +54,7 @@ pub(super) fn write(
     if args.keep_lora {
         ui::note(format!(
             "the LoRA lies beside the model in `{}`, in the names of PEFT and diffusers (`load_lora_weights`): fastflux itself does not apply it, so its own pictures and numbers are those without it\nhint: without --keep-lora it is merged",
-            args.output.join(LORA_FILE).display()
+            args.output.path.join(LORA_FILE).display()
         ));
     }
     Ok(())
@@ -118,7 +118,7 @@ fn record(pair: &Pair, report: &Value, kept_lora: bool) -> Result<Record> {
     let before = pair
         .pruned
         .record
-        .clone()
+        .as_ref()
         .context("the pruned model has a record")?;
     let mut recipe = match before.recipe.clone() {
         Value::Object(recipe) => recipe,
@@ -128,9 +128,5 @@ fn record(pair: &Pair, report: &Value, kept_lora: bool) -> Result<Record> {
         "train-sandwich".to_owned(),
         json!({ "recipe": report["recipe"], "phases": report["phases"], "kept-lora": kept_lora }),
     );
-    Ok(Record {
-        tool: load::software(),
-        recipe: Value::Object(recipe),
-        ..before
-    })
+    Ok(before.with_recipe(Value::Object(recipe)))
 }

@@ -19,7 +19,6 @@ use super::{
 use crate::{
     checkpoint::{advise, target},
     cli::TrainArgs,
-    device::Runtime,
     pipeline::Pipeline,
     train::{
         Entry, Training, Watch, sandwich,
@@ -29,23 +28,23 @@ use crate::{
 };
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
-    let folder = state_folder(&args.output);
+    let folder = state_folder(&args.output.path);
     let resuming = folder.exists();
     // what has a report may be of this very run, killed when everything was done: looked at below
-    if !resuming && !args.output.join(train_output::REPORT).exists() {
-        target::check_folder(&args.output, args.force)?;
+    if !resuming && !args.output.path.join(train_output::REPORT).exists() {
+        target::check_folder(&args.output.path, args.output.force)?;
     }
-    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
+    let runtime = super::runtime(args.run)?;
     ensure!(
         runtime.dtype != DType::F16,
         "--dtype f16: gradients are too small for f16 and would be 0\nhint: use bf16 or f32"
     );
-    if args.restart && !args.dry_run && folder.exists() {
+    if args.restart && !args.dry_run.dry_run && folder.exists() {
         state::remove(&folder).context("--restart")?;
     }
     let pruned = match args.pipeline.model.model {
-        Some(_) => super::open(&args.pipeline.choice())?,
-        None if args.dry_run && !folder.join(state::PRUNED).exists() => {
+        Some(_) => super::open(&super::model_choice(&args.pipeline))?,
+        None if args.dry_run.dry_run && !folder.join(state::PRUNED).exists() => {
             bail!("--dry-run: name a pruned model with --model\nhint: `fastflux prune` makes one")
         }
         None => Pipeline::open(&train::prune_bundled(args, &folder.join(state::PRUNED))?)?,
@@ -58,22 +57,25 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         &resolved.recipe.sandwich,
     )?;
     let way = train_memory::way(args, &pair, &resolved, &sandwiches, &runtime)?;
-    if args.dry_run {
+    if args.dry_run.dry_run {
         return train_memory::dry_run(args, &pair, &resolved, &sandwiches, way, &runtime);
     }
-    target::check_writable(&args.output)?;
+    target::check_writable(&args.output.path)?;
     let settings = train::settings(&pair, &resolved, &runtime);
     let state = StateFile::new(&folder, settings.clone());
-    if let Some(report) = finished(&args.output, &settings).filter(|_| !args.force) {
+    if let Some(report) = finished(&args.output.path, &settings).filter(|_| !args.output.force) {
         // killed after its output was in place and before its state was removed
-        ui::note(format!("`{}` is of this very run", args.output.display()));
+        ui::note(format!(
+            "`{}` is of this very run",
+            args.output.path.display()
+        ));
         show(args, &report)?;
         return state::remove(&folder);
     }
     if let Some(log) = &args.log {
-        check_log(log, resuming || args.force)?;
+        check_log(log, resuming || args.output.force)?;
     }
-    target::check_folder(&args.output, args.force)?;
+    target::check_folder(&args.output.path, args.output.force)?;
     let saved = advise(state.load(), "--restart starts over")?;
     if let Some(saved) = &saved {
         ui::note(format!(
@@ -110,7 +112,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     watching.finish();
     let after = training.velocity_error()?;
     let report = json!({
-        "output": args.output.display().to_string(),
+        "output": args.output.path.display().to_string(),
         "velocity_error": { "before": before, "after": after },
         "phases": done.progress.reports,
         "seconds": start.elapsed().as_secs_f64(),
@@ -119,7 +121,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     });
     train_output::write(args, &pair, &training.student.trunk, &done, &report)?;
     show(args, &report)?;
-    ui::note(format!("wrote `{}`", args.output.display()));
+    ui::note(format!("wrote `{}`", args.output.path.display()));
     state::remove(&folder)
 }
 
@@ -254,7 +256,7 @@ fn finished(output: &Path, settings: &Value) -> Option<Value> {
 }
 
 fn show(args: &TrainArgs, report: &Value) -> Result<()> {
-    if args.json {
+    if args.output.print.json {
         return ui::json(report);
     }
     let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);

@@ -6,10 +6,7 @@ use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 use serde::Serialize;
 
-use super::{
-    load,
-    recorded::{Reference, distance},
-};
+use super::recorded::{Reference, distance};
 use crate::{
     checkpoint::{Checkpoint, advise},
     cli::VerifyArgs,
@@ -17,7 +14,7 @@ use crate::{
     files::Blob,
     layout::{BlockKind, BlockSpec},
     model::{Conditioning, Flux, Inputs, Observer, Stream},
-    pipeline::Pipeline,
+    pipeline::{Pipeline, decoder, load},
     sample::{
         denoise::{Denoise, Encoded, LatentSize, starting_noise},
         vae::Vae,
@@ -50,7 +47,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
             "--tolerance {t}: expected a number of at least 0"
         );
     }
-    let runtime = Runtime::resolve(args.run.device, args.run.dtype)?;
+    let runtime = super::runtime(args.run)?;
     let name = args.reference.display().to_string();
     let blob = Blob::map(&args.reference).context("--reference")?;
     let reference = Reference {
@@ -59,7 +56,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
             "record it again with scripts/make_reference.py, or name another with --reference",
         )?,
     };
-    let pipeline = super::open(&args.pipeline.choice())?;
+    let pipeline = super::open(&super::model_choice(&args.pipeline))?;
     let mut check = Check {
         reference: &reference,
         pipeline: &pipeline,
@@ -78,7 +75,7 @@ pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
     );
     let ok = check.done.iter().all(|c| c.ok);
     let first_off = check.done.iter().find(|c| !c.ok).map(|c| c.name.clone());
-    if args.json {
+    if args.print.json {
         ui::json(&serde_json::json!({
             "ok": ok, "first_off": first_off, "tensors": check.done, "skipped": check.skipped,
         }))?;
@@ -399,7 +396,7 @@ impl Check<'_> {
         if recorded {
             let channels = Some(vae.config().latent_channels);
             let latents = reference.shaped("vae.latents", &[None, channels, None, None])?;
-            let image = load::decode(&vae, &latents, None, self.runtime)?;
+            let image = decoder::decode(&vae, &latents, None, self.runtime)?;
             self.compare("vae.image", &image, true)?;
         }
         drawn.map_or(Ok(()), |drawn| self.pictures(&vae, &drawn))
@@ -417,7 +414,7 @@ impl Check<'_> {
             ("pipeline.seeded_image", drawn.seeded.as_ref()),
         ] {
             if let Some(latents) = latents {
-                let image = load::decode_packed(vae, latents, drawn.size, None, self.runtime)?;
+                let image = decoder::decode_packed(vae, latents, drawn.size, None, self.runtime)?;
                 let image = (image.clamp(-1.0, 1.0)? * 0.5)?.affine(1.0, 0.5)?;
                 self.compare_picture(name, &image)?;
             }

@@ -1,18 +1,32 @@
 //! What a model's makers recommend for `generate`, and the bounds of what anybody may ask for.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{Pipeline, locate::DAMAGED};
+pub use crate::sample::size::{MAX_SIDE, MIN_SIDE};
+use crate::{
+    checkpoint::{advise, record::Record},
+    files::Files,
+    sample::size::ImageSize,
+    ui,
+};
+
+/// The file with a model's own defaults for `generate`.
+const DEFAULTS_FILE: &str = "fastflux.json";
 
 /// Beyond these a number is a slip of the finger, and would take for ever or all memory.
-pub const MOST_STEPS: usize = 10_000;
+pub const MAX_STEPS: usize = 10_000;
+/// Sampling steps of images for calibration and training.
+pub const MAX_STEPS_OF_DATA: usize = 1000;
 /// The longest text, in tokens.
-pub const MOST_TEXT: usize = 8_192;
+pub const MAX_TEXT_TOKENS: usize = 8_192;
 /// Guidance: models are trained with numbers below 10, and far above it nothing is finite.
-pub const MOST_GUIDANCE: f64 = 1000.0;
-/// One image token is 2×2 latent pixels of 8×8 pixels each.
-pub const SMALLEST_PICTURE: usize = 16;
-/// Beyond this the position ids of FLUX make no sense and attention outgrows any machine.
-pub const LARGEST_PICTURE: usize = 8192;
+pub const MAX_GUIDANCE: f64 = 1000.0;
+
+/// Sampling steps of images for calibration and training, if the model itself takes more.
+const STEPS_OF_DATA: usize = 8;
 
 /// What a model's makers recommend for `generate`; every field may be missing.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -42,9 +56,9 @@ impl Defaults {
     /// The message names the field.
     pub fn check(&self) -> Result<()> {
         let sizes = [
-            ("steps", self.steps, 1, MOST_STEPS),
-            ("size", self.size, SMALLEST_PICTURE, LARGEST_PICTURE),
-            ("text-length", self.text_length, 1, MOST_TEXT),
+            ("steps", self.steps, 1, MAX_STEPS),
+            ("size", self.size, MIN_SIDE, MAX_SIDE),
+            ("text-length", self.text_length, 1, MAX_TEXT_TOKENS),
         ];
         for (field, value, smallest, largest) in sizes {
             let value = value.unwrap_or(smallest);
@@ -55,12 +69,132 @@ impl Defaults {
         }
         if let Some(guidance) = self.guidance {
             ensure!(
-                (0.0..=MOST_GUIDANCE).contains(&guidance),
-                "its `guidance` is {guidance}, expected a number from 0 to {MOST_GUIDANCE}"
+                (0.0..=MAX_GUIDANCE).contains(&guidance),
+                "its `guidance` is {guidance}, expected a number from 0 to {MAX_GUIDANCE}"
             );
         }
         Ok(())
     }
+}
+
+impl Pipeline {
+    /// Steps to sample with when the user names none.
+    pub fn default_steps(&self) -> usize {
+        self.defaults
+            .steps
+            .unwrap_or(if self.config.guidance_embed { 28 } else { 4 })
+    }
+
+    /// Guidance when the user names none.
+    pub fn default_guidance(&self) -> f64 {
+        self.defaults
+            .guidance
+            .unwrap_or(if self.config.guidance_embed { 3.5 } else { 0.0 })
+    }
+
+    /// Width and height in pixels when the user names none: the model's own, its VAE's sample size, or FLUX.1's 1024.
+    ///
+    /// # Errors
+    /// When the VAE's configuration is damaged, or no picture can have that size.
+    pub fn default_size(&self) -> Result<usize> {
+        if let Some(size) = self.defaults.size {
+            return Ok(size);
+        }
+        let Some(own) = &self.components.own else {
+            return Ok(1024);
+        };
+        let vae = own.sub("vae");
+        let json = vae.json("config.json")?;
+        let size = json.and_then(|json| json.get("sample_size")?.as_u64());
+        let size = size.map_or(1024, |size| size as usize);
+        ensure!(
+            (MIN_SIDE..=MAX_SIDE).contains(&size),
+            "`{}`: `sample_size` is {size}: pictures are between {MIN_SIDE} and {MAX_SIDE} pixels wide and high\nhint: correct it, or name a size with --width and --height",
+            vae.describe("config.json")
+        );
+        Ok(size)
+    }
+
+    /// The size that the user asked for, rounded down to what the model can generate (with a note), or the model's own.
+    ///
+    /// # Errors
+    /// When a side is out of range, or the model's own size cannot be read.
+    pub fn image_size(&self, width: Option<usize>, height: Option<usize>) -> Result<ImageSize> {
+        let own = |said: Option<usize>| said.map_or_else(|| self.default_size(), Ok);
+        let (width, height) = (own(width)?, own(height)?);
+        let size = ImageSize::rounded(width, height)?;
+        if (size.width, size.height) != (width, height) {
+            ui::note(format!(
+                "generating {}×{} instead of {width}×{height}: sizes are multiples of {}",
+                size.width,
+                size.height,
+                ImageSize::STEP
+            ));
+        }
+        Ok(size)
+    }
+
+    /// Steps in which images for calibration and training are sampled, unless asked otherwise: they are noised again, so
+    /// their number counts for more than their finish.
+    pub fn default_steps_of_data(&self) -> usize {
+        self.default_steps().min(STEPS_OF_DATA)
+    }
+
+    /// The longest text the T5 encoder is given by default, in tokens: 512 with guidance embedding (dev), 256 without
+    /// (schnell), or the limit of the model's own tokenizer where that is smaller.
+    ///
+    /// # Errors
+    /// When the tokenizer's configuration is damaged.
+    pub fn default_text_length(&self) -> Result<usize> {
+        if let Some(length) = self.defaults.text_length {
+            return Ok(length);
+        }
+        let family = if self.config.guidance_embed { 512 } else { 256 };
+        let Some(own) = &self.components.own else {
+            return Ok(family);
+        };
+        let tokenizer = own.sub("tokenizer_2").json("tokenizer_config.json")?;
+        // tokenizers without a limit give a huge float
+        let limit = tokenizer.and_then(|json| json.get("model_max_length")?.as_u64());
+        Ok(limit.map_or(family, |limit| family.min(limit as usize)))
+    }
+
+    /// The defaults as a file that leaves this folder must record them: with what VAE and tokenizer say.
+    ///
+    /// # Errors
+    /// When their configurations are damaged.
+    pub fn recorded_defaults(&self) -> Result<Defaults> {
+        Ok(Defaults {
+            size: Some(self.default_size()?),
+            text_length: Some(self.default_text_length()?),
+            ..self.defaults.clone()
+        })
+    }
+}
+
+/// The defaults in a record, or in a file next to the model.
+pub(super) fn of_model(
+    pipeline: Option<&Files>,
+    record: Option<&Record>,
+    name: &str,
+) -> Result<Defaults> {
+    let read = |json: Value| {
+        let defaults: Defaults = serde_json::from_value(json)?;
+        defaults.check()?;
+        anyhow::Ok(defaults)
+    };
+    if let Some(record) = record {
+        return advise(read(record.defaults.clone()), DAMAGED)
+            .with_context(|| format!("`{name}`: the defaults in its fastflux metadata"));
+    }
+    let Some(files) = pipeline else {
+        return Ok(Defaults::default());
+    };
+    let Some(json) = files.json(DEFAULTS_FILE)? else {
+        return Ok(Defaults::default());
+    };
+    advise(read(json), "correct it, or take it out")
+        .with_context(|| format!("`{}`", files.describe(DEFAULTS_FILE)))
 }
 
 #[cfg(test)]

@@ -1,11 +1,9 @@
-//! What `--model` names: a transformer checkpoint with its configuration, and where the other parts of its
-//! pipeline are.
-//!
-//! Resolves names and reads headers and configs; loading weights is left to `model` and `sample`.
+//! What `--model` names: a transformer checkpoint with its configuration, and where the other components of its
+//! pipeline are; loads them onto the device.
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use candle::DType;
 use serde_json::Value;
 
@@ -13,23 +11,25 @@ use crate::{
     checkpoint::{
         Checkpoint, advise,
         config::{self, ConfigFile},
-        record::{self, Record, RecordedParts},
+        record::{self, Record},
     },
-    files::{BUNDLED, Blob, Files},
+    files::{BUNDLED, Files},
     layout::{BlockKind, FluxConfig},
 };
 
+mod components;
+pub mod decoder;
 pub mod defaults;
+pub mod load;
 mod locate;
+pub mod placement;
+pub mod prompts;
+mod scheduler;
 
+use components::Components;
+pub use components::VaeFiles;
 pub use defaults::Defaults;
-use defaults::{LARGEST_PICTURE, SMALLEST_PICTURE};
 use locate::{DAMAGED, locate, speaks_of_flux};
-
-/// The file with a model's own defaults for `generate`.
-const DEFAULTS_FILE: &str = "fastflux.json";
-/// Where text encoders and VAE of a bare FLUX.1 transformer come from: the same files as FLUX.1-dev's, under Apache-2.0.
-const FLUX1_PARTS: &str = "black-forest-labs/FLUX.1-schnell";
 
 /// How a user names a model and its parts.
 #[derive(Clone, Debug, Default)]
@@ -42,30 +42,6 @@ pub struct ModelChoice {
     pub text_encoders: Option<PathBuf>,
     /// `--vae`: a VAE file or folder.
     pub vae: Option<PathBuf>,
-}
-
-impl ModelChoice {
-    /// Fills in what flags left open from where it was before, as far as it is still there.
-    fn take_parts(&mut self, parts: Option<&RecordedParts>) {
-        let Some(parts) = parts else {
-            return;
-        };
-        let there = |path: &Option<PathBuf>| path.clone().filter(|path| path.exists());
-        self.text_encoders = self
-            .text_encoders
-            .take()
-            .or_else(|| there(&parts.text_encoders));
-        self.vae = self.vae.take().or_else(|| there(&parts.vae));
-    }
-}
-
-/// Where a model's VAE is.
-#[derive(Clone, Debug)]
-pub enum VaeFiles {
-    /// A folder in diffusers layout (`config.json` and weights).
-    Folder(Files),
-    /// One file, with diffusers or original names, and its name for messages.
-    File(String, Blob),
 }
 
 /// An opened model: headers and configs are read, weights are not.
@@ -89,16 +65,7 @@ pub struct Pipeline {
     pub scheduler_name: String,
     /// The model's own defaults.
     pub defaults: Defaults,
-    parts: Parts,
-}
-
-/// Where to look for text encoders and VAE, in this order: flags, the model's own folder, its base model.
-#[derive(Clone, Debug)]
-struct Parts {
-    choice: ModelChoice,
-    own: Option<Files>,
-    base: Option<String>,
-    flux1: bool,
+    components: Components,
 }
 
 impl Pipeline {
@@ -140,14 +107,15 @@ impl Pipeline {
         let config = config::infer(&transformer, record.as_ref(), &configs)?;
         let flux1 =
             config.head_dim() == 128 && config.context_in_dim == 4096 && config.vec_in_dim == 768;
-        let (scheduler, scheduler_name) = scheduler(
+        let (scheduler, scheduler_name) = scheduler::of_model(
             &configs,
             found.pipeline.as_ref(),
             known,
             &config,
             &found.raw.name,
         )?;
-        let defaults = defaults(found.pipeline.as_ref(), record.as_ref(), &found.raw.name)?;
+        let defaults =
+            defaults::of_model(found.pipeline.as_ref(), record.as_ref(), &found.raw.name)?;
         if let Some(record) = &record {
             warn_of_kept_lora(record, found.pipeline.as_ref(), &found.raw.name)?;
         }
@@ -162,7 +130,7 @@ impl Pipeline {
             scheduler,
             scheduler_name,
             defaults,
-            parts: Parts {
+            components: Components {
                 choice,
                 own: found.pipeline,
                 base: record.as_ref().map(|r| r.base.clone()),
@@ -205,6 +173,30 @@ impl Pipeline {
         Ok(base)
     }
 
+    /// What to record of a checkpoint with this layout that `recipe` made of this model.
+    ///
+    /// # Errors
+    /// When a configuration next to the model is damaged.
+    pub fn record_of(&self, config: &FluxConfig, recipe: Value) -> Result<Record> {
+        let before = self.record.as_ref();
+        Ok(Record {
+            version: record::VERSION,
+            tool: record::software(),
+            base: before.map_or_else(|| self.locator.clone(), |r| r.base.clone()),
+            base_fingerprint: match before {
+                Some(before) => before.base_fingerprint.clone(),
+                None => record::fingerprint(&self.transformer)?,
+            },
+            layout: config.layout.clone(),
+            axes_dims: config.axes_dims.clone(),
+            theta: config.theta,
+            scheduler: self.scheduler.clone(),
+            parts: self.recorded_parts(),
+            defaults: serde_json::to_value(self.recorded_defaults()?)?,
+            recipe,
+        })
+    }
+
     /// The family, for people: from the model's own defaults, or by its sizes.
     pub fn family(&self) -> String {
         if let Some(family) = &self.defaults.family {
@@ -232,157 +224,6 @@ impl Pipeline {
         let bytes = self.transformer.bytes_loaded(dtype) as f64;
         bytes / self.transformer.parameters().max(1) as f64
     }
-
-    /// Steps to sample with when the user names none.
-    pub fn default_steps(&self) -> usize {
-        self.defaults
-            .steps
-            .unwrap_or(if self.config.guidance_embed { 28 } else { 4 })
-    }
-
-    /// Guidance when the user names none.
-    pub fn default_guidance(&self) -> f64 {
-        self.defaults
-            .guidance
-            .unwrap_or(if self.config.guidance_embed { 3.5 } else { 0.0 })
-    }
-
-    /// Width and height in pixels when the user names none: the model's own, its VAE's sample size, or FLUX.1's 1024.
-    ///
-    /// # Errors
-    /// When the VAE's configuration is damaged, or no picture can have that size.
-    pub fn default_size(&self) -> Result<usize> {
-        if let Some(size) = self.defaults.size {
-            return Ok(size);
-        }
-        let Some(own) = &self.parts.own else {
-            return Ok(1024);
-        };
-        let vae = own.sub("vae");
-        let json = vae.json("config.json")?;
-        let size = json.and_then(|json| json.get("sample_size")?.as_u64());
-        let size = size.map_or(1024, |size| size as usize);
-        ensure!(
-            (SMALLEST_PICTURE..=LARGEST_PICTURE).contains(&size),
-            "`{}`: `sample_size` is {size}: pictures are between {SMALLEST_PICTURE} and {LARGEST_PICTURE} pixels wide and high\nhint: correct it, or name a size with --width and --height",
-            vae.describe("config.json")
-        );
-        Ok(size)
-    }
-
-    /// The longest text the T5 encoder is given by default, in tokens: 512 with guidance embedding (dev), 256 without
-    /// (schnell), or the limit of the model's own tokenizer where that is smaller.
-    ///
-    /// # Errors
-    /// When the tokenizer's configuration is damaged.
-    pub fn default_text_length(&self) -> Result<usize> {
-        if let Some(length) = self.defaults.text_length {
-            return Ok(length);
-        }
-        let family = if self.config.guidance_embed { 512 } else { 256 };
-        let Some(own) = &self.parts.own else {
-            return Ok(family);
-        };
-        let tokenizer = own.sub("tokenizer_2").json("tokenizer_config.json")?;
-        // tokenizers without a limit give a huge float
-        let limit = tokenizer.and_then(|json| json.get("model_max_length")?.as_u64());
-        Ok(limit.map_or(family, |limit| family.min(limit as usize)))
-    }
-
-    /// The defaults as a file that leaves this folder must record them: with what VAE and tokenizer say.
-    ///
-    /// # Errors
-    /// When their configurations are damaged.
-    pub fn recorded_defaults(&self) -> Result<Defaults> {
-        Ok(Defaults {
-            size: Some(self.default_size()?),
-            text_length: Some(self.default_text_length()?),
-            ..self.defaults.clone()
-        })
-    }
-
-    /// The text encoders and the VAE that flags or a record named, absolute, for the record of what is made of this model.
-    pub fn recorded_parts(&self) -> RecordedParts {
-        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
-        RecordedParts {
-            text_encoders: self.parts.choice.text_encoders.as_ref().map(absolute),
-            vae: self.parts.choice.vae.as_ref().map(absolute),
-        }
-    }
-
-    /// The folder with text encoders and tokenizers.
-    ///
-    /// # Errors
-    /// When there is none; the message names the flag.
-    pub fn text_files(&self) -> Result<Files> {
-        if let Some(dir) = &self.parts.choice.text_encoders {
-            ensure!(
-                dir.is_dir(),
-                "--text-encoders: `{}` is not a folder",
-                dir.display()
-            );
-            return Ok(Files::folder(dir));
-        }
-        self.part_of("text_encoder", "the text encoders", "--text-encoders DIR")
-    }
-
-    /// Where the VAE is.
-    ///
-    /// # Errors
-    /// When there is none; the message names the flag.
-    pub fn vae_files(&self) -> Result<VaeFiles> {
-        if let Some(path) = &self.parts.choice.vae {
-            if path.is_dir() {
-                let folder = Files::folder(path);
-                let nested = folder.sub("vae");
-                return Ok(VaeFiles::Folder(if nested.list()?.is_empty() {
-                    folder
-                } else {
-                    nested
-                }));
-            }
-            return Ok(VaeFiles::File(
-                path.display().to_string(),
-                Blob::map(path).context("--vae")?,
-            ));
-        }
-        let files = self.part_of("vae", "the VAE", "--vae FILE")?;
-        Ok(VaeFiles::Folder(files.sub("vae")))
-    }
-
-    /// The pipeline folder that has the sub-folder `part`.
-    fn part_of(&self, part: &str, what: &str, flag: &str) -> Result<Files> {
-        let has = |files: &Files| anyhow::Ok(!files.sub(part).list()?.is_empty());
-        if let Some(own) = &self.parts.own
-            && has(own)?
-        {
-            return Ok(own.clone());
-        }
-        if let Some(base) = &self.parts.base {
-            let found = locate(Some(base)).with_context(|| {
-                format!(
-                    "`{}` takes {what} from its base model `{base}`\nhint: name them with {flag}",
-                    self.name
-                )
-            })?;
-            if let Some(files) = found.pipeline
-                && has(&files)?
-            {
-                return Ok(files);
-            }
-        }
-        if self.parts.flux1 {
-            crate::ui::note(format!(
-                "taking {what} from {FLUX1_PARTS} on the hub ({flag} names others)"
-            ));
-            return Files::hub(FLUX1_PARTS, None)
-                .with_context(|| format!("cannot fetch {what}; name them with {flag}"));
-        }
-        bail!(
-            "`{}` comes without {what}\nhint: name them with {flag}",
-            self.name
-        )
-    }
 }
 
 /// The `config` that some tools store in a file's metadata.
@@ -392,56 +233,6 @@ fn metadata_config(raw: &Checkpoint) -> Option<ConfigFile> {
     speaks_of_flux(&json).then(|| ConfigFile {
         name: format!("{}: metadata `config`", raw.name),
         json,
-    })
-}
-
-/// The scheduler: `--config`'s `scheduler`, the pipeline's own, the record's, or FLUX.1's where the sizes are FLUX.1's.
-fn scheduler(
-    configs: &[ConfigFile],
-    pipeline: Option<&Files>,
-    record: Option<&Record>,
-    config: &FluxConfig,
-    name: &str,
-) -> Result<(Value, String)> {
-    let said = |c: &ConfigFile| {
-        let scheduler = c.json.get("scheduler")?.clone();
-        Some((scheduler, format!("`{}`: its `scheduler`", c.name)))
-    };
-    if let Some(said) = configs.iter().find_map(said) {
-        return Ok(said);
-    }
-    if let Some(files) = pipeline.map(|files| files.sub("scheduler"))
-        && let Some(json) = files.json("scheduler_config.json")?
-    {
-        return Ok((
-            json,
-            format!("`{}`", files.describe("scheduler_config.json")),
-        ));
-    }
-    if let Some(record) = record {
-        let name = format!("`{name}`: the scheduler in its fastflux metadata");
-        return Ok((record.scheduler.clone(), name));
-    }
-    if config.head_dim() != 128 {
-        crate::ui::note(format!(
-            "`{name}` names no scheduler: taking FLUX.1's (--config with a `scheduler` object names another)"
-        ));
-    }
-    let scheduler = flux1_scheduler(config.guidance_embed);
-    Ok((scheduler, "FLUX.1's scheduler".to_owned()))
-}
-
-/// FLUX.1-dev's (dynamic shift) and FLUX.1-schnell's scheduler, from their `scheduler_config.json`.
-fn flux1_scheduler(dev: bool) -> Value {
-    serde_json::json!({
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": if dev { 3.0 } else { 1.0 },
-        "use_dynamic_shifting": dev,
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
     })
 }
 
@@ -462,24 +253,4 @@ fn warn_of_kept_lora(record: &Record, folder: Option<&Files>, name: &str) -> Res
         ));
     }
     Ok(())
-}
-
-fn defaults(pipeline: Option<&Files>, record: Option<&Record>, name: &str) -> Result<Defaults> {
-    let read = |json: Value| {
-        let defaults: Defaults = serde_json::from_value(json)?;
-        defaults.check()?;
-        anyhow::Ok(defaults)
-    };
-    if let Some(record) = record {
-        return advise(read(record.defaults.clone()), DAMAGED)
-            .with_context(|| format!("`{name}`: the defaults in its fastflux metadata"));
-    }
-    let Some(files) = pipeline else {
-        return Ok(Defaults::default());
-    };
-    let Some(json) = files.json(DEFAULTS_FILE)? else {
-        return Ok(Defaults::default());
-    };
-    advise(read(json), "correct it, or take it out")
-        .with_context(|| format!("`{}`", files.describe(DEFAULTS_FILE)))
 }

@@ -7,6 +7,7 @@ pub mod latents;
 pub mod noise;
 pub mod png;
 pub mod schedule;
+pub mod size;
 pub mod text;
 pub mod tokenize;
 pub mod vae;

@@ -5,7 +5,10 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::calibrate::recipe::{LARGEST_BATCH, MOST_SAMPLES, MOST_STEPS};
+use crate::{
+    calibrate::recipe::{MAX_BATCH, MAX_SAMPLES},
+    pipeline::defaults::MAX_STEPS_OF_DATA,
+};
 
 /// Bounds beyond which a number is a slip, and would take for ever or exhaust memory.
 const MOST_TRAINING: usize = 10_000_000;
@@ -364,7 +367,7 @@ impl SandwichRecipe {
         self.validate_counts()?;
         ensure!(
             self.steps + self.finish.steps > 0,
-            "--steps 0 and --finish 0: nothing would be trained"
+            "--steps 0 and --finetune 0: nothing would be trained"
         );
         Ok(())
     }
@@ -373,13 +376,13 @@ impl SandwichRecipe {
     fn validate_counts(&self) -> Result<()> {
         let d = &self.data;
         for (name, value, least, most) in [
-            ("--batch", d.batch.unwrap_or(1), 1, LARGEST_BATCH),
-            ("--samples", d.samples.unwrap_or(1), 1, MOST_SAMPLES),
+            ("--batch", d.batch.unwrap_or(1), 1, MAX_BATCH),
+            ("--num-prompts", d.samples.unwrap_or(1), 1, MAX_SAMPLES),
             ("--steps", self.steps, 0, MOST_TRAINING),
-            ("--finish", self.finish.steps, 0, MOST_TRAINING),
+            ("--finetune", self.finish.steps, 0, MOST_TRAINING),
             ("--accumulate", d.accumulate, 1, MOST_ACCUMULATE),
             ("--cache", d.cache, 0, MOST_CACHE),
-            ("`data.steps`", d.steps.unwrap_or(1), 1, MOST_STEPS),
+            ("`data.steps`", d.steps.unwrap_or(1), 1, MAX_STEPS_OF_DATA),
             ("`data.held-out`", d.held_out.unwrap_or(1), 1, MOST_HELD_OUT),
         ] {
             let from = if name.starts_with('-') {
@@ -455,7 +458,7 @@ mod tests {
         refused(|r| r.data.guidance = Some(-1.0), "data.guidance");
         // nor may a slip of the finger exhaust memory
         refused(|r| r.data.batch = Some(100_000_000), "--batch 1");
-        refused(|r| r.data.samples = Some(usize::MAX), "--samples 18");
+        refused(|r| r.data.samples = Some(usize::MAX), "--num-prompts 18");
         refused(|r| r.data.cache = usize::MAX, "--cache 18");
         refused(|r| r.data.steps = Some(1 << 63), "data.steps");
         refused(|r| r.data.held_out = Some(1 << 63), "data.held-out");

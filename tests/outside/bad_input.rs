@@ -127,13 +127,18 @@ fn bad_arguments_are_refused_before_any_work() {
     fs::write(w.join("latin1.txt"), [0xe9, 0x0a]).unwrap();
     fs::write(w.join("file"), "x").unwrap();
     fs::create_dir(w.join("there")).unwrap();
-    for ratio in ["0", "1", "1.5", "NaN", "0.01"] {
-        refused(
+    for ratio in ["0", "1", "1.5", "NaN"] {
+        misused(
             w,
             &["prune", "--ratio", ratio, "--output", "p"],
-            &["--ratio"],
+            &["--ratio", "above 0 and below 1"],
         );
     }
+    refused(
+        w,
+        &["prune", "--ratio", "0.01", "--output", "p"],
+        &["--ratio"],
+    );
     refused(w, &["prune", "--output", "there"], &["there", "--force"]);
     refused(w, &["prune", "--output", "file/p"], &["file"]);
     refused(
@@ -167,40 +172,45 @@ fn bad_arguments_are_refused_before_any_work() {
         ],
         &["every block"],
     );
-    refused(
+    misused(
         w,
         &["generate", "--prompt", "x", "--width", "0"],
-        &["--width 0"],
+        &["--width", "'0'", "a number from"],
     );
-    refused(
+    misused(
         w,
         &["generate", "--prompt", "x", "--height", "1000000"],
-        &["--height 1000000"],
+        &["--height", "'1000000'", "a number from"],
     );
-    refused(
+    misused(
         w,
         &["generate", "--prompt", "x", "--steps", "0"],
-        &["--steps 0"],
+        &["--steps", "'0'", "a number from"],
     );
-    for flag in ["--steps", "--num-images", "--max-sequence-length"] {
-        refused(
+    for flag in ["--steps", "--images-per-prompt", "--max-sequence-length"] {
+        misused(
             w,
             &["generate", "--prompt", "x", flag, "1000000000"],
             &[flag, "1000000000"],
         );
     }
     fs::write(w.join("many.txt"), "x\n".repeat(11)).unwrap();
-    let many = ["generate", "--prompt-file", "many.txt", "--num-images"];
+    let many = [
+        "generate",
+        "--prompt-file",
+        "many.txt",
+        "--images-per-prompt",
+    ];
     refused(w, &[&many[..], &["10000"]].concat(), &["110000 pictures"]);
-    refused(
+    misused(
         w,
         &["inspect", "--text-tokens", "18446744073709551615"],
-        &["--text-tokens 18446744073709551615"],
+        &["--text-tokens", "18446744073709551615"],
     );
-    refused(
+    misused(
         w,
-        &["generate", "--prompt", "x", "--num-images", "0"],
-        &["--num-images 0"],
+        &["generate", "--prompt", "x", "--images-per-prompt", "0"],
+        &["--images-per-prompt", "'0'"],
     );
     refused(
         w,

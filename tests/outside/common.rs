@@ -72,10 +72,19 @@ pub(crate) fn json(folder: &Path, args: &[&str]) -> Value {
 
 /// Runs, expects exit code 1 and a message with all of `words`, no panic, and nothing new in the folder.
 pub(crate) fn refused(folder: &Path, args: &[&str], words: &[&str]) {
+    fails_with(1, folder, args, words);
+}
+
+/// Refused by the command line itself: a value that its flag cannot have.
+pub(crate) fn misused(folder: &Path, args: &[&str], words: &[&str]) {
+    fails_with(2, folder, args, words);
+}
+
+fn fails_with(code: i32, folder: &Path, args: &[&str], words: &[&str]) {
     let before = list(folder);
     let out = fastflux(folder, args);
     let message = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert_eq!(out.status.code(), Some(1), "{args:?}: {message}");
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {message}");
     assert!(!message.contains("panicked"), "{args:?}: {message}");
     for word in words {
         assert!(

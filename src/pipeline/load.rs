@@ -1,23 +1,16 @@
-//! Loads the parts of a pipeline onto the device, with progress and errors that name files.
+//! Loads the components of a pipeline onto the device, with progress and errors that name files.
 
 use std::sync::Once;
 
-use anyhow::{Context, Result, ensure};
-use candle::{DType, Device, Tensor};
+use anyhow::{Context, Result};
+use candle::{Device, Tensor};
 
+use super::{Pipeline, VaeFiles};
 use crate::{
     device::{self, Runtime},
     files::Files,
     model::{Flux, ops},
-    pipeline::{Pipeline, VaeFiles},
-    sample::{
-        denoise::{Encoded, LatentSize},
-        is_finite, latents,
-        png::Picture,
-        schedule::Schedule,
-        text::TextEncoders,
-        vae::Vae,
-    },
+    sample::{denoise::Encoded, schedule::Schedule, text::TextEncoders, vae::Vae},
     ui,
 };
 
@@ -25,7 +18,7 @@ use crate::{
 const PROMPTS_PER_CALL: usize = 32;
 
 /// The transformer in the runtime's format on its device.
-pub(super) fn flux(pipeline: &Pipeline, runtime: &Runtime) -> Result<Flux> {
+pub fn flux(pipeline: &Pipeline, runtime: &Runtime) -> Result<Flux> {
     check_kernels(runtime);
     let vb = pipeline
         .transformer
@@ -35,7 +28,7 @@ pub(super) fn flux(pipeline: &Pipeline, runtime: &Runtime) -> Result<Flux> {
 }
 
 /// Says once if a GPU or its kernels are not used: results are the same, slower.
-pub(super) fn check_kernels(runtime: &Runtime) {
+pub fn check_kernels(runtime: &Runtime) {
     static ASKED: Once = Once::new();
     ASKED.call_once(|| {
         if let Some(why) = device::unused_gpu() {
@@ -52,13 +45,13 @@ pub(super) fn check_kernels(runtime: &Runtime) {
 }
 
 /// The scheduler.
-pub(super) fn schedule(pipeline: &Pipeline) -> Result<Schedule> {
+pub fn schedule(pipeline: &Pipeline) -> Result<Schedule> {
     Schedule::from_json(pipeline.scheduler.to_string().as_bytes())
         .with_context(|| pipeline.scheduler_name.clone())
 }
 
 /// Both text encoders and their tokenizers; `length` is the T5 length, by default the model's.
-pub(super) fn text_encoders(
+pub fn text_encoders(
     pipeline: &Pipeline,
     files: &Files,
     length: Option<usize>,
@@ -78,7 +71,7 @@ pub(super) fn text_encoders(
 }
 
 /// Encodes prompts, a bounded number at a time; on the CPU, as those of a calibration are half a gigabyte.
-pub(super) fn encode(encoders: &TextEncoders, prompts: &[String]) -> Result<Encoded> {
+pub fn encode(encoders: &TextEncoders, prompts: &[String]) -> Result<Encoded> {
     let progress = ui::progress(prompts.len(), "encoding prompts");
     let (mut txt, mut vec) = (Vec::new(), Vec::new());
     for chunk in prompts.chunks(PROMPTS_PER_CALL) {
@@ -95,7 +88,7 @@ pub(super) fn encode(encoders: &TextEncoders, prompts: &[String]) -> Result<Enco
 }
 
 /// Loads the text encoders, encodes prompts and frees the encoders again.
-pub(super) fn encode_prompts(
+pub fn encode_prompts(
     pipeline: &Pipeline,
     prompts: &[String],
     length: Option<usize>,
@@ -125,83 +118,9 @@ pub(super) fn encode_prompts(
 }
 
 /// The VAE.
-pub(super) fn vae(files: &VaeFiles, runtime: &Runtime) -> Result<Vae> {
+pub fn vae(files: &VaeFiles, runtime: &Runtime) -> Result<Vae> {
     match files {
         VaeFiles::Folder(folder) => Vae::load_folder(folder, runtime.dtype, &runtime.device),
         VaeFiles::File(name, blob) => Vae::load_file(name, blob, runtime.dtype, &runtime.device),
     }
-}
-
-/// Latents (b, c, h, w) → pictures in about \[-1, 1\], f32 on the CPU, one at a time: decoding takes far more memory
-/// than anything else per picture. In `bands` where they are given.
-pub(super) fn decode(
-    vae: &Vae,
-    latents: &Tensor,
-    bands: Option<&InBands>,
-    runtime: &Runtime,
-) -> Result<Tensor> {
-    let latents = latents
-        .to_device(&runtime.device)?
-        .to_dtype(runtime.dtype)?;
-    let mut images = Vec::new();
-    for i in 0..latents.dim(0)? {
-        let latents = latents.narrow(0, i, 1)?;
-        let image = match bands {
-            None => vae.decode(&latents)?,
-            Some(bands) => vae.decode_in_bands(&latents, bands.rows, &bands.park)?,
-        };
-        let image = image.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
-        ensure!(
-            is_finite(&image)?,
-            "the VAE `{}` gives pixels that are NaN or infinite, its weights are damaged\nhint: fetch the file again, or name another with --vae",
-            vae.name()
-        );
-        images.push(image);
-    }
-    Ok(Tensor::cat(&images, 0)?)
-}
-
-/// How a picture is decoded that does not fit into memory at once.
-#[derive(Clone, Debug)]
-pub(super) struct InBands {
-    /// Rows of latents.
-    pub(super) rows: usize,
-    /// Where bands wait for their turn.
-    pub(super) park: Device,
-}
-
-/// The same from packed latents (b, tokens, 4c).
-pub(super) fn decode_packed(
-    vae: &Vae,
-    packed: &Tensor,
-    size: LatentSize,
-    bands: Option<&InBands>,
-    runtime: &Runtime,
-) -> Result<Tensor> {
-    let latents = latents::unpack(packed, size.height, size.width)?.contiguous()?;
-    decode(vae, &latents, bands, runtime)
-}
-
-/// A VAE for pictures of one size, and how to decode them.
-pub(super) struct Decoder<'a> {
-    pub(super) vae: Vae,
-    pub(super) size: LatentSize,
-    pub(super) bands: Option<InBands>,
-    pub(super) runtime: &'a Runtime,
-}
-
-impl Decoder<'_> {
-    /// Packed latents (b, tokens, 4c) → pictures.
-    pub(super) fn pictures(&self, packed: &Tensor) -> Result<Vec<Picture>> {
-        let bands = self.bands.as_ref();
-        let images = decode_packed(&self.vae, packed, self.size, bands, self.runtime)?;
-        (0..images.dim(0)?)
-            .map(|i| Picture::from_decoded(&images.get(i)?))
-            .collect()
-    }
-}
-
-/// This program, as PNG and metadata name it.
-pub(super) fn software() -> String {
-    concat!("fastflux ", env!("CARGO_PKG_VERSION")).to_owned()
 }

@@ -1,0 +1,42 @@
+//! Arguments of `prune`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::{
+    CalibrationArgs, DecodeArgs, DryRunArgs, GoalArgs, LayoutArgs, MemoryArgs, OutputArgs,
+    PipelineArgs, RunArgs, StatsArgs, shared::written,
+};
+
+/// `prune`.
+#[derive(Args, Debug)]
+#[expect(missing_docs, reason = "flattened arguments")]
+#[command(
+    mut_arg("output", |arg| written(arg, "DIR", "pruned", "Folder to write; must not exist yet (see --force)"))
+)]
+pub struct PruneArgs {
+    #[command(flatten)]
+    pub pipeline: PipelineArgs,
+    #[command(flatten)]
+    pub goal: GoalArgs,
+    /// Carry out this plan (made by `plan`, an earlier run or yourself, as below) instead of choosing blocks.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["goal", "protect", "form"], help_heading = "Goal")]
+    pub plan: Option<PathBuf>,
+    #[command(flatten)]
+    pub stats: StatsArgs,
+    #[command(flatten)]
+    pub calibration: CalibrationArgs,
+    #[command(flatten)]
+    pub run: RunArgs,
+    #[command(flatten)]
+    pub memory: MemoryArgs,
+    #[command(flatten)]
+    pub decode: DecodeArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+    #[command(flatten)]
+    pub layout: LayoutArgs,
+    #[command(flatten)]
+    pub dry_run: DryRunArgs,
+}

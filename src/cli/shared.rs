@@ -1,0 +1,204 @@
+//! Flags that several commands take, each defined once. Where a command says more about a flag than is said here, its
+//! own arguments change the help text or the default.
+
+use std::path::PathBuf;
+
+use clap::{Arg, Args};
+
+use super::units::{bytes, number, whole};
+use crate::{
+    checkpoint::output::Format,
+    device::{DTypeChoice, DeviceChoice},
+    pipeline::defaults::{MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MIN_SIDE},
+};
+
+/// The model's own description, where its tensors do not tell all.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Model")]
+pub struct ConfigArgs {
+    /// JSON with what the tensors cannot tell: axes_dims_rope, theta, scheduler.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// Which model.
+#[derive(Args, Clone, Debug, Default)]
+#[expect(missing_docs, reason = "flattened arguments")]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// The model: a folder (diffusers layout or fastflux output), a .safetensors file, or a hub id
+    /// (`owner/name` or `owner/name@revision`). Default: the bundled tiny model.
+    #[arg(long, value_name = "PATH|ID")]
+    pub model: Option<String>,
+    #[command(flatten)]
+    pub config: ConfigArgs,
+}
+
+/// The other parts of a pipeline.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Model")]
+pub struct PartsArgs {
+    /// Folder with text encoders and tokenizers, if the model comes without.
+    #[arg(long, value_name = "DIR")]
+    pub text_encoders: Option<PathBuf>,
+    /// VAE file (ae.safetensors or diffusers names) or folder, if the model comes without.
+    #[arg(long, value_name = "FILE|DIR")]
+    pub vae: Option<PathBuf>,
+}
+
+/// Which model, and where its text encoders and VAE are.
+#[derive(Args, Clone, Debug, Default)]
+#[expect(missing_docs, reason = "flattened arguments")]
+pub struct PipelineArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub parts: PartsArgs,
+}
+
+/// The device to compute on.
+#[derive(Args, Clone, Copy, Debug, Default)]
+#[command(next_help_heading = "Memory")]
+pub struct DeviceArgs {
+    /// Device to compute on: auto, cpu, cuda, cuda:N or metal.
+    #[arg(long, default_value = "auto", value_parser = |s: &str| s.parse::<DeviceChoice>())]
+    pub device: DeviceChoice,
+}
+
+/// How to run; none of these changes what is computed beyond rounding.
+#[derive(Args, Clone, Copy, Debug, Default)]
+#[expect(missing_docs, reason = "flattened arguments")]
+#[command(next_help_heading = "Memory")]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Number format to compute in: auto (bf16 on a GPU, f32 on the CPU), f32, bf16 or f16.
+    #[arg(long, default_value = "auto", value_parser = |s: &str| s.parse::<DTypeChoice>())]
+    pub dtype: DTypeChoice,
+}
+
+/// How much of the device to use; none of this changes what is computed.
+#[derive(Args, Clone, Copy, Debug, Default)]
+#[command(next_help_heading = "Memory")]
+pub struct MemoryArgs {
+    /// Keep all blocks of the transformer off the device: read each from the mapped file when it is run, the next one
+    /// meanwhile.
+    #[arg(long)]
+    pub offload: bool,
+    /// Most memory to use on the device, such as 12GiB (on the CPU: of this machine): as many blocks stay there as fit,
+    /// the others are read when they are run. Default: what is free.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub max_vram: Option<u64>,
+}
+
+/// How images are decoded; up to rounding they are the same.
+#[derive(Args, Clone, Copy, Debug, Default)]
+#[command(next_help_heading = "Memory")]
+pub struct DecodeArgs {
+    /// Decode images in bands of this many rows of pixels, which takes less memory; 0: at once. Default: at once if
+    /// there is room.
+    #[arg(long, value_name = "PIXELS")]
+    pub vae_tile: Option<usize>,
+}
+
+/// Size of images.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct SizeArgs {
+    /// Image width, in pixels. Default: the model's own (FLUX.1: 1024).
+    #[arg(long, value_name = "PIXELS", value_parser = whole(MIN_SIDE, MAX_SIDE))]
+    pub width: Option<usize>,
+    /// Image height, in pixels. Default: the model's own.
+    #[arg(long, value_name = "PIXELS", value_parser = whole(MIN_SIDE, MAX_SIDE))]
+    pub height: Option<usize>,
+}
+
+/// The seed.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct SeedArgs {
+    /// Seed of all that is random. Default: 0.
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+/// How images are sampled.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct SamplingArgs {
+    /// Sampling steps. Default: the model's own (dev 28, schnell 4).
+    #[arg(long, value_parser = whole(1, MAX_STEPS))]
+    pub steps: Option<usize>,
+    /// Guidance scale, for models with a guidance embedding. Default: the model's own (dev 3.5).
+    #[arg(long, value_parser = number(0.0, MAX_GUIDANCE), allow_negative_numbers = true)]
+    pub guidance: Option<f64>,
+}
+
+/// A list of prompts.
+#[derive(Args, Clone, Debug, Default)]
+pub struct PromptsArgs {
+    /// Prompts, one a line. Default: a bundled list.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// How many prompts to use.
+    #[arg(long, value_name = "N", aliases = ["samples", "num"], value_parser = whole(1, 1_000_000))]
+    pub num_prompts: Option<usize>,
+}
+
+/// A recipe.
+#[derive(Args, Clone, Debug, Default)]
+pub struct RecipeArgs {
+    /// Recipe (JSON, see configs/prune.json); flags win over it.
+    #[arg(long, value_name = "FILE")]
+    pub recipe: Option<PathBuf>,
+}
+
+/// What is printed on stdout.
+#[derive(Args, Clone, Copy, Debug, Default)]
+#[command(next_help_heading = "Output")]
+pub struct PrintArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Estimate instead of work.
+#[derive(Args, Clone, Copy, Debug, Default)]
+#[command(next_help_heading = "Output")]
+pub struct DryRunArgs {
+    /// Estimate the work and the memory it takes, and do nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// What is written. Commands set value name, default and help of `--output` with [`written`].
+#[derive(Args, Clone, Debug, Default)]
+#[expect(missing_docs, reason = "flattened arguments")]
+#[command(next_help_heading = "Output")]
+pub struct OutputArgs {
+    /// File or folder to write.
+    #[arg(id = "output", long, short)]
+    pub path: PathBuf,
+    /// Overwrite an existing output.
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub print: PrintArgs,
+}
+
+/// Whose names the written tensors and files have.
+#[derive(Args, Clone, Copy, Debug, Default)]
+#[command(next_help_heading = "Output")]
+pub struct LayoutArgs {
+    /// Names and places of what is written: original (flux.safetensors) or diffusers (a transformer folder).
+    #[arg(long, alias = "format", default_value_t, value_parser = |s: &str| s.parse::<Format>())]
+    pub layout: Format,
+}
+
+/// `--output` of one command.
+pub(super) fn written(
+    arg: Arg,
+    value_name: &'static str,
+    default: &'static str,
+    help: &'static str,
+) -> Arg {
+    let arg = arg.value_name(value_name).required(false).help(help);
+    arg.default_value(default)
+}

@@ -1,0 +1,216 @@
+//! Decides which weights stay on the device, which are offloaded, and the largest batch that fits. The sizes themselves
+//! are counted by `model::demand`.
+
+use anyhow::{Context, Result, bail};
+
+use super::{Pipeline, load};
+use crate::{
+    device::Runtime,
+    layout::FluxConfig,
+    model::{
+        Flux,
+        demand::{self, Format, Residence},
+        ops,
+    },
+    ui,
+};
+
+/// Share of the memory that is free at the start that counts as usable: allocators and kernels take some beside.
+const USABLE: f64 = 0.92;
+
+/// How much of the device the user allows.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MemoryLimit {
+    /// Keep all blocks off the device.
+    pub offload: bool,
+    /// Most bytes to use; `None`: what is free.
+    pub max_bytes: Option<u64>,
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct MemoryBudget {
+    pub(super) runtime: Runtime,
+    offload: bool,
+    /// Memory limit in bytes; `None` if unknown.
+    pub(super) limit: Option<u64>,
+    /// Whether the user set it.
+    asked: bool,
+    /// Bytes of a weight on the device, on average.
+    weight: f64,
+}
+
+/// What is on the device while a transformer runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Activity {
+    /// States in a forward.
+    pub batch: usize,
+    /// Image and text tokens of a state.
+    pub tokens: usize,
+    /// Bytes of what else is on the device at the same time.
+    pub extra_bytes: u64,
+}
+
+impl MemoryBudget {
+    /// What the user and the device allow. To be made before anything is loaded, as it asks for free memory.
+    pub fn new(allowed: MemoryLimit, runtime: &Runtime) -> Self {
+        let free = || Some((runtime.free_memory()? as f64 * USABLE) as u64);
+        Self {
+            runtime: runtime.clone(),
+            offload: allowed.offload,
+            limit: allowed.max_bytes.or_else(free),
+            asked: allowed.max_bytes.is_some(),
+            weight: runtime.dtype.size_in_bytes() as f64,
+        }
+    }
+
+    /// With the weights of `pipeline`, which may stay packed.
+    #[must_use]
+    pub fn of(mut self, pipeline: &Pipeline) -> Self {
+        self.weight = pipeline.bytes_of_a_weight(self.runtime.dtype);
+        self
+    }
+
+    /// Whether on the CPU.
+    pub fn on_cpu(&self) -> bool {
+        self.runtime.device.is_cpu()
+    }
+
+    /// Memory limit in bytes; `None` if unknown.
+    pub fn limit(&self) -> Option<u64> {
+        self.limit
+    }
+
+    /// What is computed with.
+    pub fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
+    fn format(&self, config: &FluxConfig) -> Format {
+        Format {
+            element: self.runtime.dtype.size_in_bytes() as u64,
+            weight: self.weight,
+            scores: ops::holds_scores(
+                &self.runtime.device,
+                self.runtime.dtype,
+                config.head_dim(),
+            ),
+        }
+    }
+
+    /// Whether blocks are not to stay, or there is no room for `bytes` of weights.
+    pub fn is_short_of(&self, bytes: u64) -> bool {
+        self.offload || self.limit.is_some_and(|limit| limit < bytes)
+    }
+
+    /// Bytes of a forward's activations.
+    pub fn activations(&self, config: &FluxConfig, batch: usize, tokens: usize) -> u64 {
+        demand::activations(config, batch, tokens, self.format(config))
+    }
+
+    /// Bytes of the batches that wait while one of them goes through a block that is read for all.
+    pub fn waiting(&self, config: &FluxConfig, batch: usize, tokens: usize) -> u64 {
+        demand::waiting(config, batch, tokens, self.format(config))
+    }
+
+    /// `usual` states in a forward, or as few as fit.
+    pub fn batch(&self, config: &FluxConfig, tokens: usize, usual: usize) -> usize {
+        let format = self.format(config);
+        let least = Residence::none(config, format).bytes;
+        let fits = |batch: usize| {
+            let at_work = demand::activations(config, batch, tokens, format);
+            self.limit.is_none_or(|limit| least + at_work <= limit)
+        };
+        let mut batch = usual.max(1);
+        while batch > 1 && !fits(batch) {
+            batch = batch.div_ceil(2);
+        }
+        if batch < usual {
+            ui::note(format!(
+                "{batch} states in a forward instead of {usual}, so that they fit into {}",
+                ui::bytes(self.limit.unwrap_or_default() as f64)
+            ));
+        }
+        batch
+    }
+
+    /// Bytes that are left for something else when no more of them than necessary are on the device;
+    /// `None` if the limit is unknown.
+    pub fn headroom(&self, config: &FluxConfig, activity: Activity) -> Option<u64> {
+        let format = self.format(config);
+        let taken = Residence::none(config, format).bytes + self.at_work(config, activity);
+        Some(self.limit?.saturating_sub(taken))
+    }
+
+    fn at_work(&self, config: &FluxConfig, activity: Activity) -> u64 {
+        demand::activations(config, activity.batch, activity.tokens, self.format(config))
+            + activity.extra_bytes
+    }
+
+    /// Which blocks stay on the device.
+    pub fn residence(&self, config: &FluxConfig, activity: Activity) -> Result<Residence> {
+        let format = self.format(config);
+        if self.offload {
+            return Ok(Residence::none(config, format));
+        }
+        let Some(limit) = self.limit else {
+            return Ok(Residence::all(config, format));
+        };
+        let at_work = self.at_work(config, activity);
+        let room = limit.saturating_sub(at_work);
+        if let Some(residence) = Residence::within(config, format, room) {
+            return Ok(residence);
+        }
+        let least = Residence::none(config, format);
+        let size = |bytes: u64| ui::bytes(bytes as f64);
+        let text = format!(
+            "{} of memory are too little: two blocks at a time and what is around them take {}, {} state{} of {} tokens {}",
+            size(limit),
+            size(least.bytes),
+            activity.batch,
+            if activity.batch == 1 { "" } else { "s" },
+            activity.tokens,
+            size(at_work)
+        );
+        if self.asked {
+            // what is drawn goes one by one before this; what is gathered keeps its batch
+            let fewer = if activity.batch > 1 {
+                ", or fewer states in a forward (`calibration.batch` in the recipe)"
+            } else {
+                ""
+            };
+            bail!(
+                "--max-vram: {text}\nhint: allow {}, or draw smaller pictures (--width, --height){fewer}, or take --dtype bf16",
+                size(least.bytes + at_work)
+            );
+        }
+        ui::warn(format!("{text}; trying all the same"));
+        Ok(least)
+    }
+
+    /// The transformer, with as many of its blocks on the device as there is room for.
+    pub fn flux(&self, pipeline: &Pipeline, activity: Activity) -> Result<Flux> {
+        let config = &pipeline.config;
+        let residence = self.residence(config, activity)?;
+        if residence.is_all() {
+            return load::flux(pipeline, &self.runtime);
+        }
+        let size = |bytes: u64| ui::bytes(bytes as f64);
+        let limit = self.limit.filter(|_| !self.offload);
+        ui::note(format!(
+            "`{}`: {} of {} blocks stay on the device, the others are read when they are run; {} of weights at a time and {} for the rest{}",
+            pipeline.name,
+            residence.count(),
+            residence.of(),
+            size(residence.bytes),
+            size(self.at_work(config, activity)),
+            limit.map_or_else(String::new, |limit| format!(", of {}", size(limit)))
+        ));
+        load::check_kernels(&self.runtime);
+        let vb = pipeline
+            .transformer
+            .offloaded_var_builder(self.runtime.dtype, &self.runtime.device);
+        Flux::stored(config, &vb, &|index| residence.stays(index))
+            .with_context(|| format!("cannot load the transformer of `{}`", pipeline.name))
+    }
+}
