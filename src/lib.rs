@@ -22,7 +22,10 @@ pub mod score;
 pub mod train;
 
 // what it cost and what it brought
+pub mod bench;
 pub mod eval;
+pub mod plot;
+pub mod verify;
 
 // where to compute, and how to talk
 pub mod cli;

@@ -6,7 +6,7 @@ sizes() {
     limits=(24GiB 12GiB 6GiB) train_limit=24GiB
     replaced=(double.04 double.09 double.14 single.02 single.06 single.11 single.15 single.20 single.24 single.29 single.33)
     if [[ -n $rehearse ]]; then
-        side=64 text=16 heads=1 t5=64 clip=64 vae=16,32,32,32 gigabytes=1 limits=(40MiB 30MiB 20MiB) train_limit=100MiB
+        side=64 text=16 heads=1 t5=64 clip=64 vae=16,32,32,32 gigabytes=1 limits=(40MiB 30MiB 20MiB) train_limit=150MiB
     fi
     transformer "$work/full.json"
     transformer "$work/pruned.json" "${replaced[@]}"

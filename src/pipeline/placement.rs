@@ -54,6 +54,9 @@ pub struct Activity {
 impl MemoryBudget {
     /// What the user and the device allow. To be made before anything is loaded, as it asks for free memory.
     pub fn new(allowed: MemoryLimit, runtime: &Runtime) -> Self {
+        if let Some(limit) = allowed.max_bytes {
+            ops::limit_kept_memory(limit);
+        }
         let free = || Some((runtime.free_memory()? as f64 * USABLE) as u64);
         Self {
             runtime: runtime.clone(),

@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle::backend::{BackendDevice, BackendStorage};
 use candle::cuda_backend::cudarc::cublas::{result as cublas, sys as blas};
@@ -39,9 +40,15 @@ pub(super) static ATTENTION_BACKWARD: Program = Program::new(
 );
 /// The oldest GPUs with bfloat16. For newer ones the driver finishes the compilation.
 const ARCHITECTURE: &str = "compute_80";
-/// Bytes of freed memory that a device keeps for the tensors that come next. By itself it keeps none when it is waited
-/// for: every step would have its memory mapped anew.
-const KEPT: u64 = 2 << 30;
+/// Bytes that a device keeps of the memory that it was given, for the tensors that come next: all, as long as nobody says
+/// otherwise. By itself it keeps none whenever it is waited for, and every step would have its memory mapped again.
+static KEPT: AtomicU64 = AtomicU64::new(u64::MAX);
+
+/// Sets the most bytes that devices keep, with what is in use: the rest of what is freed goes back whenever one is waited
+/// for. Counts for devices that are not in use yet.
+pub fn limit_kept_memory(bytes: u64) {
+    KEPT.store(bytes, Ordering::Relaxed);
+}
 /// Bytes of shared memory that a kernel's threads get without asking.
 const SHARED: usize = 48 << 10;
 
@@ -358,7 +365,7 @@ impl Blank {
 /// See [`KEPT`]. Where it cannot be had, everything is slower and nothing else changes.
 fn keep_freed_memory(device: &CudaDevice) {
     let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    let mut bytes = KEPT;
+    let mut bytes = KEPT.load(Ordering::Relaxed);
     // SAFETY: the device exists, and this attribute is a number of 64 bits, read before the call returns
     let _ = unsafe {
         result::device::get_mem_pool(device.cuda_stream().context().cu_device()).and_then(|pool| {

@@ -18,6 +18,7 @@ use super::residual::Branch;
 use crate::model::rope::Rope;
 pub(super) use attention_backward::{attention_backward, has_attention_backward};
 use flash::Flash;
+pub use launch::limit_kept_memory;
 use launch::{GatedResidual, Gelu, Module, NormModulate, Parameters, Softmax};
 
 /// The names of all kernels.

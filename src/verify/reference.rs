@@ -1,26 +1,40 @@
-//! Tensors recorded from another implementation, and how far others are from them. What is compared is `verify`'s.
+//! Tensors recorded from another implementation, and how far others are from them.
+
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 
 use crate::{
-    checkpoint::Checkpoint,
-    pipeline::defaults::MAX_TEXT_TOKENS,
+    checkpoint::{Checkpoint, advise},
+    files::Blob,
+    pipeline::defaults::{MAX_STEPS, MAX_TEXT_TOKENS},
     sample::{
         denoise::LatentSize,
         size::{ImageSize, MAX_SIDE},
     },
 };
 
-/// Beyond this a number is damaged, and would take for ever or all memory.
-const MOST_STEPS: usize = 10_000;
-
 /// A reference file and what it says about how it was recorded.
-pub(super) struct Reference {
+#[derive(Clone, Debug)]
+pub struct Reference {
     pub(super) tensors: Checkpoint,
 }
 
 impl Reference {
+    /// Opens a file that scripts/make_reference.py recorded.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is no safetensors file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let blob = Blob::map(path).context("--reference")?;
+        let tensors = advise(
+            Checkpoint::from_blob(&path.display().to_string(), &blob),
+            "record it again with scripts/make_reference.py, or name another with --reference",
+        )?;
+        Ok(Self { tensors })
+    }
+
     pub(super) fn has(&self, name: &str) -> bool {
         self.tensors.contains(name)
     }
@@ -78,7 +92,7 @@ impl Reference {
 
     /// Steps of the whole pipeline.
     pub(super) fn steps(&self) -> Result<usize> {
-        self.within("steps", 1..=MOST_STEPS)
+        self.within("steps", 1..=MAX_STEPS)
     }
 
     /// Its guidance.

@@ -1,21 +1,18 @@
-//! CLIP score: how well a picture fits its prompt in the eyes of a CLIP model, 100 times the cosine of their embeddings.
-//! What is scored is the caller's business.
+//! A CLIP model: prompts and images → embeddings, and the score of a pair.
 
 use anyhow::{Context, Result};
 use candle::{D, DType, Device, Tensor};
 use serde_json::Value;
 
-use pixels::Preparation;
-use vision::{Vision, VisionConfig};
-
+use super::{
+    pixels::Preparation,
+    vision::{Vision, VisionConfig},
+};
 use crate::{
     checkpoint::Checkpoint,
     files::Files,
     sample::{png::Picture, text::ClipText},
 };
-
-mod pixels;
-mod vision;
 
 /// Pictures in one forward.
 const AT_ONCE: usize = 16;

@@ -1,27 +1,24 @@
 //! `train-sandwich` from the outside: it trains, goes on after a kill to the same bytes, and refuses what cannot be.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test that cannot go on fails by panicking"
-)]
-
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Command, Stdio},
     sync::OnceLock,
     time::Duration,
 };
 
 use serde_json::Value;
 
-/// Small, but with every kind of phase: two sandwiches that share a block, and the finish.
+use crate::common::{command, fastflux, json, ok, says};
+
+/// Small, but with every kind of phase: two sandwiches that share a block, and the finetuning.
 const SMALL: [&str; 14] = [
-    "--samples",
+    "--num-prompts",
     "16",
     "--steps",
     "4",
-    "--finish",
+    "--finetune",
     "4",
     "--batch",
     "8",
@@ -32,31 +29,6 @@ const SMALL: [&str; 14] = [
     "--recipe",
     "recipe.json",
 ];
-
-fn command(folder: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("fastflux"));
-    command
-        .current_dir(folder)
-        .args(args)
-        .env("HF_HUB_OFFLINE", "1")
-        .env("CUDA_VISIBLE_DEVICES", "") // the CPU, also in a build for GPUs
-        .env_remove("RUST_BACKTRACE");
-    command
-}
-
-fn fastflux(folder: &Path, args: &[&str]) -> Output {
-    command(folder, args).output().unwrap()
-}
-
-fn ok(folder: &Path, args: &[&str]) -> String {
-    let out = fastflux(folder, args);
-    assert!(
-        out.status.success(),
-        "{args:?}: {}",
-        String::from_utf8_lossy(&out.stderr)
-    );
-    String::from_utf8(out.stdout).unwrap()
-}
 
 /// A folder with a pruned model (`pruned`) and a quick recipe in it, made once.
 fn prepared() -> &'static Path {
@@ -104,14 +76,7 @@ fn refused(args: &[&str], words: &[&str]) {
     let folder = prepared();
     let mut all = args.to_vec();
     all.extend(["--output", "refused"]);
-    let out = fastflux(folder, &all);
-    let text = String::from_utf8(out.stderr).unwrap();
-    assert_eq!(out.status.code(), Some(1), "{args:?}: {text}");
-    assert!(!text.contains("panicked"), "{text}");
-    for word in words {
-        assert!(text.contains(word), "{args:?}: `{word}` is not in: {text}");
-    }
-    assert!(out.stdout.is_empty());
+    says(1, folder, &all, words);
     assert!(!folder.join("refused").exists());
 }
 
@@ -171,7 +136,7 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
         }
         let out = child.wait_with_output().unwrap();
         kills += usize::from(out.status.code().is_none());
-        resumed += usize::from(String::from_utf8_lossy(&out.stderr).contains("going on with"));
+        resumed += usize::from(String::from_utf8_lossy(&out.stderr).contains("resuming the run"));
         if out.status.success() {
             break;
         }
@@ -220,11 +185,10 @@ fn blocks_elsewhere_and_activations_computed_again_change_nothing() {
 #[test]
 fn a_kept_lora_leaves_the_weights_alone_and_has_the_names_of_peft() {
     let folder = prepared();
-    let report = ok(
+    let report = json(
         folder,
         &train(&["--output", "kept", "--keep-lora", "--json"]),
     );
-    let report: Value = serde_json::from_str(&report).unwrap();
     assert_eq!(report["phases"].as_array().unwrap().len(), 3);
     for phase in report["phases"].as_array().unwrap() {
         let (before, after) = (&phase["before"], &phase["after"]);
@@ -352,7 +316,7 @@ fn a_full_disk_in_the_middle_leaves_a_run_that_goes_on_when_there_is_room() {
         .current_dir(folder)
         .env("HF_HUB_OFFLINE", "1")
         .env("CUDA_VISIBLE_DEVICES", "")
-        // in blocks of 512 bytes: room for the pictures, not for the state; the signal ignored, writing fails instead
+        // in blocks of 512 bytes: room for the images, not for the state; the signal ignored, writing fails instead
         .args(["-c", "trap '' XFSZ; ulimit -f 600; exec \"$@\"", "sh"])
         .arg(assert_cmd::cargo::cargo_bin!("fastflux"))
         .args(&args);
@@ -372,7 +336,7 @@ fn a_full_disk_in_the_middle_leaves_a_run_that_goes_on_when_there_is_room() {
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
-    assert_eq!(left, ["pictures.safetensors"]);
+    assert_eq!(left, ["images.safetensors"]);
     ok(folder, &args);
     assert!(bytes(folder, "cramped") == bytes(folder, "roomy"));
 }
@@ -380,18 +344,16 @@ fn a_full_disk_in_the_middle_leaves_a_run_that_goes_on_when_there_is_room() {
 #[test]
 fn a_dry_run_says_what_it_takes_and_does_nothing() {
     let folder = prepared();
-    let text = ok(folder, &train(&["--output", "dry", "--dry-run", "--json"]));
-    let report: Value = serde_json::from_str(&text).unwrap();
+    let report = json(folder, &train(&["--output", "dry", "--dry-run", "--json"]));
     assert_eq!(report["phases"].as_array().unwrap().len(), 3);
     assert!(report["peak_bytes"].as_f64().unwrap() > 1e6);
     assert!(!folder.join("dry").exists() && !folder.join("dry.state").exists());
     // with less memory than that, less is kept; with none there is nothing to be done
-    assert_eq!(report["recompute"], false);
+    assert_eq!(report["gradient_checkpointing"], false);
     let less = (report["peak_bytes"].as_f64().unwrap() * 0.95).to_string();
     let few = ["--output", "dry", "--dry-run", "--json", "--max-vram"];
-    let text = ok(folder, &train(&[&few[..], &[less.as_str()]].concat()));
-    let report: Value = serde_json::from_str(&text).unwrap();
-    assert_eq!(report["recompute"], true);
+    let report = json(folder, &train(&[&few[..], &[less.as_str()]].concat()));
+    assert_eq!(report["gradient_checkpointing"], true);
     assert!(report["peak_bytes"].as_f64().unwrap() <= less.parse().unwrap());
     refused(
         &train(&["--dry-run", "--max-vram", "10KB"]),

@@ -1,4 +1,4 @@
-//! How long work takes and how much memory it needs, measured. What is measured is the caller's business.
+//! Measures how long work takes and how much memory it needs: warm-up, median and quartiles, peak.
 
 use std::time::Instant;
 
@@ -26,8 +26,8 @@ pub struct Timing {
 }
 
 impl Timing {
-    /// Of these durations in seconds; all zero where there are none.
-    pub fn of(samples: &[f64]) -> Self {
+    /// Statistics of durations in seconds; all zero if there are none.
+    pub fn from_samples(samples: &[f64]) -> Self {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
         let Some(last) = sorted.len().checked_sub(1) else {
@@ -58,9 +58,9 @@ pub struct Effort {
     /// Runs that do not count, first.
     pub warm_up: usize,
     /// Runs that count, at least.
-    pub least: usize,
+    pub min_runs: usize,
     /// Runs that count, at most.
-    pub most: usize,
+    pub max_runs: usize,
     /// Stop when those that count have taken this long, in seconds.
     pub seconds: f64,
 }
@@ -68,12 +68,12 @@ pub struct Effort {
 impl Effort {
     fn is_over(&self, samples: &[f64]) -> bool {
         let spent = samples.iter().sum::<f64>() >= self.seconds;
-        samples.len() >= self.most || (samples.len() >= self.least && spent)
+        samples.len() >= self.max_runs || (samples.len() >= self.min_runs && spent)
     }
 }
 
-/// Times each of `works` (in turn, so that a busy machine slows all of them alike), each run from a quiet device to a
-/// quiet device.
+/// Times each of `works` (in turn, so that a busy machine slows all of them alike). The device is
+/// synchronised before and after each run.
 ///
 /// # Errors
 /// When one of them fails.
@@ -101,8 +101,8 @@ pub fn measure(
         }
     }
     let each = samples.iter().zip(&launched).map(|(samples, launched)| Timing {
-        launched: Timing::of(launched).median,
-        ..Timing::of(samples)
+        launched: Timing::from_samples(launched).median,
+        ..Timing::from_samples(samples)
     });
     Ok(each.collect())
 }
@@ -128,8 +128,8 @@ pub fn peak(device: &Device, dtype: DType) -> Result<Peak> {
     };
     let effort = Effort {
         warm_up: 1,
-        least: 4,
-        most: 50,
+        min_runs: 4,
+        max_runs: 50,
         seconds: 0.4,
     };
     let random = |shape: (usize, usize)| -> Result<Tensor> {
@@ -188,8 +188,8 @@ impl MemoryWatch {
         }
     }
 
-    /// Notes the device's free memory.
-    pub fn look(&mut self, free: Option<u64>) {
+    /// Records the device's free memory, in bytes.
+    pub fn sample(&mut self, free: Option<u64>) {
         self.least_free = self.least_free.min(free);
     }
 
@@ -209,7 +209,7 @@ impl MemoryWatch {
         status("RssAnon:")
     }
 
-    /// Most memory taken on the device since the start, as far as it was looked at, in bytes.
+    /// Most memory taken on the device since the start, between the calls of [`Self::sample`], in bytes.
     pub fn device(&self) -> Option<u64> {
         Some(self.free_before?.saturating_sub(self.least_free?))
     }
@@ -260,13 +260,13 @@ mod tests {
 
     #[test]
     fn quartiles_are_between_the_samples() {
-        let timing = Timing::of(&[5.0, 1.0, 2.0, 4.0, 3.0]);
+        let timing = Timing::from_samples(&[5.0, 1.0, 2.0, 4.0, 3.0]);
         assert_eq!((timing.runs, timing.median), (5, 3.0));
         assert_eq!((timing.low, timing.high), (2.0, 4.0));
         assert_eq!((timing.runs, timing.least), (5, 1.0));
-        assert!((Timing::of(&[7.0]).high - 7.0).abs() < 1e-12);
-        assert!((Timing::of(&[1.0, 2.0]).median - 1.5).abs() < 1e-12);
-        assert_eq!(Timing::of(&[]), Timing::default());
+        assert!((Timing::from_samples(&[7.0]).high - 7.0).abs() < 1e-12);
+        assert!((Timing::from_samples(&[1.0, 2.0]).median - 1.5).abs() < 1e-12);
+        assert_eq!(Timing::from_samples(&[]), Timing::default());
     }
 
     #[test]
@@ -274,8 +274,8 @@ mod tests {
         let order = std::cell::RefCell::new(String::new());
         let effort = Effort {
             warm_up: 1,
-            least: 3,
-            most: 3,
+            min_runs: 3,
+            max_runs: 3,
             seconds: 0.0,
         };
         let a = &mut || -> Result<()> {
@@ -299,9 +299,11 @@ mod tests {
         if std::env::var_os(ALONE).is_some() {
             return peaks_alone();
         }
-        let name = "eval::latency::tests::the_peak_is_that_since_the_start";
+        let module = module_path!();
+        let module = module.split_once("::").map_or(module, |(_, rest)| rest);
+        let name = format!("{module}::the_peak_is_that_since_the_start");
         let out = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", name, "--nocapture"])
+            .args(["--exact", name.as_str(), "--nocapture"])
             .env(ALONE, "1")
             .output()
             .unwrap();
@@ -330,8 +332,8 @@ mod tests {
     #[test]
     fn the_least_free_memory_of_a_device_is_what_counts() {
         let mut watch = MemoryWatch::start(Some(100));
-        watch.look(Some(40));
-        watch.look(Some(70));
+        watch.sample(Some(40));
+        watch.sample(Some(70));
         assert_eq!(watch.device(), Some(60));
     }
 }

@@ -1,4 +1,4 @@
-//! What `bench` times things on: random inputs, and random weights of every kind of block. Measuring is `bench`'s business.
+//! Random inputs of a step, and random weights for every kind of block.
 
 use anyhow::{Result, ensure};
 use candle::{DType, Device, Shape, Tensor};
@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// A model's random weights. Those of `init` on the CPU; a GPU makes its own, some hundred times as fast.
-pub(super) fn random_weights(
+pub fn random_weights(
     config: &FluxConfig,
     runtime: &Runtime,
 ) -> Result<VarBuilder<'static>> {
@@ -56,7 +56,7 @@ impl SimpleBackend for MadeOnDevice {
 }
 
 /// One block of every kind and form, in the widths of `config`, with random weights: time does not depend on values.
-pub(super) fn kinds(config: &FluxConfig, runtime: &Runtime) -> Result<(FluxConfig, Trunk)> {
+pub fn one_of_each_kind(config: &FluxConfig, runtime: &Runtime) -> Result<(FluxConfig, Trunk)> {
     let forms = [Form::Linear, Form::Conditioned, Form::Modulated].map(|form| (form, false));
     let replaced = forms.into_iter().chain([(Form::Linear, true)]).enumerate();
     let replaced = replaced.map(|(i, (form, joint))| replacement(BlockId::single(1 + i), form, joint));
@@ -80,7 +80,7 @@ fn replacement(id: BlockId, form: Form, joint: bool) -> BlockSpec {
 ///
 /// # Errors
 /// When there are fewer.
-pub(super) fn replaced(config: &FluxConfig, count: usize) -> Result<FluxConfig> {
+pub fn replaced(config: &FluxConfig, count: usize) -> Result<FluxConfig> {
     let mut config = config.clone();
     let single = |spec: &&mut BlockSpec| matches!(spec, BlockSpec::Original(id) if id.kind == BlockKind::Single);
     let mut singles: Vec<&mut BlockSpec> = config.layout.iter_mut().filter(single).collect();
@@ -96,7 +96,7 @@ pub(super) fn replaced(config: &FluxConfig, count: usize) -> Result<FluxConfig> 
 }
 
 /// `flux` with the blocks that `config` replaces replaced by random layers; all else is shared.
-pub(super) fn with_layers(flux: &Flux, config: &FluxConfig, runtime: &Runtime) -> Result<Flux> {
+pub fn with_layers(flux: &Flux, config: &FluxConfig, runtime: &Runtime) -> Result<Flux> {
     let vb = random_weights(config, runtime)?;
     let mut flux = flux.clone();
     let slots = config.slots().into_iter();
@@ -108,8 +108,8 @@ pub(super) fn with_layers(flux: &Flux, config: &FluxConfig, runtime: &Runtime) -
     Ok(flux)
 }
 
-/// Random inputs of one size.
-pub(super) struct Given {
+/// Random inputs of one step.
+pub struct StepInputs {
     img: Tensor,
     img_ids: Tensor,
     txt: Tensor,
@@ -117,16 +117,20 @@ pub(super) struct Given {
     timestep: Tensor,
     vec: Tensor,
     guidance: Tensor,
-    pub(super) batch: usize,
-    pub(super) image_tokens: usize,
-    pub(super) text_tokens: usize,
+    /// Images in one forward.
+    pub batch: usize,
+    /// Image tokens of one image.
+    pub image_tokens: usize,
+    /// Text tokens of one image.
+    pub text_tokens: usize,
 }
 
-impl Given {
-    pub(super) fn new(
+impl StepInputs {
+    /// Inputs for `batch` square images whose sides are `size` pixels.
+    pub fn new(
         config: &FluxConfig,
         size: usize,
-        text: usize,
+        text_tokens: usize,
         batch: usize,
         runtime: &Runtime,
     ) -> Result<Self> {
@@ -141,18 +145,19 @@ impl Given {
         Ok(Self {
             img: normal(&[batch, image_tokens, config.in_channels])?,
             img_ids,
-            txt: normal(&[batch, text, config.context_in_dim])?,
-            txt_ids: latents::txt_ids(text, device)?,
+            txt: normal(&[batch, text_tokens, config.context_in_dim])?,
+            txt_ids: latents::txt_ids(text_tokens, device)?,
             timestep: Tensor::full(0.6f32, batch, device)?,
             vec: normal(&[batch, config.vec_in_dim])?,
             guidance: Tensor::full(3.5f32, batch, device)?,
             batch,
             image_tokens,
-            text_tokens: text,
+            text_tokens,
         })
     }
 
-    pub(super) fn inputs(&self) -> Inputs<'_> {
+    /// As a model takes them.
+    pub fn model_inputs(&self) -> Inputs<'_> {
         Inputs {
             img: &self.img,
             img_ids: &self.img_ids,

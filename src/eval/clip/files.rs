@@ -1,28 +1,32 @@
-//! CLIP scores of an evaluation's pictures: finds the CLIP model, and loads it when nothing else is on the device.
+//! CLIP scores of an evaluation's images: finds the CLIP model, and loads it when nothing else is on the device.
 
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::model::ClipModel;
 use crate::{
     checkpoint::Checkpoint,
     device::Runtime,
-    eval::clip::ClipModel,
     files::{Files, parse_id},
     sample::png::Picture,
     ui,
 };
 
 /// The files of a CLIP model that is not loaded yet.
-pub(super) struct ClipFiles {
+#[derive(Clone, Debug)]
+pub struct ClipFiles {
     /// As it was named.
-    pub(super) name: String,
+    pub name: String,
     files: Files,
 }
 
 impl ClipFiles {
-    /// A folder or a hub id; fails where there is no CLIP, before anything is drawn.
-    pub(super) fn find(name: &str) -> Result<Self> {
+    /// A folder or a hub id.
+    ///
+    /// # Errors
+    /// When it holds no CLIP model, before anything is sampled.
+    pub fn find(name: &str) -> Result<Self> {
         let path = Path::new(name);
         let files = match parse_id(name) {
             _ if path.is_dir() => Files::folder(path),
@@ -45,22 +49,25 @@ impl ClipFiles {
         })
     }
 
-    /// 100 · cosine of prompt and picture, for each row of `drawn` (one model's pictures, in the order of the prompts).
-    pub(super) fn scores(
+    /// 100 · cosine of prompt and image, for each row of `images` (one model's images, in the order of the prompts).
+    ///
+    /// # Errors
+    /// When the model cannot be loaded or an image cannot be prepared.
+    pub fn scores(
         &self,
         prompts: &[String],
-        drawn: &[Vec<Picture>],
+        images: &[Vec<Picture>],
         runtime: &Runtime,
     ) -> Result<Vec<Vec<f64>>> {
-        let progress = ui::progress(drawn.len(), "scoring with CLIP");
+        let progress = ui::progress(images.len(), "scoring with CLIP");
         let model = ClipModel::open(&self.files, &runtime.device).context("--clip")?;
         let texts = model.texts(prompts)?;
         let mut out = Vec::new();
-        for pictures in drawn {
-            out.push(model.scores(&texts, pictures)?);
+        for of_model in images {
+            out.push(model.scores(&texts, of_model)?);
             progress.inc(1);
         }
-        ui::done(&progress, format!("scored pictures with `{}`", self.name));
+        ui::done(&progress, format!("scored images with `{}`", self.name));
         Ok(out)
     }
 }

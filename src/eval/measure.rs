@@ -1,16 +1,13 @@
-//! One model of an evaluation: loaded, drawn with, its velocity and its time taken, and freed again.
+//! Measures one model of an evaluation: loads it, samples images, takes its velocity and its time, and frees it again.
 
 use anyhow::{Context, Result, ensure};
 use candle::Tensor;
 
+use super::{report::Memory, velocity::Velocities};
 use crate::{
+    bench::timing::{self, Effort, MemoryWatch, Timing},
     calibrate::{self, states::States},
     device::Runtime,
-    eval::{
-        latency::{self, Effort, MemoryWatch, Timing},
-        report::Memory,
-        velocity::Velocities,
-    },
     model::{Flux, demand::TOGETHER},
     pipeline::{
         Pipeline, load,
@@ -27,38 +24,55 @@ use crate::{
 /// How often a step is timed.
 const STEPS: Effort = Effort {
     warm_up: 1,
-    least: 3,
-    most: 100,
+    min_runs: 3,
+    max_runs: 100,
     seconds: 3.0,
 };
 
 /// What all models are given.
 pub(super) struct Task<'a> {
     pub(super) runtime: &'a Runtime,
-    pub(super) place: &'a MemoryBudget,
+    pub(super) budget: &'a MemoryBudget,
     pub(super) encoded: Encoded,
     pub(super) schedule: Schedule,
     pub(super) size: ImageSize,
     pub(super) steps: usize,
     pub(super) guidance: f64,
     pub(super) seed: u64,
-    /// Whether all models are small enough to be loaded together, so that steps are timed by [`Task::in_turn`].
+    /// Whether all models are small enough to be loaded together; steps are then timed by [`Task::in_turn`].
     pub(super) together: bool,
 }
 
 /// What one model did.
 pub(super) struct Measured {
-    /// Packed latents, (pictures, tokens, 4 · channels), f32 on the CPU.
+    /// Packed latents, (images, tokens, 4 · channels), f32 on the CPU.
     pub(super) latents: Tensor,
     pub(super) velocities: Velocities,
-    /// One step of one picture; not timed yet where models are timed together.
+    /// One step of one image; not timed yet if models are timed together.
     pub(super) step: Timing,
     pub(super) memory: Memory,
 }
 
 impl Task<'_> {
-    /// Draws the baseline's pictures; they, noised anew, are the states that all velocities are compared on.
-    pub(super) fn baseline(&self, pipeline: &Pipeline) -> Result<(Measured, States)> {
+    /// Measures the baseline and then each model on the baseline's images.
+    pub(super) fn all(&self, baseline: &Pipeline, models: &[Pipeline]) -> Result<Vec<Measured>> {
+        let (before, states) = self.baseline(baseline)?;
+        let mut measured = vec![before];
+        for model in models {
+            measured.push(self.model(model, &states)?);
+        }
+        if self.together {
+            let all: Vec<&Pipeline> = std::iter::once(baseline).chain(models).collect();
+            let timings = self.in_turn(&all, &states)?;
+            for (measured, timing) in measured.iter_mut().zip(timings) {
+                measured.step = timing;
+            }
+        }
+        Ok(measured)
+    }
+
+    /// Samples the baseline's images; noised again, they are the latents that all velocities are compared on.
+    fn baseline(&self, pipeline: &Pipeline) -> Result<(Measured, States)> {
         let mut states = None;
         let measured = self.run(pipeline, &mut |latents: &Tensor| {
             let wanted = self.size.default_held_out();
@@ -74,11 +88,11 @@ impl Task<'_> {
             states = Some(noised.first(wanted));
             Ok(states.clone())
         })?;
-        Ok((measured, states.context("the baseline drew nothing")?))
+        Ok((measured, states.context("the baseline sampled nothing")?))
     }
 
-    /// Draws a model's pictures and takes its velocity on `states`.
-    pub(super) fn model(&self, pipeline: &Pipeline, states: &States) -> Result<Measured> {
+    /// Samples a model's images and takes its velocity on `states`.
+    fn model(&self, pipeline: &Pipeline, states: &States) -> Result<Measured> {
         self.run(pipeline, &mut |_: &Tensor| Ok(Some(states.clone())))
     }
 
@@ -96,14 +110,14 @@ impl Task<'_> {
         let mut memory = MemoryWatch::start(free());
         let tokens = self.size.tokens() + self.encoded.txt.dim(1)?;
         let usual = TOKENS_PER_FORWARD / tokens;
-        let place = self.place.clone().of(pipeline);
-        let batch = place.batch(&pipeline.config, tokens, usual);
-        let need = Activity {
+        let budget = self.budget.clone().of(pipeline);
+        let batch = budget.batch(&pipeline.config, tokens, usual);
+        let activity = Activity {
             batch,
             tokens,
-            extra_bytes: place.waiting(&pipeline.config, batch, tokens),
+            extra_bytes: budget.waiting(&pipeline.config, batch, tokens),
         };
-        let flux = place.flux(pipeline, need)?;
+        let flux = budget.flux(pipeline, activity)?;
         let denoise = Denoise {
             flux: &flux,
             dtype: runtime.dtype,
@@ -113,8 +127,8 @@ impl Task<'_> {
             guidance: self.guidance,
             size: self.size.latent(),
         };
-        let pictures = self.encoded.len();
-        let progress = ui::progress(pictures.div_ceil(batch) * self.steps, "drawing");
+        let images = self.encoded.len();
+        let progress = ui::progress(images.div_ceil(batch) * self.steps, "sampling");
         let channels = pipeline.config.out_channels / 4;
         let latents = calibrate::sample(
             &denoise,
@@ -125,18 +139,18 @@ impl Task<'_> {
             self.seed,
             &progress,
         )
-        .with_context(|| format!("while drawing with `{}`", pipeline.name))?;
+        .with_context(|| format!("while sampling with `{}`", pipeline.name))?;
         ui::done(
             &progress,
-            format!("drew {pictures} pictures with `{}`", pipeline.name),
+            format!("sampled {images} images with `{}`", pipeline.name),
         );
-        memory.look(free());
+        memory.sample(free());
         let states = states(&latents)?.context("no states to compare on")?;
         let progress = ui::progress(states.batches(batch).len(), "comparing");
         let velocities = Velocities::of(&flux, &states, batch, runtime, &progress)
             .with_context(|| format!("`{}`", pipeline.name))?;
         progress.finish_and_clear();
-        memory.look(free());
+        memory.sample(free());
         let timings = if self.together {
             Vec::new()
         } else {
@@ -152,11 +166,9 @@ impl Task<'_> {
             },
         })
     }
-}
 
-impl Task<'_> {
     /// Times one step of each model, in turn, so that a busy machine slows all of them alike.
-    pub(super) fn in_turn(&self, pipelines: &[&Pipeline], states: &States) -> Result<Vec<Timing>> {
+    fn in_turn(&self, pipelines: &[&Pipeline], states: &States) -> Result<Vec<Timing>> {
         let load = |pipeline: &&Pipeline| load::flux(pipeline, self.runtime);
         let models: Vec<Flux> = pipelines.iter().map(load).collect::<Result<_>>()?;
         self.time(&models, states)
@@ -172,12 +184,15 @@ impl Task<'_> {
         let mut works: Vec<_> = models.iter().map(|flux| || step(flux)).collect();
         let mut works: Vec<&mut dyn FnMut() -> Result<()>> =
             works.iter_mut().map(|work| work as _).collect();
-        latency::measure(device, STEPS, &mut works)
+        timing::measure(device, STEPS, &mut works)
     }
 }
 
-/// Fails where the models cannot be given the same prompts and noise.
-pub(super) fn check_family(baseline: &Pipeline, model: &Pipeline) -> Result<()> {
+/// Fails if the models cannot be given the same prompts and noise.
+///
+/// # Errors
+/// The message names both and what differs.
+pub fn check_family(baseline: &Pipeline, model: &Pipeline) -> Result<()> {
     let (a, b) = (&baseline.config, &model.config);
     for (what, a, b) in [
         ("input channels", a.in_channels, b.in_channels),

@@ -1,14 +1,8 @@
-//! The scenes that the bundled model was trained on: their captions, and how they are drawn exactly.
-//! Reading them off a picture is `detect`'s business.
+//! The grammar of captions: what objects, places and relations there are, and captions drawn at random.
 
 use std::fmt;
 
 use rand_mt::Mt;
-
-use crate::sample::png::Picture;
-
-/// Radius of every shape, as a share of the picture's side.
-pub const RADIUS: f64 = 0.2;
 
 macro_rules! words {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $word:literal),* $(,)? }) => {
@@ -108,77 +102,6 @@ words! {
     }
 }
 
-impl Colour {
-    /// Red, green and blue, 0 to 255.
-    pub fn rgb(self) -> [u8; 3] {
-        match self {
-            Self::Red => [220, 40, 40],
-            Self::Green => [40, 170, 60],
-            Self::Blue => [40, 80, 220],
-            Self::Yellow => [240, 210, 40],
-            Self::Purple => [150, 60, 190],
-            Self::Orange => [245, 130, 30],
-        }
-    }
-}
-
-impl Background {
-    /// Red, green and blue, 0 to 255.
-    pub fn rgb(self) -> [u8; 3] {
-        match self {
-            Self::White => [250; 3],
-            Self::Black => [15; 3],
-            Self::Gray => [128; 3],
-        }
-    }
-}
-
-impl Place {
-    /// x and y, as shares of the side.
-    pub fn at(self) -> [f64; 2] {
-        match self {
-            Self::Left => [0.25, 0.5],
-            Self::Right => [0.75, 0.5],
-            Self::Top => [0.5, 0.25],
-            Self::Bottom => [0.5, 0.75],
-            Self::Centre => [0.5, 0.5],
-        }
-    }
-}
-
-impl Relation {
-    /// Where the first and the second object go.
-    fn places(self) -> [Place; 2] {
-        match self {
-            Self::LeftOf => [Place::Left, Place::Right],
-            Self::RightOf => [Place::Right, Place::Left],
-            Self::Above => [Place::Top, Place::Bottom],
-            Self::Below => [Place::Bottom, Place::Top],
-        }
-    }
-}
-
-impl Shape {
-    /// Signed distance, negative inside, of (x, y) from the outline of a shape of radius `r` around the origin; y
-    /// points down.
-    pub fn distance(self, x: f64, y: f64, r: f64) -> f64 {
-        match self {
-            Self::Circle => x.hypot(y) - r,
-            Self::Square => x.abs().max(y.abs()) - 0.86 * r,
-            Self::Triangle => {
-                let slope = 0.4472 * (y + r);
-                (y - 0.75 * r)
-                    .max(0.8944 * x - slope)
-                    .max(-0.8944 * x - slope)
-            }
-            Self::Cross => {
-                let (x, y, bar) = (x.abs(), y.abs(), 0.36 * r);
-                (x - bar).max(y - r).min((x - r).max(y - bar))
-            }
-        }
-    }
-}
-
 /// What an object is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Object {
@@ -204,19 +127,6 @@ pub struct Scene {
     pub layout: Layout,
     /// What is behind them.
     pub background: Background,
-}
-
-/// An object with its centre and radius, as shares of the picture's side.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Placed {
-    /// What it is.
-    pub object: Object,
-    /// Centre from the left.
-    pub x: f64,
-    /// Centre from the top.
-    pub y: f64,
-    /// Radius.
-    pub r: f64,
 }
 
 impl fmt::Display for Object {
@@ -288,47 +198,6 @@ impl Scene {
         let layout = Layout::Two(first, pick(random, Relation::ALL), second);
         Self { layout, background }
     }
-
-    /// The objects where the scene has them, exactly in the middle of what counts as right.
-    pub fn placed(&self) -> Vec<Placed> {
-        let put = |object, place: Place| {
-            let [x, y] = place.at();
-            let r = RADIUS;
-            Placed { object, x, y, r }
-        };
-        match self.layout {
-            Layout::One(object, place) => vec![put(object, place)],
-            Layout::Two(first, relation, second) => {
-                let [a, b] = relation.places();
-                vec![put(first, a), put(second, b)]
-            }
-        }
-    }
-}
-
-/// Draws objects on a background, the later ones above; edges are smoothed over one pixel.
-pub fn render(background: Background, objects: &[Placed], side: usize) -> Picture {
-    let mut values: Vec<f32> = background.rgb().map(f32::from).repeat(side * side);
-    let scale = side as f64;
-    for placed in objects {
-        let colour = placed.object.colour.rgb();
-        for (i, pixel) in values.as_chunks_mut::<3>().0.iter_mut().enumerate() {
-            let (x, y) = ((i % side) as f64 + 0.5, (i / side) as f64 + 0.5);
-            let (x, y) = (x - placed.x * scale, y - placed.y * scale);
-            let distance = placed.object.shape.distance(x, y, placed.r * scale);
-            let cover = (0.5 - distance).clamp(0.0, 1.0) as f32;
-            for (value, colour) in pixel.iter_mut().zip(colour) {
-                *value = *value * (1.0 - cover) + cover * f32::from(colour);
-            }
-        }
-    }
-    let rgb = values.iter().map(|v| v.round_ties_even() as u8).collect();
-    let side = side as u32;
-    Picture {
-        width: side,
-        height: side,
-        rgb,
-    }
 }
 
 /// An object at the start of a text that goes on after it.
@@ -352,52 +221,4 @@ fn share(random: &mut Mt) -> f64 {
 fn pick<T: Copy>(random: &mut Mt, all: &[T]) -> T {
     // the bias of a remainder is below one in a hundred million here
     all[random.next_u32() as usize % all.len()]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_caption_of_the_list_is_parsed_and_said_again() {
-        let list = include_str!("../../configs/tiny/prompts.txt");
-        for caption in list.lines() {
-            let scene = Scene::parse(caption).unwrap();
-            assert_eq!(scene.to_string(), caption);
-        }
-    }
-
-    #[test]
-    fn other_texts_are_not_scenes() {
-        for text in [
-            "",
-            "a photo of a cat",
-            "a red circle",
-            "a red circle on a white background",
-            "a red circle at the left on a pink background",
-            "a red hexagon at the left on a white background",
-            "a red circle near a blue square on a white background",
-            "a red circle left of a blue square at the top on a white background",
-            "a red circle left of a blue square",
-            "the red circle at the left on a white background",
-        ] {
-            assert_eq!(Scene::parse(text), None, "{text}");
-        }
-    }
-
-    #[test]
-    fn drawn_scenes_are_of_the_grammar_and_depend_on_the_seed() {
-        let draw = |seed| Scene::draw(200, seed).collect::<Vec<_>>();
-        let scenes = draw(1);
-        assert_eq!(scenes, draw(1));
-        assert_ne!(scenes, draw(2));
-        let singles = scenes.iter().filter(|s| s.objects().len() == 1).count();
-        assert!((40..100).contains(&singles), "{singles}");
-        for scene in scenes {
-            assert_eq!(Scene::parse(&scene.to_string()), Some(scene));
-            if let [a, b] = scene.objects()[..] {
-                assert_ne!(a.colour, b.colour);
-            }
-        }
-    }
 }
