@@ -142,6 +142,7 @@ fn config() -> FluxConfig {
         guidance_embed: true,
         axes_dims: vec![16, 56, 56],
         theta: 10_000.0,
+        family: fastflux::layout::Family::FLUX1,
         layout: originals.into_iter().chain(replaced).collect(),
     }
 }

@@ -17,7 +17,7 @@ use crate::{
     checkpoint::record,
     device::{DTypeChoice, DeviceChoice, Runtime},
     layout::FluxConfig,
-    model::{Flux, Trunk, cost, demand},
+    model::{Flux, Trunk, cost, memory},
     pipeline::defaults::MAX_TEXT_TOKENS,
     sample::size::{ImageSize, MAX_SIDE},
     ui,
@@ -205,7 +205,7 @@ impl Bench<'_> {
             row.speed_up = (models.len() > 1).then(|| reference.median / time.median);
             row.activation_bytes = activations.flatten();
             row.estimated_activation_bytes =
-                Some(demand::activations(config, inputs.batch, tokens, format));
+                Some(memory::activations(config, inputs.batch, tokens, format));
             row
         });
         Ok(rows.collect())

@@ -8,7 +8,7 @@ use crate::{
     layout::FluxConfig,
     model::{
         Flux,
-        demand::{self, Format},
+        memory::{self, ElementSizes},
         ops,
     },
     pipeline::{Pipeline, load},
@@ -97,12 +97,12 @@ impl Subject {
     }
 
     /// How weights and activations are held in memory; weights of packed formats in fewer bytes.
-    pub(super) fn format(&self, runtime: &Runtime) -> Format {
+    pub(super) fn format(&self, runtime: &Runtime) -> ElementSizes {
         let element = runtime.dtype.size_in_bytes();
         let weight = self.pipeline.as_ref().map_or(element as f64, |pipeline| {
             pipeline.bytes_of_a_weight(runtime.dtype)
         });
-        Format {
+        ElementSizes {
             element: element as u64,
             weight,
             scores: ops::holds_scores(&runtime.device, runtime.dtype, self.config.head_dim()),
@@ -111,7 +111,7 @@ impl Subject {
 
     /// Bytes of all weights in memory.
     pub(super) fn weight_bytes(&self, runtime: &Runtime) -> u64 {
-        demand::weights(&self.config, self.format(runtime))
+        memory::weights(&self.config, self.format(runtime))
     }
 
     /// The transformer on the device.

@@ -8,7 +8,7 @@ use crate::{
     bench::timing::{self, Effort, MemoryWatch, Timing},
     calibrate::{self, states::States},
     device::Runtime,
-    model::{Flux, demand::TOGETHER},
+    model::{Flux, memory::BATCHES_PER_LOAD},
     pipeline::{
         Pipeline, load,
         placement::{Activity, MemoryBudget},
@@ -135,7 +135,7 @@ impl Task<'_> {
             &self.encoded,
             channels,
             batch,
-            TOGETHER,
+            BATCHES_PER_LOAD,
             self.seed,
             &progress,
         )

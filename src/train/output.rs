@@ -29,7 +29,7 @@ pub fn write(
     setup: &TrainSetup,
     trained: &Trained,
     report: &TrainReport,
-    layout: output::Format,
+    layout: output::Naming,
     keep_lora: bool,
 ) -> Result<()> {
     let pair = &setup.pair;

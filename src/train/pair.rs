@@ -100,7 +100,7 @@ impl Pair {
             .teacher
             .transformer
             .offloaded_var_builder(runtime.dtype, &runtime.device);
-        Flux::stored(&self.teacher.config, &vb, &|_| false)
+        Flux::offloaded(&self.teacher.config, &vb, &|_| false)
             .with_context(|| format!("cannot load the transformer of `{}`", self.teacher.name))
     }
 
@@ -135,7 +135,7 @@ impl Pair {
             let block = match (teachers, &prefix) {
                 (Some(block), _) => block,
                 (None, Some(prefix)) if offload && matches!(spec, BlockSpec::Original(_)) => {
-                    Block::stored(&Arc::new(config.clone()), spec, &vb.pp(prefix))
+                    Block::offloaded(&Arc::new(config.clone()), spec, &vb.pp(prefix))
                 }
                 (None, Some(prefix)) => Block::new(config, spec, &vb.pp(prefix))?,
                 (None, None) => Block::new(config, spec, &vb)?,

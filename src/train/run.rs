@@ -112,9 +112,9 @@ impl Training<'_> {
     fn put_away(&mut self, phase: &Phase, stored: &Trunk) {
         let entries = self.student.trunk.entries_mut().iter_mut();
         for (i, ((_, block), (_, before))) in entries.zip(stored.entries()).enumerate() {
-            if phase.range.contains(&i) && matches!(before, Block::Stored(_)) {
+            if phase.range.contains(&i) && matches!(before, Block::Offloaded(_)) {
                 let resident = block.clone();
-                if !matches!(resident, Block::Stored(_)) {
+                if !matches!(resident, Block::Offloaded(_)) {
                     *block = before.with_lora_of(resident);
                 }
             }

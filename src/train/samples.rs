@@ -22,7 +22,7 @@ use crate::{
 impl Training<'_> {
     /// Batches to take through the entries `range` of `trunk` at once.
     pub(super) fn batches_per_load(&self, trunk: &Trunk, range: Range<usize>) -> usize {
-        if trunk.has_stored(range) {
+        if trunk.has_offloaded(range) {
             self.batches_per_load.max(1)
         } else {
             1

@@ -114,7 +114,7 @@ fn train(
     let config = config();
     let asked = Asked::default();
     let weights = VarBuilder::from_backend(Box::new(asked.clone()), DType::F32, Device::Cpu);
-    let teacher = Flux::stored(&config, &weights, &|_| false).unwrap();
+    let teacher = Flux::offloaded(&config, &weights, &|_| false).unwrap();
     let mut pruned = config.clone();
     pruned.layout[3] = BlockSpec::Replaced(Replacement {
         replaces: vec![BlockId::single(2)],
@@ -183,7 +183,7 @@ fn images_are_sampled_together_through_stored_blocks() {
     };
     let want = draw(&Flux::new(&config, weights.clone()).unwrap(), 8);
     assert!(want.iter().all(|x| x.is_finite()));
-    let stored = Flux::stored(&config, &weights, &|_| false).unwrap();
+    let stored = Flux::offloaded(&config, &weights, &|_| false).unwrap();
     // once for the whole model, then in each of three steps for three batches, or for two and one
     for (together, reads) in [(1, 9), (2, 6), (8, 3)] {
         let before = asked.times("single_blocks.0.linear1.weight");
