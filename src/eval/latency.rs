@@ -100,10 +100,13 @@ pub fn measure(
             samples.push(start.elapsed().as_secs_f64());
         }
     }
-    let each = samples.iter().zip(&launched).map(|(samples, launched)| Timing {
-        launched: Timing::of(launched).median,
-        ..Timing::of(samples)
-    });
+    let each = samples
+        .iter()
+        .zip(&launched)
+        .map(|(samples, launched)| Timing {
+            launched: Timing::of(launched).median,
+            ..Timing::of(samples)
+        });
     Ok(each.collect())
 }
 

@@ -41,7 +41,7 @@ mod widen;
 pub use attend::{attend, attend_beside_gelu, holds_scores_backward};
 pub(super) use attention::MAX_SCORES;
 pub use attention::holds_scores;
-pub use cuda::trouble;
+pub use cuda::{add_products, token_sums, trouble};
 pub use gelu::gelu;
 pub use heads::{Norms, Projected};
 pub use joined::{attend_beside_gelu_of_product, gelu_of_product};
