@@ -12,6 +12,7 @@ use crate::{
 };
 
 pub mod file;
+mod on_gpu;
 pub mod pass;
 pub mod recipe;
 mod rows;
@@ -111,6 +112,7 @@ pub fn gather_behind(
         pairs(flux, pruned, stream, &conditioning, &mut stats)?;
         progress.inc(1);
     }
+    stats.settle()?;
     Ok(stats)
 }
 

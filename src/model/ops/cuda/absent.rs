@@ -15,6 +15,26 @@ pub fn trouble(_: &Device) -> Option<String> {
 /// Nothing is kept.
 pub fn limit_kept_memory(_: u64) {}
 
+/// See `cuda::change`.
+///
+/// # Errors
+/// Never.
+pub fn token_sums(_: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+/// See `cuda::change`.
+///
+/// # Errors
+/// Never.
+pub fn add_products(
+    _: &Tensor,
+    _: &Tensor,
+    _: Option<(&Tensor, &Tensor)>,
+) -> Result<Option<(Tensor, Tensor)>> {
+    Ok(None)
+}
+
 pub(super) fn norm_modulate(_: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
     Ok(None)
 }

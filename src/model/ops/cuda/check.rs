@@ -126,7 +126,7 @@ fn agree(module: &Module, case: Case, dtype: DType, tolerance: f64) -> Result<()
 }
 
 /// Fails where result `i` is further than `tolerance` from what is wanted, relative, over all its numbers.
-fn compare(i: usize, got: &Tensor, want: &Tensor, tolerance: f64) -> Result<()> {
+pub(super) fn compare(i: usize, got: &Tensor, want: &Tensor, tolerance: f64) -> Result<()> {
     if got.dims() != want.dims() {
         candle::bail!(
             "result {i} is {:?} instead of {:?}",

@@ -26,8 +26,14 @@ impl Flash {
         let stream = device.cuda_stream();
         let capability = stream.context().compute_capability().unwrap_or_default();
         let each = [
-            (Self::Three, cfg!(feature = "flash-attn-v3") && capability == (9, 0)),
-            (Self::Two, cfg!(feature = "flash-attn") && capability >= (8, 0)),
+            (
+                Self::Three,
+                cfg!(feature = "flash-attn-v3") && capability == (9, 0),
+            ),
+            (
+                Self::Two,
+                cfg!(feature = "flash-attn") && capability >= (8, 0),
+            ),
         ];
         each.into_iter()
             .filter(|(flash, runs)| *runs && wanted(flash.kernel()))
@@ -48,17 +54,26 @@ impl Flash {
         not(any(feature = "flash-attn", feature = "flash-attn-v3")),
         expect(unused_variables, reason = "none is built in")
     )]
-    pub(super) fn attention(self, q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
+    pub(super) fn attention(
+        self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        scale: f32,
+    ) -> Result<Tensor> {
         // the kernels want (batch, tokens, heads, head size) and take any strides
         let [q, k, v] = [q, k, v].map(|x| x.transpose(1, 2));
         let (q, k, v) = (q?, k?, v?);
-        let attended = match self {
+        let attended: Result<Tensor> = match self {
             #[cfg(feature = "flash-attn-v3")]
             Self::Three => candle_flash_attn_v3::flash_attn(&q, &k, &v, scale, false, false),
             #[cfg(feature = "flash-attn")]
             Self::Two => candle_flash_attn::flash_attn(&q, &k, &v, scale, false),
             #[allow(unreachable_patterns, reason = "where both are built in")]
-            _ => candle::bail!("{} is not built in", self.kernel()),
+            _ => Err(candle::Error::Msg(format!(
+                "{} is not built in",
+                self.kernel()
+            ))),
         };
         attended?.flatten_from(2)
     }

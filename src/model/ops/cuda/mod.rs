@@ -2,7 +2,9 @@
 //! first used; one that cannot be compiled or disagrees is not used, and [`trouble`] says so. No run fails for it.
 
 mod attention_backward;
+mod blas;
 mod calls;
+mod change;
 mod check;
 mod flash;
 mod launch;
@@ -17,6 +19,7 @@ use super::heads::{Heads, Projected};
 use super::residual::Branch;
 use crate::model::rope::Rope;
 pub(super) use attention_backward::{attention_backward, has_attention_backward};
+pub use change::{add_products, token_sums};
 use flash::Flash;
 pub use launch::limit_kept_memory;
 use launch::{GatedResidual, Gelu, Module, NormModulate, Parameters, Softmax};
@@ -94,7 +97,10 @@ pub fn trouble(device: &Device) -> Option<String> {
     }
     let each = kernels.refused.iter();
     let each = each.map(|(name, why)| format!("`{name}`: {why}"));
-    let each: Vec<_> = each.chain(attention_backward::trouble(device)).collect();
+    let each: Vec<_> = each
+        .chain(attention_backward::trouble(device))
+        .chain(change::trouble(device))
+        .collect();
     (!each.is_empty()).then(|| each.join("; "))
 }
 
