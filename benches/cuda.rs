@@ -7,7 +7,7 @@
 use anyhow::Result;
 use candle::{DType, Device, Tensor};
 use fastflux::{
-    eval::latency::{Effort, measure, peak},
+    bench::timing::{Effort, measure, peak},
     model::{
         Rope,
         ops::{self, Branch, Norms, Projected},
@@ -17,8 +17,8 @@ use fastflux::{
 
 const EFFORT: Effort = Effort {
     warm_up: 2,
-    least: 5,
-    most: 100,
+    min_runs: 5,
+    max_runs: 100,
     seconds: 0.5,
 };
 /// Calls between two waits for the GPU, which take as long as a kernel does.

@@ -160,6 +160,7 @@ fn main() -> Result<()> {
         guidance_embed: true,
         axes_dims: vec![16, 56, 56],
         theta: 10_000.0,
+        family: fastflux::layout::Family::FLUX1,
         layout: unpruned(2, 4),
     };
     let weights = init::random(&config, 0, safetensors::Dtype::F32)?;

@@ -8,9 +8,9 @@
 use anyhow::Result;
 use candle::{DType, Device, Tensor, Var};
 use fastflux::{
+    bench::timing::{Effort, Timing, measure},
     calibrate::stats::{CalibrationStats, Gram, with_ones},
     checkpoint::{Checkpoint, init, save},
-    eval::latency::{Effort, Timing, measure},
     layout::{BlockId, BlockKind, BlockSpec, FluxConfig, Form, Replacement},
     model::{
         Conditioning, Flux, Inputs, Linear, Lora, Rope, Stream,
@@ -26,8 +26,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const EFFORT: Effort = Effort {
     warm_up: 1,
-    least: 5,
-    most: 200,
+    min_runs: 5,
+    max_runs: 200,
     seconds: 2.0,
 };
 /// Width of FLUX.1's smaller relatives: large enough to be bound by the kernels, small enough for any machine.
@@ -142,6 +142,7 @@ fn config() -> FluxConfig {
         guidance_embed: true,
         axes_dims: vec![16, 56, 56],
         theta: 10_000.0,
+        family: fastflux::layout::Family::FLUX1,
         layout: originals.into_iter().chain(replaced).collect(),
     }
 }

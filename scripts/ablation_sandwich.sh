@@ -4,7 +4,7 @@
 #   scripts/ablation_sandwich.sh [WORK]      (default: ablation; a run that is there already is not made again)
 #
 # Environment: FASTFLUX, the program (default: target/release/fastflux); MODEL, the unpruned model (default: the bundled
-# one); BLOCKS, what to prune; STEPS and FINISH, the length of the reference run. The reference is the default recipe of
+# one); BLOCKS, what to prune; STEPS and FINETUNE, the length of the reference run. The reference is the default recipe of
 # these lengths; every other run changes what its name says and nothing else.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +13,7 @@ fastflux=${FASTFLUX:-target/release/fastflux}
 work=${1:-ablation}
 blocks=${BLOCKS:-double.01,double.03,single.00}
 steps=${STEPS:-100}
-finish=${FINISH:-200}
+finetune=${FINETUNE:-200}
 model=(${MODEL:+--model "$MODEL"})
 mkdir -p "$work"
 
@@ -39,29 +39,29 @@ run() {
         END { printf "| %s | %.4f | %.0f |\n", name, a, s }' "$work/$name.json"
 }
 
-no_finish=(--steps "$steps" --finish 0)
+no_finetune=(--steps "$steps" --finetune 0)
 echo "| $blocks, $steps steps for each sandwich | velocity relative MSE | seconds |"
 echo "| --- | --- | --- |"
-run "sandwiches-only" '{}' "${no_finish[@]}"
-run "target-local" '{"sandwich": {"target": "local"}}' "${no_finish[@]}"
-run "downwards" '{"sandwich": {"order": "downwards"}}' "${no_finish[@]}"
-run "two-neighbours" '{"sandwich": {"neighbours": 2}}' "${no_finish[@]}"
-run "loss-none" '{"loss": {"normalise": "none"}}' "${no_finish[@]}"
-run "loss-channel" '{"loss": {"normalise": "channel"}}' "${no_finish[@]}"
-run "loss-token" '{"loss": {"normalise": "token"}}' "${no_finish[@]}"
-run "loss-velocity" '{"loss": {"normalise": "velocity"}}' "${no_finish[@]}"
-run "rank-4" '{}' "${no_finish[@]}" --rank 4
-run "rank-16" '{}' "${no_finish[@]}" --rank 16
-run "rank-64" '{}' "${no_finish[@]}" --rank 64
-run "no-lora" '{}' "${no_finish[@]}" --no-lora
-run "lora-without-modulation" '{"lora": {"targets": ["attention", "mlp"]}}' "${no_finish[@]}"
-run "half-the-steps" '{}' --steps $((steps / 2)) --finish 0
-run "twice-the-steps" '{}' --steps $((steps * 2)) --finish 0
-run "cache-20" '{}' "${no_finish[@]}" --cache 20
-run "layers-at-the-full-rate" '{"optimiser": {"layer-lr": 1.0}}' "${no_finish[@]}"
-run "finish" '{}' --steps "$steps" --finish "$finish"
-run "finish-layers-at-the-full-rate" '{"optimiser": {"layer-lr": 1.0}}' --steps "$steps" --finish "$finish"
-run "finish-two-neighbours" '{"sandwich": {"neighbours": 2}}' --steps "$steps" --finish "$finish"
-run "finish-rank-64" '{}' --steps "$steps" --finish "$finish" --rank 64
-run "finish-neighbours-only" '{"finish": {"blocks": "sandwiches"}}' --steps "$steps" --finish "$finish"
-run "finish-alone" '{}' --steps 0 --finish "$finish"
+run "sandwiches-only" '{}' "${no_finetune[@]}"
+run "target-local" '{"sandwich": {"target": "local"}}' "${no_finetune[@]}"
+run "downwards" '{"sandwich": {"order": "downwards"}}' "${no_finetune[@]}"
+run "two-neighbours" '{"sandwich": {"neighbours": 2}}' "${no_finetune[@]}"
+run "loss-none" '{"loss": {"normalise": "none"}}' "${no_finetune[@]}"
+run "loss-channel" '{"loss": {"normalise": "channel"}}' "${no_finetune[@]}"
+run "loss-token" '{"loss": {"normalise": "token"}}' "${no_finetune[@]}"
+run "loss-velocity" '{"loss": {"normalise": "velocity"}}' "${no_finetune[@]}"
+run "rank-4" '{}' "${no_finetune[@]}" --rank 4
+run "rank-16" '{}' "${no_finetune[@]}" --rank 16
+run "rank-64" '{}' "${no_finetune[@]}" --rank 64
+run "no-lora" '{}' "${no_finetune[@]}" --no-lora
+run "lora-without-modulation" '{"lora": {"targets": ["attention", "mlp"]}}' "${no_finetune[@]}"
+run "half-the-steps" '{}' --steps $((steps / 2)) --finetune 0
+run "twice-the-steps" '{}' --steps $((steps * 2)) --finetune 0
+run "cache-20" '{}' "${no_finetune[@]}" --cache 20
+run "layers-at-the-full-rate" '{"optimiser": {"layer-lr": 1.0}}' "${no_finetune[@]}"
+run "finetune" '{}' --steps "$steps" --finetune "$finetune"
+run "finetune-layers-at-the-full-rate" '{"optimiser": {"layer-lr": 1.0}}' --steps "$steps" --finetune "$finetune"
+run "finetune-two-neighbours" '{"sandwich": {"neighbours": 2}}' --steps "$steps" --finetune "$finetune"
+run "finetune-rank-64" '{}' --steps "$steps" --finetune "$finetune" --rank 64
+run "finetune-neighbours-only" '{"finetune": {"blocks": "sandwiches"}}' --steps "$steps" --finetune "$finetune"
+run "finetune-alone" '{}' --steps 0 --finetune "$finetune"

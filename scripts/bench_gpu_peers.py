@@ -160,40 +160,43 @@ def inputs(config, side, text, place):
 
 
 def sandwich_step(flux, given, place, width):
-    """A step of training a linear layer between two single blocks with LoRA, towards what the blocks give; recomputed."""
+    """A step of training as `train-sandwich` takes it for one layer in place of eleven single blocks: the unpruned blocks up to there on
+    new noise, then one linear layer between two blocks with LoRA, recomputed on the way back, towards what the eleven and these two give."""
     from torch.utils.checkpoint import checkpoint
 
-    teacher = flux.single_transformer_blocks[:2] + flux.single_transformer_blocks[3:4]  # the third is a layer by now
-    before, after = (copy.deepcopy(block) for block in (teacher[0], teacher[2]))
-    text, image = given["encoder_hidden_states"].shape[1], given["hidden_states"].shape[1]
-    x, y = (torch.randn(1, n, width, **place) for n in (image, text))
-    temb = torch.randn(1, width, **place)
+    singles = flux.single_transformer_blocks
+    first = min(13, len(singles) - 3)
+    last = min(first + 12, len(singles) - 1)
+    prefix, teacher = [*flux.transformer_blocks, *singles[:first]], singles[first:last + 1]
+    before, after = (copy.deepcopy(block) for block in (teacher[0], teacher[-1]))
+    temb = flux.time_text_embed(1000 * given["timestep"], 1000 * given["guidance"], given["pooled_projections"])
     rotary = flux.pos_embed(torch.cat([given["txt_ids"], given["img_ids"]]))
 
-    def run(blocks, recompute):
-        hidden, encoder = x, y
+    def run(blocks, hidden, encoder, recompute=False):
         for block in blocks:
             if recompute:
                 encoder, hidden = checkpoint(block, hidden, encoder, temb, rotary, use_reentrant=False)
             else:
                 encoder, hidden = block(hidden, encoder, temb, rotary)
-        return torch.cat([encoder, hidden], 1)
+        return hidden, encoder
 
-    layer = Replacement(width, **place)
     for block in (before, after):
         attention = block.attn
         for owner, name in [(attention, "to_q"), (attention, "to_k"), (attention, "to_v"), (block, "proj_mlp"),
                             (block, "proj_out"), (block.norm, "linear")]:
             setattr(owner, name, Lora(getattr(owner, name), RANK, **place))
-    student = torch.nn.ModuleList([before, layer, after])
+    student = torch.nn.ModuleList([before, Replacement(width, **place), after])
     trained = [value for value in student.parameters() if value.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step():
         with torch.no_grad():
-            wanted = run(teacher, False)
+            noise = torch.randn_like(given["hidden_states"])
+            start = run(prefix, flux.x_embedder(noise), flux.context_embedder(given["encoder_hidden_states"]))
+            wanted = run(teacher, *start)
         optimiser.zero_grad(set_to_none=True)
-        loss = ((run(student, True) - wanted).float() ** 2).mean()
+        got = run(student, *start, recompute=True)
+        loss = sum(((a - b).float() ** 2).mean() for a, b in zip(got, wanted))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
@@ -281,11 +284,11 @@ def measure(args, out, clock, place, config, flux, given):
     if compiled is not None:
         step("compiled", compiled)
     width = config["attention_head_dim"] * config["num_attention_heads"]
-    pruned = replace(flux, width, place)
-    step("pruned_eager", pruned, "force_eager")
     if args.train:
         with torch.compiler.set_stance("force_eager"):
             clock.median(out, "sandwich_step", sandwich_step(flux, given, place, width), args.seconds)
+    pruned = replace(flux, width, place)
+    step("pruned_eager", pruned, "force_eager")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@
 #   speed     a forward beside candle-transformers and diffusers: bench_peers.py (needs diffusers; 10 minutes to compile)
 #
 # Environment: FASTFLUX, the program (default: target/release/fastflux); RATIOS, shares of blocks to replace; NUM, pictures
-# that each model draws; TRAIN, flags for train-sandwich (a quick look: TRAIN="--steps 20 --finish 20").
+# that each model draws; TRAIN, flags for train-sandwich (a quick look: TRAIN="--steps 20 --finetune 20").
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

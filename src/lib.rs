@@ -1,8 +1,8 @@
 //! fastflux: prune FLUX.1 by replacing its least important transformer blocks by linear layers.
 
 // what everything speaks of
-pub mod formats;
 pub mod layout;
+pub mod quant;
 
 // a model's files, and the tensors in them
 pub mod checkpoint;
@@ -22,7 +22,10 @@ pub mod score;
 pub mod train;
 
 // what it cost and what it brought
+pub mod bench;
 pub mod eval;
+pub mod plot;
+pub mod verify;
 
 // where to compute, and how to talk
 pub mod cli;

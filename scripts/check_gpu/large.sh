@@ -62,8 +62,11 @@ step_bench() {
     [[ -n $checkpoint ]] && subject=(--model "$checkpoint")
     local sizes=(--dtype bf16 --size "$side" --text-tokens "$text" --device "$device")
     [[ -n $quick ]] && longest=1
-    for kind in ${quick:+auto} ${quick:-flash3 flash2 plain}; do
-        [[ $kind == 1 ]] && continue
+    # every way of attention, unless one was asked for
+    local kinds=(flash3 flash2 plain)
+    [[ -n $quick ]] && kinds=(auto)
+    [[ -n ${FASTFLUX_ATTENTION:-} ]] && kinds=("$FASTFLUX_ATTENTION")
+    for kind in "${kinds[@]}"; do
         export FASTFLUX_ATTENTION=$kind
         [[ $kind == auto ]] && unset FASTFLUX_ATTENTION
         attempt "bench-$kind" 60 "$binary" bench "${subject[@]}" "${sizes[@]}" --seconds "$longest" --step-only --json || continue
@@ -138,7 +141,7 @@ parts() {
     [[ -n $python3 ]] || { note "$1: left out, as it needs a python3 for the text encoders' files"; return 1; }
     "$python3" "$here/parts.py" "$work/parts" --t5-width "$t5" --t5-length "$text" --clip-width "$clip" --channels "$vae" ||
         { note "$1: text encoders and VAE could not be written"; return 1; }
-    for ((i = 0; i < 4; i++)); do echo "a red circle at the left, number $i"; done >"$work/prompts.txt"
+    for ((i = 0; i < 8; i++)); do echo "a red circle at the left, number $i"; done >"$work/prompts.txt"
     model=(--model "$checkpoint" --text-encoders "$work/parts" --vae "$work/parts/vae")
     format=(--device cuda --dtype bf16)
     picture=(--width "$side" --height "$side")
@@ -185,18 +188,33 @@ step_full() {
     [[ -n $copy ]] && figure full 'that step over the larger of compute and copying' "$(calc "$offload / $slower")" times '<= 1.2'
 }
 
+# step_seconds TOKENS LAST: seconds of a step, from the first to the LAST, by the lines of a log on stdin.
+step_seconds() {
+    awk -v tokens="$1" -v last="$2" '
+        function number(key) { return match($0, "\"" key "\":[-0-9.e+]+") ? substr($0, RSTART + length(key) + 3, RLENGTH - length(key) - 3) + 0 : 0 }
+        number("tokens-per-second") { step = number("step"); at[step] = tokens * step / number("tokens-per-second") }
+        END { if (at[last] > at[1]) printf "%.4g", (at[last] - at[1]) / (last - 1) }'
+}
+
 mib() { calc "$1 / 1048576"; }
 
 step_whole() {
     wait_for_checkpoint
     parts whole || return
-    local at samples=(--prompts "$work/prompts.txt" --samples 4 --steps 8) fewer=(--prompts "$work/prompts.txt" --samples 2 --steps 2)
-    attempt generate-4 60 "$binary" generate "${model[@]}" "${format[@]}" "${picture[@]}" --prompt-file "$work/prompts.txt" --steps 8 --output "$work/four" --force
+    local at samples fewer
+    echo '{"score": {"held-out": 8}}' >"$work/prune-recipe.json" # of one picture
+    samples=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --samples 4 --steps 8)
+    fewer=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --samples 2 --steps 2)
+    attempt generate-4 60 "$binary" generate "${model[@]}" "${format[@]}" "${picture[@]}" --prompt-file <(head -n 4 "$work/prompts.txt") --steps 8 --output "$work/four" --force
     attempt calibrate-forecast 20 "$binary" calibrate "${model[@]}" "${format[@]}" "${picture[@]}" "${samples[@]}" --dry-run --json
-    attempt calibrate 90 "$binary" calibrate "${model[@]}" "${format[@]}" "${picture[@]}" "${samples[@]}" --output "$work/stats.safetensors" --force --json
+    local stats
+    stats=$(room $((gigabytes - 5)))/stats.safetensors
+    attempt calibrate 90 "$binary" calibrate "${model[@]}" "${format[@]}" "${picture[@]}" "${samples[@]}" --output "$stats" --force --json
+    rm -f "$stats" # 17 GB
     figure whole 'calibrate of 4 prompts × 8 steps: peak on the GPU' "$peak" MiB '' "$(mib "$(value calibrate-forecast device)")"
     local sampling gathering
-    sampling=$(told generate-4 'drew 4 pictures')
+    # calibration samples held-out pictures too
+    sampling=$(calc "$(told generate-4 'drew 4 pictures') * $(value calibrate-forecast prompts) / 4")
     gathering=$(grep -o '([0-9.]* s)$' "$output/logs/calibrate.err" 2>/dev/null | tr -d '()s' | awk '{ sum += $1 } END { if (NR) print sum }')
     figure whole 'sampling the same' "$sampling" s
     figure whole 'calibrating' "$gathering" s
@@ -218,6 +236,12 @@ step_whole() {
     attempt train 120 "$binary" "${train[@]}" --output "$trained" --force --log "$output/logs/losses-full.jsonl"
     figure whole 'train-sandwich: peak on the GPU' "$peak" MiB "${peak:+<= $(calc "$(sed 's/GiB/* 1024/; s/MiB//' <<<"$train_limit")")}" "$(mib "$(value train-forecast peak_bytes)")"
     figure whole 'train-sandwich, 5 + 3 steps' "$seconds" s
+    # the log has tokens per second since a phase began: without its first and its last step, at which more is done
+    local tokens=$((side * side / 256 + text)) each
+    each=$(grep -v finish "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 4)
+    figure whole 'train-sandwich: a step of the sandwich' "$each" s '' "${peer_train:+$(calc "$peer_train / 1000")}"
+    [[ -z ${peer_train:-} ]] || figure whole "that over PyTorch's" "$(calc "1000 * $each / $peer_train")" times '<= 1.1'
+    figure whole 'train-sandwich: a step of the finish' "$(grep finish "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 2)" s
     [[ -d $trained ]] || trained=$at/pruned
     attempt generate-trained 60 "$binary" generate --model "$trained" "${format[@]}" "${picture[@]}" --prompt 'a red circle' --steps 8 --output "$work/trained.png" --force
     figure whole 'the result draws: a step' "$(calc "$(told generate-trained 'drew 1 picture') / 8")" s

@@ -31,10 +31,11 @@ figure() {
 stamp() { while IFS= read -r line; do printf '%s %s\n' "$EPOCHREALTIME" "$line"; done; }
 
 # attempt NAME SECONDS COMMAND…: stdout to logs/NAME.out, stderr with times to logs/NAME.err. Sets code, seconds, peak (MiB on
-# the GPU beyond what was used before, empty where nobody says).
+# the GPU beyond the least that was used meanwhile, as the one before may still be leaving; empty where nobody says).
 attempt() {
     local name=$1 most=$2 before base rest
     shift 2
+    [[ -n $rehearse ]] && most=$((4 * most)) # an emulated GPU is slow
     rest=$((limit - $(elapsed)))
     ((rest < most)) && most=$rest
     code=124 seconds='' peak=''
@@ -51,10 +52,10 @@ attempt() {
     exec 3>&-
     wait "$stamper" 2>/dev/null
     seconds=$(calc "$EPOCHREALTIME - $begun")
-    ((before > 0)) && peak=$(tail -n +"$before" "$memory" | awk 'NR == 1 { base = $1 } $1 > most { most = $1 } END { print most - base }')
+    ((before > 0)) && peak=$(tail -n +"$before" "$memory" | awk 'NR == 1 || $1 < least { least = $1 } $1 > most { most = $1 } END { print most - least }')
     printf '%s\t%s\t%s\t%s\n' "$name" "$code" "$seconds" "${peak:--}" >>"$runs"
     if ((code)); then
-        note "$name: exit status $code after $seconds s$( ((code == 124)) && echo ', the limit'): $(tail -n 2 "$output/logs/$name.err" | cut -d' ' -f2- | tr '\n' ' ')"
+        note "$name: exit status $code after $seconds s$( ((code == 124)) && echo ', the limit'): $(tail -n 2 "$output/logs/$name.err" | cut -d' ' -f2- | tr '\n' ' ' | cut -c1-300)"
     fi
     return "$code"
 }
@@ -63,8 +64,14 @@ attempt() {
 value() { sed -n "s/^ *\"$2\": \"\{0,1\}\([^\",]*\)\"\{0,1\},\{0,1\}$/\1/p" "$output/logs/$1.out" 2>/dev/null | head -n 1; }
 told() { grep -o "$2.*([0-9.]* s)" "$output/logs/$1.err" 2>/dev/null | sed 's/.*(\([0-9.]*\) s)$/\1/' | head -n 1; }
 when() { grep -m 1 "$2" "$output/logs/$1.err" 2>/dev/null | cut -d' ' -f1; }
-# The value of KEY of the row `what` = WHAT in a bench's JSON.
-row() { awk -v what="\"$2\"," -v key="\"$3\":" '$1 == "\"what\":" { here = $2 == what } here && $1 == key { sub(",$", "", $2); print $2; exit }' "$output/logs/$1.out" 2>/dev/null; }
+# The value of KEY of the row `what` = WHAT in a bench's JSON, whatever the order of its keys.
+row() {
+    awk -v what="\"$2\"" -v wanted="\"$3\":" '
+        { value = $2; sub(",$", "", value) }
+        $1 == "\"what\":" { here = value == what }
+        $1 == wanted { found = value }
+        /^    }/ { if (here) { print found; exit } here = 0; found = "" }' "$output/logs/$1.out" 2>/dev/null
+}
 
 # A folder with room for so many gigabytes beside what is there: in memory where possible.
 room() {

@@ -6,7 +6,7 @@ sizes() {
     limits=(24GiB 12GiB 6GiB) train_limit=24GiB
     replaced=(double.04 double.09 double.14 single.02 single.06 single.11 single.15 single.20 single.24 single.29 single.33)
     if [[ -n $rehearse ]]; then
-        side=64 text=16 heads=1 t5=64 clip=64 vae=16,32,32,32 gigabytes=1 limits=(40MiB 30MiB 20MiB) train_limit=100MiB
+        side=64 text=16 heads=1 t5=64 clip=64 vae=16,32,32,32 gigabytes=1 limits=(40MiB 30MiB 20MiB) train_limit=150MiB
     fi
     transformer "$work/full.json"
     transformer "$work/pruned.json" "${replaced[@]}"
@@ -131,7 +131,9 @@ step_bundled() {
             while (match($0, /"loss":[-0-9.e+]+/)) { got[n++] = substr($0, RSTART + 7, RLENGTH - 7); $0 = substr($0, RSTART + RLENGTH) }
             if (n == 2) { d = (got[0] - got[1]) / got[1]; if (d < 0) d = -d; if (d > most) most = d; seen++ }
         } END { if (seen) printf "%.2e", most }')" '' '<= 1e-4'
-    for dtype in f32 bf16; do
-        figure bundled "picture in $dtype: largest difference from the CPU's" "$(difference "$at/cuda-$dtype.png" "$at/cpu-$dtype.png")" /255 '<= 3'
-    done
+    figure bundled "picture in f32: largest difference from the CPU's" "$(difference "$at/cuda-f32.png" "$at/cpu-f32.png")" /255 '<= 3'
+    # bf16 rounds every sum in another order: it may not be further from f32 than the CPU's bf16 is
+    local own
+    own=$(difference "$at/cpu-bf16.png" "$at/cpu-f32.png")
+    figure bundled "picture in bf16: largest difference from f32" "$(difference "$at/cuda-bf16.png" "$at/cpu-f32.png")" /255 "<= $((${own:-0} > 3 ? own : 3))"
 }

@@ -262,6 +262,12 @@ Result cuMemFree_v2(Address at) {
 Result cuMemAllocAsync(Address *out, size_t bytes, void *) { return cuMemAlloc_v2(out, bytes); }
 Result cuMemFreeAsync(Address at, void *) { return cuMemFree_v2(at); }
 
+// Pinned memory of the host.
+Result cuMemHostAlloc(void **out, size_t bytes, unsigned) { return (*out = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096)) ? OK : OUT_OF_MEMORY; }
+Result cuMemFreeHost(void *at) { return free(at), OK; }
+Result cuMemHostRegister_v2(void *, size_t, unsigned) { return OK; }
+Result cuMemHostUnregister(void *) { return OK; }
+
 Result cuMemGetInfo_v2(size_t *free, size_t *all) {
     Lock lock(everything);
     *free = total() - used;
@@ -343,10 +349,9 @@ Result cuMemPoolGetAttribute(void *, int, void *value) {
 Result cuStreamCreate(void **stream, unsigned) { return *stream = &something, OK; }
 Result cuStreamDestroy_v2(void *) { return OK; }
 Result cuStreamSynchronize(void *) { return OK; }
+Result cuCtxSynchronize() { return OK; }
 Result cuStreamWaitEvent(void *, void *, unsigned) { return OK; }
 Result cuStreamIsCapturing(void *, int *capturing) { return *capturing = 0, OK; }
-Result cuMemHostAlloc(void **memory, size_t bytes, unsigned) { return *memory = malloc(bytes), OK; }
-Result cuMemFreeHost(void *memory) { return free(memory), OK; }
 
 Result cuEventCreate(void **event, unsigned) { return *event = &something, OK; }
 Result cuEventDestroy_v2(void *) { return OK; }
@@ -382,7 +387,8 @@ Result cuModuleGetFunction(void **out, void *module, const char *name) {
     auto &names = *(std::set<std::string> *)module;
     if (!names.count(name)) return NOT_FOUND;
     // fastflux has kernels of the same names as candle
-    auto found = kernels().find((names.count("norm_modulate_f32") ? "ours:" : "") + std::string(name));
+    const bool ours = names.count("norm_modulate_f32") || names.count("attention_backward_keys_bf16");
+    auto found = kernels().find((ours ? "ours:" : "") + std::string(name));
     if (found == kernels().end()) fail(std::string(name) + " is not emulated");
     *out = &found->second;
     return OK;

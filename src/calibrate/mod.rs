@@ -39,7 +39,7 @@ pub fn sample(
     progress: &ProgressBar,
 ) -> Result<Tensor> {
     let trunk = &denoise.flux.trunk;
-    let stored = trunk.has_stored(0..trunk.len());
+    let stored = trunk.has_offloaded(0..trunk.len());
     let together = if stored { together.max(1) } else { 1 };
     let starts: Vec<usize> = (0..prompts.len()).step_by(batch).collect();
     let mut pictures = Vec::new();

@@ -5,13 +5,13 @@ use std::{collections::BTreeSet, path::Path};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::{Checkpoint, keys, record::Record, shapes};
-use crate::layout::{BlockKind, BlockSpec, FluxConfig, unpruned};
-
-/// FLUX.1's rotary axes (`FluxParams` of every released model); they fit a head size of 128 only.
-pub(super) const FLUX1_AXES: [usize; 3] = [16, 56, 56];
-/// FLUX.1's rotary base, fixed in diffusers' `FluxPosEmbed`.
-pub(super) const FLUX1_THETA: f64 = 10_000.0;
+use super::{
+    Checkpoint, keys,
+    record::Record,
+    rotary::{FLUX1_AXES, FLUX1_THETA, are_axes, is_theta},
+    shapes,
+};
+use crate::layout::{BlockKind, BlockSpec, Family, FluxConfig, unpruned};
 
 /// A JSON object that may say what tensors cannot, with its name for messages.
 #[derive(Clone, Debug)]
@@ -133,6 +133,7 @@ pub fn infer(
         guidance_embed: checkpoint.contains("guidance_in.in_layer.weight"),
         axes_dims: Vec::new(),
         theta: record.map_or(FLUX1_THETA, |r| r.theta),
+        family: Family::FLUX1,
         layout,
     };
     for file in configs {
@@ -284,17 +285,6 @@ fn agree(config: &FluxConfig, file: &ConfigFile, checkpoint: &str) -> Result<()>
         );
     }
     Ok(())
-}
-
-/// Whether these can be rotary axes: three even sizes whose sum is a number.
-pub(super) fn are_axes(dims: &[usize]) -> bool {
-    const MOST: usize = 1 << 20;
-    dims.len() == 3 && dims.iter().all(|d| d % 2 == 0 && (2..=MOST).contains(d))
-}
-
-/// Whether this can be a rotary base: the frequencies fall from 1, and are numbers.
-pub(super) fn is_theta(theta: f64) -> bool {
-    theta > 1.0 && theta <= 1e12
 }
 
 /// Rotary axes and base: the first that says so of config files and record, else FLUX.1's where they fit.

@@ -4,8 +4,8 @@ use anyhow::{Context, Result};
 use candle::quantized::GgmlDType;
 use safetensors::Dtype;
 
-use super::{Checkpoint, Source, format::Format, keys};
-use crate::formats::{LARGEST, Packed};
+use super::{Checkpoint, Source, dtype::StorageDType, keys};
+use crate::quant::{LARGEST, QuantType};
 
 /// What a model is converted to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,7 +18,7 @@ pub enum Target {
         scaled: bool,
     },
     /// The kept blocks' matrices as GGML blocks of this format in GGUF, replacement layers as `Q8_0`, the rest as floats.
-    Gguf(Packed),
+    Gguf(QuantType),
 }
 
 impl Target {
@@ -26,37 +26,37 @@ impl Target {
     ///
     /// Layers that stand for replaced blocks act on the stream itself, which nothing has normalised: few as their
     /// weights are, in 4 or 8-bit floats they would cost as much error as all kept blocks together.
-    pub fn format(self, name: &str, source: &Source) -> Format {
+    pub fn format(self, name: &str, source: &Source) -> StorageDType {
         let matrix = source.shape().len() == 2;
         let key = keys::parse(name).filter(|_| matrix);
         let (of_block, of_replacement) = (key.is_some(), key.is_some_and(|k| k.of_replacement()));
         // what is not in the blocks stays in floats, as wide as it was
         let float = match source.format() {
-            Format::Packed(_) => Format::Plain(Dtype::BF16),
-            plain @ Format::Plain(_) => plain,
+            StorageDType::Quantized(_) => StorageDType::Plain(Dtype::BF16),
+            plain @ StorageDType::Plain(_) => plain,
         };
         match self {
-            Self::Plain(dtype) => Format::Plain(dtype),
+            Self::Plain(dtype) => StorageDType::Plain(dtype),
             // what was packed before gains nothing by being widened
             Self::Float8 { .. }
                 if of_replacement && source.format().dtype() != Some(Dtype::F8_E4M3) =>
             {
                 match float {
-                    Format::Plain(Dtype::F16) => float,
-                    _ => Format::Plain(Dtype::BF16),
+                    StorageDType::Plain(Dtype::F16) => float,
+                    _ => StorageDType::Plain(Dtype::BF16),
                 }
             }
-            Self::Float8 { .. } if of_block => Format::Packed(Packed::F8E4M3),
+            Self::Float8 { .. } if of_block => StorageDType::Quantized(QuantType::F8E4M3),
             // ComfyUI-GGUF and llama.cpp keep vectors in f32
-            Self::Gguf(_) if !matrix => Format::Plain(Dtype::F32),
+            Self::Gguf(_) if !matrix => StorageDType::Plain(Dtype::F32),
             Self::Gguf(packed) if of_block => {
                 let width = source.shape().last().copied().unwrap_or(0);
-                let fits = |packed: &Packed| width.is_multiple_of(packed.block());
-                let q8_0 = Packed::Blocks(GgmlDType::Q8_0);
+                let fits = |packed: &QuantType| width.is_multiple_of(packed.block());
+                let q8_0 = QuantType::Blocks(GgmlDType::Q8_0);
                 [if of_replacement { q8_0 } else { packed }, q8_0]
                     .into_iter()
                     .find(fits)
-                    .map_or(Format::Plain(Dtype::F16), Format::Packed)
+                    .map_or(StorageDType::Plain(Dtype::F16), StorageDType::Quantized)
             }
             Self::Float8 { .. } | Self::Gguf(_) => float,
         }
@@ -64,7 +64,7 @@ impl Target {
 
     /// Whether a tensor is to be scaled: its largest magnitude is needed before it is written.
     pub fn scales(self, name: &str, source: &Source) -> bool {
-        let packed = Format::Packed(Packed::F8E4M3);
+        let packed = StorageDType::Quantized(QuantType::F8E4M3);
         self == (Self::Float8 { scaled: true })
             && self.format(name, source) == packed
             && source.format() != packed
@@ -113,7 +113,10 @@ pub fn for_safetensors(checkpoint: &Checkpoint) -> (Checkpoint, usize) {
     let (mut out, mut count) = (checkpoint.clone(), 0);
     for (name, source) in checkpoint.iter() {
         if source.format().dtype().is_none() {
-            out.insert(name, source.converted(Format::Plain(Dtype::BF16), None));
+            out.insert(
+                name,
+                source.converted(StorageDType::Plain(Dtype::BF16), None),
+            );
             count += 1;
         }
     }
@@ -132,11 +135,11 @@ mod tests {
             Source::dense(&Tensor::ones((4, 256), dtype, &Device::Cpu)?)
         };
         let (plain, q8_0) = (
-            Format::Plain,
-            Format::Packed(Packed::Blocks(GgmlDType::Q8_0)),
+            StorageDType::Plain,
+            StorageDType::Quantized(QuantType::Blocks(GgmlDType::Q8_0)),
         );
-        let f8 = Format::Packed(Packed::F8E4M3);
-        let q4_k = Packed::Blocks(GgmlDType::Q4K);
+        let f8 = StorageDType::Quantized(QuantType::F8E4M3);
+        let q4_k = QuantType::Blocks(GgmlDType::Q4K);
         let float8 = Target::Float8 { scaled: true };
         let [layer, kept] =
             ["linear.img.weight", "linear1.weight"].map(|tail| format!("single_blocks.0.{tail}"));
@@ -150,7 +153,7 @@ mod tests {
                 Target::Gguf(q4_k),
                 source(DType::BF16)?,
                 q8_0,
-                Format::Packed(q4_k),
+                StorageDType::Quantized(q4_k),
             ),
         ] {
             let found = [&layer, &kept].map(|name| target.format(name, &source));

@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail, ensure};
 use candle::quantized::GgmlDType;
 use safetensors::Dtype;
 
-use super::{Checkpoint, Source, format::Format, record};
-use crate::{files::Blob, formats::Packed};
+use super::{Checkpoint, Source, dtype::StorageDType, record};
+use crate::{files::Blob, quant::QuantType};
 
 /// The first bytes of a file.
 pub(super) const MAGIC: &[u8] = b"GGUF";
@@ -25,12 +25,12 @@ const MOST_DIMENSIONS: u32 = 4;
 const MOST_NESTING: usize = 4;
 
 /// The number of a format in a file, for those that are read and written.
-pub(super) fn number(format: Format) -> Option<u32> {
+pub(super) fn number(format: StorageDType) -> Option<u32> {
     Some(match format {
-        Format::Plain(Dtype::F32) => 0,
-        Format::Plain(Dtype::F16) => 1,
-        Format::Plain(Dtype::BF16) => 30,
-        Format::Packed(Packed::Blocks(dtype)) => match dtype {
+        StorageDType::Plain(Dtype::F32) => 0,
+        StorageDType::Plain(Dtype::F16) => 1,
+        StorageDType::Plain(Dtype::BF16) => 30,
+        StorageDType::Quantized(QuantType::Blocks(dtype)) => match dtype {
             GgmlDType::Q4_0 => 2,
             GgmlDType::Q4_1 => 3,
             GgmlDType::Q5_0 => 6,
@@ -47,9 +47,9 @@ pub(super) fn number(format: Format) -> Option<u32> {
     })
 }
 
-fn formats() -> impl Iterator<Item = Format> {
-    let plain = [Dtype::F32, Dtype::F16, Dtype::BF16].map(Format::Plain);
-    let packed = Packed::ALL.into_iter().map(Format::Packed);
+fn formats() -> impl Iterator<Item = StorageDType> {
+    let plain = [Dtype::F32, Dtype::F16, Dtype::BF16].map(StorageDType::Plain);
+    let packed = QuantType::ALL.into_iter().map(StorageDType::Quantized);
     plain
         .into_iter()
         .chain(packed)
@@ -137,7 +137,7 @@ fn header(name: &str, blob: &Blob) -> Result<Checkpoint> {
 
 /// What the header says of one tensor.
 struct Info {
-    format: Format,
+    format: StorageDType,
     shape: Vec<usize>,
     offset: u64,
     bytes: usize,

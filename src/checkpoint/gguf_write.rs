@@ -10,7 +10,7 @@ use super::{
     gguf::{MAGIC, RECORD, number},
     record,
 };
-use crate::formats::Packed;
+use crate::quant::QuantType;
 
 const VERSION: u32 = 3;
 const ALIGNMENT: usize = 32;
@@ -18,10 +18,10 @@ const ALIGNMENT: usize = 32;
 const QUANTISATION_VERSION: u32 = 2;
 
 /// Which formats most of a file is in, as llama.cpp counts them (`general.file_type`).
-fn file_type(packed: Packed) -> u32 {
+fn file_type(packed: QuantType) -> u32 {
     match packed {
-        Packed::Blocks(GgmlDType::Q8_0) => 7,
-        Packed::Blocks(GgmlDType::Q4K) => 14,
+        QuantType::Blocks(GgmlDType::Q8_0) => 7,
+        QuantType::Blocks(GgmlDType::Q4K) => 14,
         _ => 0,
     }
 }
@@ -32,7 +32,7 @@ fn file_type(packed: Packed) -> u32 {
 /// When `file` takes no more, or a tensor is in a format that GGUF has not.
 pub(super) fn write(
     checkpoint: &Checkpoint,
-    main: Packed,
+    main: QuantType,
     file: &mut std::fs::File,
     written: &mut dyn FnMut(usize),
 ) -> Result<()> {
@@ -59,7 +59,7 @@ pub(super) fn write(
     Ok(())
 }
 
-fn header(checkpoint: &Checkpoint, main: Packed) -> Result<Vec<u8>> {
+fn header(checkpoint: &Checkpoint, main: QuantType) -> Result<Vec<u8>> {
     let record = checkpoint.metadata.get(record::KEY);
     let mut out = MAGIC.to_vec();
     let u32 = |out: &mut Vec<u8>, value: u32| out.extend(value.to_le_bytes());

@@ -90,6 +90,7 @@ mod tests {
             guidance_embed: true,
             axes_dims: vec![8, 12, 12],
             theta: 1e4,
+            family: crate::layout::Family::FLUX1,
             layout,
         }
     }

@@ -2,23 +2,20 @@
 //!
 //! Knows names and bytes; no maths and no model code here. Opening reads headers only.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
-use candle::{DType, Device, Shape, Tensor};
-use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
+use candle::{DType, Device};
+use candle_nn::VarBuilder;
 use safetensors::SafeTensors;
 
-use crate::{
-    device::{self, PageLocked},
-    files::{Blob, Files},
-    formats::{Packed, name_of_scale},
-};
+use crate::files::{Blob, Files};
 
+mod backend;
 pub mod config;
 pub mod convert;
 pub mod diffusers;
-mod format;
+mod dtype;
 mod gguf;
 mod gguf_write;
 pub mod init;
@@ -26,19 +23,19 @@ pub mod keys;
 pub mod output;
 pub mod random;
 pub mod record;
+mod rotary;
 pub mod save;
 mod scales;
 pub mod shapes;
 mod source;
-pub mod target;
+mod to_f32;
 pub mod transformer_json;
-mod widen;
 
-pub use format::Format;
+use backend::{Backend, packed};
+
+pub use crate::files::output as target;
+pub use dtype::StorageDType;
 pub use source::{Source, safetensors_dtype};
-
-/// The most of the host's free memory that is page-locked.
-const LOCKABLE: f64 = 0.7;
 
 /// An ordered, lazy map from tensor names to their bytes. Cloning copies names, not data.
 #[derive(Clone, Debug, Default)]
@@ -292,44 +289,15 @@ impl Checkpoint {
 
     /// A `VarBuilder` over these tensors that converts each to `dtype` when it is asked for.
     pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
-        self.builder(dtype, device, Vec::new())
-    }
-
-    /// The same for tensors that are read again and again: on a GPU its files are page-locked as long as the `VarBuilder`
-    /// or a clone of it lives, if they take less than [`LOCKABLE`] of the host's free memory.
-    pub fn offloaded_var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
-        self.builder(dtype, device, self.page_locked(device))
-    }
-
-    fn builder(
-        &self,
-        dtype: DType,
-        device: &Device,
-        locked: Vec<PageLocked>,
-    ) -> VarBuilder<'static> {
-        let backend = Backend {
-            checkpoint: Arc::new(self.clone()),
-            _locked: locked,
-        };
+        let backend = Backend::new(self.clone(), Vec::new());
         VarBuilder::from_backend(Box::new(backend), dtype, device.clone())
     }
 
-    /// The mapped files, page-locked for `device`; nothing where there is no room for all of them.
-    fn page_locked(&self, device: &Device) -> Vec<PageLocked> {
-        let mut files: Vec<&Blob> = Vec::new();
-        for blob in self.tensors.values().flat_map(Source::blobs) {
-            if files.iter().all(|other| other.as_ptr() != blob.as_ptr()) {
-                files.push(blob);
-            }
-        }
-        let bytes: usize = files.iter().map(|blob| blob.len()).sum();
-        let free = device::free_host_memory().unwrap_or(0);
-        if bytes as f64 > LOCKABLE * free as f64 {
-            return Vec::new();
-        }
-        let each = files.into_iter();
-        each.filter_map(|blob| PageLocked::new(blob, Box::new(blob.clone()), device))
-            .collect()
+    /// A `VarBuilder` over these tensors for weights that are read again and again. On a GPU the mapped files are page-locked
+    /// as long as it or a clone of it lives, if they fit into 70 % of the host's free memory.
+    pub fn offloaded_var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
+        let backend = Backend::new(self.clone(), backend::page_lock(self, device));
+        VarBuilder::from_backend(Box::new(backend), dtype, device.clone())
     }
 }
 
@@ -366,97 +334,4 @@ pub fn advise<T>(result: Result<T>, hint: &str) -> Result<T> {
         }
         anyhow::anyhow!("{text}\nhint: {hint}")
     })
-}
-
-/// The format of a matrix that is served as its bytes too.
-fn packed(source: &Source) -> Option<Packed> {
-    match source.format() {
-        Format::Packed(packed) if source.shape().len() == 2 => Some(packed),
-        _ => None,
-    }
-}
-
-/// [`Checkpoint`] as candle's source of weights. Packed matrices are served in full under their own names, and as bytes
-/// and scales under those that `formats` gives them.
-struct Backend {
-    checkpoint: Arc<Checkpoint>,
-    /// Files that a GPU reads directly.
-    _locked: Vec<PageLocked>,
-}
-
-impl Backend {
-    /// The packed matrix whose bytes or scales go by `name`.
-    fn packed<'a>(&self, name: &'a str) -> Option<(&'a str, &Source, Packed)> {
-        let (tensor, _) = name.rsplit_once('@')?;
-        let source = self.checkpoint.get(tensor)?;
-        let packed = packed(source)?;
-        let known = name == packed.name_of_bytes(tensor) || name == name_of_scale(tensor);
-        known.then_some((tensor, source, packed))
-    }
-
-    fn load(
-        &self,
-        name: &str,
-        shape: Option<&Shape>,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Tensor> {
-        if let Some((tensor, source, packed)) = self.packed(name) {
-            let loaded = if name == name_of_scale(tensor) {
-                let scale = source.scale().unwrap_or(&[1.0]);
-                Tensor::from_slice(scale, scale.len(), device)
-            } else {
-                let [rows, columns] = self.checkpoint.dims(tensor)?;
-                let shape = [rows, packed.bytes(columns)];
-                match device {
-                    #[cfg(feature = "cuda")]
-                    Device::Cuda(gpu) if source.mapped_parts().is_some() => {
-                        let parts = source.mapped_parts().unwrap_or_default();
-                        crate::device::upload(&parts, DType::U8, &shape, gpu)
-                    }
-                    _ => Tensor::from_raw_buffer(&source.bytes()?, DType::U8, &shape, device),
-                }
-            };
-            return loaded
-                .with_context(|| format!("`{}`: tensor `{tensor}`", self.checkpoint.name));
-        }
-        let source = self.checkpoint.expect(name)?;
-        if let Some(shape) = shape {
-            ensure!(
-                shape.dims() == source.shape(),
-                "`{}`: tensor `{name}` has shape {:?}, expected {:?}",
-                self.checkpoint.name,
-                source.shape(),
-                shape.dims()
-            );
-        }
-        let tensor = source.tensor_as(dtype, device);
-        tensor.with_context(|| format!("`{}`: tensor `{name}`", self.checkpoint.name))
-    }
-}
-
-impl SimpleBackend for Backend {
-    fn get(
-        &self,
-        s: Shape,
-        name: &str,
-        _: Init,
-        dtype: DType,
-        dev: &Device,
-    ) -> candle::Result<Tensor> {
-        self.load(name, Some(&s), dtype, dev).map_err(to_candle)
-    }
-
-    fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle::Result<Tensor> {
-        self.load(name, None, dtype, dev).map_err(to_candle)
-    }
-
-    fn contains_tensor(&self, name: &str) -> bool {
-        self.packed(name).is_some() || self.checkpoint.contains(name)
-    }
-}
-
-fn to_candle(error: anyhow::Error) -> candle::Error {
-    // the whole chain in one line: candle's errors carry no source
-    candle::Error::Msg(format!("{error:#}"))
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::{Checkpoint, config};
+use super::{Checkpoint, rotary};
 use crate::layout::{self, BlockId, BlockKind, BlockSpec};
 
 /// The metadata key that holds the record.
@@ -128,12 +128,12 @@ impl Record {
             );
         }
         ensure!(
-            config::are_axes(&self.axes_dims),
+            rotary::are_axes(&self.axes_dims),
             "its `axes-dims` are {:?}, expected three even sizes",
             self.axes_dims
         );
         ensure!(
-            config::is_theta(self.theta),
+            rotary::is_theta(self.theta),
             "its `theta` is {}, expected a number above 1 and at most 1e12",
             self.theta
         );

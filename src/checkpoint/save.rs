@@ -3,17 +3,15 @@
 use std::{
     collections::BTreeMap,
     io::{BufWriter, Write},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
-use super::{
-    Checkpoint, Source, gguf_write, scales,
-    target::{known_as, persist, sibling},
-};
-use crate::formats::Packed;
+use super::{Checkpoint, Source, gguf_write, scales};
+pub use crate::files::output::write_bytes;
+use crate::{files::output, quant::QuantType};
 
 /// Writes a checkpoint with its metadata to `path`, which appears whole or not at all.
 ///
@@ -34,10 +32,7 @@ pub fn write_with(
     path: &Path,
     written: &mut dyn FnMut(usize),
 ) -> Result<()> {
-    let mut file = sibling(path)?;
-    stream(checkpoint, file.as_file_mut(), written)
-        .with_context(|| format!("cannot write `{}`", known_as(path).display()))?;
-    persist(file, path)
+    output::write(path, |file| stream(checkpoint, file, written))
 }
 
 /// As [`write_with()`], in GGUF, for a checkpoint whose matrices are mostly in the format `main`.
@@ -46,14 +41,13 @@ pub fn write_with(
 /// As [`write()`], and when a tensor is in a format that GGUF has not.
 pub fn write_gguf(
     checkpoint: &Checkpoint,
-    main: Packed,
+    main: QuantType,
     path: &Path,
     written: &mut dyn FnMut(usize),
 ) -> Result<()> {
-    let mut file = sibling(path)?;
-    gguf_write::write(checkpoint, main, file.as_file_mut(), written)
-        .with_context(|| format!("cannot write `{}`", known_as(path).display()))?;
-    persist(file, path)
+    output::write(path, |file| {
+        gguf_write::write(checkpoint, main, file, written)
+    })
 }
 
 /// As [`write()`], through a temporary sibling of a fixed name: a run that is killed while it saves leaves at most that
@@ -62,21 +56,7 @@ pub fn write_gguf(
 /// # Errors
 /// As [`write()`].
 pub fn write_again(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".tmp");
-    let temporary = PathBuf::from(name);
-    let context = || format!("cannot write `{}`", path.display());
-    let written = std::fs::File::create(&temporary)
-        .map_err(anyhow::Error::from)
-        .and_then(|mut file| {
-            stream(checkpoint, &mut file, &mut |_| ())?;
-            Ok(file.sync_all()?)
-        })
-        .and_then(|()| Ok(std::fs::rename(&temporary, path)?));
-    if written.is_err() {
-        let _ = std::fs::remove_file(&temporary);
-    }
-    written.with_context(context)
+    output::rewrite(path, |file| stream(checkpoint, file, &mut |_| ()))
 }
 
 /// The tensors as a safetensors file holds them: wide number formats first (so that all are aligned), then by name.
@@ -134,16 +114,4 @@ fn stream(
     let arrived = out.get_ref().metadata()?.len();
     ensure!(arrived == expected, "{arrived} of {expected} bytes arrived");
     Ok(())
-}
-
-/// Writes a small file atomically.
-///
-/// # Errors
-/// When the folder is not writable or the disk is full; nothing is left behind.
-pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = sibling(path)?;
-    file.write_all(bytes)
-        .and_then(|()| file.flush())
-        .with_context(|| format!("cannot write `{}`", known_as(path).display()))?;
-    persist(file, path)
 }

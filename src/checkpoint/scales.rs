@@ -8,8 +8,8 @@ use anyhow::{Context, Result, ensure};
 use candle::{Device, Tensor};
 use serde_json::Value;
 
-use super::{Checkpoint, Source, format::Format};
-use crate::{files::Blob, formats::Packed};
+use super::{Checkpoint, Source, dtype::StorageDType};
+use crate::{files::Blob, quant::QuantType};
 
 /// The marker that a file's float8 weights have scales.
 const MARKER: &str = "scaled_fp8";
@@ -94,7 +94,7 @@ pub(super) fn detached(checkpoint: &Checkpoint) -> Result<Checkpoint> {
         out.insert(format!("{layer}{}", WEIGHT[0]), Source::dense(&tensor)?);
     }
     if out.len() > checkpoint.len() {
-        let format = Format::Packed(Packed::F8E4M3);
+        let format = StorageDType::Quantized(QuantType::F8E4M3);
         let empty = Source::mapped(&Blob::Static(&[]), 0..0, format, vec![0]);
         out.insert(MARKER, empty);
     }

@@ -8,17 +8,25 @@ const SINUSOIDS: usize = 256;
 /// Canonical names and shapes of all tensors, in network order.
 pub fn tensors(config: &FluxConfig) -> Vec<(String, Vec<usize>)> {
     let hidden = config.hidden_size;
-    let mut out = Names::default();
+    let mut out = Names {
+        biases: config.family.biases,
+        all: Vec::new(),
+    };
     out.linear("img_in", config.in_channels, hidden);
     out.linear("txt_in", config.context_in_dim, hidden);
     let embedders = [
         ("time_in", SINUSOIDS, true),
-        ("vector_in", config.vec_in_dim, true),
+        ("vector_in", config.vec_in_dim, config.vec_in_dim > 0),
         ("guidance_in", SINUSOIDS, config.guidance_embed),
     ];
     for (name, input, _) in embedders.into_iter().filter(|(_, _, present)| *present) {
         out.linear(&format!("{name}.in_layer"), input, hidden);
         out.linear(&format!("{name}.out_layer"), hidden, hidden);
+    }
+    if config.shares_modulation() {
+        out.linear("double_stream_modulation_img.lin", hidden, 6 * hidden);
+        out.linear("double_stream_modulation_txt.lin", hidden, 6 * hidden);
+        out.linear("single_stream_modulation.lin", hidden, 3 * hidden);
     }
     for (spec, prefix) in config.slots() {
         let Some(prefix) = prefix else { continue };
@@ -30,44 +38,63 @@ pub fn tensors(config: &FluxConfig) -> Vec<(String, Vec<usize>)> {
     }
     out.linear("final_layer.adaLN_modulation.1", hidden, 2 * hidden);
     out.linear("final_layer.linear", hidden, config.out_channels);
-    out.0
+    out.all
 }
 
-#[derive(Default)]
-struct Names(Vec<(String, Vec<usize>)>);
+struct Names {
+    /// Whether the model's own projections have biases.
+    biases: bool,
+    all: Vec<(String, Vec<usize>)>,
+}
 
 impl Names {
     fn linear(&mut self, name: &str, input: usize, output: usize) {
-        self.0.push((format!("{name}.weight"), vec![output, input]));
-        self.0.push((format!("{name}.bias"), vec![output]));
+        self.with_bias(name, input, output, self.biases);
+    }
+
+    fn with_bias(&mut self, name: &str, input: usize, output: usize, bias: bool) {
+        self.all
+            .push((format!("{name}.weight"), vec![output, input]));
+        if bias {
+            self.all.push((format!("{name}.bias"), vec![output]));
+        }
     }
 
     fn norms(&mut self, prefix: &str, head: usize) {
         for norm in ["query_norm", "key_norm"] {
-            self.0
+            self.all
                 .push((format!("{prefix}.norm.{norm}.scale"), vec![head]));
         }
     }
 
     fn double(&mut self, config: &FluxConfig, prefix: &str) {
-        let (hidden, mlp) = (config.hidden_size, config.mlp_size);
+        let hidden = config.hidden_size;
         for stream in ["img", "txt"] {
             let part = format!("{prefix}.{stream}");
-            self.linear(&format!("{part}_mod.lin"), hidden, 6 * hidden);
+            if !config.shares_modulation() {
+                self.linear(&format!("{part}_mod.lin"), hidden, 6 * hidden);
+            }
             self.linear(&format!("{part}_attn.qkv"), hidden, 3 * hidden);
             self.norms(&format!("{part}_attn"), config.head_dim());
             self.linear(&format!("{part}_attn.proj"), hidden, hidden);
-            self.linear(&format!("{part}_mlp.0"), hidden, mlp);
-            self.linear(&format!("{part}_mlp.2"), mlp, hidden);
+            self.linear(&format!("{part}_mlp.0"), hidden, config.mlp_in_size());
+            self.linear(&format!("{part}_mlp.2"), config.mlp_size, hidden);
         }
     }
 
     fn single(&mut self, config: &FluxConfig, prefix: &str) {
-        let (hidden, mlp) = (config.hidden_size, config.mlp_size);
-        self.linear(&format!("{prefix}.modulation.lin"), hidden, 3 * hidden);
-        self.linear(&format!("{prefix}.linear1"), hidden, 3 * hidden + mlp);
+        let hidden = config.hidden_size;
+        if !config.shares_modulation() {
+            self.linear(&format!("{prefix}.modulation.lin"), hidden, 3 * hidden);
+        }
+        let mlp_in = config.mlp_in_size();
+        self.linear(&format!("{prefix}.linear1"), hidden, 3 * hidden + mlp_in);
         self.norms(prefix, config.head_dim());
-        self.linear(&format!("{prefix}.linear2"), hidden + mlp, hidden);
+        self.linear(
+            &format!("{prefix}.linear2"),
+            hidden + config.mlp_size,
+            hidden,
+        );
     }
 
     fn replacement(&mut self, hidden: usize, replacement: &Replacement, prefix: &str) {
@@ -78,13 +105,13 @@ impl Names {
         };
         for stream in streams {
             let part = format!("{prefix}.{stream}");
-            self.linear(&part, hidden, hidden);
+            self.with_bias(&part, hidden, hidden, true);
             match replacement.form {
                 Form::Conditioned => self
-                    .0
+                    .all
                     .push((format!("{part}.vec.weight"), vec![hidden, hidden])),
                 Form::Modulated => {
-                    self.linear(&format!("{part}.modulation.lin"), hidden, 3 * hidden);
+                    self.with_bias(&format!("{part}.modulation.lin"), hidden, 3 * hidden, true);
                 }
                 Form::Remove | Form::Linear => {}
             }

@@ -6,11 +6,14 @@ use anyhow::{Context, Result, bail, ensure};
 use candle::{DType, Device, Tensor};
 use safetensors::Dtype;
 
-use super::{format::Format, random::Random, widen};
-use crate::{files::Blob, formats::Packed};
+use super::{dtype::StorageDType, random::Random, to_f32};
+use crate::{files::Blob, quant::QuantType};
 
+mod rows;
 mod sum;
 mod values;
+
+use rows::cut;
 
 /// How many bytes of a tensor are made at a time while it is written.
 const STEP: usize = 16 << 20;
@@ -18,7 +21,7 @@ const STEP: usize = 16 << 20;
 /// One named tensor of a checkpoint, not loaded yet. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct Source {
-    format: Format,
+    format: StorageDType,
     shape: Vec<usize>,
     data: Data,
     /// What float8 values are multiplied by: one number, or one for each row.
@@ -73,7 +76,7 @@ impl Source {
     pub(super) fn mapped(
         blob: &Blob,
         range: Range<usize>,
-        format: Format,
+        format: StorageDType,
         shape: Vec<usize>,
     ) -> Self {
         Self::piece(format, shape, Whole::Blob(blob.clone()), range)
@@ -86,7 +89,7 @@ impl Source {
         Self::piece(format, shape, Whole::Random(random), 0..bytes)
     }
 
-    fn piece(format: Format, shape: Vec<usize>, of: Whole, range: Range<usize>) -> Self {
+    fn piece(format: StorageDType, shape: Vec<usize>, of: Whole, range: Range<usize>) -> Self {
         Self {
             format,
             shape,
@@ -119,7 +122,7 @@ impl Source {
     /// The same numbers in another format, converted a part at a time while they are written; as it is where it has the
     /// format (and scale) already. `scale` is what float8 values are multiplied by again.
     #[must_use]
-    pub fn converted(&self, format: Format, scale: Option<f32>) -> Self {
+    pub fn converted(&self, format: StorageDType, scale: Option<f32>) -> Self {
         if self.format == format && (scale.is_none() == self.scale.is_none()) {
             return self.clone();
         }
@@ -137,7 +140,7 @@ impl Source {
     /// When the values are no float8, or there is another number of scales.
     pub fn with_scale(mut self, scale: Vec<f32>) -> Result<Self> {
         ensure!(
-            self.format == Format::Packed(Packed::F8E4M3),
+            self.format == StorageDType::Quantized(QuantType::F8E4M3),
             "a tensor of {} has a scale beside it, which only F8_E4M3 may have",
             self.format
         );
@@ -162,7 +165,7 @@ impl Source {
     }
 
     /// Number format on disk.
-    pub fn format(&self) -> Format {
+    pub fn format(&self) -> StorageDType {
         self.format
     }
 
@@ -179,139 +182,6 @@ impl Source {
     /// Size in bytes.
     pub fn byte_len(&self) -> usize {
         self.format.bytes(self.elements())
-    }
-
-    /// The rows `rows` (of the outermost dimension).
-    ///
-    /// # Errors
-    /// When the tensor has fewer rows.
-    pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
-        let Some(&total) = self.shape.first() else {
-            bail!("a scalar has no rows")
-        };
-        ensure!(
-            rows.start <= rows.end && rows.end <= total,
-            "rows {}..{} of a tensor of shape {:?}",
-            rows.start,
-            rows.end,
-            self.shape
-        );
-        let mut shape = self.shape.clone();
-        shape[0] = rows.len();
-        let width: usize = shape[1..].iter().product();
-        ensure!(
-            [rows.start, rows.end]
-                .iter()
-                .all(|row| (row * width).is_multiple_of(self.format.block())),
-            "rows {rows:?} of shape {:?} are parts of blocks of {}",
-            self.shape,
-            self.format
-        );
-        let scale = self.scale.as_ref().map(|scale| match scale.len() {
-            1 => scale.clone(),
-            _ => scale[rows.clone()].into(),
-        });
-        let data = match &self.data {
-            Data::Converted(from) => Data::Converted(Box::new(from.rows(rows)?)),
-            Data::Sum(parts) => {
-                let parts = parts.iter().map(|part| part.rows(rows.clone()));
-                Data::Sum(parts.collect::<Result<_>>()?)
-            }
-            Data::Dense(t) => Data::Dense(t.narrow(0, rows.start, rows.len())?),
-            Data::Pieces(pieces) => {
-                let bytes = |row: usize| self.format.bytes(row * width);
-                Data::Pieces(cut(pieces, bytes(rows.start)..bytes(rows.end)))
-            }
-        };
-        Ok(Self {
-            format: self.format,
-            shape,
-            data,
-            scale,
-        })
-    }
-
-    /// The tensors one below another; all but the outermost dimension and the number formats agree.
-    ///
-    /// # Errors
-    /// When they do not, or when there are none.
-    pub fn stack_rows(parts: &[Self]) -> Result<Self> {
-        let Some(first) = parts.first() else {
-            bail!("nothing to concatenate")
-        };
-        ensure!(
-            parts.iter().all(|part| !part.shape.is_empty()),
-            "is a single number, expected rows"
-        );
-        let mut shape = first.shape.clone();
-        let mut pieces = Vec::new();
-        shape[0] = 0;
-        for part in parts {
-            ensure!(
-                part.format == first.format && part.shape[1..] == first.shape[1..],
-                "cannot fuse {} {:?} with {} {:?}",
-                first.format,
-                first.shape,
-                part.format,
-                part.shape
-            );
-            shape[0] += part.shape[0];
-            match &part.data {
-                Data::Pieces(p) => pieces.extend(p.iter().cloned()),
-                Data::Dense(_) | Data::Converted(_) | Data::Sum(_) => {
-                    let tensors = parts
-                        .iter()
-                        .map(|p| p.tensor(&Device::Cpu))
-                        .collect::<Result<Vec<_>>>()?;
-                    return Self::dense(&Tensor::cat(&tensors, 0)?);
-                }
-            }
-        }
-        let scaled = parts.iter().any(|part| part.scale.is_some());
-        let scale = scaled.then(|| {
-            let each = parts.iter().flat_map(|part| {
-                let rows = part.shape[0];
-                let one = |row| match part.scale() {
-                    None => 1.0,
-                    Some([one]) => *one,
-                    Some(each) => each[row],
-                };
-                (0..rows).map(one).collect::<Vec<_>>()
-            });
-            each.collect()
-        });
-        Ok(Self {
-            format: first.format,
-            shape,
-            data: Data::Pieces(pieces),
-            scale,
-        })
-    }
-
-    /// The same bytes under another shape of the same size.
-    ///
-    /// # Errors
-    /// When the sizes differ.
-    pub fn reshape(&self, shape: &[usize]) -> Result<Self> {
-        ensure!(
-            shape.iter().product::<usize>() == self.elements(),
-            "cannot read shape {:?} as {shape:?}",
-            self.shape
-        );
-        let data = match &self.data {
-            Data::Dense(t) => Data::Dense(t.reshape(shape)?),
-            same => same.clone(),
-        };
-        ensure!(
-            self.scale().is_none_or(|scale| scale.len() == 1),
-            "a tensor with a scale for each row keeps its shape"
-        );
-        Ok(Self {
-            format: self.format,
-            shape: shape.to_vec(),
-            data,
-            scale: self.scale.clone(),
-        })
     }
 
     /// The first and the last bytes, at most `limit` of each: enough to tell tensors apart.
@@ -331,7 +201,7 @@ impl Source {
         let block = self.format.block();
         let fitting = limit / self.format.bytes(block).max(1) * block;
         let count = fitting.min(self.elements());
-        let part = |range| self.format.pack(&self.stored(range)?);
+        let part = |range| self.format.encode(&self.stored(range)?);
         Ok([
             part(0..count)?,
             part(self.elements() - count..self.elements())?,
@@ -413,8 +283,8 @@ impl Source {
         if device.is_cpu()
             && dtype == DType::F32
             && matches!(self.data, Data::Pieces(_))
-            && let Format::Plain(stored) = self.format
-            && let Some(values) = widen::to_f32(&self.bytes()?, stored)
+            && let StorageDType::Plain(stored) = self.format
+            && let Some(values) = to_f32::to_f32(&self.bytes()?, stored)
         {
             return Ok(Tensor::from_vec(values, self.shape(), device)?);
         }
@@ -426,7 +296,7 @@ impl Source {
     /// # Errors
     /// When candle has no such dtype or the device is out of memory.
     pub fn tensor(&self, device: &Device) -> Result<Tensor> {
-        if matches!(self.format, Format::Packed(_)) {
+        if matches!(self.format, StorageDType::Quantized(_)) {
             let values = self.values(0..self.elements())?;
             return Ok(Tensor::from_vec(values, self.shape.as_slice(), device)?);
         }
@@ -446,23 +316,6 @@ impl Source {
             }
         }
     }
-}
-
-/// The part `range` of the concatenation of `pieces`.
-fn cut(pieces: &[Piece], range: Range<usize>) -> Vec<Piece> {
-    let mut at = 0;
-    let mut out = Vec::new();
-    for piece in pieces {
-        let (start, end) = (range.start.max(at), range.end.min(at + piece.range.len()));
-        if start < end {
-            out.push(Piece {
-                of: piece.of.clone(),
-                range: piece.range.start + start - at..piece.range.start + end - at,
-            });
-        }
-        at += piece.range.len();
-    }
-    out
 }
 
 fn flat_bytes(flat: &Tensor) -> Result<Vec<u8>> {
@@ -502,10 +355,10 @@ pub fn safetensors_dtype(dtype: DType) -> Result<Dtype> {
 }
 
 /// The candle dtype of a format.
-fn candle_dtype(format: Format) -> Result<DType> {
+fn candle_dtype(format: StorageDType) -> Result<DType> {
     let dtype = match format {
-        Format::Plain(dtype) => DType::try_from(dtype).ok(),
-        Format::Packed(_) => None,
+        StorageDType::Plain(dtype) => DType::try_from(dtype).ok(),
+        StorageDType::Quantized(_) => None,
     };
     dtype.with_context(|| format!("tensors of dtype {format} are not supported\nhint: use a float32, float16, bfloat16, F8_E4M3 or GGUF file"))
 }

@@ -4,10 +4,11 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{
-    config::{ConfigFile, FLUX1_AXES, FLUX1_THETA, is_theta},
+    config::ConfigFile,
     record::Record,
+    rotary::{FLUX1_AXES, FLUX1_THETA, is_theta},
 };
-use crate::layout::{BlockKind, BlockSpec, FluxConfig, unpruned};
+use crate::layout::{BlockKind, BlockSpec, Family, FluxConfig, unpruned};
 
 /// Larger sizes are mistakes, and their products would not fit a machine word.
 const LARGEST: usize = 1 << 20;
@@ -86,6 +87,7 @@ pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
             theta if is_theta(theta) => theta,
             _ => bail!("`{}`: `theta` must be a number above 1", file.name),
         },
+        family: Family::FLUX1,
         layout: record
             .as_ref()
             .map_or_else(|| unpruned(double, single), |r| r.layout.clone()),

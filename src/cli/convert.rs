@@ -5,7 +5,7 @@ use clap::{ArgGroup, Args};
 use safetensors::Dtype;
 
 use super::{DryRunArgs, ModelArgs, OutputArgs, units::weight_dtype};
-use crate::{checkpoint::convert::Target, formats::Packed};
+use crate::{checkpoint::convert::Target, quant::QuantType};
 
 /// `convert`.
 #[derive(Args, Debug)]
@@ -46,8 +46,8 @@ fn dtype(text: &str) -> Result<Target, String> {
 
 fn gguf(text: &str) -> Result<Target, String> {
     match text.to_ascii_lowercase().as_str() {
-        "q8_0" => Ok(Target::Gguf(Packed::Blocks(GgmlDType::Q8_0))),
-        "q4_k" => Ok(Target::Gguf(Packed::Blocks(GgmlDType::Q4K))),
+        "q8_0" => Ok(Target::Gguf(QuantType::Blocks(GgmlDType::Q8_0))),
+        "q4_k" => Ok(Target::Gguf(QuantType::Blocks(GgmlDType::Q4K))),
         _ => Err("expected q8_0 or q4_k".to_owned()),
     }
 }

@@ -121,13 +121,6 @@ pub struct BenchArgs {
     /// Time whole steps only, no blocks.
     #[arg(long)]
     pub step_only: bool,
-    /// Measure instead how time and memory of a step grow with image size (256² to 2048², or --size), blocks and batch,
-    /// as far as they fit, and draw it next to the estimate into this file.
-    #[arg(long, value_name = "SVG", conflicts_with_all = ["against", "replaced", "batch", "step_only"])]
-    pub growth: Option<PathBuf>,
-    /// Overwrite an existing chart.
-    #[arg(long, requires = "growth")]
-    pub force: bool,
     #[command(flatten)]
     pub device: DeviceArgs,
     #[command(flatten)]

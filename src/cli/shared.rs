@@ -7,7 +7,7 @@ use clap::{Arg, Args};
 
 use super::units::{bytes, number, whole};
 use crate::{
-    checkpoint::output::Format,
+    checkpoint::output::Naming,
     device::{DTypeChoice, DeviceChoice},
     pipeline::defaults::{MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MIN_SIDE},
 };
@@ -188,8 +188,8 @@ pub struct OutputArgs {
 #[command(next_help_heading = "Output")]
 pub struct LayoutArgs {
     /// Names and places of what is written: original (flux.safetensors) or diffusers (a transformer folder).
-    #[arg(long, alias = "format", default_value_t, value_parser = |s: &str| s.parse::<Format>())]
-    pub layout: Format,
+    #[arg(long, alias = "format", default_value_t, value_parser = |s: &str| s.parse::<Naming>())]
+    pub layout: Naming,
 }
 
 /// `--output` of one command.

@@ -16,8 +16,8 @@ use crate::{
         transformer_json,
     },
     cli::ConvertArgs,
-    formats::{LARGEST, Packed},
     pipeline::Pipeline,
+    quant::{LARGEST, QuantType},
     ui,
 };
 
@@ -184,7 +184,7 @@ fn formats(checkpoint: &Checkpoint) -> BTreeMap<String, Value> {
 }
 
 /// Says which matrices of the kept blocks could not have the format that was asked for.
-fn note_fallbacks(checkpoint: &Checkpoint, packed: Packed) {
+fn note_fallbacks(checkpoint: &Checkpoint, packed: QuantType) {
     let unfit = checkpoint.iter().filter(|(name, source)| {
         let kept = keys::parse(name).is_some_and(|key| !key.of_replacement());
         let matrix = source.shape().len() == 2 && kept;

@@ -139,7 +139,7 @@ impl Demand {
                     "weights     {} at a time, {} of {} blocks all the time",
                     bytes("weights"),
                     residence.count(),
-                    residence.of()
+                    residence.total()
                 )
             },
             format!("activations {}", bytes("activations")),

@@ -20,7 +20,7 @@ use crate::{
     },
     checkpoint::{advise, record},
     layout::{BlockId, FluxConfig},
-    model::{Block, ReplacementBlock, demand::TOGETHER},
+    model::{Block, ReplacementBlock, memory::BATCHES_PER_LOAD},
     pipeline::{
         Pipeline,
         placement::{Activity, MemoryBudget},
@@ -269,7 +269,7 @@ fn removal(session: &Session) -> Result<Vec<(BlockId, f64)>> {
                 &prompts,
                 pass.channels,
                 pass.batch,
-                TOGETHER,
+                BATCHES_PER_LOAD,
                 seed,
                 &progress,
             )?

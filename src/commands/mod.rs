@@ -4,38 +4,32 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
+use serde::Serialize;
+
 use crate::{
-    cli::{Command, MemoryArgs, ModelArgs, PipelineArgs, RunArgs},
+    cli::{Command, MemoryArgs, ModelArgs, PipelineArgs, PrintArgs, RunArgs},
     device::Runtime,
     pipeline::{ModelChoice, Pipeline, placement::MemoryLimit},
     ui,
 };
 
 mod bench;
-mod bench_growth;
-mod bench_inputs;
 mod calibrate;
 mod choose;
 mod convert;
 mod demand;
 mod eval;
-mod eval_clip;
-mod eval_output;
 mod gather;
 mod generate;
 mod init;
 mod inspect;
-mod measure;
 mod plan;
 mod planned;
 mod prune;
-mod recorded;
 mod score;
 mod select;
 mod session;
-mod train;
-mod train_memory;
-mod train_output;
+mod shell;
 mod train_sandwich;
 mod verify;
 
@@ -58,6 +52,8 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Init(args) => init::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Completions(args) => shell::completions(&args).map(|()| ExitCode::SUCCESS),
+        Command::Man(args) => shell::man(&args).map(|()| ExitCode::SUCCESS),
     }
 }
 
@@ -89,6 +85,15 @@ fn memory(args: MemoryArgs) -> MemoryLimit {
     MemoryLimit {
         offload: args.offload,
         max_bytes: args.max_vram,
+    }
+}
+
+/// Prints a report: JSON if flags ask for it, otherwise its table.
+fn show(print: PrintArgs, report: &impl Serialize, table: impl FnOnce() -> String) -> Result<()> {
+    if print.json {
+        ui::json(report)
+    } else {
+        ui::data(table())
     }
 }
 

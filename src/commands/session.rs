@@ -15,7 +15,7 @@ use crate::{
         states::States,
     },
     device::Runtime,
-    model::{Flux, demand::TOGETHER},
+    model::{Flux, memory::BATCHES_PER_LOAD},
     pipeline::{Pipeline, load, placement::MemoryBudget},
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
@@ -305,7 +305,7 @@ impl<'a> Session<'a> {
                 &encoded,
                 self.channels(),
                 batch,
-                TOGETHER,
+                BATCHES_PER_LOAD,
                 seed,
                 &progress,
             )?;

@@ -1,63 +1,57 @@
-//! The report as one HTML file that opens from disk: style, pictures and charts are inside, no script, no network.
+//! The report as one HTML file that opens from disk: style, images and charts are inside, no script, no network.
 
 use std::fmt::Write;
 
 use anyhow::Result;
 
-use super::{
-    plot::{self, Curve},
-    report::{ModelReport, Pair, Report},
-};
+use super::report::{ModelReport, Pair, Report};
+use crate::plot::curves::{self, Curve};
 
+mod encode;
 mod numbers;
 
-const STYLE: &str = include_str!("report.css");
+use encode::{base64, escape};
 
-/// What a page shows beside the numbers.
+/// The frame of the page and its style.
+const PAGE: &str = include_str!("report.html");
+
+/// What a page shows in addition to the numbers.
 #[derive(Clone, Debug, Default)]
-pub struct Assets {
+pub(super) struct Assets {
     /// Pairs to show, worst first.
-    pub pairs: Vec<ShownPair>,
+    pub(super) pairs: Vec<ShownPair>,
     /// Chart of block scores by model, as SVG.
-    pub scores: Vec<(String, String)>,
-    /// Training losses by model.
-    pub losses: Vec<(String, Losses)>,
+    pub(super) scores: Vec<(String, String)>,
+    /// Chart of training losses by model, as an SVG file.
+    pub(super) losses: Vec<(String, Vec<u8>)>,
 }
 
-/// Pictures of one prompt, as PNG files.
+/// Images of one prompt, as PNG files.
 #[derive(Clone, Debug)]
-pub struct ShownPair {
+pub(super) struct ShownPair {
     /// Index in [`Report::pairs`].
-    pub index: usize,
+    pub(super) index: usize,
     /// The baseline's, then one for each model.
-    pub pictures: Vec<Vec<u8>>,
-}
-
-/// Losses of a training run.
-#[derive(Clone, Debug)]
-pub enum Losses {
-    /// A finished chart.
-    Svg(Vec<u8>),
-    /// (step, loss), and (step, held-out loss).
-    Log(Vec<(f64, f64)>, Vec<(f64, f64)>),
+    pub(super) images: Vec<Vec<u8>>,
 }
 
 /// The page.
 ///
 /// # Errors
 /// When a chart cannot be drawn.
-pub fn page(report: &Report, assets: &Assets) -> Result<String> {
+pub(super) fn page(report: &Report, assets: &Assets) -> Result<String> {
     let names: Vec<&str> = report.models.iter().map(|m| m.name.as_str()).collect();
-    let title = format!("{} beside {}", names.join(", "), report.baseline.name);
-    let mut out = format!(
-        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta name=\"color-scheme\" content=\"light dark\">\n\
-         <title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n\
-         <header><p class=\"kicker\">fastflux evaluation</p><h1>{title}</h1>\n<p>{sub}</p></header>\n",
-        title = escape(&title),
-        sub = escape(&subtitle(report)),
-    );
+    let title = format!("{} next to {}", names.join(", "), report.baseline.name);
+    let sections = sections(report, assets)?;
+    // the sections last: what a prompt spells is no placeholder
+    Ok(PAGE
+        .replace("{title}", &escape(&title))
+        .replace("{subtitle}", &escape(&subtitle(report)))
+        .replace("{sections}", &sections))
+}
+
+fn sections(report: &Report, assets: &Assets) -> Result<String> {
+    let mut out = String::new();
     for model in &report.models {
         out.push_str(&numbers::headline(model, report));
     }
@@ -68,7 +62,7 @@ pub fn page(report: &Report, assets: &Assets) -> Result<String> {
         &pairs(report, assets),
     );
     if let Some(chart) = by_time(report)? {
-        let text = "Relative mean squared error of the velocity on the baseline's own pictures, noised to level t (0 is the picture, 1 is noise).";
+        let text = "Relative mean squared error of the velocity on the baseline's own images, noised to level t (0 is the image, 1 is noise).";
         let body = format!("<p>{text}</p>\n<div class=\"chart\">{chart}</div>");
         section(&mut out, "Error by noise level", &body);
     }
@@ -76,13 +70,14 @@ pub fn page(report: &Report, assets: &Assets) -> Result<String> {
         let body = format!("<div class=\"chart plate tall\">{svg}</div>");
         section(&mut out, &format!("Scores of blocks: {name}"), &body);
     }
-    for (name, losses) in &assets.losses {
-        if let Some(body) = losses_chart(losses)? {
-            section(&mut out, &format!("Training losses: {name}"), &body);
-        }
+    for (name, svg) in &assets.losses {
+        let body = format!(
+            "<div class=\"chart plate\"><img src=\"data:image/svg+xml;base64,{}\" alt=\"losses by step\"></div>",
+            base64(svg)
+        );
+        section(&mut out, &format!("Training losses: {name}"), &body);
     }
     section(&mut out, "How it was made", &made(report));
-    out.push_str("</main>\n</body>\n</html>\n");
     Ok(out)
 }
 
@@ -102,7 +97,7 @@ fn subtitle(report: &Report) -> String {
     )
 }
 
-/// The pictures themselves.
+/// The images themselves.
 fn pairs(report: &Report, assets: &Assets) -> String {
     let small = report.settings.width.max(report.settings.height) <= 128;
     let names: Vec<&str> = std::iter::once(&report.baseline)
@@ -126,7 +121,7 @@ fn pairs(report: &Report, assets: &Assets) -> String {
 fn figure(pair: &Pair, shown: &ShownPair, names: &[&str]) -> String {
     let verdicts = std::iter::once(pair.baseline).chain(pair.models.iter().map(|m| m.verdict));
     let cells: String = shown
-        .pictures
+        .images
         .iter()
         .zip(names)
         .zip(verdicts)
@@ -169,25 +164,7 @@ fn by_time(report: &Report) -> Result<Option<String>> {
         })
     };
     let curves: Vec<Curve> = report.models.iter().filter_map(curve).collect();
-    plot::curves("noise level t", "relative MSE", &curves, true)
-}
-
-fn losses_chart(losses: &Losses) -> Result<Option<String>> {
-    match losses {
-        Losses::Svg(svg) => Ok(Some(format!(
-            "<div class=\"chart plate\"><img src=\"data:image/svg+xml;base64,{}\" alt=\"losses by step\"></div>",
-            base64(svg)
-        ))),
-        Losses::Log(train, held_out) => {
-            let curve = |name: &str, points: &[(f64, f64)]| Curve {
-                name: name.to_owned(),
-                points: points.to_vec(),
-            };
-            let curves = [curve("training", train), curve("held out", held_out)];
-            let chart = plot::curves("step", "loss", &curves, false)?;
-            Ok(chart.map(|svg| format!("<div class=\"chart\">{svg}</div>")))
-        }
-    }
+    curves::svg_of("noise level t", "relative MSE", &curves)
 }
 
 /// Settings, machine and recipes.
@@ -234,59 +211,4 @@ fn made(report: &Report) -> String {
         })
         .collect();
     format!("<dl>\n{facts}</dl>\n{recipes}")
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-        .replace('"', "&quot;")
-}
-
-/// RFC 4648, with padding.
-fn base64(bytes: &[u8]) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for chunk in bytes.chunks(3) {
-        let mut three = [0; 3];
-        three[..chunk.len()].copy_from_slice(chunk);
-        let bits = u32::from_be_bytes([0, three[0], three[1], three[2]]);
-        for i in 0..4 {
-            if i <= chunk.len() {
-                out.push(ALPHABET[(bits >> (18 - 6 * i)) as usize & 63] as char);
-            } else {
-                out.push('=');
-            }
-        }
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn base64_is_that_of_the_rfc() {
-        for (text, coded) in [
-            ("", ""),
-            ("f", "Zg=="),
-            ("fo", "Zm8="),
-            ("foo", "Zm9v"),
-            ("foob", "Zm9vYg=="),
-            ("fooba", "Zm9vYmE="),
-            ("foobar", "Zm9vYmFy"),
-        ] {
-            assert_eq!(base64(text.as_bytes()), coded);
-        }
-        assert_eq!(base64(&[0xff, 0xfe, 0xfd]), "//79");
-    }
-
-    #[test]
-    fn names_cannot_break_out_of_the_page() {
-        assert_eq!(
-            escape("<a href=\"x\">&"),
-            "&lt;a href=&quot;x&quot;&gt;&amp;"
-        );
-    }
 }

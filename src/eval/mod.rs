@@ -1,13 +1,188 @@
-//! Pairs of pictures and velocities → numbers, and the report that shows them. Nothing here draws or loads a model:
-//! `commands::eval` does.
+//! One evaluation: the same prompts and noise through a baseline and the models made from it; numbers, images, and a page
+//! that shows them.
+
+use anyhow::Result;
+
+use crate::{
+    bench::timing::{self, Effort, Machine},
+    checkpoint::record,
+    model::cost,
+    pipeline::{Pipeline, decoder::Decoder, load, placement::MemoryBudget},
+    sample::{png::Picture, size::ImageSize},
+    ui,
+};
 
 pub mod clip;
-pub mod detect;
-pub mod growth;
-pub mod html;
-pub mod latency;
+mod html;
+mod measure;
 pub mod metrics;
-mod plot;
+mod output;
+mod pairs;
+pub mod prompts;
 pub mod report;
-pub mod scene;
+pub mod scenes;
 pub mod velocity;
+
+pub use measure::check_family;
+
+use clip::ClipFiles;
+use measure::{Measured, Task};
+use metrics::Summary;
+use report::{Distances, ModelReport, PromptFollowing, Report, Settings};
+
+/// Bytes of weights up to which all models are loaded together to be timed.
+const MAX_BYTES_TOGETHER: usize = 1 << 30;
+/// How often decoding is timed.
+const DECODING: Effort = Effort {
+    warm_up: 1,
+    min_runs: 2,
+    max_runs: 10,
+    seconds: 0.5,
+};
+
+/// What all models are given.
+#[derive(Clone, Debug)]
+pub struct EvalOptions {
+    /// One for each image.
+    pub prompts: Vec<String>,
+    /// Where the prompts are from, for the report.
+    pub prompts_from: String,
+    /// Size of the images.
+    pub size: ImageSize,
+    /// Sampling steps.
+    pub steps: usize,
+    /// Guidance scale.
+    pub guidance: f64,
+    /// Image i starts from the noise of `seed` + i.
+    pub seed: u64,
+    /// Rows of pixels to decode at a time; 0: all of them; `None`: all of them if they fit.
+    pub vae_tile: Option<usize>,
+}
+
+/// What an evaluation found.
+#[derive(Clone, Debug)]
+pub struct Evaluation {
+    /// The numbers.
+    pub report: Report,
+    /// The baseline's images and then each model's, in the order of the prompts.
+    pub images: Vec<Vec<Picture>>,
+}
+
+/// Samples with the baseline and with each model, and compares what comes out.
+///
+/// # Errors
+/// When a component cannot be loaded or does not fit into memory, or an image is not finite.
+pub fn run(
+    baseline: &Pipeline,
+    models: &[Pipeline],
+    options: &EvalOptions,
+    clip: Option<&ClipFiles>,
+    budget: &MemoryBudget,
+) -> Result<Evaluation> {
+    let runtime = budget.runtime();
+    let vae_files = baseline.vae_files()?;
+    let all: Vec<&Pipeline> = std::iter::once(baseline).chain(models).collect();
+    let bytes = |p: &&Pipeline| p.transformer.bytes_loaded(runtime.dtype);
+    let bytes: usize = all.iter().map(bytes).sum();
+    let task = Task {
+        runtime,
+        budget,
+        encoded: load::encode_prompts(baseline, &options.prompts, None, runtime)?,
+        schedule: load::schedule(baseline)?,
+        size: options.size,
+        steps: options.steps,
+        guidance: options.guidance,
+        seed: options.seed,
+        together: bytes <= MAX_BYTES_TOGETHER && !budget.is_short_of(2 * bytes as u64),
+    };
+    let measured = task.all(baseline, models)?;
+    let decoder = budget.decoder(&vae_files, options.size.latent(), options.vae_tile)?;
+    let (images, decode_seconds) = decode(&decoder, &measured, budget)?;
+    drop(decoder);
+    let clip_scores = clip
+        .map(|clip| clip.scores(&options.prompts, &images, runtime))
+        .transpose()?;
+    let latents: Vec<_> = measured.iter().map(|m| &m.latents).collect();
+    let pairs = pairs::compare(options, &latents, &images, clip_scores.as_deref())?;
+    let text_tokens = task.encoded.txt.dim(1)?;
+    let mut models = Vec::new();
+    let before = &measured[0];
+    for (i, (pipeline, measured)) in all.iter().zip(&measured).enumerate() {
+        let config = &pipeline.config;
+        let against = i.checked_sub(1).map(|index| {
+            let velocity = before.velocities.error_of(&measured.velocities)?;
+            anyhow::Ok(Distances::new(&pairs, index, velocity))
+        });
+        let verdicts: Vec<_> = pairs.iter().filter_map(|pair| pair.verdict(i)).collect();
+        models.push(ModelReport {
+            name: pipeline.name.clone(),
+            fingerprint: record::fingerprint(&pipeline.transformer)?,
+            blocks: config.original_ids().count(),
+            replaced: report::replaced(&config.layout),
+            parameters: pipeline.transformer.parameters(),
+            bytes: pipeline.transformer.bytes(),
+            flops_per_step: cost::model(config, options.size.tokens(), text_tokens).flops(),
+            step: measured.step,
+            picture_seconds: options.steps as f64 * measured.step.median + decode_seconds,
+            speed_up: (i > 0).then(|| before.step.median / measured.step.median),
+            peak_memory: measured.memory,
+            against_baseline: against.transpose()?,
+            prompt_following: PromptFollowing::from_verdicts(&verdicts),
+            clip_score: clip_scores.as_ref().map(|all| Summary::of(&all[i])),
+            recipe: pipeline.record.as_ref().map(|r| r.recipe.clone()),
+        });
+    }
+    let report = Report {
+        tool: record::software(),
+        settings: Settings {
+            prompts: options.prompts_from.clone(),
+            pictures: options.prompts.len(),
+            seed: options.seed,
+            steps: options.steps,
+            guidance: options.guidance,
+            width: options.size.width,
+            height: options.size.height,
+            image_tokens: options.size.tokens(),
+            text_tokens,
+            runtime: runtime.to_string(),
+            clip: clip.map(|clip| clip.name.clone()),
+            timed: if task.together {
+                "models in turn".to_owned()
+            } else {
+                "models one after another".to_owned()
+            },
+        },
+        machine: Machine::this(),
+        baseline: models.remove(0),
+        models,
+        pairs,
+    };
+    Ok(Evaluation { report, images })
+}
+
+/// All images, and how long one of them takes in seconds.
+fn decode(
+    decoder: &Decoder,
+    measured: &[Measured],
+    budget: &MemoryBudget,
+) -> Result<(Vec<Vec<Picture>>, f64)> {
+    let one = measured[0].latents.narrow(0, 0, 1)?;
+    let work = &mut || {
+        decoder.pictures(&one)?;
+        Ok(())
+    };
+    let device = &budget.runtime().device;
+    let seconds = timing::measure(device, DECODING, &mut [work])?[0].median;
+    let count = measured[0].latents.dim(0)?;
+    let progress = ui::progress(measured.len() * count, "decoding");
+    let mut images = Vec::new();
+    for measured in measured {
+        images.push(decoder.pictures(&measured.latents)?);
+        progress.inc(count as u64);
+    }
+    ui::done(
+        &progress,
+        format!("decoded {} images", images.len() * count),
+    );
+    Ok((images, seconds))
+}

@@ -4,10 +4,14 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{
-    detect::Verdict,
-    latency::{Machine, Timing},
     metrics::{Share, Summary},
+    scenes::Verdict,
     velocity::VelocityError,
+};
+use crate::{
+    bench::timing::{Machine, Timing},
+    layout::BlockSpec,
+    ui,
 };
 
 /// Pairs that are listed as the worst of a model.
@@ -144,8 +148,8 @@ pub struct PromptFollowing {
 }
 
 impl PromptFollowing {
-    /// Of these verdicts; `None` where there are none.
-    pub fn of(verdicts: &[Verdict]) -> Option<Self> {
+    /// Shares of these verdicts; `None` if there are none.
+    pub fn from_verdicts(verdicts: &[Verdict]) -> Option<Self> {
         let share = |f: fn(&Verdict) -> bool| {
             Share::wilson(verdicts.iter().filter(|v| f(v)).count(), verdicts.len())
         };
@@ -195,9 +199,19 @@ pub struct PairOfModel {
     pub clip: Option<f64>,
 }
 
+impl Pair {
+    /// The verdict on the baseline's image (0) or on that of a model (from 1).
+    pub fn verdict(&self, index: usize) -> Option<Verdict> {
+        match index.checked_sub(1) {
+            None => self.baseline,
+            Some(model) => self.models.get(model)?.verdict,
+        }
+    }
+}
+
 impl Distances {
     /// Of model `index`.
-    pub fn of(pairs: &[Pair], index: usize, velocity: VelocityError) -> Self {
+    pub fn new(pairs: &[Pair], index: usize, velocity: VelocityError) -> Self {
         let values = |f: fn(&PairOfModel) -> f64| -> Vec<f64> {
             let of_model = pairs.iter().filter_map(|p| p.models.get(index));
             of_model.map(f).collect()
@@ -224,6 +238,86 @@ impl Report {
         order.sort_by(|a, b| mean(&self.pairs[*a]).total_cmp(&mean(&self.pairs[*b])));
         order
     }
+
+    /// What a terminal shows.
+    pub fn table(&self) -> String {
+        // the last column only where there is something in it
+        let columns = if self.settings.clip.is_some() { 9 } else { 8 };
+        let rows: Vec<Vec<String>> = std::iter::once(&self.baseline)
+            .chain(&self.models)
+            .map(|m| {
+                let against = m.against_baseline.as_ref();
+                let number = |value: Option<f64>, digits: usize| {
+                    value.map_or_else(|| "-".to_owned(), |v| format!("{v:.digits$}"))
+                };
+                let score = m.prompt_following.map(|p| p.ok);
+                vec![
+                    m.name.clone(),
+                    ui::count(m.parameters as f64),
+                    format!("{:.2} ms", 1e3 * m.step.median),
+                    m.speed_up
+                        .map_or_else(|| "-".to_owned(), |s| format!("{s:.2}x")),
+                    number(against.map(|a| a.velocity.error), 5),
+                    number(against.map(|a| a.psnr.mean), 2),
+                    number(against.map(|a| a.ssim.mean), 4),
+                    score.map_or_else(
+                        || "-".to_owned(),
+                        |s| {
+                            format!(
+                                "{:.1} ({:.1} to {:.1})",
+                                100.0 * s.share,
+                                100.0 * s.low,
+                                100.0 * s.high
+                            )
+                        },
+                    ),
+                    m.clip_score.as_ref().map_or_else(
+                        || "-".to_owned(),
+                        |s| format!("{:.2} ± {:.2}", s.mean, s.deviation),
+                    ),
+                ]
+            })
+            .map(|mut row: Vec<String>| {
+                row.truncate(columns);
+                row
+            })
+            .collect();
+        let header = [
+            "model",
+            "parameters",
+            "step",
+            "speed-up",
+            "velocity error",
+            "PSNR, dB",
+            "SSIM",
+            "prompts followed, %",
+            "CLIP score",
+        ];
+        let mut out = ui::table(&header[..columns], &rows, &[1, 2, 3, 4, 5, 6, 7, 8]);
+        for (model, index) in self.models.iter().zip(0..) {
+            let worst = model
+                .against_baseline
+                .iter()
+                .flat_map(|a| a.worst.iter().take(3));
+            for pair in worst.filter_map(|i| self.pairs.get(*i)) {
+                let psnr = pair.models.get::<usize>(index).map_or(0.0, |m| m.psnr);
+                out.push_str(&format!(
+                    "\nworst of {}: {psnr:.1} dB, seed {}, {}",
+                    model.name, pair.seed, pair.prompt
+                ));
+            }
+        }
+        out
+    }
+}
+
+/// Names of the blocks that are replaced or removed.
+pub(super) fn replaced(layout: &[BlockSpec]) -> Vec<String> {
+    let entries = layout.iter().filter_map(|spec| match spec {
+        BlockSpec::Original(_) => None,
+        BlockSpec::Replaced(r) => Some(r.replaces.iter().map(ToString::to_string)),
+    });
+    entries.flatten().collect()
 }
 
 #[cfg(test)]
@@ -251,7 +345,7 @@ mod tests {
             error: 0.0,
             by_time: vec![],
         };
-        let distances = Distances::of(&pairs, 0, velocity);
+        let distances = Distances::new(&pairs, 0, velocity);
         assert_eq!(distances.worst, [1, 2, 0]);
         assert!((distances.psnr.mean - 20.0).abs() < 1e-12);
         assert!((distances.latent_mse.most - 0.1).abs() < 1e-12);
@@ -259,12 +353,12 @@ mod tests {
 
     #[test]
     fn no_caption_no_score() {
-        assert_eq!(PromptFollowing::of(&[]), None);
+        assert_eq!(PromptFollowing::from_verdicts(&[]), None);
         let right = Verdict {
             ok: true,
             ..Verdict::default()
         };
-        let score = PromptFollowing::of(&[right, Verdict::default()]).unwrap();
+        let score = PromptFollowing::from_verdicts(&[right, Verdict::default()]).unwrap();
         assert_eq!((score.ok.of, score.ok.count, score.count.of), (1, 2, 0));
     }
 }

@@ -16,6 +16,7 @@ mod bundled;
 #[cfg(feature = "hub")]
 mod hub;
 mod id;
+pub mod output;
 
 #[cfg(feature = "hub")]
 pub use hub::HubSettings;

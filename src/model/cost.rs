@@ -3,7 +3,7 @@
 use std::iter::Sum;
 use std::ops::Add;
 
-use crate::layout::{BlockKind, BlockSpec, FluxConfig, Form};
+use crate::layout::{BlockKind, BlockSpec, FluxConfig, Form, ModulationSource};
 
 /// Cost of a part of the model for one call at batch 1. A multiply-add is two operations; norms, activations and
 /// other element-wise work (below 0.1 % at full size) are left out.
@@ -18,11 +18,11 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// A projection with bias applied to `rows` tokens.
-    fn linear(input: usize, output: usize, rows: usize) -> Self {
+    /// A projection applied to `rows` tokens.
+    fn linear(input: usize, output: usize, bias: bool, rows: usize) -> Self {
         let (input, output, rows) = (input as u64, output as u64, rows as u64);
         Self {
-            parameters: (input + 1) * output,
+            parameters: (input + u64::from(bias)) * output,
             matmul_flops: 2 * rows * input * output,
             attention_flops: 0,
         }
@@ -60,8 +60,15 @@ impl Sum for Cost {
 
 /// One entry of the layout on `img` image and `txt` text tokens.
 pub fn block(config: &FluxConfig, spec: &BlockSpec, img: usize, txt: usize) -> Cost {
-    let (hidden, mlp) = (config.hidden_size, config.mlp_size);
+    let hidden = config.hidden_size;
+    let (mlp_in, mlp_out) = (config.mlp_in_size(), config.mlp_size);
     let tokens = img + txt;
+    let linear = |input, output, rows| Cost::linear(input, output, config.family.biases, rows);
+    // shared modulation is counted outside of the blocks
+    let modulation = |parts: usize| match config.family.modulation {
+        ModulationSource::PerBlock => linear(hidden, parts * hidden, 1),
+        ModulationSource::Shared => Cost::default(),
+    };
     let norms = Cost::parameters(2 * config.axes_dims.iter().sum::<usize>());
     let attention = Cost {
         attention_flops: 4 * (tokens * tokens) as u64 * hidden as u64,
@@ -70,25 +77,25 @@ pub fn block(config: &FluxConfig, spec: &BlockSpec, img: usize, txt: usize) -> C
     match spec {
         BlockSpec::Original(id) if id.kind == BlockKind::Double => {
             let half = |rows| {
-                Cost::linear(hidden, 6 * hidden, 1)
-                    + Cost::linear(hidden, 3 * hidden, rows)
+                modulation(6)
+                    + linear(hidden, 3 * hidden, rows)
                     + norms
-                    + Cost::linear(hidden, hidden, rows)
-                    + Cost::linear(hidden, mlp, rows)
-                    + Cost::linear(mlp, hidden, rows)
+                    + linear(hidden, hidden, rows)
+                    + linear(hidden, mlp_in, rows)
+                    + linear(mlp_out, hidden, rows)
             };
             half(img) + half(txt) + attention
         }
         BlockSpec::Original(_) => {
-            Cost::linear(hidden, 3 * hidden, 1)
-                + Cost::linear(hidden, 3 * hidden + mlp, tokens)
+            modulation(3)
+                + linear(hidden, 3 * hidden + mlp_in, tokens)
                 + norms
-                + Cost::linear(hidden + mlp, hidden, tokens)
+                + linear(hidden + mlp_out, hidden, tokens)
                 + attention
         }
         BlockSpec::Replaced(replacement) => {
             let layer = |rows| {
-                let linear = Cost::linear(hidden, hidden, rows);
+                let linear = Cost::linear(hidden, hidden, true, rows);
                 match replacement.form {
                     Form::Remove => Cost::default(),
                     Form::Linear => linear,
@@ -101,7 +108,7 @@ pub fn block(config: &FluxConfig, spec: &BlockSpec, img: usize, txt: usize) -> C
                                 attention_flops: 0,
                             }
                     }
-                    Form::Modulated => linear + Cost::linear(hidden, 3 * hidden, 1),
+                    Form::Modulated => linear + Cost::linear(hidden, 3 * hidden, true, 1),
                 }
             };
             if replacement.joint {
@@ -113,19 +120,27 @@ pub fn block(config: &FluxConfig, spec: &BlockSpec, img: usize, txt: usize) -> C
     }
 }
 
-/// What is not in the trunk: input projections, embeddings of timestep, guidance and pooled text, and the head.
+/// What is not in the trunk: input projections, embeddings of timestep, guidance and pooled text, modulation that all
+/// blocks share, and the head.
 pub fn embedder_and_head(config: &FluxConfig, img: usize, txt: usize) -> Cost {
     let hidden = config.hidden_size;
-    let embedder = |input| Cost::linear(input, hidden, 1) + Cost::linear(hidden, hidden, 1);
-    let sinusoids = 1 + usize::from(config.guidance_embed);
-    Cost::linear(config.in_channels, hidden, img)
-        + Cost::linear(config.context_in_dim, hidden, txt)
-        + (0..sinusoids)
-            .map(|_| embedder(super::embed::SINUSOID))
-            .sum()
-        + embedder(config.vec_in_dim)
-        + Cost::linear(hidden, 2 * hidden, 1)
-        + Cost::linear(hidden, config.out_channels, img)
+    let linear = |input, output, rows| Cost::linear(input, output, config.family.biases, rows);
+    let embedder = |present: bool, input| {
+        let cost = linear(input, hidden, 1) + linear(hidden, hidden, 1);
+        if present { cost } else { Cost::default() }
+    };
+    let shared = match config.family.modulation {
+        ModulationSource::PerBlock => Cost::default(),
+        ModulationSource::Shared => linear(hidden, (6 + 6 + 3) * hidden, 1),
+    };
+    linear(config.in_channels, hidden, img)
+        + linear(config.context_in_dim, hidden, txt)
+        + embedder(true, super::embed::SINUSOID)
+        + embedder(config.guidance_embed, super::embed::SINUSOID)
+        + embedder(config.vec_in_dim > 0, config.vec_in_dim)
+        + shared
+        + linear(hidden, 2 * hidden, 1)
+        + linear(hidden, config.out_channels, img)
 }
 
 /// The whole transformer on `img` image and `txt` text tokens.

@@ -3,14 +3,17 @@
 use candle::{Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::last::LastStep;
 use super::linear::Linear;
-use super::modulation::Modulation;
+use super::modulation::{BlockModulation, SharedParts};
 use super::ops::{self, Branch, Norms, Projected};
+use super::output_projection::OutputProjection;
 use super::stream::{Conditioning, Stream};
-use crate::layout::FluxConfig;
+use crate::layout::{Activation, FluxConfig};
 
-/// BFL `DoubleStreamBlock`, diffusers `FluxTransformerBlock`.
+/// BFL `DoubleStreamBlock`, diffusers `FluxTransformerBlock`; for each of the two streams
+/// `x ← x + gate₁ · proj(attention)`, then `x ← x + gate₂ · mlp((1 + scale₂) · norm(x) + shift₂)` ([BFL][forward]).
+///
+/// [forward]: https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L158-L191
 #[derive(Clone, Debug)]
 pub struct DoubleBlock {
     img: Half,
@@ -21,26 +24,34 @@ pub struct DoubleBlock {
 /// The weights of one of the two streams.
 #[derive(Clone, Debug)]
 struct Half {
-    modulation: Modulation<6>,
+    modulation: BlockModulation<6>,
     qkv: Linear,
     norms: Norms,
     proj: Linear,
     mlp_in: Linear,
+    activation: Activation,
     mlp_out: Linear,
 }
 
 impl Half {
-    fn new(config: &FluxConfig, vb: &VarBuilder, stream: &str) -> Result<Self> {
-        let (hidden, mlp) = (config.hidden_size, config.mlp_size);
+    fn new(
+        config: &FluxConfig,
+        vb: &VarBuilder,
+        stream: &str,
+        shared: fn(&SharedParts) -> &[Tensor; 6],
+    ) -> Result<Self> {
+        let (hidden, biases) = (config.hidden_size, config.family.biases);
+        let (mlp_in, mlp_out) = (config.mlp_in_size(), config.mlp_size);
         let part = |name: &str| vb.pp(format!("{stream}_{name}"));
         let attn = part("attn");
         Ok(Self {
-            modulation: Modulation::new(hidden, &part("mod").pp("lin"))?,
-            qkv: Linear::load(hidden, 3 * hidden, &attn.pp("qkv"))?,
+            modulation: BlockModulation::load(config, shared, &part("mod").pp("lin"))?,
+            qkv: Linear::load(hidden, 3 * hidden, biases, &attn.pp("qkv"))?,
             norms: load_norms(config, &attn.pp("norm"))?,
-            proj: Linear::load(hidden, hidden, &attn.pp("proj"))?,
-            mlp_in: Linear::load(hidden, mlp, &part("mlp").pp("0"))?,
-            mlp_out: Linear::load(mlp, hidden, &part("mlp").pp("2"))?,
+            proj: Linear::load(hidden, hidden, biases, &attn.pp("proj"))?,
+            mlp_in: Linear::load(hidden, mlp_in, biases, &part("mlp").pp("0"))?,
+            activation: config.family.activation,
+            mlp_out: Linear::load(mlp_out, hidden, biases, &part("mlp").pp("2"))?,
         })
     }
 
@@ -51,7 +62,7 @@ impl Half {
         x: &Tensor,
         attended: &Tensor,
         [gate, shift, scale, last_gate]: [&Tensor; 4],
-    ) -> Result<LastStep> {
+    ) -> Result<OutputProjection> {
         let y = self.proj.product(attended)?;
         let x = ops::gated_residual(&[Branch {
             x,
@@ -59,8 +70,9 @@ impl Half {
             bias: self.proj.bias(),
             gate: Some(gate),
         }])?;
-        let z = self.mlp_in.gelu(&ops::norm_modulate(&x, shift, scale)?)?;
-        Ok(LastStep {
+        let normed = ops::norm_modulate(&x, shift, scale)?;
+        let z = self.mlp_in.activated(self.activation, &normed)?;
+        Ok(OutputProjection {
             name,
             x,
             z,
@@ -82,20 +94,20 @@ impl DoubleBlock {
     /// Reads the block whose tensors are below `vb` (`img_attn.qkv.weight` and so on).
     pub fn new(config: &FluxConfig, vb: &VarBuilder) -> Result<Self> {
         Ok(Self {
-            img: Half::new(config, vb, "img")?,
-            txt: Half::new(config, vb, "txt")?,
+            img: Half::new(config, vb, "img", |shared| &shared.img)?,
+            txt: Half::new(config, vb, "txt", |shared| &shared.txt)?,
             num_heads: config.num_heads,
         })
     }
 
-    /// The modulation projections of text and image tokens.
-    pub(super) fn modulations(&self) -> [&Linear; 2] {
-        [&self.txt.modulation.lin, &self.img.modulation.lin]
+    /// The modulation projections of text and image tokens; `None` if all blocks share theirs.
+    pub(super) fn modulations(&self) -> Option<[&Linear; 2]> {
+        Some([self.txt.modulation.linear()?, self.img.modulation.linear()?])
     }
 
     /// One step of the fold.
     pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
-        let [txt, img] = self.last_steps(stream, conditioning)?;
+        let [txt, img] = self.output_projections(stream, conditioning)?;
         let txt_y = self.txt.mlp_out.product(&txt.z)?;
         let img_y = self.img.mlp_out.product(&img.z)?;
         let tokens = ops::gated_residual(&[
@@ -106,11 +118,11 @@ impl DoubleBlock {
     }
 
     /// What the output projections `txt_mlp.2` and `img_mlp.2` are applied to.
-    pub(super) fn last_steps(
+    pub(super) fn output_projections(
         &self,
         stream: &Stream,
         conditioning: &Conditioning,
-    ) -> Result<[LastStep; 2]> {
+    ) -> Result<[OutputProjection; 2]> {
         let Self {
             img,
             txt,
@@ -179,17 +191,21 @@ impl DoubleBlock {
     /// Every projection with its name below the block.
     pub fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
         let Self { img, txt, .. } = self;
-        vec![
-            ("img_mod.lin", &mut img.modulation.lin),
+        let mut out = Vec::with_capacity(10);
+        out.extend(img.modulation.linear_mut().map(|l| ("img_mod.lin", l)));
+        out.extend([
             ("img_attn.qkv", &mut img.qkv),
             ("img_attn.proj", &mut img.proj),
             ("img_mlp.0", &mut img.mlp_in),
             ("img_mlp.2", &mut img.mlp_out),
-            ("txt_mod.lin", &mut txt.modulation.lin),
+        ]);
+        out.extend(txt.modulation.linear_mut().map(|l| ("txt_mod.lin", l)));
+        out.extend([
             ("txt_attn.qkv", &mut txt.qkv),
             ("txt_attn.proj", &mut txt.proj),
             ("txt_mlp.0", &mut txt.mlp_in),
             ("txt_mlp.2", &mut txt.mlp_out),
-        ]
+        ]);
+        out
     }
 }

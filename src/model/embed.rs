@@ -6,6 +6,7 @@ use candle::{DType, Device, Result, Tensor, TensorId};
 use candle_nn::VarBuilder;
 
 use super::linear::Linear;
+use super::modulation::SharedModulation;
 use super::rope::Rope;
 use super::stream::{Conditioning, Stream};
 use crate::layout::FluxConfig;
@@ -24,19 +25,21 @@ pub struct Inputs<'a> {
     pub img: &'a Tensor,
     /// Positions of the image tokens, (image tokens, axes); best on the CPU, where the rotary table is made.
     pub img_ids: &'a Tensor,
-    /// Hidden states of the T5 encoder, (batch, text tokens, context_in_dim).
+    /// Hidden states of the text encoder (T5 in FLUX.1), (batch, text tokens, context_in_dim).
     pub txt: &'a Tensor,
     /// Positions of the text tokens, (text tokens, axes); FLUX.1 gives zeros.
     pub txt_ids: &'a Tensor,
     /// Noise level of each sample in [0, 1], (batch,).
     pub timestep: &'a Tensor,
-    /// Pooled output of the CLIP encoder, (batch, vec_in_dim).
+    /// Pooled text, (batch, vec_in_dim): of CLIP in FLUX.1; (batch, 0) for a model that takes none.
     pub vec: &'a Tensor,
     /// Guidance scale of each sample, (batch,). Required by a model with a guidance embedding, otherwise ignored.
     pub guidance: Option<&'a Tensor>,
 }
 
-/// Two projections with a SiLU between (BFL `MLPEmbedder`).
+/// Two projections with a SiLU between, `out_layer(silu(in_layer(x)))` ([BFL `MLPEmbedder`][bfl]).
+///
+/// [bfl]: https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L52-L60
 #[derive(Clone, Debug)]
 struct MlpEmbedder {
     in_layer: Linear,
@@ -44,10 +47,11 @@ struct MlpEmbedder {
 }
 
 impl MlpEmbedder {
-    fn new(input: usize, hidden: usize, vb: &VarBuilder) -> Result<Self> {
+    fn new(input: usize, config: &FluxConfig, vb: &VarBuilder) -> Result<Self> {
+        let (hidden, biases) = (config.hidden_size, config.family.biases);
         Ok(Self {
-            in_layer: Linear::load(input, hidden, &vb.pp("in_layer"))?,
-            out_layer: Linear::load(hidden, hidden, &vb.pp("out_layer"))?,
+            in_layer: Linear::load(input, hidden, biases, &vb.pp("in_layer"))?,
+            out_layer: Linear::load(hidden, hidden, biases, &vb.pp("out_layer"))?,
         })
     }
 
@@ -62,8 +66,9 @@ pub(super) struct Embedder {
     img_in: Linear,
     txt_in: Linear,
     time_in: MlpEmbedder,
-    vector_in: MlpEmbedder,
+    vector_in: Option<MlpEmbedder>,
     guidance_in: Option<MlpEmbedder>,
+    modulation: Option<SharedModulation>,
     axes_dims: Vec<usize>,
     theta: f64,
     dtype: DType,
@@ -82,17 +87,18 @@ struct Made {
 
 impl Embedder {
     pub(super) fn new(config: &FluxConfig, vb: &VarBuilder) -> Result<Self> {
-        let hidden = config.hidden_size;
-        let guidance_in = config
-            .guidance_embed
-            .then(|| MlpEmbedder::new(SINUSOID, hidden, &vb.pp("guidance_in")))
-            .transpose()?;
+        let (hidden, biases) = (config.hidden_size, config.family.biases);
+        let embedder = |present: bool, input: usize, name: &str| {
+            let load = || MlpEmbedder::new(input, config, &vb.pp(name));
+            present.then(load).transpose()
+        };
         Ok(Self {
-            img_in: Linear::load(config.in_channels, hidden, &vb.pp("img_in"))?,
-            txt_in: Linear::load(config.context_in_dim, hidden, &vb.pp("txt_in"))?,
-            time_in: MlpEmbedder::new(SINUSOID, hidden, &vb.pp("time_in"))?,
-            vector_in: MlpEmbedder::new(config.vec_in_dim, hidden, &vb.pp("vector_in"))?,
-            guidance_in,
+            img_in: Linear::load(config.in_channels, hidden, biases, &vb.pp("img_in"))?,
+            txt_in: Linear::load(config.context_in_dim, hidden, biases, &vb.pp("txt_in"))?,
+            time_in: MlpEmbedder::new(SINUSOID, config, &vb.pp("time_in"))?,
+            vector_in: embedder(config.vec_in_dim > 0, config.vec_in_dim, "vector_in")?,
+            guidance_in: embedder(config.guidance_embed, SINUSOID, "guidance_in")?,
+            modulation: SharedModulation::load(config, vb)?,
             axes_dims: config.axes_dims.clone(),
             theta: config.theta,
             dtype: vb.dtype(),
@@ -113,7 +119,9 @@ impl Embedder {
             };
             vec = (vec + guidance_in.forward(&self.sinusoid(guidance)?)?)?;
         }
-        let vec = (vec + self.vector_in.forward(&inputs.vec.to_dtype(self.dtype)?)?)?;
+        if let Some(vector_in) = &self.vector_in {
+            vec = (vec + vector_in.forward(&inputs.vec.to_dtype(self.dtype)?)?)?;
+        }
         let stream = Stream {
             tokens: Tensor::cat(&[txt, img], 1)?,
             txt_len,
@@ -126,7 +134,8 @@ impl Embedder {
             );
         }
         let timestep = inputs.timestep.clone();
-        Ok((stream, Conditioning::new(vec, timestep, rope)?))
+        let conditioning = Conditioning::new(vec, timestep, rope)?;
+        Ok((stream, conditioning.with_shared(self.modulation.as_ref())?))
     }
 
     fn sinusoid(&self, x: &Tensor) -> Result<Tensor> {
@@ -186,7 +195,9 @@ fn check(inputs: &Inputs) -> Result<(usize, usize)> {
 }
 
 /// Sinusoidal embedding of `x` (batch,) times [`TIME_FACTOR`]: cosines, then sines, of 128 frequencies from 1 to
-/// 1/[`MAX_PERIOD`]; (batch, 256), f32 whatever the model's dtype (bf16 has no 999).
+/// 1/[`MAX_PERIOD`]; (batch, 256), f32 whatever the model's dtype (bf16 has no 999). [BFL `timestep_embedding`][bfl].
+///
+/// [bfl]: https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L28-L49
 fn sinusoid(x: &Tensor) -> Result<Tensor> {
     let half = SINUSOID / 2;
     let frequencies = Tensor::from_vec(frequencies(), (1, half), x.device())?;

@@ -9,7 +9,9 @@ use super::ops;
 use super::stream::{Conditioning, Stream};
 use crate::layout::FluxConfig;
 
-/// BFL `LastLayer`, diffusers `norm_out` and `proj_out`.
+/// BFL `LastLayer`, diffusers `norm_out` and `proj_out`: `linear((1 + scale) · norm(x) + shift)` ([BFL][forward]).
+///
+/// [forward]: https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L249-L253
 #[derive(Clone, Debug)]
 pub(super) struct Head {
     modulation: Modulation<2>,
@@ -18,9 +20,10 @@ pub(super) struct Head {
 
 impl Head {
     pub(super) fn new(config: &FluxConfig, vb: &VarBuilder) -> Result<Self> {
+        let (hidden, biases) = (config.hidden_size, config.family.biases);
         Ok(Self {
-            modulation: Modulation::new(config.hidden_size, &vb.pp("adaLN_modulation").pp("1"))?,
-            linear: Linear::load(config.hidden_size, config.out_channels, &vb.pp("linear"))?,
+            modulation: Modulation::new(hidden, biases, &vb.pp("adaLN_modulation").pp("1"))?,
+            linear: Linear::load(hidden, config.out_channels, biases, &vb.pp("linear"))?,
         })
     }
 

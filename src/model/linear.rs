@@ -1,4 +1,4 @@
-//! The only projection type: a weight, dense or packed, with an optional LoRA beside it.
+//! The only projection type: a weight, dense or quantized, with an optional LoRA.
 //! Knows no names; which projection is where is the blocks' business.
 
 use candle::{DType, Device, Result, Tensor};
@@ -6,6 +6,7 @@ use candle_nn::VarBuilder;
 
 use super::ops;
 use super::weight::Weight;
+use crate::layout::Activation;
 
 /// `x·Wᵀ + scale·(x·Aᵀ)·Bᵀ + bias`.
 #[derive(Clone, Debug)]
@@ -42,10 +43,10 @@ impl Lora {
 impl Linear {
     /// From `weight` (out, in) and `bias` (out,). Either may be a `Var`'s tensor, of a wider dtype than the activations.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        Self::of(Weight::Dense(weight), bias)
+        Self::from_weight(Weight::Dense(weight), bias)
     }
 
-    fn of(weight: Weight, bias: Option<Tensor>) -> Result<Self> {
+    fn from_weight(weight: Weight, bias: Option<Tensor>) -> Result<Self> {
         let (output, input) = weight.shape()?;
         if let Some(bias) = &bias
             && bias.dims() != [output]
@@ -63,20 +64,13 @@ impl Linear {
         })
     }
 
-    /// Reads `weight` (output, input) and `bias` (output,); a weight that is stored packed stays so.
-    pub fn load(input: usize, output: usize, vb: &VarBuilder) -> Result<Self> {
-        Self::of(
-            Weight::load(output, input, vb)?,
-            Some(vb.get(output, "bias")?),
-        )
+    /// Reads `weight` (output, input) and, with `bias`, `bias` (output,); a quantized weight stays quantized.
+    pub fn load(input: usize, output: usize, bias: bool, vb: &VarBuilder) -> Result<Self> {
+        let bias = bias.then(|| vb.get(output, "bias")).transpose()?;
+        Self::from_weight(Weight::load(output, input, vb)?, bias)
     }
 
-    /// Reads `weight` (output, input) of a projection without bias.
-    pub fn without_bias(input: usize, output: usize, vb: &VarBuilder) -> Result<Self> {
-        Self::of(Weight::load(output, input, vb)?, None)
-    }
-
-    /// (out, in); made anew where it is packed.
+    /// (out, in); dequantized again at every call if it is quantized.
     pub fn weight(&self) -> Result<Tensor> {
         self.weight.dense()
     }
@@ -166,8 +160,8 @@ impl Linear {
     }
 
     /// `gelu` of the product and the bias: `x` (batch, tokens, in) to (batch, tokens, out).
-    pub fn gelu(&self, x: &Tensor) -> Result<Tensor> {
-        // kernels on other devices and in training do not join, and asking would widen a packed weight once more
+    fn gelu(&self, x: &Tensor) -> Result<Tensor> {
+        // kernels on other devices and in training do not join, and asking would dequantize a weight once more
         if self.lora.is_none()
             && x.device().is_cpu()
             && !x.track_op()
@@ -176,6 +170,15 @@ impl Linear {
             return Ok(y);
         }
         ops::gelu(&self.product(x)?, self.bias(), None)
+    }
+
+    /// The first half of an MLP, `activation(x·Wᵀ + b)`: `x` (batch, tokens, in) to (batch, tokens, out), or out / 2 if
+    /// the activation takes halves.
+    pub fn activated(&self, activation: Activation, x: &Tensor) -> Result<Tensor> {
+        match activation {
+            Activation::Gelu => self.gelu(x),
+            Activation::SwiGlu => ops::swiglu(&self.forward(x)?),
+        }
     }
 
     /// The product with the bias, for places where nothing follows that could fold it in.

@@ -6,16 +6,18 @@
 
 mod block;
 pub mod cost;
-pub mod demand;
 mod double;
 mod embed;
 mod head;
-mod last;
 mod linear;
+pub mod memory;
 mod modulation;
 pub mod ops;
+mod output_projection;
 mod replacement;
 mod rope;
+#[cfg(test)]
+mod shared_modulation_tests;
 mod single;
 mod stream;
 #[cfg(test)]
@@ -26,9 +28,9 @@ mod weight;
 pub use block::Block;
 pub use double::DoubleBlock;
 pub use embed::Inputs;
-pub use last::LastStep;
 pub use linear::{Linear, Lora};
 pub use modulation::Modulation;
+pub use output_projection::OutputProjection;
 pub use replacement::{AffineLayer, ReplacementBlock};
 pub use rope::Rope;
 pub use single::SingleBlock;
@@ -68,12 +70,12 @@ impl Flux {
     /// The same with blocks that are read from `vb` whenever they are run, except those for which `resident` says yes.
     ///
     /// Fails as [`Flux::new`], but at missing blocks only when they are run.
-    pub fn stored(
+    pub fn offloaded(
         config: &FluxConfig,
         vb: &VarBuilder<'static>,
         resident: &dyn Fn(usize) -> bool,
     ) -> Result<Self> {
-        Self::of(config, Trunk::stored(config, vb, resident), vb)
+        Self::of(config, Trunk::offloaded(config, vb, resident), vb)
     }
 
     fn of(config: &FluxConfig, trunk: Result<Trunk>, vb: &VarBuilder) -> Result<Self> {

@@ -36,15 +36,19 @@ impl AffineLayer {
 
     fn load(hidden: usize, form: Form, vb: &VarBuilder) -> Result<Self> {
         let vec = match form {
-            Form::Conditioned => Some(Linear::without_bias(hidden, hidden, &vb.pp("vec"))?),
+            Form::Conditioned => Some(Linear::load(hidden, hidden, false, &vb.pp("vec"))?),
             _ => None,
         };
         let modulation = match form {
-            Form::Modulated => Some(Modulation::new(hidden, &vb.pp("modulation").pp("lin"))?),
+            Form::Modulated => Some(Modulation::new(
+                hidden,
+                true,
+                &vb.pp("modulation").pp("lin"),
+            )?),
             _ => None,
         };
         Ok(Self {
-            linear: Linear::load(hidden, hidden, vb)?,
+            linear: Linear::load(hidden, hidden, true, vb)?,
             vec,
             modulation,
         })
@@ -107,6 +111,11 @@ impl ReplacementBlock {
     /// (hidden, hidden), and their biases; `….vec.weight` and `….modulation.lin.*` where the form has them.
     pub fn new(config: &FluxConfig, replacement: &Replacement, vb: &VarBuilder) -> Result<Self> {
         let (hidden, form) = (config.hidden_size, replacement.form);
+        if form == Form::Modulated && config.shares_modulation() {
+            candle::bail!(
+                "the form `modulated` keeps a block's own modulation, which blocks of this model do not have"
+            );
+        }
         let vb = vb.pp("linear");
         Ok(match (form, replacement.joint) {
             (Form::Remove, _) => Self::Remove,

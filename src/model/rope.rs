@@ -5,8 +5,11 @@ use candle::{DType, Device, Result, Tensor};
 
 /// Cosines and sines for the tokens of one image size, text first.
 ///
-/// The angles are computed in f64 and rounded to f32 (diffusers `get_1d_rotary_pos_embed`, BFL `math.py:rope`). In bf16
-/// they would be off by up to 0.18 rad on a 64 × 64 grid of patches.
+/// The angles are computed in f64 and rounded to f32 ([diffusers `get_1d_rotary_pos_embed`][diffusers],
+/// [BFL `rope`][bfl]). In bf16 they would be off by up to 0.18 rad on a 64 × 64 grid of patches.
+///
+/// [diffusers]: https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/models/embeddings.py#L1120
+/// [bfl]: https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/math.py#L15-L22
 #[derive(Clone, Debug)]
 pub struct Rope {
     cos: Tensor,
@@ -73,7 +76,10 @@ impl Rope {
         self.cos.dims()[1]
     }
 
-    /// Rotates neighbouring pairs (2i, 2i+1) of `x` (batch, heads, tokens, head size), f32 or f64; differentiable.
+    /// Rotates neighbouring pairs (2i, 2i+1) of `x` (batch, heads, tokens, head size), f32 or f64; differentiable
+    /// ([BFL `apply_rope`][bfl]).
+    ///
+    /// [bfl]: https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/math.py#L25-L30
     pub fn rotate(&self, x: &Tensor) -> Result<Tensor> {
         let (batch, heads, tokens, size) = x.dims4()?;
         let x = x.contiguous()?;

@@ -4,20 +4,25 @@ use candle::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::double::load_norms;
-use super::last::LastStep;
 use super::linear::Linear;
-use super::modulation::Modulation;
+use super::modulation::BlockModulation;
 use super::ops::{self, Norms, Projected};
+use super::output_projection::OutputProjection;
+use super::rope::Rope;
 use super::stream::{Conditioning, Stream};
-use crate::layout::FluxConfig;
+use crate::layout::{Activation, FluxConfig};
 
-/// BFL `SingleStreamBlock`, diffusers `FluxSingleTransformerBlock`.
+/// BFL `SingleStreamBlock`, diffusers `FluxSingleTransformerBlock`:
+/// `x + gate · linear2([attention, activation(mlp)])`, both from `linear1((1 + scale) · norm(x) + shift)` ([BFL][forward]).
+///
+/// [forward]: https://github.com/black-forest-labs/flux/blob/802fb4713906133fcbd0d8dc5351620ca4773036/src/flux/modules/layers.py#L227-L239
 #[derive(Clone, Debug)]
 pub struct SingleBlock {
-    modulation: Modulation<3>,
+    modulation: BlockModulation<3>,
     /// hidden → queries, keys, values, MLP
     linear1: Linear,
     norms: Norms,
+    activation: Activation,
     /// attention, MLP → hidden
     linear2: Linear,
     num_heads: usize,
@@ -26,39 +31,46 @@ pub struct SingleBlock {
 impl SingleBlock {
     /// Reads the block whose tensors are below `vb` (`linear1.weight` and so on).
     pub fn new(config: &FluxConfig, vb: &VarBuilder) -> Result<Self> {
-        let (hidden, mlp) = (config.hidden_size, config.mlp_size);
+        let (hidden, biases) = (config.hidden_size, config.family.biases);
+        let (mlp_in, mlp_out) = (config.mlp_in_size(), config.mlp_size);
         Ok(Self {
-            modulation: Modulation::new(hidden, &vb.pp("modulation").pp("lin"))?,
-            linear1: Linear::load(hidden, 3 * hidden + mlp, &vb.pp("linear1"))?,
+            modulation: BlockModulation::load(
+                config,
+                |shared| &shared.single,
+                &vb.pp("modulation").pp("lin"),
+            )?,
+            linear1: Linear::load(hidden, 3 * hidden + mlp_in, biases, &vb.pp("linear1"))?,
             norms: load_norms(config, &vb.pp("norm"))?,
-            linear2: Linear::load(hidden + mlp, hidden, &vb.pp("linear2"))?,
+            activation: config.family.activation,
+            linear2: Linear::load(hidden + mlp_out, hidden, biases, &vb.pp("linear2"))?,
             num_heads: config.num_heads,
         })
     }
 
-    /// The modulation projection, for text and image tokens alike.
-    pub(super) fn modulations(&self) -> [&Linear; 2] {
-        [&self.modulation.lin, &self.modulation.lin]
+    /// The modulation projection, for text and image tokens alike; `None` if all blocks share theirs.
+    pub(super) fn modulations(&self) -> Option<[&Linear; 2]> {
+        let linear = self.modulation.linear()?;
+        Some([linear, linear])
     }
 
     /// One step of the fold.
     pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
-        let last = self.last_step(stream, conditioning)?;
+        let last = self.output_projection(stream, conditioning)?;
         let y = self.linear2.product(&last.z)?;
         let branch = last.branch(&y, &self.linear2);
         Ok(stream.with_tokens(ops::gated_residual(&[branch])?))
     }
 
     /// What the output projection `linear2` is applied to, for text and image tokens together.
-    pub(super) fn last_step(
+    pub(super) fn output_projection(
         &self,
         stream: &Stream,
         conditioning: &Conditioning,
-    ) -> Result<LastStep> {
+    ) -> Result<OutputProjection> {
         let x = &stream.tokens;
         let [shift, scale, gate] = self.modulation.forward(conditioning)?;
         let normed = ops::norm_modulate(x, &shift, &scale)?;
-        Ok(LastStep {
+        Ok(OutputProjection {
             name: "linear2",
             x: x.clone(),
             z: self.inside(&normed, conditioning)?,
@@ -68,13 +80,20 @@ impl SingleBlock {
 
     /// From what `linear1` is applied to, to what `linear2` is: (batch, tokens, hidden + mlp).
     fn inside(&self, x: &Tensor, conditioning: &Conditioning) -> Result<Tensor> {
+        match self.activation {
+            Activation::Gelu => self.beside_gelu(x, &conditioning.rope),
+            Activation::SwiGlu => self.beside_swiglu(x, &conditioning.rope),
+        }
+    }
+
+    fn beside_gelu(&self, x: &Tensor, rope: &Rope) -> Result<Tensor> {
         let Self {
             linear1,
             norms,
             num_heads,
             ..
         } = self;
-        let (bias, rope) = (linear1.bias(), &conditioning.rope);
+        let bias = linear1.bias();
         if linear1.lora().is_none()
             && x.device().is_cpu()
             && !x.track_op()
@@ -94,12 +113,32 @@ impl SingleBlock {
         ops::attend_beside_gelu(&Projected { qkv, bias, norms }, *num_heads, rope)
     }
 
+    fn beside_swiglu(&self, x: &Tensor, rope: &Rope) -> Result<Tensor> {
+        // (batch, tokens, 3·hidden + 2·mlp)
+        let projected = self.linear1.forward(x)?;
+        let of_qkv = 3 * self.num_heads * rope.head_dim();
+        let mlp = projected.dim(2)? - of_qkv;
+        let attended = ops::attend(
+            &[Projected {
+                qkv: &projected.narrow(2, 0, of_qkv)?.contiguous()?,
+                bias: None,
+                norms: &self.norms,
+            }],
+            self.num_heads,
+            rope,
+        )?;
+        let mlp = ops::swiglu(&projected.narrow(2, of_qkv, mlp)?)?;
+        Tensor::cat(&[attended, mlp], 2)
+    }
+
     /// Every projection with its name below the block.
     pub fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
-        vec![
-            ("modulation.lin", &mut self.modulation.lin),
+        let mut out = Vec::with_capacity(3);
+        out.extend(self.modulation.linear_mut().map(|l| ("modulation.lin", l)));
+        out.extend([
             ("linear1", &mut self.linear1),
             ("linear2", &mut self.linear2),
-        ]
+        ]);
+        out
     }
 }

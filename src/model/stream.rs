@@ -2,6 +2,7 @@
 
 use candle::{Result, Tensor};
 
+use super::modulation::{SharedModulation, SharedParts};
 use super::rope::Rope;
 
 /// The tokens between two blocks, text first. One type for all kinds of block.
@@ -58,6 +59,7 @@ pub struct Conditioning {
     /// Rotary table of text and image tokens.
     pub rope: Rope,
     activated: Tensor,
+    shared: Option<SharedParts>,
 }
 
 impl Conditioning {
@@ -69,7 +71,24 @@ impl Conditioning {
             timestep,
             rope,
             activated,
+            shared: None,
         })
+    }
+
+    /// The same with the parts of a modulation that all blocks share.
+    pub(super) fn with_shared(mut self, modulation: Option<&SharedModulation>) -> Result<Self> {
+        self.shared = modulation.map(|m| m.parts(&self.activated)).transpose()?;
+        Ok(self)
+    }
+
+    /// Shift, scale and gate that all blocks share.
+    ///
+    /// Fails in a model whose blocks have their own.
+    pub(super) fn shared(&self) -> Result<&SharedParts> {
+        match &self.shared {
+            Some(shared) => Ok(shared),
+            None => candle::bail!("this model's conditioning holds no shared modulation"),
+        }
     }
 
     /// silu(vec), (batch, hidden): what every modulation projects; computed once per step.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write as _;
 use std::sync::{Arc, Mutex};
 
 use candle::{DType, Device, Result, Shape, Tensor};
@@ -63,6 +64,7 @@ pub(super) fn small_config() -> FluxConfig {
         guidance_embed: true,
         axes_dims: vec![4, 6, 6],
         theta: 10_000.0,
+        family: crate::layout::Family::FLUX1,
         mlp_size: 96,
         layout: unpruned(1, 2),
     }
@@ -121,17 +123,36 @@ pub(super) fn random_flux_on(device: &Device, config: &FluxConfig, dtype: DType)
     )
 }
 
-/// The first GPU, for tests that leave it at a note where there is none.
-#[cfg(feature = "cuda")]
-#[expect(clippy::print_stderr, reason = "a test that does nothing says so")]
-pub(super) fn gpu() -> Option<Device> {
-    match Device::new_cuda(0) {
-        Ok(gpu) => Some(gpu),
-        Err(_) => {
-            eprintln!("no GPU here: nothing was tested");
-            None
-        }
+/// Reports on standard error that the test which runs on this thread skips what needs `hardware` (`avx512`,
+/// `avx512bf16`, `cuda`), once for each test, past the harness, which would hide it.
+///
+/// Panics if `FASTFLUX_REQUIRE`, a list such as `avx512,cuda`, names it: there a skipped test is a failed one.
+pub(super) fn skip(hardware: &str) {
+    static REPORTED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let required = std::env::var("FASTFLUX_REQUIRE").unwrap_or_default();
+    assert!(
+        !required.split(',').any(|name| name.trim() == hardware),
+        "FASTFLUX_REQUIRE names {hardware}, which this machine does not have"
+    );
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("a test");
+    let line = format!("skipped: {test}: no {hardware} here\n");
+    let mut reported = REPORTED.lock().expect("no panic while reporting");
+    if !reported.contains(&line) {
+        // a closed stderr must not fail the test
+        let _ = std::io::stderr().write_all(line.as_bytes());
+        reported.push(line);
     }
+}
+
+/// The first GPU; `None`, and the test counts as skipped, if there is none.
+#[cfg(feature = "cuda")]
+pub(super) fn gpu() -> Option<Device> {
+    let gpu = Device::new_cuda(0).ok();
+    if gpu.is_none() {
+        skip("cuda");
+    }
+    gpu
 }
 
 /// The tensors that a model of this configuration reads.
@@ -164,14 +185,26 @@ pub(super) struct SmallInputs {
 impl SmallInputs {
     /// `batch` different samples of 2 × 3 image and 4 text tokens.
     pub(super) fn new(config: &FluxConfig, batch: usize) -> Result<Self> {
-        let ids: Vec<f32> = (0..2)
-            .flat_map(|y| (0..3).flat_map(move |x| [0.0, y as f32, x as f32]))
-            .collect();
+        // row and column on the second and third axis
+        let axes = config.axes_dims.len();
+        let position = |y: usize, x: usize| {
+            let mut position = vec![0f32; axes];
+            (position[1], position[2]) = (y as f32, x as f32);
+            position
+        };
+        let patches = (0..2).flat_map(|y| (0..3).map(move |x| (y, x)));
+        let ids: Vec<f32> = patches.flat_map(|(y, x)| position(y, x)).collect();
+        // zeros in FLUX.1; families with a fourth axis number the text tokens on it
+        let txt_ids = (0..4 * axes).map(|i| match i % axes {
+            3 => (i / axes) as f32,
+            _ => 0.0,
+        });
+        let txt_ids: Vec<f32> = txt_ids.collect();
         Ok(Self {
             img: random("img", (batch, 6, config.in_channels))?,
-            img_ids: Tensor::from_vec(ids, (6, 3), &Device::Cpu)?,
+            img_ids: Tensor::from_vec(ids, (6, axes), &Device::Cpu)?,
             txt: random("txt", (batch, 4, config.context_in_dim))?,
-            txt_ids: Tensor::zeros((4, 3), DType::F32, &Device::Cpu)?,
+            txt_ids: Tensor::from_vec(txt_ids, (4, axes), &Device::Cpu)?,
             timestep: Tensor::arange(1, 1 + batch as u32, &Device::Cpu)?
                 .to_dtype(DType::F32)?
                 .affine(0.1, 0.0)?,

@@ -62,7 +62,7 @@ impl Trunk {
 
     /// The blocks of `config.layout`; of the original ones those for which `resident` says no are read only when they are
     /// run, so that memory for two of them is enough.
-    pub fn stored(
+    pub fn offloaded(
         config: &FluxConfig,
         vb: &VarBuilder<'static>,
         resident: &dyn Fn(usize) -> bool,
@@ -72,7 +72,7 @@ impl Trunk {
         let entries = slots.map(|(index, (spec, prefix))| {
             let block = match (spec, prefix) {
                 (BlockSpec::Original(_), Some(prefix)) if !resident(index) => {
-                    Block::stored(&shared, spec, &vb.pp(prefix))
+                    Block::offloaded(&shared, spec, &vb.pp(prefix))
                 }
                 (_, Some(prefix)) => Block::new(config, spec, &vb.pp(prefix))?,
                 (_, None) => Block::new(config, spec, vb)?,
@@ -120,9 +120,9 @@ impl Trunk {
     }
 
     /// Whether an entry of `range` is read whenever it is run.
-    pub fn has_stored(&self, range: Range<usize>) -> bool {
+    pub fn has_offloaded(&self, range: Range<usize>) -> bool {
         let entries = self.entries.get(range).into_iter().flatten();
-        entries.into_iter().any(|(_, block)| block.is_stored())
+        entries.into_iter().any(|(_, block)| block.is_offloaded())
     }
 
     /// Shows the entries of `range` to `visit` in order, each with its weights on the device.
@@ -140,7 +140,7 @@ impl Trunk {
         thread::scope(|scope| {
             let mut ahead: Option<ScopedJoinHandle<Result<Block>>> = None;
             for (at, (index, (spec, block))) in range.zip(entries).enumerate() {
-                let block = if block.is_stored() {
+                let block = if block.is_offloaded() {
                     Cow::Owned(match ahead.take() {
                         None => block.resident()?,
                         Some(reading) => read(reading, spec)?,
@@ -148,12 +148,12 @@ impl Trunk {
                 } else {
                     Cow::Borrowed(block)
                 };
-                let next = entries[at + 1..].iter().find(|(_, b)| b.is_stored());
+                let next = entries[at + 1..].iter().find(|(_, b)| b.is_offloaded());
                 if let Some((_, next)) = next.filter(|_| ahead.is_none()) {
                     // started is not done on a GPU: where it is slower than reading is, the weights of all blocks that it
                     // has yet to compute would be on it
-                    next.wait()?;
-                    ahead = Some(scope.spawn(|| next.resident_elsewhere()));
+                    next.synchronize()?;
+                    ahead = Some(scope.spawn(|| next.load_on_thread()));
                 }
                 visit(index, spec, &block)?;
             }
@@ -286,7 +286,7 @@ mod tests {
         for resident in [vec![], vec![0, 3], vec![1, 2, 5], vec![0, 1, 2, 3, 4, 5]] {
             let asked = Asked::default();
             let stays = |index: usize| resident.contains(&index);
-            let flux = Flux::stored(&config, &asked.weights(), &stays)?;
+            let flux = Flux::offloaded(&config, &asked.weights(), &stays)?;
             assert_eq!(asked.singles(), resident);
             for round in 0..2 {
                 let mut observer = OneAhead(asked.clone());
@@ -315,8 +315,8 @@ mod tests {
         let mut config = small_config();
         config.layout = unpruned(0, 4);
         let asked = Asked::default();
-        let flux = Flux::stored(&config, &asked.weights(), &|index| index == 2)?;
-        assert!(flux.trunk.has_stored(1..3) && !flux.trunk.has_stored(2..3));
+        let flux = Flux::offloaded(&config, &asked.weights(), &|index| index == 2)?;
+        assert!(flux.trunk.has_offloaded(1..3) && !flux.trunk.has_offloaded(2..3));
         asked.0.lock().unwrap().clear();
         let starts =
             [1, 3, 2].map(|batch| flux.embed(&SmallInputs::new(&config, batch)?.borrowed()));
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exchanged_projection_is_used_whether_stored_or_not() -> Result<()> {
+    fn an_exchanged_projection_is_used_whether_offloaded_or_not() -> Result<()> {
         let mut config = small_config();
         config.layout = unpruned(0, 2);
         let inputs = SmallInputs::new(&config, 1)?;
@@ -362,12 +362,12 @@ mod tests {
         let weights = Asked::default().weights();
         let mut whole = Flux::new(&config, weights.clone())?;
         let before = whole.forward(&inputs.borrowed(), &mut ())?;
-        let mut stored = Flux::stored(&config, &weights, &|_| false)?;
-        for flux in [&mut whole, &mut stored] {
+        let mut offloaded = Flux::offloaded(&config, &weights, &|_| false)?;
+        for flux in [&mut whole, &mut offloaded] {
             let (_, block) = &mut flux.trunk.entries_mut()[1];
             block.exchange("linear2", other.clone())?;
         }
-        let got = stored.forward(&inputs.borrowed(), &mut ())?;
+        let got = offloaded.forward(&inputs.borrowed(), &mut ())?;
         close(&got, &whole.forward(&inputs.borrowed(), &mut ())?, 0.0)?;
         assert!(close(&got, &before, 1e-3).is_err(), "nothing changed");
         let (_, block) = &mut whole.trunk.entries_mut()[0];

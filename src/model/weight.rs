@@ -13,21 +13,21 @@ use candle::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::ops;
-use crate::formats::{Packed, name_of_scale};
+use crate::quant::{QuantType, name_of_scale};
 
 /// (out, in).
 #[derive(Clone, Debug)]
 pub(super) enum Weight {
     /// Numbers, trainable or not.
     Dense(Tensor),
-    /// Frozen bytes.
-    Packed(Box<PackedWeight>),
+    /// Frozen bytes of a quantized weight.
+    Quantized(Box<QuantizedWeight>),
 }
 
 /// A packed weight and what it is widened to.
 #[derive(Clone, Debug)]
-pub(super) struct PackedWeight {
-    format: Packed,
+pub(super) struct QuantizedWeight {
+    format: QuantType,
     shape: (usize, usize),
     dtype: DType,
     bytes: Bytes,
@@ -47,11 +47,11 @@ impl Weight {
     /// Reads `weight` (output, input), packed where `vb` has it so.
     pub(super) fn load(output: usize, input: usize, vb: &VarBuilder) -> Result<Self> {
         const NAME: &str = "weight";
-        let mut formats = Packed::ALL.into_iter();
+        let mut formats = QuantType::ALL.into_iter();
         let Some(format) = formats.find(|f| vb.contains_tensor(&f.name_of_bytes(NAME))) else {
             return vb.get((output, input), NAME).map(Self::Dense);
         };
-        let blocks = !vb.device().is_cpu() && format != Packed::F8E4M3;
+        let blocks = !vb.device().is_cpu() && format != QuantType::F8E4M3;
         let from = if blocks {
             vb.clone().set_device(Device::Cpu)
         } else {
@@ -66,11 +66,11 @@ impl Weight {
             );
         }
         let scale = match format {
-            Packed::Blocks(_) => None,
-            Packed::F8E4M3 => Some(vb.get_unchecked_dtype(&name_of_scale(NAME), DType::F32)?),
+            QuantType::Blocks(_) => None,
+            QuantType::F8E4M3 => Some(vb.get_unchecked_dtype(&name_of_scale(NAME), DType::F32)?),
         };
         let bytes = Bytes::on(vb.device(), rows, format, (output, input))?;
-        Ok(Self::Packed(Box::new(PackedWeight {
+        Ok(Self::Quantized(Box::new(QuantizedWeight {
             format,
             shape: (output, input),
             dtype: vb.dtype(),
@@ -82,14 +82,14 @@ impl Weight {
     pub(super) fn shape(&self) -> Result<(usize, usize)> {
         match self {
             Self::Dense(weight) => weight.dims2(),
-            Self::Packed(packed) => Ok(packed.shape),
+            Self::Quantized(packed) => Ok(packed.shape),
         }
     }
 
     pub(super) fn device(&self) -> Device {
         match self {
             Self::Dense(weight) => weight.device().clone(),
-            Self::Packed(packed) => match &packed.bytes {
+            Self::Quantized(packed) => match &packed.bytes {
                 Bytes::Rows(rows) => rows.device().clone(),
                 Bytes::Blocks(blocks) => blocks.device(),
             },
@@ -100,7 +100,7 @@ impl Weight {
     pub(super) fn to_device(&self, device: &Device) -> Result<Self> {
         let packed = match self {
             Self::Dense(weight) => return weight.to_device(device).map(Self::Dense),
-            Self::Packed(packed) => packed,
+            Self::Quantized(packed) => packed,
         };
         let (output, input) = packed.shape;
         let bytes = match &packed.bytes {
@@ -113,7 +113,7 @@ impl Weight {
             }
         };
         let scale = packed.scale.as_ref().map(|scale| scale.to_device(device));
-        Ok(Self::Packed(Box::new(PackedWeight {
+        Ok(Self::Quantized(Box::new(QuantizedWeight {
             bytes,
             scale: scale.transpose()?,
             ..(**packed).clone()
@@ -124,7 +124,7 @@ impl Weight {
     pub(super) fn dense(&self) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => Ok(weight.clone()),
-            Self::Packed(packed) => packed.widen(),
+            Self::Quantized(packed) => packed.dequantize(),
         }
     }
 
@@ -132,16 +132,16 @@ impl Weight {
     pub(super) fn detached(&self) -> Self {
         match self {
             Self::Dense(weight) => Self::Dense(weight.detach()),
-            packed @ Self::Packed(_) => packed.clone(),
+            packed @ Self::Quantized(_) => packed.clone(),
         }
     }
 }
 
 impl Bytes {
     /// `rows` of a weight of `shape` as they are used on `device`.
-    fn on(device: &Device, rows: Tensor, format: Packed, shape: (usize, usize)) -> Result<Self> {
+    fn on(device: &Device, rows: Tensor, format: QuantType, shape: (usize, usize)) -> Result<Self> {
         match format {
-            Packed::Blocks(dtype) if !device.is_cpu() => {
+            QuantType::Blocks(dtype) if !device.is_cpu() => {
                 let bytes = rows.flatten_all()?.to_vec1::<u8>()?;
                 let storage = QStorage::from_data(bytes.into(), device, dtype)?;
                 Ok(Self::Blocks(Arc::new(QTensor::new(storage, shape)?)))
@@ -151,12 +151,12 @@ impl Bytes {
     }
 }
 
-impl PackedWeight {
-    fn widen(&self) -> Result<Tensor> {
+impl QuantizedWeight {
+    fn dequantize(&self) -> Result<Tensor> {
         match &self.bytes {
             Bytes::Rows(rows) => {
                 let scale = self.scale.as_ref();
-                ops::widen(rows, self.format, scale, self.dtype)?.reshape(self.shape)
+                ops::dequantize(rows, self.format, scale, self.dtype)?.reshape(self.shape)
             }
             Bytes::Blocks(blocks) => blocks.dequantize(&blocks.device())?.to_dtype(self.dtype),
         }
@@ -175,11 +175,11 @@ mod tests {
     use crate::model::testing::{close, random};
 
     /// A layer of which the `VarBuilder` has packed bytes, and the same with the numbers they stand for.
-    fn pair(format: Packed, scale: Option<&[f32]>, dtype: DType) -> Result<[Linear; 2]> {
+    fn pair(format: QuantType, scale: Option<&[f32]>, dtype: DType) -> Result<[Linear; 2]> {
         let weight = random("w", (24, 256))?;
-        let bytes = format.pack(&weight.flatten_all()?.to_vec1::<f32>()?)?;
+        let bytes = format.quantize(&weight.flatten_all()?.to_vec1::<f32>()?)?;
         let mut wide = vec![0.0; 24 * 256];
-        format.widen(&bytes, &mut wide)?;
+        format.dequantize(&bytes, &mut wide)?;
         for (i, value) in wide.iter_mut().enumerate() {
             *value *= match scale {
                 None => 1.0,
@@ -205,7 +205,7 @@ mod tests {
         let vb = VarBuilder::from_tensors(tensors, dtype, &cpu);
         let bias = random("b", 24)?.to_dtype(dtype)?;
         Ok([
-            Linear::load(256, 24, &vb)?,
+            Linear::load(256, 24, true, &vb)?,
             Linear::new(wide.to_dtype(dtype)?, Some(bias))?,
         ])
     }
@@ -216,12 +216,12 @@ mod tests {
         for dtype in [DType::F32, DType::BF16, DType::F64] {
             let x = random("x", (2, 5, 256))?.to_dtype(dtype)?;
             for (format, scale) in [
-                (Packed::F8E4M3, None),
-                (Packed::F8E4M3, Some(&[0.3][..])),
-                (Packed::F8E4M3, Some(&rows[..])),
-                (Packed::Blocks(GgmlDType::Q8_0), None),
-                (Packed::Blocks(GgmlDType::Q4K), None),
-                (Packed::Blocks(GgmlDType::Q6K), None),
+                (QuantType::F8E4M3, None),
+                (QuantType::F8E4M3, Some(&[0.3][..])),
+                (QuantType::F8E4M3, Some(&rows[..])),
+                (QuantType::Blocks(GgmlDType::Q8_0), None),
+                (QuantType::Blocks(GgmlDType::Q4K), None),
+                (QuantType::Blocks(GgmlDType::Q6K), None),
             ] {
                 let [packed, dense] = pair(format, scale, dtype)?;
                 close(&packed.weight()?, &dense.weight()?, 0.0)?;
@@ -239,7 +239,7 @@ mod tests {
             let gradients = loss.backward()?;
             Ok(gradients.get(&x).expect("x is tracked").clone())
         };
-        let [packed, dense] = pair(Packed::Blocks(GgmlDType::Q4K), None, DType::F32)?;
+        let [packed, dense] = pair(QuantType::Blocks(GgmlDType::Q4K), None, DType::F32)?;
         assert!(gradient(&dense)?.abs()?.max_all()?.to_scalar::<f32>()? > 0.0);
         close(&gradient(&packed)?, &gradient(&dense)?, 0.0)
     }

@@ -10,7 +10,7 @@ use crate::{
         denoise::LatentSize,
         is_finite, latents,
         png::Picture,
-        vae::{Demand, Vae, VaeConfig},
+        vae::{MemoryEstimate, Vae, VaeConfig},
     },
     ui,
 };
@@ -135,9 +135,9 @@ impl MemoryBudget {
         size: LatentSize,
         rows: Option<usize>,
         element: u64,
-    ) -> Demand {
+    ) -> MemoryEstimate {
         let size = (size.height, size.width);
-        config.demand(size, rows, element, self.runtime.unfolds_convolutions())
+        config.decode_memory(size, rows, element, self.runtime.unfolds_convolutions())
     }
 
     /// Bytes for what is decoded; no bound where nobody says.
@@ -148,7 +148,7 @@ impl MemoryBudget {
     }
 
     /// Whether the device's kernels can count all that is decoded at once.
-    fn counts(&self, take: Demand) -> bool {
+    fn counts(&self, take: MemoryEstimate) -> bool {
         self.on_cpu() || take.largest < COUNTED
     }
 

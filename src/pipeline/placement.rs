@@ -1,5 +1,5 @@
 //! Decides which weights stay on the device, which are offloaded, and the largest batch that fits. The sizes themselves
-//! are counted by `model::demand`.
+//! are counted by `model::memory`.
 
 use anyhow::{Context, Result, bail};
 
@@ -9,7 +9,7 @@ use crate::{
     layout::FluxConfig,
     model::{
         Flux,
-        demand::{self, Format, Residence},
+        memory::{self, ElementSizes, OffloadPlan},
         ops,
     },
     ui,
@@ -54,6 +54,9 @@ pub struct Activity {
 impl MemoryBudget {
     /// What the user and the device allow. To be made before anything is loaded, as it asks for free memory.
     pub fn new(allowed: MemoryLimit, runtime: &Runtime) -> Self {
+        if let Some(limit) = allowed.max_bytes {
+            ops::limit_kept_memory(limit);
+        }
         let free = || Some((runtime.free_memory()? as f64 * USABLE) as u64);
         Self {
             runtime: runtime.clone(),
@@ -86,11 +89,15 @@ impl MemoryBudget {
         &self.runtime
     }
 
-    fn format(&self, config: &FluxConfig) -> Format {
-        Format {
+    fn format(&self, config: &FluxConfig) -> ElementSizes {
+        ElementSizes {
             element: self.runtime.dtype.size_in_bytes() as u64,
             weight: self.weight,
-            scores: ops::holds_scores(&self.runtime.device, self.runtime.dtype, config.head_dim()),
+            scores: ops::holds_scores(
+                &self.runtime.device,
+                self.runtime.dtype,
+                config.head_dim(),
+            ),
         }
     }
 
@@ -101,20 +108,20 @@ impl MemoryBudget {
 
     /// Bytes of a forward's activations.
     pub fn activations(&self, config: &FluxConfig, batch: usize, tokens: usize) -> u64 {
-        demand::activations(config, batch, tokens, self.format(config))
+        memory::activations(config, batch, tokens, self.format(config))
     }
 
     /// Bytes of the batches that wait while one of them goes through a block that is read for all.
     pub fn waiting(&self, config: &FluxConfig, batch: usize, tokens: usize) -> u64 {
-        demand::waiting(config, batch, tokens, self.format(config))
+        memory::waiting(config, batch, tokens, self.format(config))
     }
 
     /// `usual` states in a forward, or as few as fit.
     pub fn batch(&self, config: &FluxConfig, tokens: usize, usual: usize) -> usize {
         let format = self.format(config);
-        let least = Residence::none(config, format).bytes;
+        let least = OffloadPlan::none(config, format).bytes;
         let fits = |batch: usize| {
-            let at_work = demand::activations(config, batch, tokens, format);
+            let at_work = memory::activations(config, batch, tokens, format);
             self.limit.is_none_or(|limit| least + at_work <= limit)
         };
         let mut batch = usual.max(1);
@@ -134,30 +141,30 @@ impl MemoryBudget {
     /// `None` if the limit is unknown.
     pub fn headroom(&self, config: &FluxConfig, activity: Activity) -> Option<u64> {
         let format = self.format(config);
-        let taken = Residence::none(config, format).bytes + self.at_work(config, activity);
+        let taken = OffloadPlan::none(config, format).bytes + self.at_work(config, activity);
         Some(self.limit?.saturating_sub(taken))
     }
 
     fn at_work(&self, config: &FluxConfig, activity: Activity) -> u64 {
-        demand::activations(config, activity.batch, activity.tokens, self.format(config))
+        memory::activations(config, activity.batch, activity.tokens, self.format(config))
             + activity.extra_bytes
     }
 
     /// Which blocks stay on the device.
-    pub fn residence(&self, config: &FluxConfig, activity: Activity) -> Result<Residence> {
+    pub fn residence(&self, config: &FluxConfig, activity: Activity) -> Result<OffloadPlan> {
         let format = self.format(config);
         if self.offload {
-            return Ok(Residence::none(config, format));
+            return Ok(OffloadPlan::none(config, format));
         }
         let Some(limit) = self.limit else {
-            return Ok(Residence::all(config, format));
+            return Ok(OffloadPlan::all(config, format));
         };
         let at_work = self.at_work(config, activity);
         let room = limit.saturating_sub(at_work);
-        if let Some(residence) = Residence::within(config, format, room) {
+        if let Some(residence) = OffloadPlan::within(config, format, room) {
             return Ok(residence);
         }
-        let least = Residence::none(config, format);
+        let least = OffloadPlan::none(config, format);
         let size = |bytes: u64| ui::bytes(bytes as f64);
         let text = format!(
             "{} of memory are too little: two blocks at a time and what is around them take {}, {} state{} of {} tokens {}",
@@ -197,7 +204,7 @@ impl MemoryBudget {
             "`{}`: {} of {} blocks stay on the device, the others are read when they are run; {} of weights at a time and {} for the rest{}",
             pipeline.name,
             residence.count(),
-            residence.of(),
+            residence.total(),
             size(residence.bytes),
             size(self.at_work(config, activity)),
             limit.map_or_else(String::new, |limit| format!(", of {}", size(limit)))
@@ -206,7 +213,7 @@ impl MemoryBudget {
         let vb = pipeline
             .transformer
             .offloaded_var_builder(self.runtime.dtype, &self.runtime.device);
-        Flux::stored(config, &vb, &|index| residence.stays(index))
+        Flux::offloaded(config, &vb, &|index| residence.is_resident(index))
             .with_context(|| format!("cannot load the transformer of `{}`", pipeline.name))
     }
 }

@@ -208,6 +208,7 @@ mod tests {
             guidance_embed: true,
             axes_dims: vec![16, 56, 56],
             theta: 1e4,
+            family: crate::layout::Family::FLUX1,
             layout: unpruned(19, 38),
         }
     }

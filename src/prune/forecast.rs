@@ -7,7 +7,7 @@ use crate::{
     layout::FluxConfig,
     model::{
         cost::{self, Cost},
-        demand::{self, Format},
+        memory::{self, ElementSizes},
     },
 };
 
@@ -51,7 +51,7 @@ impl Forecast {
             file_bytes,
         } = situation;
         let cost: Cost = cost::model(config, image_tokens, text_tokens);
-        let format = Format {
+        let format = ElementSizes {
             element: element as u64,
             weight: weight_bytes,
             scores: false, // as with kernels that hold none
@@ -62,7 +62,7 @@ impl Forecast {
             file_bytes: (cost.parameters as f64 * file_bytes).round() as u64,
             flops: cost.flops(),
             memory_bytes: (cost.parameters as f64 * weight_bytes).round() as u64
-                + demand::activations(config, 1, tokens, format),
+                + memory::activations(config, 1, tokens, format),
         }
     }
 

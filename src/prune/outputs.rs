@@ -203,7 +203,7 @@ pub fn put(flux: &mut Flux, outputs: &Outputs, runtime: &Runtime) -> Result<()> 
             .find(|(spec, _)| spec.id() == *id)
             .with_context(|| format!("the model has no block {id}"))?;
         // waits on the host with the block's other weights
-        let linear = if block.is_stored() {
+        let linear = if block.is_offloaded() {
             projection.linear(&Runtime {
                 device: Device::Cpu,
                 dtype: runtime.dtype,

@@ -268,6 +268,7 @@ mod tests {
             guidance_embed: false,
             axes_dims: vec![2, 2, 4],
             theta: 1e4,
+            family: crate::layout::Family::FLUX1,
             layout: unpruned(double, single),
         }
     }

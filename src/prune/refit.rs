@@ -263,7 +263,7 @@ impl<'a> Walk<'a> {
             let (before, pruned) = batch.load(&self.runtime.device)?;
             let conditioning = &batch.conditioning;
             let after = block.forward(&before, conditioning)?;
-            let steps = block.last_steps(&pruned, conditioning)?;
+            let steps = block.output_projections(&pruned, conditioning)?;
             let mut offset = 0;
             for (place, step) in steps.iter().enumerate() {
                 if projections.len() <= place {
@@ -350,7 +350,7 @@ fn pieces(trunk: &Trunk, range: Range<usize>) -> Vec<Range<usize>> {
         trunk
             .entries()
             .get(index)
-            .is_some_and(|(_, b)| b.is_stored())
+            .is_some_and(|(_, b)| b.is_offloaded())
     };
     let mut out: Vec<Range<usize>> = Vec::new();
     for index in range {

@@ -1,6 +1,8 @@
 //! Latent pictures ⇄ image tokens, and the position ids of tokens. No values are drawn or decoded here.
 //!
-//! Source: diffusers `FluxPipeline._pack_latents`, `_unpack_latents`, `_prepare_latent_image_ids`.
+//! Source: [diffusers `FluxPipeline`][flux]: `_prepare_latent_image_ids`, `_pack_latents`, `_unpack_latents`.
+//!
+//! [flux]: https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/pipelines/flux/pipeline_flux.py#L506-L541
 
 use candle::{Device, Result, Tensor, bail};
 

@@ -3,8 +3,10 @@
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use candle::{DType, Tensor};
+
+use crate::files::output;
 
 /// 8-bit RGB, row by row.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,17 +44,7 @@ impl Picture {
     ///
     /// Keywords are 1 to 79 Latin-1 characters; a text that is not Latin-1 goes into an `iTXt` chunk, else `tEXt`.
     pub fn save(&self, path: &Path, text: &[(&str, &str)]) -> Result<()> {
-        let folder = path
-            .parent()
-            .filter(|p| !p.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        let mut file = new_file(folder)
-            .with_context(|| format!("cannot create a file in `{}`", folder.display()))?;
-        self.write(BufWriter::new(file.as_file_mut()), text)
-            .with_context(|| format!("cannot write `{}`", path.display()))?;
-        file.persist(path)
-            .with_context(|| format!("cannot write `{}`", path.display()))?;
-        Ok(())
+        output::write(path, |file| self.write(BufWriter::new(file), text))
     }
 
     /// The same as the bytes of a file, without text.
@@ -86,22 +78,12 @@ impl Picture {
     }
 }
 
-/// A temporary file beside the target, with the permissions an ordinary new file would get.
-fn new_file(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".fastflux-").suffix(".png");
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt as _;
-        builder.permissions(std::fs::Permissions::from_mode(0o666)); // less the umask
-    }
-    builder.tempfile_in(folder)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use anyhow::Context as _;
     use candle::Device;
+
+    use super::*;
 
     fn picture() -> Picture {
         Picture {

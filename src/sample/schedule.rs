@@ -1,6 +1,10 @@
 //! The noise levels of a sampling run, from `scheduler_config.json`. The steps themselves are `denoise.rs`'s business.
 //!
-//! Source: diffusers `FlowMatchEulerDiscreteScheduler.set_timesteps` as `FluxPipeline` calls it. numpy computes in float32 there, so do we.
+//! Source: diffusers [`FlowMatchEulerDiscreteScheduler.set_timesteps`][set_timesteps] as [`FluxPipeline`][pipeline] calls
+//! it. numpy computes in float32 there, so do we.
+//!
+//! [set_timesteps]: https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/schedulers/scheduling_flow_match_euler_discrete.py#L283-L382
+//! [pipeline]: https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/pipelines/flux/pipeline_flux.py#L821
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
@@ -198,7 +202,9 @@ impl Schedule {
         sigma * self.num_train_timesteps as f32 / 1000.0
     }
 
-    /// Strength of the dynamic shift, linear in the number of image tokens (diffusers `calculate_shift`).
+    /// Strength of the dynamic shift, linear in the number of image tokens ([diffusers `calculate_shift`][shift]).
+    ///
+    /// [shift]: https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/pipelines/flux/pipeline_flux.py#L73-L83
     fn mu(&self, image_tokens: usize) -> f64 {
         let (base, max) = (
             self.base_image_seq_len as f64,

@@ -9,7 +9,7 @@ use indicatif::ProgressBar;
 use crate::{
     calibrate::states::{Batch, States},
     layout::BlockId,
-    model::{Block, Flux, Stream, Trunk, demand::TOGETHER},
+    model::{Block, Flux, Stream, Trunk, memory::BATCHES_PER_LOAD},
 };
 
 /// Held-out states with the unpruned model's velocity on them.
@@ -79,8 +79,8 @@ impl HeldOut {
     ) -> Result<BTreeMap<usize, f64>> {
         let mut errors: BTreeMap<usize, f64> = candidates.keys().map(|k| (*k, 0.0)).collect();
         let order: Vec<usize> = candidates.keys().copied().collect();
-        let together = if trunk.has_stored(0..trunk.len()) {
-            TOGETHER
+        let together = if trunk.has_offloaded(0..trunk.len()) {
+            BATCHES_PER_LOAD
         } else {
             1
         };

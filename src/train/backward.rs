@@ -24,7 +24,7 @@ pub struct Gradients {
 /// Runs the entries `range` of `trunk` on `input`, lets `judge` look at what comes out, and returns the gradients of
 /// `vars`.
 ///
-/// With `recompute`, only the input of every block is kept and each is run once more on the way back: a third more
+/// With `gradient_checkpointing`, only the input of every block is kept and each is run once more on the way back: a third more
 /// arithmetic, and the memory of one block instead of all.
 ///
 /// # Errors
@@ -35,11 +35,11 @@ pub fn gradients(
     input: &Stream,
     conditioning: &Conditioning,
     vars: &[Var],
-    recompute: bool,
+    gradient_checkpointing: bool,
     judge: Judge,
 ) -> Result<Gradients> {
     let mut out: Vec<Option<Tensor>> = vec![None; vars.len()];
-    let loss = if recompute {
+    let loss = if gradient_checkpointing {
         let plain = frozen(trunk);
         let mut inputs = Vec::with_capacity(range.len());
         let mut stream = input.clone();
@@ -98,10 +98,10 @@ pub fn input_gradient(
     range: Range<usize>,
     input: &Stream,
     conditioning: &Conditioning,
-    recompute: bool,
+    gradient_checkpointing: bool,
     judge: Judge,
 ) -> Result<Stream> {
-    let ranges: Vec<Range<usize>> = if recompute {
+    let ranges: Vec<Range<usize>> = if gradient_checkpointing {
         range.map(|index| index..index + 1).collect()
     } else {
         vec![range]

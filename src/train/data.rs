@@ -1,4 +1,4 @@
-//! What is trained on: the model's own pictures noised anew, drawn from a seed and a number alone, so that a resumed run
+//! What is trained on: the model's own images noised anew, drawn from a seed and a number alone, so that a resumed run
 //! sees what an uninterrupted one would have seen.
 
 use anyhow::{Result, ensure};
@@ -13,12 +13,12 @@ use crate::{
     },
 };
 
-/// Clean pictures of the unpruned model and their prompts, and the ids that all batches share.
+/// Clean images of the unpruned model and their prompts, and the ids that all batches share.
 #[derive(Clone, Debug)]
-pub struct Pictures {
-    /// Packed latents, (pictures, image tokens, channels), f32 on the CPU.
+pub struct Images {
+    /// Packed latents, (images, image tokens, channels), f32 on the CPU.
     latents: Tensor,
-    /// (pictures, text tokens, T5 width) and (pictures, CLIP width), on the CPU.
+    /// (images, text tokens, T5 width) and (images, CLIP width), on the CPU.
     prompts: Encoded,
     img_ids: Tensor,
     txt_ids: Tensor,
@@ -26,8 +26,8 @@ pub struct Pictures {
     runtime: Runtime,
 }
 
-impl Pictures {
-    /// Pictures of `prompts`, of the given size.
+impl Images {
+    /// Images of `prompts`, of the given size.
     ///
     /// # Errors
     /// When they differ in number.
@@ -41,7 +41,7 @@ impl Pictures {
         let count = latents.dim(0)?;
         ensure!(
             count == prompts.len() && count > 0,
-            "{count} pictures of {} prompts",
+            "{count} images of {} prompts",
             prompts.len()
         );
         let cpu = |t: &Tensor| t.to_device(&Device::Cpu);
@@ -59,7 +59,7 @@ impl Pictures {
         })
     }
 
-    /// Splits off the last `count` pictures.
+    /// Splits off the last `count` images.
     ///
     /// # Errors
     /// When none would be left on either side.
@@ -67,7 +67,7 @@ impl Pictures {
         let all = self.prompts.len();
         ensure!(
             count > 0 && count < all,
-            "{count} of {all} pictures cannot be held out"
+            "{count} of {all} images cannot be held out"
         );
         let part = |range: std::ops::Range<usize>| -> Result<Self> {
             Ok(Self {
@@ -82,7 +82,7 @@ impl Pictures {
         Ok((part(0..all - count)?, part(all - count..all)?))
     }
 
-    /// Number of pictures.
+    /// Number of images.
     pub fn len(&self) -> usize {
         self.prompts.len()
     }
@@ -100,12 +100,12 @@ impl Pictures {
     /// Tokens of one state: text, image.
     ///
     /// # Errors
-    /// Never with pictures in it.
+    /// Never with images in it.
     pub fn tokens(&self) -> Result<(usize, usize)> {
         Ok((self.prompts.txt.dim(1)?, self.latents.dim(1)?))
     }
 
-    /// `count` states drawn by `key` alone: random pictures and noise, times spread evenly over (0, 1).
+    /// `count` states drawn by `key` alone: random images and noise, times spread evenly over (0, 1).
     ///
     /// # Errors
     /// When memory is short.

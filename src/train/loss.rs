@@ -196,7 +196,7 @@ pub fn sensitivity(
     from: usize,
     samples: &[(Stream, Conditioning)],
     seed: u64,
-    recompute: bool,
+    gradient_checkpointing: bool,
 ) -> Result<[Tensor; 2]> {
     let mut sums: [Option<Tensor>; 2] = [None, None];
     let mut tokens = [0usize; 2];
@@ -225,7 +225,7 @@ pub fn sensitivity(
             from..flux.trunk.len(),
             stream,
             conditioning,
-            recompute,
+            gradient_checkpointing,
             &judge,
         )?;
         for ((sum, count), part) in sums

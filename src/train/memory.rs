@@ -21,13 +21,17 @@ use crate::{
 const SCORES: f64 = (1u64 << 26) as f64;
 
 /// Bytes on the device for batches that pass through a stored block together, where there is room for so many.
-const AHEAD_BYTES: f64 = (1u64 << 31) as f64;
+const MAX_LOADED_BATCH_BYTES: f64 = (1u64 << 31) as f64;
 /// Batches from which reading takes a small part of the time: more would only take memory.
-const MOST_AHEAD: usize = 64;
+const MAX_BATCHES_PER_LOAD: usize = 64;
 
 /// Where and how a run computes.
 #[derive(Clone, Copy, Debug)]
-pub struct Situation {
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each holds or not whatever the others do"
+)]
+pub struct Workload {
     /// Bytes of an activation.
     pub element: f64,
     /// Bytes of a frozen weight, on average: fewer where weights stay packed.
@@ -41,14 +45,14 @@ pub struct Situation {
     /// Text and image tokens of a state.
     pub tokens: (usize, usize),
     /// Whether only the inputs of blocks are kept.
-    pub recompute: bool,
+    pub gradient_checkpointing: bool,
     /// Whether blocks that are not trained stay off the device.
     pub offload: bool,
     /// Batches that pass through such a block together; at least 1.
-    pub ahead: usize,
+    pub batches_per_load: usize,
 }
 
-impl Situation {
+impl Workload {
     /// Bytes of the tokens of one batch between two blocks.
     fn input(self, config: &FluxConfig) -> f64 {
         let (text, image) = self.tokens;
@@ -64,22 +68,29 @@ impl Situation {
 
     /// How many batches may pass through a stored block together: as many as fit into 2 GiB and into `room` bytes, of the
     /// `samples` that there are, 64 at most.
-    pub fn most_ahead(self, config: &FluxConfig, samples: usize, room: Option<f64>) -> usize {
+    pub fn max_batches_per_load(
+        self,
+        config: &FluxConfig,
+        samples: usize,
+        room: Option<f64>,
+    ) -> usize {
         if !self.offload {
             return 1;
         }
         // a sample, and another stream of it on its way through a block
         let each = self.sample(config) + self.input(config);
-        let room = room.unwrap_or(AHEAD_BYTES).clamp(0.0, AHEAD_BYTES);
+        let room = room
+            .unwrap_or(MAX_LOADED_BATCH_BYTES)
+            .clamp(0.0, MAX_LOADED_BATCH_BYTES);
         let more = (room / each) as usize;
-        (1 + more).min(samples).clamp(1, MOST_AHEAD)
+        (1 + more).min(samples).clamp(1, MAX_BATCHES_PER_LOAD)
     }
 }
 
 /// What one phase takes, in bytes on the device.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Forecast {
+pub struct MemoryEstimate {
     /// Values that are trained.
     pub trainables: f64,
     /// Frozen weights.
@@ -88,11 +99,11 @@ pub struct Forecast {
     pub optimiser: f64,
     /// Activations and gradients of the tokens.
     pub activations: f64,
-    /// Batches that wait: held-out ones, those that are used again, and those that were made ahead.
+    /// Batches that wait: held-out ones, those that are used again, and those that were prefetched.
     pub samples: f64,
 }
 
-impl Forecast {
+impl MemoryEstimate {
     /// All bytes.
     pub fn bytes(&self) -> f64 {
         self.weights + self.optimiser + self.activations + self.samples
@@ -100,19 +111,19 @@ impl Forecast {
 }
 
 /// What training `sandwich` takes, or, without one, all of them end to end.
-pub fn forecast(
+pub fn estimate(
     config: &FluxConfig,
     teacher: &FluxConfig,
     sandwiches: &[Sandwich],
     sandwich: Option<&Sandwich>,
     recipe: &SandwichRecipe,
-    situation: Situation,
-) -> Forecast {
+    workload: Workload,
+) -> MemoryEstimate {
     let all = 0..config.layout.len();
     let trained = |i: usize| match sandwich {
         Some(sandwich) => sandwich.student.contains(&i),
         None => {
-            recipe.finish.blocks == super::recipe::FinishBlocks::All
+            recipe.finetune.blocks == super::recipe::FinetuneBlocks::All
                 || sandwiches.iter().any(|s| s.student.contains(&i))
         }
     };
@@ -121,7 +132,7 @@ pub fn forecast(
     let count = |i: usize| values(config, &config.layout[i], &recipe.lora);
     let trainables: f64 = all.clone().filter(|i| trained(*i)).map(count).sum();
 
-    let s = situation;
+    let s = workload;
     let (text, image) = s.tokens;
     let wide =
         |spec: &BlockSpec| cost::block(config, spec, image, text).parameters as f64 * s.element;
@@ -154,7 +165,7 @@ pub fn forecast(
     // the way back needs packed matrices wide, of one block or of all
     let each = config.layout[range.clone()].iter();
     let originals = each.filter(|spec| matches!(spec, BlockSpec::Original(_)));
-    let widened = match (s.weight < s.element, s.recompute) {
+    let widened = match (s.weight < s.element, s.gradient_checkpointing) {
         (false, _) => 0.0,
         (true, true) => originals.map(wide).fold(0.0, f64::max),
         (true, false) => originals.map(wide).sum(),
@@ -163,7 +174,7 @@ pub fn forecast(
     let rows = (s.batch * (text + image)) as f64;
     let graph = |i: usize| graph(config, &config.layout[i]) * rows * s.element;
     let input = s.input(config);
-    let kept = if s.recompute {
+    let kept = if s.gradient_checkpointing {
         input * range.len() as f64 + range.clone().map(graph).fold(0.0, f64::max)
     } else {
         range.clone().map(graph).sum()
@@ -174,20 +185,20 @@ pub fn forecast(
     let attention = 24.0 * config.hidden_size as f64 * rows * 4.0 + scores.min(full);
     let data = &recipe.data;
     let held_out = data.held_out.unwrap_or(0) as f64 / s.batch.max(1) as f64;
-    let ahead = s.ahead.saturating_sub(1) as f64;
+    let more = s.batches_per_load.saturating_sub(1) as f64;
     let waiting = match data.cache {
-        0 => ahead,
+        0 => more,
         // no more than are ever drawn
-        cache => cache.min(recipe.steps.max(recipe.finish.steps) * data.accumulate) as f64,
+        cache => cache.min(recipe.steps.max(recipe.finetune.steps) * data.accumulate) as f64,
     };
-    Forecast {
+    MemoryEstimate {
         trainables,
         weights: weights + widened,
         // on the CPU the best values so far are beside them
         optimiser: if s.cpu { 20.0 } else { 16.0 } * trainables,
         // beside the graph: the sample (input and target) and gradients of the widest tensor
         activations: kept + attention + 6.0 * input,
-        samples: (held_out + waiting) * s.sample(config) + ahead * input,
+        samples: (held_out + waiting) * s.sample(config) + more * input,
     }
 }
 
@@ -241,179 +252,4 @@ fn values(config: &FluxConfig, spec: &BlockSpec, recipe: &LoraRecipe) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        layout::{BlockId, Form, Replacement, flux_dev, unpruned},
-        train::{recipe::LayersRecipe, sandwich::sandwiches},
-    };
-
-    /// 1024×1024 in bf16 on a GPU, everything on it.
-    const ONE_SAMPLE: Situation = Situation {
-        element: 2.0,
-        weight: 2.0,
-        cpu: false,
-        scores: true,
-        batch: 1,
-        tokens: (512, 4096),
-        recompute: true,
-        offload: false,
-        ahead: 1,
-    };
-
-    /// FLUX.1-dev with a layer for each stream in the place of one double block.
-    fn pruned_dev() -> FluxConfig {
-        let mut pruned = flux_dev();
-        pruned.layout[5] = BlockSpec::Replaced(Replacement {
-            replaces: vec![BlockId::double(5)],
-            form: Form::Linear,
-            joint: false,
-        });
-        pruned
-    }
-
-    #[test]
-    fn a_sandwich_of_flux_dev_fits_24_gigabytes_when_the_rest_is_elsewhere() {
-        let teacher = flux_dev();
-        let mut pruned = flux_dev();
-        for block in [5, 20, 30] {
-            let replaces = match pruned.layout[block] {
-                BlockSpec::Original(id) => vec![id],
-                BlockSpec::Replaced(_) => continue,
-            };
-            pruned.layout[block] = BlockSpec::Replaced(Replacement {
-                replaces,
-                form: Form::Linear,
-                joint: false,
-            });
-        }
-        let recipe = SandwichRecipe::default();
-        let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
-        let situation = |offload| Situation {
-            offload,
-            ..ONE_SAMPLE
-        };
-        for sandwich in found.iter().map(Some).chain([None]) {
-            let take = |offload| {
-                forecast(
-                    &pruned,
-                    &teacher,
-                    &found,
-                    sandwich,
-                    &recipe,
-                    situation(offload),
-                )
-                .bytes()
-            };
-            assert!(take(true) < 12e9, "{} {sandwich:?}", take(true));
-            assert!(take(false) > 23.8e9, "{}", take(false));
-        }
-    }
-
-    #[test]
-    fn packed_weights_count_as_they_are_held() {
-        let teacher = flux_dev();
-        let pruned = pruned_dev();
-        let recipe = SandwichRecipe::default();
-        let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
-        let weights = |weight, recompute| {
-            let situation = Situation {
-                weight,
-                recompute,
-                ..ONE_SAMPLE
-            };
-            forecast(&pruned, &teacher, &found, found.first(), &recipe, situation).weights
-        };
-        let (dense, packed) = (weights(2.0, true), weights(1.0, true));
-        // half of it, and what is wide: a double block and the two new layers
-        let block = 2.0 * 339_821_056.0;
-        let layers = 2.0 * 2.0 * 3072.0 * 3073.0;
-        let want = (dense - layers) / 2.0 + layers + block;
-        assert!((packed - want).abs() < 1e6, "{packed} {want}");
-        assert!((weights(1.0, false) - packed - block).abs() < 1e6);
-        assert!((weights(2.0, false) - dense).abs() < 0.5);
-    }
-
-    #[test]
-    fn scores_count_where_the_backward_pass_holds_them() {
-        let teacher = flux_dev();
-        let pruned = pruned_dev();
-        let recipe = SandwichRecipe::default();
-        let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
-        let activations = |scores, tokens| {
-            let situation = Situation {
-                scores,
-                tokens,
-                ..ONE_SAMPLE
-            };
-            forecast(&pruned, &teacher, &found, found.first(), &recipe, situation).activations
-        };
-        let of_scores = |tokens| activations(true, tokens) - activations(false, tokens);
-        // slices of 2^26 of them, or all there are: 24 heads of 128 tokens
-        let (sliced, all) = (of_scores((512, 4096)), of_scores((64, 64)));
-        assert!((sliced - 16.0 * 2f64.powi(26)).abs() < 1.0, "{sliced}");
-        assert!((all - 16.0 * 24.0 * 128.0 * 128.0).abs() < 1.0, "{all}");
-    }
-
-    #[test]
-    fn as_many_batches_go_ahead_as_are_counted() {
-        let teacher = flux_dev();
-        let pruned = pruned_dev();
-        let recipe = SandwichRecipe::default();
-        let found = sandwiches(&pruned.layout, &teacher.layout, &LayersRecipe::default()).unwrap();
-        let alone = Situation {
-            offload: true,
-            ..ONE_SAMPLE
-        };
-        let peak = |ahead| {
-            let situation = Situation { ahead, ..alone };
-            forecast(&pruned, &teacher, &found, found.first(), &recipe, situation).bytes()
-        };
-        let most = alone.most_ahead(&pruned, 1000, None);
-        assert!((20..=MOST_AHEAD).contains(&most), "{most}");
-        assert!(peak(most) <= peak(1) + AHEAD_BYTES);
-        assert!(peak(most + 1) > peak(1) + AHEAD_BYTES);
-        let room = 5e8;
-        let few = alone.most_ahead(&pruned, 1000, Some(room));
-        assert!(peak(few) <= peak(1) + room && peak(few + 1) > peak(1) + room);
-        assert_eq!(alone.most_ahead(&pruned, 3, None), 3);
-        assert_eq!(alone.most_ahead(&pruned, 1000, Some(-1.0)), 1);
-        let resident = Situation {
-            offload: false,
-            ..alone
-        };
-        assert_eq!(resident.most_ahead(&pruned, 1000, None), 1);
-    }
-
-    #[test]
-    fn trainables_are_those_that_training_makes() {
-        let teacher = FluxConfig {
-            hidden_size: 32,
-            num_heads: 2,
-            mlp_size: 96,
-            axes_dims: vec![4, 6, 6],
-            layout: unpruned(2, 2),
-            ..flux_dev()
-        };
-        let mut pruned = teacher.clone();
-        pruned.layout[1] = BlockSpec::Replaced(Replacement {
-            replaces: vec![BlockId::double(1)],
-            form: Form::Linear,
-            joint: false,
-        });
-        let recipe = SandwichRecipe {
-            lora: LoraRecipe {
-                rank: Some(4),
-                ..LoraRecipe::default()
-            },
-            ..SandwichRecipe::default()
-        };
-        let double = 2 * 4 * ((32 + 192) + (32 + 96) + (32 + 32) + 2 * (32 + 96));
-        let single = 4 * ((32 + 96) + (32 + 192) + (128 + 32));
-        let layers = 2 * 32 * 33;
-        let all: f64 = (0..3)
-            .map(|i| values(&pruned, &pruned.layout[i], &recipe.lora))
-            .sum();
-        assert!((all - f64::from(double + layers + single)).abs() < 0.5);
-    }
-}
+mod tests;

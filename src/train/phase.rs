@@ -7,7 +7,7 @@ use candle::{DType, Tensor, Var};
 
 use super::{
     loss::{self, Loss},
-    recipe::{FinishBlocks, Normalise, SandwichRecipe},
+    recipe::{FinetuneBlocks, Normalise, SandwichRecipe},
     sandwich::Sandwich,
 };
 use crate::model::{Conditioning, Flux, Stream};
@@ -15,10 +15,13 @@ use crate::model::{Conditioning, Flux, Stream};
 /// Batches that the velocity's sensitivity is measured on.
 const SENSITIVITY_BATCHES: usize = 4;
 
+/// Name of the phase that trains all sandwiches together.
+pub(super) const FINETUNE: &str = "finetune";
+
 /// What is trained in a phase.
 pub(super) enum Kind {
     Sandwich(Sandwich),
-    Finish,
+    Finetune,
 }
 
 pub(super) struct Phase {
@@ -49,24 +52,24 @@ pub(super) fn phases(
             lr: recipe.optimiser.lr,
         }));
     }
-    if recipe.finish.steps > 0 {
+    if recipe.finetune.steps > 0 {
         let all = 0..entries;
-        let trained: Vec<Range<usize>> = match recipe.finish.blocks {
-            FinishBlocks::Sandwiches => {
+        let trained: Vec<Range<usize>> = match recipe.finetune.blocks {
+            FinetuneBlocks::Sandwiches => {
                 // neighbouring sandwiches share blocks
                 let within = |i: &usize| sandwiches.iter().any(|s| s.student.contains(i));
                 all.clone().filter(within).map(|i| i..i + 1).collect()
             }
-            FinishBlocks::All => vec![all.clone()],
+            FinetuneBlocks::All => vec![all.clone()],
         };
         let first = trained.first().map_or(0, |range| range.start);
         out.push(Phase {
-            name: "finish".to_owned(),
-            kind: Kind::Finish,
+            name: FINETUNE.to_owned(),
+            kind: Kind::Finetune,
             range: first..all.end,
             trained,
-            steps: recipe.finish.steps,
-            lr: recipe.finish.lr.unwrap_or(recipe.optimiser.lr),
+            steps: recipe.finetune.steps,
+            lr: recipe.finetune.lr.unwrap_or(recipe.optimiser.lr),
         });
     }
     out
@@ -138,7 +141,7 @@ impl Measure {
         teacher: &Flux,
         entries: usize,
         recipe: &SandwichRecipe,
-        recompute: bool,
+        gradient_checkpointing: bool,
     ) -> Result<Self> {
         let Kind::Sandwich(sandwich) = &phase.kind else {
             let mut sum = (0.0, 0);
@@ -166,7 +169,7 @@ impl Measure {
                 sandwich.teacher.end,
                 &samples,
                 recipe.seed,
-                recompute,
+                gradient_checkpointing,
             )?)
         } else {
             None

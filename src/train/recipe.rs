@@ -2,25 +2,16 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    calibrate::recipe::{MAX_BATCH, MAX_SAMPLES},
-    pipeline::defaults::MAX_STEPS_OF_DATA,
-};
-
-/// Bounds beyond which a number is a slip, and would take for ever or exhaust memory.
-const MOST_TRAINING: usize = 10_000_000;
-const MOST_HELD_OUT: usize = 1_000_000;
-const MOST_CACHE: usize = 100_000;
-const MOST_ACCUMULATE: usize = 10_000;
+mod validate;
 
 /// The recipe of a training run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct SandwichRecipe {
-    /// Seed of pictures, noise, times and LoRA factors.
+    /// Seed of images, noise, times and LoRA factors.
     pub seed: u64,
     /// What the blocks are trained on.
     pub data: DataRecipe,
@@ -34,33 +25,34 @@ pub struct SandwichRecipe {
     pub optimiser: OptimiserRecipe,
     /// Steps for each sandwich; 0 leaves the sandwiches out.
     pub steps: usize,
-    /// The pass over everything together.
-    pub finish: FinishRecipe,
-    /// Steps between two looks at the held-out loss.
+    /// All sandwiches together, end to end.
+    #[serde(alias = "finish")]
+    pub finetune: FinetuneRecipe,
+    /// Steps between two evaluations of the held-out loss.
     pub evaluate_every: usize,
-    /// Looks at the held-out loss without a better one after which a sandwich is left as its best was; 0: never.
+    /// Early stopping: evaluations without improvement before the phase ends with its best weights; 0 disables it.
     pub patience: usize,
 }
 
-/// The model's own pictures, noised anew for every batch.
+/// The model's own images, noised again for every batch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct DataRecipe {
-    /// Prompts to sample; `null`: all of the list, 128 where pictures are large.
+    /// Prompts to sample; `null`: all of the list, 128 if images are large.
     pub samples: Option<usize>,
-    /// Sampling steps; `null`: 8, or the model's own default where that is lower.
+    /// Sampling steps; `null`: 8, or the model's own default if that is lower.
     pub steps: Option<usize>,
     /// Guidance; `null`: the model's own default.
     pub guidance: Option<f64>,
-    /// Picture width in pixels; `null`: the model's own default.
+    /// Image width in pixels; `null`: the model's own default.
     pub width: Option<usize>,
-    /// Picture height in pixels; `null`: the model's own default.
+    /// Image height in pixels; `null`: the model's own default.
     pub height: Option<usize>,
     /// States in one forward; `null`: as many as make some 1,344 tokens, at least 1.
     pub batch: Option<usize>,
     /// Forwards whose gradients are summed for one step.
     pub accumulate: usize,
-    /// Held-out states, of prompts that are not trained on; `null`: 128, fewer where pictures are large.
+    /// Held-out states, of prompts that are not trained on; `null`: 192, fewer if images have more than 341 tokens, at least 8.
     pub held_out: Option<usize>,
     /// Batches of activations that are kept in memory and used again; 0: new noise for every step.
     pub cache: usize,
@@ -176,19 +168,19 @@ pub struct OptimiserRecipe {
 /// The last pass: all trainables together, end to end, against the original's velocity.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
-pub struct FinishRecipe {
+pub struct FinetuneRecipe {
     /// Steps; 0 leaves it out.
     pub steps: usize,
     /// Highest learning rate; `null`: the sandwiches' own.
     pub lr: Option<f64>,
     /// Which unpruned blocks get a LoRA.
-    pub blocks: FinishBlocks,
+    pub blocks: FinetuneBlocks,
 }
 
-/// Which unpruned blocks the finish trains.
+/// Which unpruned blocks are finetuned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum FinishBlocks {
+pub enum FinetuneBlocks {
     /// Those of the sandwiches.
     Sandwiches,
     /// All.
@@ -205,7 +197,7 @@ impl Default for SandwichRecipe {
             loss: LossRecipe::default(),
             optimiser: OptimiserRecipe::default(),
             steps: 150,
-            finish: FinishRecipe::default(),
+            finetune: FinetuneRecipe::default(),
             evaluate_every: 50,
             patience: 10,
         }
@@ -277,12 +269,12 @@ impl Default for OptimiserRecipe {
     }
 }
 
-impl Default for FinishRecipe {
+impl Default for FinetuneRecipe {
     fn default() -> Self {
         Self {
             steps: 400,
             lr: Some(2e-3),
-            blocks: FinishBlocks::All,
+            blocks: FinetuneBlocks::All,
         }
     }
 }
@@ -319,149 +311,7 @@ impl SandwichRecipe {
         serde_json::from_slice(&text)
             .with_context(|| format!("--recipe: `{name}` is not a training recipe"))
     }
-
-    /// Checks the ranges of all numbers for a model `width` wide.
-    ///
-    /// # Errors
-    /// When one is out of range; the message names it and the range.
-    pub fn validate(&self, width: usize) -> Result<()> {
-        if let Some(rank) = self.lora.rank {
-            ensure!(
-                (1..=width).contains(&rank),
-                "--rank {rank}: a LoRA of this model has a rank between 1 and its width, {width}"
-            );
-        }
-        let positive = |name: &str, value: f64| -> Result<()> {
-            ensure!(
-                value.is_finite() && value > 0.0,
-                "{name} {value}: expected a number above 0"
-            );
-            Ok(())
-        };
-        let o = &self.optimiser;
-        positive("--lr", o.lr)?;
-        positive("recipe: `finish.lr`", self.finish.lr.unwrap_or(1.0))?;
-        positive("--alpha", self.lora.alpha.unwrap_or(1.0))?;
-        positive("recipe: `optimiser.epsilon`", o.epsilon)?;
-        for (name, share) in [
-            ("beta1", o.beta1),
-            ("beta2", o.beta2),
-            ("final-lr", o.final_lr),
-        ] {
-            ensure!(
-                (0.0..1.0).contains(&share),
-                "recipe: `optimiser.{name}` must be at least 0 and below 1"
-            );
-        }
-        for (name, value) in [
-            ("optimiser.weight-decay", o.weight_decay),
-            ("optimiser.clip", o.clip),
-            ("optimiser.layer-lr", o.layer_lr),
-            ("loss.text-weight", self.loss.text_weight),
-        ] {
-            ensure!(
-                value.is_finite() && value >= 0.0,
-                "recipe: `{name}` must be a number of at least 0"
-            );
-        }
-        self.validate_counts()?;
-        ensure!(
-            self.steps + self.finish.steps > 0,
-            "--steps 0 and --finetune 0: nothing would be trained"
-        );
-        Ok(())
-    }
-
-    /// The numbers that count something, with the flag or the key that sets them.
-    fn validate_counts(&self) -> Result<()> {
-        let d = &self.data;
-        for (name, value, least, most) in [
-            ("--batch", d.batch.unwrap_or(1), 1, MAX_BATCH),
-            ("--num-prompts", d.samples.unwrap_or(1), 1, MAX_SAMPLES),
-            ("--steps", self.steps, 0, MOST_TRAINING),
-            ("--finetune", self.finish.steps, 0, MOST_TRAINING),
-            ("--accumulate", d.accumulate, 1, MOST_ACCUMULATE),
-            ("--cache", d.cache, 0, MOST_CACHE),
-            ("`data.steps`", d.steps.unwrap_or(1), 1, MAX_STEPS_OF_DATA),
-            ("`data.held-out`", d.held_out.unwrap_or(1), 1, MOST_HELD_OUT),
-        ] {
-            let from = if name.starts_with('-') {
-                ""
-            } else {
-                "recipe: "
-            };
-            ensure!(
-                (least..=most).contains(&value),
-                "{from}{name} {value}: expected a number from {least} to {most}"
-            );
-        }
-        for (name, value) in [
-            ("sandwich.neighbours", self.sandwich.neighbours),
-            ("evaluate-every", self.evaluate_every),
-        ] {
-            ensure!(value > 0, "recipe: `{name}` must be at least 1");
-        }
-        ensure!(
-            d.guidance.is_none_or(|g| g.is_finite() && g >= 0.0),
-            "recipe: `data.guidance` must be a number of at least 0"
-        );
-        Ok(())
-    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_recipe_in_configs_is_the_default() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/sandwich.json");
-        assert_eq!(
-            SandwichRecipe::read(&path).unwrap(),
-            SandwichRecipe::default()
-        );
-    }
-
-    #[test]
-    fn a_misspelt_key_is_refused_by_name() {
-        let error = serde_json::from_str::<SandwichRecipe>(r#"{"lora": {"rnak": 1}}"#).unwrap_err();
-        assert!(error.to_string().contains("rnak"), "{error}");
-    }
-
-    #[test]
-    fn the_learning_rate_warms_up_and_decays_to_nothing() {
-        let recipe = OptimiserRecipe::default();
-        let rate = |step| recipe.rate(1.0, step, 100);
-        assert!((rate(0) - 0.025).abs() < 1e-9);
-        assert!(rate(39) > 0.6 && rate(39) < 1.0);
-        assert!((0..39).all(|step| rate(step + 1) > rate(step)));
-        assert!(rate(99) < 1e-3 && rate(99) > 0.0);
-        assert!((0..99).skip(40).all(|step| rate(step + 1) < rate(step)));
-    }
-
-    #[test]
-    fn numbers_out_of_range_are_refused_by_name() {
-        let refused = |change: fn(&mut SandwichRecipe), word: &str| {
-            let mut recipe = SandwichRecipe::default();
-            change(&mut recipe);
-            let error = recipe.validate(128).unwrap_err().to_string();
-            assert!(error.contains(word), "{error}");
-        };
-        SandwichRecipe::default().validate(128).unwrap();
-        refused(|r| r.lora.rank = Some(0), "--rank 0");
-        refused(|r| r.lora.rank = Some(129), "--rank 129");
-        refused(|r| r.optimiser.lr = f64::NAN, "--lr");
-        refused(|r| r.optimiser.beta2 = 1.0, "beta2");
-        refused(|r| r.data.batch = Some(0), "--batch 0");
-        refused(|r| (r.steps, r.finish.steps) = (0, 0), "nothing");
-        refused(|r| r.data.accumulate = 0, "--accumulate 0");
-        refused(|r| r.data.guidance = Some(-1.0), "data.guidance");
-        // nor may a slip of the finger exhaust memory
-        refused(|r| r.data.batch = Some(100_000_000), "--batch 1");
-        refused(|r| r.data.samples = Some(usize::MAX), "--num-prompts 18");
-        refused(|r| r.data.cache = usize::MAX, "--cache 18");
-        refused(|r| r.data.steps = Some(1 << 63), "data.steps");
-        refused(|r| r.data.held_out = Some(1 << 63), "data.held-out");
-        refused(|r| r.steps = usize::MAX, "--steps 18");
-    }
-}
+mod tests;

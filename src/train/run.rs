@@ -1,13 +1,13 @@
-//! The loop: phases, steps, looks at the held-out loss, saving. What a step computes is in `backward`, `loss`, `adamw`.
+//! The loop: phases, steps, evaluations of the held-out loss, saving. What a step computes is in `backward`, `loss`, `adamw`.
 
 use anyhow::{Context, Result, bail, ensure};
 use candle::{Tensor, Var};
 
 use super::{
-    Entry, PhaseReport,
     adamw::{self, AdamW},
     backward,
-    data::Pictures,
+    data::Images,
+    log::{Entry, PhaseReport},
     phase::{Kind, Measure, Phase, Sample, phases},
     recipe::SandwichRecipe,
     samples::Samples,
@@ -20,9 +20,9 @@ use crate::model::{Block, Flux, Trunk};
 /// A held-out loss this many times that from before is no accident.
 const DIVERGED: f64 = 10.0;
 
-/// Looks on while a run goes on.
-pub trait Watch {
-    /// After every step and every look at the held-out loss.
+/// Is told what happens during a run.
+pub trait TrainObserver {
+    /// After every step and every evaluation of the held-out loss.
     ///
     /// # Errors
     /// When the log cannot be written.
@@ -47,9 +47,9 @@ pub struct Training<'a> {
     /// What is trained together, in order.
     pub sandwiches: Vec<Sandwich>,
     /// What is trained on.
-    pub pictures: Pictures,
+    pub images: Images,
     /// What the held-out loss is taken on.
-    pub held_out: Pictures,
+    pub held_out: Images,
     /// States in a forward.
     pub batch: usize,
     /// Held-out states.
@@ -59,9 +59,9 @@ pub struct Training<'a> {
     /// Steps after which a run is saved.
     pub save_every: usize,
     /// Whether to keep the input of each block only and compute the rest again on the way back.
-    pub recompute: bool,
+    pub gradient_checkpointing: bool,
     /// Batches that pass through a block together where it is read whenever it is run; at least 1. Changes no number.
-    pub ahead: usize,
+    pub batches_per_load: usize,
 }
 
 impl Training<'_> {
@@ -69,7 +69,7 @@ impl Training<'_> {
     ///
     /// # Errors
     /// When a loss becomes NaN or infinite or diverges, a pass fails, or the run cannot be saved.
-    pub fn run(&mut self, saved: Option<Saved>, watch: &mut dyn Watch) -> Result<Saved> {
+    pub fn run(&mut self, saved: Option<Saved>, observer: &mut dyn TrainObserver) -> Result<Saved> {
         let mut saved = saved.unwrap_or_default();
         let phases = phases(self.recipe, &self.sandwiches, self.student.trunk.len());
         let stored = self.student.trunk.clone();
@@ -81,8 +81,8 @@ impl Training<'_> {
                 phase.name
             );
             if index >= saved.progress.phase {
-                watch.phase(&phase.name, index, phase.steps, saved.progress.step);
-                self.phase(phase, &trainables, &mut saved, watch)
+                observer.phase(&phase.name, index, phase.steps, saved.progress.step);
+                self.phase(phase, &trainables, &mut saved, observer)
                     .with_context(|| phase.name.clone())?;
             }
             self.put_away(phase, &stored);
@@ -97,7 +97,7 @@ impl Training<'_> {
     pub fn velocity_error(&self) -> Result<f64> {
         let phase = Phase {
             name: String::new(),
-            kind: Kind::Finish,
+            kind: Kind::Finetune,
             range: 0..self.student.trunk.len(),
             trained: Vec::new(),
             steps: 0,
@@ -108,18 +108,13 @@ impl Training<'_> {
         self.held_out_loss(&phase, &held_out, &measure)
     }
 
-    /// How many phases there are.
-    pub fn count(&self) -> usize {
-        phases(self.recipe, &self.sandwiches, self.student.trunk.len()).len()
-    }
-
     /// Blocks that were not on the device before the phase leave it again.
     fn put_away(&mut self, phase: &Phase, stored: &Trunk) {
         let entries = self.student.trunk.entries_mut().iter_mut();
         for (i, ((_, block), (_, before))) in entries.zip(stored.entries()).enumerate() {
-            if phase.range.contains(&i) && matches!(before, Block::Stored(_)) {
+            if phase.range.contains(&i) && matches!(before, Block::Offloaded(_)) {
                 let resident = block.clone();
-                if !matches!(resident, Block::Stored(_)) {
+                if !matches!(resident, Block::Offloaded(_)) {
                     *block = before.with_lora_of(resident);
                 }
             }
@@ -127,7 +122,7 @@ impl Training<'_> {
     }
 
     fn attach(&mut self, phase: &Phase, values: &Values) -> Result<Vec<Trainable>> {
-        let device = self.pictures.device().clone();
+        let device = self.images.device().clone();
         let mut out = Vec::new();
         for range in &phase.trained {
             out.extend(trainables::attach(
@@ -137,7 +132,7 @@ impl Training<'_> {
                 self.recipe.seed,
                 values,
                 &device,
-                matches!(phase.kind, Kind::Finish),
+                matches!(phase.kind, Kind::Finetune),
             )?);
         }
         Ok(out)
@@ -148,7 +143,7 @@ impl Training<'_> {
         phase: &Phase,
         trainables: &[Trainable],
         saved: &mut Saved,
-        watch: &mut dyn Watch,
+        observer: &mut dyn TrainObserver,
     ) -> Result<()> {
         let recipe = self.recipe;
         let vars: Vec<Var> = trainables.iter().map(|t| t.var.clone()).collect();
@@ -165,7 +160,7 @@ impl Training<'_> {
             saved.progress.before = Some(before);
             saved.progress.best = Some((before, 0));
             saved.best = trainables::values(trainables)?;
-            Self::log(phase, &mut saved.progress, None, Some(before), watch)?;
+            Self::log(phase, &mut saved.progress, None, Some(before), observer)?;
         }
         let before = saved.progress.before.unwrap_or(f64::INFINITY);
         let mut samples = Samples::new(self, phase, saved.progress.phase as u64);
@@ -202,12 +197,13 @@ impl Training<'_> {
             adam.step(&vars, &grads, &rates, &recipe.optimiser)?;
             drop(grads);
             saved.progress.step = step + 1;
-            let look = (step + 1).is_multiple_of(recipe.evaluate_every) || step + 1 == phase.steps;
-            let held_out_loss = look
+            let evaluates =
+                (step + 1).is_multiple_of(recipe.evaluate_every) || step + 1 == phase.steps;
+            let held_out_loss = evaluates
                 .then(|| self.held_out_loss(phase, &held_out, &measure))
                 .transpose()?;
             let entry = Some((loss, lr, norm));
-            Self::log(phase, &mut saved.progress, entry, held_out_loss, watch)?;
+            Self::log(phase, &mut saved.progress, entry, held_out_loss, observer)?;
             if let Some(now) = held_out_loss {
                 if now.is_nan() || now >= before * DIVERGED {
                     bail!(
@@ -217,11 +213,11 @@ impl Training<'_> {
                 }
                 if saved.progress.best.is_none_or(|(best, _)| now < best) {
                     saved.progress.best = Some((now, step + 1));
-                    saved.progress.looks = 0;
+                    saved.progress.evaluations = 0;
                     saved.best = trainables::values(trainables)?;
                 } else {
-                    saved.progress.looks += 1;
-                    if recipe.patience > 0 && saved.progress.looks >= recipe.patience {
+                    saved.progress.evaluations += 1;
+                    if recipe.patience > 0 && saved.progress.evaluations >= recipe.patience {
                         break;
                     }
                 }
@@ -229,7 +225,7 @@ impl Training<'_> {
             if (step + 1).is_multiple_of(self.save_every.max(1)) && step + 1 < phase.steps {
                 saved.values.extend(trainables::values(trainables)?);
                 saved.moments = moments(trainables, &adam)?;
-                watch.save(saved)?;
+                observer.save(saved)?;
                 forget(trainables, saved);
             }
         }
@@ -238,7 +234,7 @@ impl Training<'_> {
         let Progress {
             step, before, best, ..
         } = saved.progress;
-        let (after, kept) = best.context("a phase looks at its held-out loss first")?;
+        let (after, kept) = best.context("a phase starts with its held-out loss")?;
         let elements = vars.iter().map(|v| v.elem_count()).sum();
         let mut reports = std::mem::take(&mut saved.progress.reports);
         reports.push(PhaseReport {
@@ -255,7 +251,7 @@ impl Training<'_> {
             log: std::mem::take(&mut saved.progress.log),
             ..Progress::default()
         };
-        watch.save(saved)
+        observer.save(saved)
     }
 
     fn log(
@@ -263,7 +259,7 @@ impl Training<'_> {
         progress: &mut Progress,
         step: Option<(f64, f64, f64)>,
         held_out: Option<f64>,
-        watch: &mut dyn Watch,
+        observer: &mut dyn TrainObserver,
     ) -> Result<()> {
         let entry = Entry {
             phase: phase.name.clone(),
@@ -273,7 +269,7 @@ impl Training<'_> {
             lr: step.map(|(_, lr, _)| lr),
             gradient: step.map(|(.., norm)| norm),
         };
-        watch.entry(&entry)?;
+        observer.entry(&entry)?;
         progress.log.push(entry);
         Ok(())
     }
@@ -316,7 +312,7 @@ impl Training<'_> {
                 &sample.stream,
                 &sample.conditioning,
                 vars,
-                self.recompute,
+                self.gradient_checkpointing,
                 &|output| measure.judge(&self.student, output, sample),
             )?;
             total = Some(match total {
@@ -344,14 +340,14 @@ impl Training<'_> {
             self.teacher,
             entries,
             self.recipe,
-            self.recompute,
+            self.gradient_checkpointing,
         )
     }
 
     fn held_out_loss(&self, phase: &Phase, held_out: &[Sample], measure: &Measure) -> Result<f64> {
         let student = trainables::frozen(&self.student.trunk);
         let mut sum = (0.0, 0);
-        for samples in held_out.chunks(self.together(&student, phase.range.clone())) {
+        for samples in held_out.chunks(self.batches_per_load(&student, phase.range.clone())) {
             let (mut streams, conditionings): (Vec<_>, Vec<_>) = samples
                 .iter()
                 .map(|s| (s.stream.clone(), &s.conditioning))

@@ -11,7 +11,10 @@ use candle::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Entry, PhaseReport, trainables::Values};
+use super::{
+    log::{Entry, PhaseReport},
+    trainables::Values,
+};
 use crate::{
     checkpoint::{Checkpoint, Source, save},
     files::Files,
@@ -21,16 +24,20 @@ use crate::{
 const KEY: &str = "fastflux-training";
 /// The file's stem.
 const STEM: &str = "state";
-/// Stem of the file beside it with the teacher's pictures, so that a run that goes on need not draw them again.
-pub const PICTURES_STEM: &str = "pictures";
-/// Folder beside it with the bundled model, pruned, where no model was named.
+/// Stem of the file next to it with the teacher's images, so that a resumed run need not sample them again.
+pub const IMAGES_STEM: &str = "images";
+/// What earlier versions called it.
+const OLD_IMAGES_STEM: &str = "pictures";
+/// How names of temporary files and folders begin.
+const TEMPORARY: &str = ".fastflux-";
+/// Folder next to it with the bundled model, pruned, if no model was named.
 pub const PRUNED: &str = "pruned";
 
 /// How far a run is.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Progress {
-    /// The phase it is in: the sandwiches in order, then the finish.
+    /// The phase it is in: the sandwiches in order, then the finetuning.
     pub phase: usize,
     /// Steps done in this phase.
     pub step: usize,
@@ -38,8 +45,9 @@ pub struct Progress {
     pub before: Option<f64>,
     /// The best held-out loss of this phase and the step that had it.
     pub best: Option<(f64, usize)>,
-    /// Looks at the held-out loss since the best.
-    pub looks: usize,
+    /// Evaluations of the held-out loss since the best.
+    #[serde(alias = "looks")]
+    pub evaluations: usize,
     /// Finished phases.
     pub reports: Vec<PhaseReport>,
     /// The log so far.
@@ -98,7 +106,8 @@ impl StateFile {
             .with_context(|| format!("`{name}` is not a saved training run\n{again}"))?;
         let found: Value =
             serde_json::from_str(text).with_context(|| format!("`{name}` is damaged\n{again}"))?;
-        let found = from_bits(found);
+        let mut found = from_bits(found);
+        rename_old(&mut found["settings"]["recipe"]);
         if let Some(what) = difference("", &found["settings"], &self.settings) {
             bail!("`{name}` is of a run with other settings: {what}\n{again}");
         }
@@ -141,7 +150,7 @@ impl StateFile {
         let all = serde_json::json!({ "settings": self.settings, "progress": saved.progress });
         let text = serde_json::to_string(&to_bits(all))?;
         checkpoint.metadata.insert(KEY.to_owned(), text);
-        save::write(&checkpoint, &self.path())
+        save::write_again(&checkpoint, &self.path())
             .context("cannot save the run\nhint: free some space and start it again: it goes on from what was saved last")
     }
 
@@ -150,27 +159,50 @@ impl StateFile {
     }
 }
 
-/// Takes everything away that a run puts into its folder; and the folder, unless it holds something else.
+/// Takes everything away that runs put into their folder, temporaries that killed ones left included; and the folder,
+/// unless it holds something else.
 ///
 /// # Errors
 /// When something cannot be removed.
 pub fn remove(folder: &Path) -> Result<()> {
-    let gone = |result: std::io::Result<()>| match result {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    };
-    let remove = || {
-        for stem in [STEM, PICTURES_STEM] {
-            let file = folder.join(format!("{stem}.safetensors"));
-            gone(std::fs::remove_file(file))?;
+    let remove = || -> std::io::Result<()> {
+        for entry in std::fs::read_dir(folder)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if entry.file_type()?.is_dir() {
+                if name == PRUNED || name.starts_with(TEMPORARY) {
+                    std::fs::remove_dir_all(entry.path())?;
+                }
+            } else if is_ours(&name) {
+                std::fs::remove_file(entry.path())?;
+            }
         }
-        gone(std::fs::remove_dir_all(folder.join(PRUNED)))?;
         match std::fs::remove_dir(folder) {
             Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => Ok(()),
-            result => gone(result),
+            result => result,
         }
     };
-    remove().with_context(|| format!("cannot remove `{}`", folder.display()))
+    match remove() {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        result => result.with_context(|| format!("cannot remove `{}`", folder.display())),
+    }
+}
+
+/// Whether a run writes a file of this name into its folder.
+fn is_ours(name: &str) -> bool {
+    let stem = name.strip_suffix(".tmp").unwrap_or(name);
+    let stem = stem.strip_suffix(".safetensors").unwrap_or_default();
+    name.starts_with(TEMPORARY) || [STEM, IMAGES_STEM, OLD_IMAGES_STEM].contains(&stem)
+}
+
+/// Gives keys of a recipe that an earlier version wrote the names of today.
+fn rename_old(recipe: &mut Value) {
+    if let Some(recipe) = recipe.as_object_mut()
+        && let Some(finetune) = recipe.shift_remove("finish")
+    {
+        recipe.insert("finetune".to_owned(), finetune);
+    }
 }
 
 /// How a float is written: its bits, since the parser of JSON may be off by the last one of them.
@@ -271,6 +303,15 @@ mod tests {
         assert_eq!(bits(&after.moments[1]), bits(&before.moments[1]));
         assert!(after.best.is_empty());
         std::fs::write(folder.path().join("run/notes"), "mine").unwrap();
+        // what runs leave that are killed while they write
+        for left in [
+            ".fastflux-aB3",
+            "state.safetensors.tmp",
+            "images.safetensors",
+        ] {
+            std::fs::write(folder.path().join("run").join(left), "half").unwrap();
+        }
+        std::fs::create_dir_all(folder.path().join("run/.fastflux-Zz/old")).unwrap();
         remove(&folder.path().join("run")).unwrap();
         assert!(file.load().unwrap().is_none() && folder.path().join("run/notes").exists());
         std::fs::remove_file(folder.path().join("run/notes")).unwrap();
@@ -287,6 +328,20 @@ mod tests {
             let text = serde_json::to_string(&to_bits(value.clone())).unwrap();
             assert_eq!(from_bits(serde_json::from_str(&text).unwrap()), value);
         }
+    }
+
+    #[test]
+    fn a_run_that_an_earlier_version_saved_is_resumed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |key: &str| {
+            let settings = json!({ "recipe": { key: { "steps": 3 }, "steps": 2 } });
+            StateFile::new(folder.path(), settings)
+        };
+        file("finish").save(&saved()).unwrap();
+        assert!(file("finetune").load().unwrap().is_some());
+        let old = json!({ "phase": 1, "step": 7, "before": 0.5, "best": [0.3, 5], "looks": 2, "reports": [], "log": [] });
+        let progress: Progress = serde_json::from_value(old).unwrap();
+        assert_eq!((progress.step, progress.evaluations), (7, 2));
     }
 
     #[test]

@@ -54,8 +54,8 @@ fn wanted(recipe: &LoraRecipe, projection: &str) -> bool {
 /// Makes the entries `range` of `trunk` trainable and lists their trainables, those that are so already included.
 ///
 /// Replaced entries: every weight and bias, starting from `trained` or the value at hand. Unpruned ones: a LoRA of
-/// `trained` or a new one, with B zero, on every projection that the recipe names; none without a rank. A stored block
-/// becomes resident unless it is to `stay` stored.
+/// `trained` or a new one, with B zero, on every projection that the recipe names; none without a rank. A offloaded block
+/// becomes resident unless it is to `stay` offloaded.
 ///
 /// # Errors
 /// When a trained value has another shape.

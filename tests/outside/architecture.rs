@@ -7,7 +7,7 @@ use std::{
 };
 
 /// What each module may import of the crate. `commands` and `main` may import everything.
-const MAY_IMPORT: [(&str, &[&str]); 14] = [
+const MAY_IMPORT: [(&str, &[&str]); 17] = [
     ("formats", &[]),
     ("layout", &[]),
     ("device", &[]),
@@ -15,14 +15,26 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
     ("files", &["ui"]),
     // `device`: bytes of a file go to a GPU as they lie in it
     ("checkpoint", &["formats", "layout", "device", "files"]),
-    ("pipeline", &["layout", "ui", "files", "checkpoint"]),
+    (
+        "pipeline",
+        &[
+            "layout",
+            "device",
+            "ui",
+            "files",
+            "checkpoint",
+            "model",
+            "sample",
+        ],
+    ),
     ("model", &["formats", "layout"]),
     ("sample", &["files", "checkpoint", "model"]),
     (
         "calibrate",
         &["layout", "device", "files", "checkpoint", "model", "sample"],
     ),
-    ("score", &["layout", "model", "calibrate"]),
+    ("plot", &["layout"]),
+    ("score", &["layout", "model", "calibrate", "plot"]),
     (
         "prune",
         &[
@@ -47,11 +59,40 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
             "calibrate",
             "score",
             "prune",
+            "pipeline",
+            "ui",
+        ],
+    ),
+    (
+        "verify",
+        &[
+            "layout",
+            "device",
+            "ui",
+            "files",
+            "checkpoint",
+            "model",
+            "sample",
+            "pipeline",
+        ],
+    ),
+    (
+        "bench",
+        &[
+            "layout",
+            "device",
+            "ui",
+            "checkpoint",
+            "model",
+            "sample",
+            "pipeline",
         ],
     ),
     (
         "eval",
         &[
+            // how long and how much memory
+            "bench",
             "layout",
             // how numbers are written
             "ui",
@@ -63,6 +104,8 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
             "sample",
             "calibrate",
             "score",
+            "pipeline",
+            "plot",
         ],
     ),
 ];

@@ -82,6 +82,12 @@ pub(crate) fn misused(folder: &Path, args: &[&str], words: &[&str]) {
 
 fn fails_with(code: i32, folder: &Path, args: &[&str], words: &[&str]) {
     let before = list(folder);
+    says(code, folder, args, words);
+    assert_eq!(list(folder), before, "{args:?} left something behind");
+}
+
+/// Runs, expects exit code `code` and a message with all of `words`, nothing printed, and no panic.
+pub(crate) fn says(code: i32, folder: &Path, args: &[&str], words: &[&str]) {
     let out = fastflux(folder, args);
     let message = String::from_utf8_lossy(&out.stderr).into_owned();
     assert_eq!(out.status.code(), Some(code), "{args:?}: {message}");
@@ -92,7 +98,7 @@ fn fails_with(code: i32, folder: &Path, args: &[&str], words: &[&str]) {
             "{args:?}: `{word}` is not in: {message}"
         );
     }
-    assert_eq!(list(folder), before, "{args:?} left something behind");
+    assert!(out.stdout.is_empty(), "{args:?} printed something");
 }
 
 pub(crate) fn list(folder: &Path) -> Vec<PathBuf> {

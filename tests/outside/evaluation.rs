@@ -51,10 +51,7 @@ fn a_worse_model_has_worse_numbers_and_the_report_is_complete() {
             "remove",
         ],
     );
-    let log = r#"{"phase":"a","step":1,"loss":0.5}
-{"phase":"a","step":2,"loss":0.25,"held-out":0.3}
-"#;
-    fs::write(w.join("bad/train.jsonl"), log).unwrap();
+    fs::write(w.join("bad/loss.svg"), "<svg/>").unwrap();
     let models = ["--model", "good", "--model", "bad"];
     let report = eval(w, &[&models[..], &FEW].concat());
 
@@ -389,9 +386,6 @@ fn bench_times_steps_and_blocks() {
         assert!(
             time > 0.0 && number(row, "/time/low") <= time && time <= number(row, "/time/high")
         );
-        assert!(
-            (number(row, "/flops_per_second") * time / number(row, "/flops") - 1.0).abs() < 1e-6
-        );
         assert!(number(row, "/share_of_peak_flops") > 0.0);
         assert_eq!(row["image_tokens"], 16);
     }
@@ -403,7 +397,12 @@ fn bench_times_steps_and_blocks() {
     };
     let flops = |row: &Value| row["flops"].as_u64().unwrap();
     assert_eq!(flops(of("double", 3)), 3 * flops(of("double", 1)));
-    assert!(number(of("linear", 1), "/flops") < number(of("single", 1), "/flops"));
+    // counted by hand: a layer of 128 × 128 on every token; one block's projections and attention
+    let tokens = 16 + of("linear", 1)["text_tokens"].as_u64().unwrap();
+    assert_eq!(flops(of("linear", 1)), 2 * 128 * 128 * tokens);
+    let projections = 128 * (3 * 128 + 512) + (128 + 512) * 128;
+    let single = 2 * (tokens * projections + 128 * 3 * 128) + 4 * tokens * tokens * 128;
+    assert_eq!(flops(of("single", 1)), single);
     let steps: Vec<&Value> = rows
         .iter()
         .filter(|r| r["what"] == "step" && r["batch"] == 3)

@@ -17,6 +17,8 @@ mod evaluation;
 mod formats;
 mod memory;
 mod outputs;
+mod sandwich;
+mod shell;
 
 use common::*;
 

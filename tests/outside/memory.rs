@@ -77,31 +77,23 @@ fn a_picture_decoded_in_bands_is_the_picture() {
 }
 
 #[test]
-fn growth_is_measured_and_drawn() {
+fn a_step_takes_the_memory_that_was_estimated() {
     let work = folder();
     let w = work.path();
-    let model = golden("dev/pipe");
-    let args = ["bench", "--model", &model, "--seconds", "0"];
-    let more = ["--growth", "growth.svg", "--size", "64,128,256", "--json"];
+    let args = ["bench", "--seconds", "0", "--step-only", "--json"];
+    let more = ["--size", "256,512,768", "--batch", "1,2"];
     let report = json(w, &[args.as_slice(), &more].concat());
-    let points = report["points"].as_array().unwrap();
-    let on = |axis: &str| {
-        let points = points.iter().filter(|p| p["axis"] == axis);
-        points.collect::<Vec<_>>()
-    };
-    assert_eq!((on("size").len(), on("batch").len()), (3, 4));
-    assert!(on("blocks").len() > 2);
-    for axis in ["size", "batch", "blocks"] {
-        let number = |point: &serde_json::Value, key: &str| point[key].as_f64().unwrap();
-        let (least, most) = (on(axis)[0], on(axis)[2]);
-        assert!(number(most, "flops") > number(least, "flops"), "{axis}");
-        assert!(number(most, "forecast_bytes") > number(least, "forecast_bytes"));
-        assert!(number(least, "seconds") > 0.0 && number(least, "forecast_seconds") > 0.0);
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 6);
+    for row in rows {
+        let number = |key: &str| row[key].as_f64().unwrap();
+        let (measured, estimated) = (
+            number("activation_bytes"),
+            number("estimated_activation_bytes"),
+        );
+        let ratio = estimated / measured;
+        assert!((0.5..2.0).contains(&ratio), "{ratio:.2}: {row}");
     }
-    let svg = fs::read_to_string(w.join("growth.svg")).unwrap();
-    assert!(svg.starts_with("<svg"));
-    let again = ["bench", "--growth", "growth.svg"];
-    refused(w, &again, &["growth.svg", "--force"]);
 }
 
 #[test]

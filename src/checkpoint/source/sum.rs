@@ -7,8 +7,9 @@ use anyhow::{Result, bail, ensure};
 use candle::DType;
 use safetensors::Dtype;
 
-use super::{Data, STEP, Source, cut};
-use crate::checkpoint::format::Format;
+use super::rows::cut;
+use super::{Data, STEP, Source};
+use crate::checkpoint::dtype::StorageDType;
 
 impl Source {
     /// This tensor and another one, f64 both, added up when they are read: numbers as if both were in memory.
@@ -16,7 +17,7 @@ impl Source {
     /// # Errors
     /// When they differ in shape or are not of f64.
     pub fn plus(&self, other: &Self) -> Result<Self> {
-        let format = Format::Plain(Dtype::F64);
+        let format = StorageDType::Plain(Dtype::F64);
         ensure!(
             self.shape == other.shape && self.format == format && other.format == format,
             "cannot add {} {:?} to {} {:?}",

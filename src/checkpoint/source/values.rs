@@ -6,14 +6,15 @@ use anyhow::{Result, ensure};
 use candle::DType;
 use rayon::prelude::*;
 
-use super::{Data, Source, cut};
+use super::rows::cut;
+use super::{Data, Source};
 
 /// Values that one thread converts at a time, and how many such parts are converted at once.
 const PART: usize = 1 << 18;
 const PARTS: usize = 16;
 
 impl Source {
-    /// The numbers before this format rounds them and divided by its scale: what [`Format::pack`] is to be given.
+    /// The numbers before this format rounds them and divided by its scale: what [`StorageDType::encode`] is to be given.
     pub(super) fn stored(&self, range: Range<usize>) -> Result<Vec<f32>> {
         match &self.data {
             Data::Converted(from) => {
@@ -41,11 +42,11 @@ impl Source {
                 let bytes = |at: usize| self.format.bytes(at);
                 let pieces = cut(pieces, bytes(range.start)..bytes(range.end));
                 match pieces.as_slice() {
-                    [one] => self.format.widen(&one.bytes()),
+                    [one] => self.format.decode(&one.bytes()),
                     many => {
                         let all: Vec<u8> =
                             many.iter().flat_map(|p| p.bytes().into_owned()).collect();
-                        self.format.widen(&all)
+                        self.format.decode(&all)
                     }
                 }
             }
@@ -60,7 +61,7 @@ impl Source {
         let part = |range: Range<usize>| -> Result<Vec<f32>> {
             let mut values = self.stored(range.clone())?;
             if matches!(self.data, Data::Converted(_)) {
-                values = self.format.widen(&self.format.pack(&values)?)?;
+                values = self.format.decode(&self.format.encode(&values)?)?;
             }
             let width: usize = self.shape.iter().skip(1).product::<usize>().max(1);
             match self.scale() {
@@ -112,7 +113,7 @@ impl Source {
             let parts: Vec<Vec<u8>> = (start..end)
                 .into_par_iter()
                 .step_by(PART)
-                .map(|at| self.format.pack(&self.stored(at..end.min(at + PART))?))
+                .map(|at| self.format.encode(&self.stored(at..end.min(at + PART))?))
                 .collect::<Result<_>>()?;
             parts.iter().try_for_each(|part| out.write_all(part))?;
         }

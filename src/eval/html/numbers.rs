@@ -1,6 +1,6 @@
-//! The numbers of a report: cards for what decides, and a table of everything. Pictures and charts are `html`'s business.
+//! The numbers of a report: cards for what decides, and a table of everything.
 
-use super::escape;
+use super::encode::escape;
 use crate::{
     eval::{
         metrics::{Share, Summary},
@@ -133,7 +133,7 @@ pub(super) fn numbers(report: &Report) -> String {
         );
         Some(text)
     });
-    row("time per picture", &|m| {
+    row("time per image", &|m| {
         Some(format!("{:.3} s", m.picture_seconds))
     });
     row("speed-up", &|m| m.speed_up.map(|s| format!("{s:.2}×")));
@@ -187,8 +187,8 @@ pub(super) fn numbers(report: &Report) -> String {
         .collect();
     format!(
         "<div class=\"wide\"><table>\n<thead><tr><th></th>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n\
-         <p class=\"note\">Distances are to the baseline's pictures and velocities: mean ± standard deviation, and the extremes; of shares, the 95 % confidence interval. \
-         Times are medians with quartiles, {timed}; a picture is all steps and decoding, without its text encoding. \
+         <p class=\"note\">Distances are to the baseline's images and velocities: mean ± standard deviation, and the extremes; of shares, the 95 % confidence interval. \
+         Times are medians with quartiles, {timed}; an image is all steps and decoding, without its text encoding. \
          Memory is the largest while the transformer was loaded and drew, parts of mapped files included.</p>",
         timed = escape(&report.settings.timed)
     )

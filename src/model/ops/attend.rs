@@ -3,12 +3,12 @@
 
 use candle::{D, DType, Device, Result, Tensor};
 
-use super::attend_cpu;
+use super::attend_fused;
 use super::attention::attention;
 use super::cpu::fusable;
-use super::function::{by_recomputing, function};
+use super::custom_op::{by_recomputing, custom_op};
 use super::gelu::gelu;
-use super::heads::{Heads, Norms, Projected, heads, plain as plain_heads};
+use super::heads::{Heads, OwnedProjection, Projected, heads, plain as plain_heads};
 use super::{cuda, wide};
 use crate::model::rope::Rope;
 
@@ -21,41 +21,16 @@ pub fn holds_scores_backward(device: &Device, dtype: DType, head: usize) -> bool
     !(device.is_cpu() || cuda::has_attention_backward(device, dtype, head))
 }
 
-/// One stream's projection, owned and outside of any graph.
-pub(super) struct Stored {
-    pub(super) qkv: Tensor,
-    pub(super) bias: Option<Tensor>,
-    pub(super) norms: Norms,
-}
-
-impl Stored {
-    fn new(stream: &Projected) -> Self {
-        Self {
-            qkv: stream.qkv.detach(),
-            bias: stream.bias.map(Tensor::detach),
-            norms: stream.norms.clone(),
-        }
-    }
-
-    pub(super) fn borrowed(&self) -> Projected<'_> {
-        Projected {
-            qkv: &self.qkv,
-            bias: self.bias.as_ref(),
-            norms: &self.norms,
-        }
-    }
-}
-
 /// Softmax attention over the tokens of all streams together, from their projections; heads side by side:
 /// (batch, tokens, hidden). Biases and norms get no gradient.
 pub fn attend(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Tensor> {
-    let stored: Vec<Stored> = streams.iter().map(Stored::new).collect();
+    let stored: Vec<OwnedProjection> = streams.iter().map(OwnedProjection::new).collect();
     let y = forward(&stored, num_heads, rope)?;
     let inputs: Vec<&Tensor> = streams.iter().map(|s| s.qkv).collect();
     let rope = rope.clone();
-    function(&inputs, y, move |grad| {
+    custom_op(&inputs, y, move |grad| {
         let grads = if fused(&stored) {
-            attend_cpu::backward(&stored, num_heads, &rope, &grad.contiguous()?, None)?
+            attend_fused::backward(&stored, num_heads, &rope, &grad.contiguous()?, None)?
         } else {
             backward(&stored, num_heads, &rope, grad)?
         };
@@ -67,7 +42,7 @@ pub fn attend(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Te
 /// (batch, tokens, 3·hidden + mlp) beside the GELU of the rest; (batch, tokens, hidden + mlp).
 pub fn attend_beside_gelu(projected: &Projected, num_heads: usize, rope: &Rope) -> Result<Tensor> {
     let hidden = num_heads * rope.head_dim();
-    let stored = [Stored::new(projected)];
+    let stored = [OwnedProjection::new(projected)];
     let mlp = stored[0].qkv.dim(2)?.saturating_sub(3 * hidden);
     let mlp_bias = stored[0].bias.as_ref();
     let mlp_bias = mlp_bias.map(|b| b.narrow(0, 3 * hidden, mlp)).transpose()?;
@@ -77,10 +52,10 @@ pub fn attend_beside_gelu(projected: &Projected, num_heads: usize, rope: &Rope) 
         Some(&forward(&stored, num_heads, rope)?),
     )?;
     let rope = rope.clone();
-    function(&[projected.qkv], y, move |grad| {
+    custom_op(&[projected.qkv], y, move |grad| {
         if fused(&stored) {
             let grad = grad.contiguous()?;
-            let all = attend_cpu::backward(&stored, num_heads, &rope, &grad, mlp_bias.as_ref())?;
+            let all = attend_fused::backward(&stored, num_heads, &rope, &grad, mlp_bias.as_ref())?;
             return Ok(all.into_iter().map(Some).collect());
         }
         let [of_qkv] = backward(&stored, num_heads, &rope, &grad.narrow(2, 0, hidden)?)?
@@ -99,12 +74,12 @@ pub fn attend_beside_gelu(projected: &Projected, num_heads: usize, rope: &Rope) 
     })
 }
 
-fn forward(streams: &[Stored], num_heads: usize, rope: &Rope) -> Result<Tensor> {
-    let borrowed: Vec<Projected> = streams.iter().map(Stored::borrowed).collect();
+fn forward(streams: &[OwnedProjection], num_heads: usize, rope: &Rope) -> Result<Tensor> {
+    let borrowed: Vec<Projected> = streams.iter().map(OwnedProjection::borrowed).collect();
     attention(&heads(&borrowed, num_heads, rope)?)
 }
 
-fn fused(streams: &[Stored]) -> bool {
+fn fused(streams: &[OwnedProjection]) -> bool {
     let operands = streams.iter().flat_map(|s| {
         [
             Some(&s.qkv),
@@ -118,12 +93,12 @@ fn fused(streams: &[Stored]) -> bool {
 
 /// Gradients of the projections from that of the result (batch, tokens, hidden), on any device.
 fn backward(
-    streams: &[Stored],
+    streams: &[OwnedProjection],
     num_heads: usize,
     rope: &Rope,
     grad: &Tensor,
 ) -> Result<Vec<Tensor>> {
-    let borrowed: Vec<Projected> = streams.iter().map(Stored::borrowed).collect();
+    let borrowed: Vec<Projected> = streams.iter().map(OwnedProjection::borrowed).collect();
     let grads = attention_backward(&heads(&borrowed, num_heads, rope)?, grad)?;
     let inputs: Vec<&Tensor> = streams.iter().map(|s| &s.qkv).collect();
     let out = by_recomputing(&inputs, &grads, |qkv| {

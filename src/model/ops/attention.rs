@@ -5,15 +5,15 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use super::attention_tiles;
+use super::attention_simd;
 use super::avx512::{Avx512, Vector};
-use super::blank::filled;
 use super::cpu::{self, Element, Operand, by_dtype, fusable, vectorized};
 use super::heads::Heads;
+use super::uninit::filled;
 use super::{cuda, wide};
 
 /// Scores the plain composition takes at once on devices without a fused kernel. Two tensors of them in f32 are alive at
-/// a time (1 GiB): enough rows for a fast product, and `model::demand` counts on it.
+/// a time (1 GiB): enough rows for a fast product, and `model::memory` counts on it.
 pub(in crate::model) const MAX_SCORES: usize = 1 << 27;
 
 /// Whether attention of heads of this size in `dtype` on a device holds matrices of scores: kernels on the CPU and flash
@@ -111,10 +111,10 @@ fn fused<T: Vector>(simd: Option<Avx512>, q: &Tensor, k: &Tensor, v: &Tensor) ->
     let width = heads * size;
     let (q, k, v) = (Operand::new(&q), Operand::new(&k), Operand::new(&v));
     let (q, k, v) = (q.slice::<T>()?, k.slice::<T>()?, v.slice::<T>()?);
-    if let Some(simd) = simd.filter(|_| attention_tiles::fits(size)) {
+    if let Some(simd) = simd.filter(|_| attention_simd::fits(size)) {
         let shape = (heads, tokens, size);
         let out = filled(batch * tokens, width, |out| {
-            attention_tiles::attention(simd, [q, k, v], shape, scale, out);
+            attention_simd::attention(simd, [q, k, v], shape, scale, out);
         });
         return Tensor::from_vec(out, (batch, tokens, width), &candle::Device::Cpu);
     }

@@ -1,6 +1,5 @@
-//! The inner loops of matrix products in AVX-512, AVX512-BF16 and (`amx`) AMX: the one place of the crate with vector
-//! instructions written by hand, behind functions that check their bounds. How a product is cut into these is not known
-//! here.
+//! The inner loops of matrix products in AVX-512 and AVX512-BF16: the one place of the crate with vector instructions
+//! written by hand, behind functions that check their bounds. `gemm` decides how a product is cut into these.
 //!
 //! A *panel* holds up to 48 rows of the left factor, transposed: for every unit of the inner dimension one number per
 //! row, so that rows are lanes of a vector. A *unit* is 32 bits: one f32, or two neighbouring bf16 for the instruction
@@ -26,15 +25,11 @@ use std::sync::LazyLock;
 use faer::MatRef;
 use half::{bf16, f16};
 
-use super::blank::Blank;
 use super::cpu::Element;
+use super::uninit::Uninit;
 
-mod amx;
-#[cfg(all(test, target_os = "linux"))]
-mod emulated;
 mod layout;
 
-pub(super) use amx::{Rows, SIDE};
 use layout::{pack_rows, pack_rows_of_pairs, packed, write_rows};
 
 /// Rows in one vector.
@@ -48,7 +43,6 @@ pub(super) const GROUP: usize = 8;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Avx512 {
     pairs: bool,
-    tiles: bool,
 }
 
 /// Columns of the right factor, as they lie in memory.
@@ -139,10 +133,7 @@ impl Avx512 {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
             let pairs = is_x86_feature_detected!("avx512bf16");
-            all.then(|| Avx512 {
-                pairs,
-                tiles: pairs && amx::usable(),
-            })
+            all.then_some(Avx512 { pairs })
         });
         *FOUND
     }
@@ -152,27 +143,18 @@ impl Avx512 {
         self.pairs
     }
 
-    /// All that this CPU can be taken for, with AMX in any case, on Linux.
+    /// All that this CPU can be taken for; without AVX-512 the test counts as skipped.
     #[cfg(test)]
     pub(super) fn ways() -> Vec<Self> {
+        use crate::model::testing::skip;
         let Some(simd) = Self::detect() else {
+            skip("avx512");
             return Vec::new();
         };
-        let without_tiles = Self {
-            tiles: false,
-            ..simd
-        };
-        let without_pairs = Self {
-            pairs: false,
-            ..without_tiles
-        };
-        vec![
-            #[cfg(target_os = "linux")]
-            simd.with_tiles(),
-            simd,
-            without_tiles,
-            without_pairs,
-        ]
+        if !simd.pairs {
+            skip("avx512bf16");
+        }
+        vec![simd, Self { pairs: false }]
     }
 
     /// Rows of `inner` numbers, `stride` apart, into a panel of `vectors` vectors, a unit for each number; lanes
@@ -258,7 +240,7 @@ impl Avx512 {
         self,
         panel: &[f32],
         vectors: usize,
-        mut out: Blank<T>,
+        mut out: Uninit<T>,
         add: Option<MatRef<T>>,
     ) {
         let (rows, columns) = (out.nrows(), out.ncols());

@@ -11,7 +11,7 @@ use candle::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor, Wit
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::blank::{Blank, filled};
+use super::uninit::{Uninit, filled};
 
 /// Below this many elements a kernel runs on the calling thread: waking others would cost more than it saves.
 const PARALLEL_FROM: usize = 1 << 14;
@@ -197,7 +197,7 @@ pub(super) fn for_rows<T: Element>(
     kernel: impl Fn(usize, &mut [T]) + Sync + Send,
 ) -> Vec<T> {
     let rows_per_task = PARALLEL_FROM.div_ceil(width.max(1));
-    let task = |(i, band): (usize, Blank<T>)| {
+    let task = |(i, band): (usize, Uninit<T>)| {
         vectorized(
             #[inline(always)]
             || {

@@ -4,7 +4,7 @@ use candle::{DType, Result, Tensor};
 
 use super::cpu::{Element, Operand, by_dtype, exp, for_rows, fusable};
 use super::cuda;
-use super::function::{by_recomputing, function};
+use super::custom_op::{by_recomputing, custom_op};
 use super::residual::{biased, check_bias};
 
 const SQRT_2_OVER_PI: f32 = 0.797_884_6;
@@ -30,7 +30,7 @@ pub fn gelu(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Resul
     }?;
     let inputs: Vec<&Tensor> = [x].into_iter().chain(beside).collect();
     let front = beside.map_or(Ok(0), |t| t.dim(2))?;
-    function(&inputs, y, move |grad| {
+    custom_op(&inputs, y, move |grad| {
         let (width, own) = (data.dim(2)?, grad.narrow(2, front, data.dim(2)?)?);
         let mut out = if fusable([&data].into_iter().chain(&bias)) == Some(DType::F32) {
             vec![Some(gelu_backward(&data, bias.as_ref(), &own)?)]

@@ -4,8 +4,8 @@
 use candle::{D, Result, Tensor};
 use rayon::prelude::*;
 
-use super::blank::{Blank, filled};
 use super::cpu::{Element, LANES, Operand, by_dtype, fusable, sum_map, vectorized};
+use super::uninit::{Uninit, filled};
 use super::{biased, cuda, wide};
 use crate::model::rope::Rope;
 
@@ -29,6 +29,31 @@ pub struct Norms {
     pub query: Tensor,
     /// Of the keys.
     pub key: Tensor,
+}
+
+/// One stream's projection, owned and outside of any graph.
+pub(super) struct OwnedProjection {
+    pub(super) qkv: Tensor,
+    pub(super) bias: Option<Tensor>,
+    pub(super) norms: Norms,
+}
+
+impl OwnedProjection {
+    pub(super) fn new(stream: &Projected) -> Self {
+        Self {
+            qkv: stream.qkv.detach(),
+            bias: stream.bias.map(Tensor::detach),
+            norms: stream.norms.clone(),
+        }
+    }
+
+    pub(super) fn borrowed(&self) -> Projected<'_> {
+        Projected {
+            qkv: &self.qkv,
+            bias: self.bias.as_ref(),
+            norms: &self.norms,
+        }
+    }
 }
 
 /// Queries, keys (normalised and rotated) and values of all streams, joined along the tokens in the order given.
@@ -142,7 +167,7 @@ fn fused<T: Element>(streams: &[Projected], num_heads: usize, rope: &Rope) -> Re
 
     // queries, keys or values of all heads
     let write = |which: usize| {
-        filled(batch * num_heads * total, size, |out: Blank<T>| {
+        filled(batch * num_heads * total, size, |out: Uninit<T>| {
             out.par_bands(total.max(1))
                 .enumerate()
                 .for_each(|(i, out)| {

@@ -3,11 +3,11 @@
 //! Every operation exists twice: a plain composition of candle operations, which runs on every device, and a fused CPU
 //! kernel that does it in one pass; those between the products have a kernel for NVIDIA GPUs too (`cuda`). The choice is
 //! made by the operands: a kernel runs where all are on one such device, in one number format. Where an operand is tracked for gradients the result becomes one node of candle's graph with a
-//! backward pass of its own (`function`), again fused or composed, so that no training flag can be forgotten and no
+//! backward pass of its own (`custom_op`), again fused or composed, so that no training flag can be forgotten and no
 //! fused operation drops a gradient.
 //!
-//! On CPUs with AVX-512 products and attention run on inner loops of our own (`avx512`), in bf16 on pairs or, with AMX, on
-//! tiles where the CPU multiplies them; elsewhere on `faer`. Weights are read as they are stored: none is widened or
+//! On CPUs with AVX-512 products and attention run on inner loops of our own (`avx512`), in bf16 on pairs if the CPU
+//! multiplies them; elsewhere on `faer`. Weights are read as they are stored: none is widened or
 //! repacked as a whole.
 //!
 //! Computed in f32 whatever the dtype: norm statistics, the rotation of queries and keys, softmax, gate and residual of
@@ -19,37 +19,39 @@
 )]
 
 mod attend;
-mod attend_cpu;
+mod attend_fused;
 mod attention;
-mod attention_tiles;
-#[cfg_attr(not(target_arch = "x86_64"), path = "absent.rs")]
+mod attention_simd;
+#[cfg_attr(not(target_arch = "x86_64"), path = "avx512_stub.rs")]
 mod avx512;
-mod blank;
 mod cpu;
 #[cfg_attr(not(feature = "cuda"), path = "cuda/absent.rs")]
 mod cuda;
-mod function;
+mod custom_op;
+mod dequantize;
+mod fused_linear;
 mod gelu;
+mod gemm;
 mod heads;
-mod joined;
 mod norm;
 mod product;
 mod residual;
-mod tiles;
-mod widen;
+mod swiglu;
+mod uninit;
 
 pub use attend::{attend, attend_beside_gelu, holds_scores_backward};
 pub(super) use attention::MAX_SCORES;
 pub use attention::holds_scores;
-pub use cuda::{add_products, token_sums, trouble};
+pub use cuda::{add_products, limit_kept_memory, token_sums, trouble};
+pub use fused_linear::{attend_beside_gelu_of_product, gelu_of_product};
 pub use gelu::gelu;
 pub use heads::{Norms, Projected};
-pub use joined::{attend_beside_gelu_of_product, gelu_of_product};
 pub use norm::norm_modulate;
 
+pub use dequantize::dequantize;
 pub use product::product;
 pub use residual::{Branch, biased, gated_residual};
-pub use widen::widen;
+pub use swiglu::swiglu;
 
 use candle::{D, DType, Result, Tensor};
 

@@ -5,7 +5,7 @@ use candle::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, sum_map, sum_product, vectorized};
-use super::function::{by_recomputing, function};
+use super::custom_op::{by_recomputing, custom_op};
 use super::{cuda, wide};
 
 /// LayerNorm's epsilon (diffusers `transformer_flux.py`, BFL `layers.py`).
@@ -30,7 +30,7 @@ pub fn norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tenso
             None => plain(&data[0], &data[1], &data[2]),
         },
     }?;
-    function(&[x, &shift, &scale], y, move |grad| {
+    custom_op(&[x, &shift, &scale], y, move |grad| {
         if fusable(&data) == Some(DType::F32) {
             fused_backward(&data[0], &data[2], &grad.contiguous()?)
         } else {

@@ -6,10 +6,10 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::avx512::{Avx512, Vector};
-use super::blank::filled;
 use super::cpu::{Operand, by_dtype, fusable as same_format};
-use super::function::function;
-use super::tiles::{self, Then};
+use super::custom_op::custom_op;
+use super::gemm::{self, Then};
+use super::uninit::filled;
 
 /// Multiply-adds worth a task of their own: some 40 µs.
 const TASK: usize = 1 << 21;
@@ -22,7 +22,7 @@ pub(super) type LowRank<'a> = (&'a Tensor, &'a Tensor, f64);
 /// `x·weightᵀ`, plus `scale·(x·aᵀ)·bᵀ`: `x` (rows, in), `weight` (out, in) to (rows, out), in the dtype of `x`. Weight and
 /// factors may have other dtypes; their products are in these.
 ///
-/// On the CPU forwards through `tiles`, in f32 without AVX-512 and backwards through `faer`, and otherwise through candle,
+/// On the CPU forwards through `gemm`, in f32 without AVX-512 and backwards through `faer`, and otherwise through candle,
 /// whose product reads `/proc/cpuinfo` on every call to count threads, and packs small operands at a loss. Differentiable;
 /// the gradients of what is not tracked are not formed.
 pub fn product(x: &Tensor, weight: &Tensor, low_rank: Option<LowRank>) -> Result<Tensor> {
@@ -40,7 +40,7 @@ fn single(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (tracked_x, tracked_weight) = (x.track_op(), weight.track_op());
     let (x_data, weight_data) = (x.detach(), weight.detach());
     let y = times_transposed(&x_data, &weight_data, None)?.to_dtype(x.dtype())?;
-    function(&[x, weight], y, move |grad| {
+    custom_op(&[x, weight], y, move |grad| {
         let dx = tracked_x.then(|| times(grad, &weight_data, None)?.to_dtype(x_data.dtype()));
         let dw = tracked_weight.then(|| {
             let x = x_data.to_dtype(weight_data.dtype())?;
@@ -60,7 +60,7 @@ fn pair(x: &Tensor, weight: Option<&Tensor>, (a, b, scale): LowRank) -> Result<T
         None => None,
     };
     let y = times_transposed(&low, &b_data, y)?.to_dtype(x.dtype())?;
-    function(&[x, a, b], y, move |grad| {
+    custom_op(&[x, a, b], y, move |grad| {
         let dtype = x_data.dtype();
         let wide = grad.to_dtype(b_data.dtype())?;
         let db = tracked[2].then(|| transposed_times(&wide, &low));
@@ -166,7 +166,7 @@ fn tiled<T: Vector>(a: &Tensor, b: &Tensor, sum: Option<Tensor>) -> Result<Tenso
     };
     let (a, b) = (a.slice::<T>()?, b.slice::<T>()?);
     let out = filled(rows, columns, |out| {
-        tiles::times_transposed(a, b, inner, out, then);
+        gemm::times_transposed(a, b, inner, out, then);
     });
     Tensor::from_vec(out, (rows, columns), &candle::Device::Cpu)
 }

@@ -4,7 +4,7 @@ use candle::{DType, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, vectorized};
-use super::function::function;
+use super::custom_op::custom_op;
 use super::{cuda, wide};
 
 /// One stream's part of [`gated_residual`].
@@ -65,7 +65,7 @@ fn residual_tracked(branch: &Branch) -> Result<Tensor> {
         gate: gate_data.as_ref(),
     }])?;
     let inputs: Vec<&Tensor> = [branch.x, &y].into_iter().chain(&gate).collect();
-    function(&inputs, sum, move |grad| {
+    custom_op(&inputs, sum, move |grad| {
         let dx = Some(grad.clone());
         let Some(gate) = &gate_data else {
             return Ok(vec![dx.clone(), dx]);

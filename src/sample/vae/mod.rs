@@ -6,14 +6,14 @@ use candle_nn::VarBuilder;
 use serde::Deserialize;
 
 use bands::Bands;
-pub use demand::Demand;
 use layers::{Conv2d, Level, Mid, Norm, Turn};
+pub use memory::MemoryEstimate;
 
 mod bands;
 mod conv;
-mod demand;
 pub mod keys;
 mod layers;
+mod memory;
 mod norm;
 mod open;
 

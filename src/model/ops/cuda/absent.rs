@@ -32,6 +32,9 @@ pub fn add_products(
     Ok(None)
 }
 
+/// Nothing is kept.
+pub fn limit_kept_memory(_: u64) {}
+
 pub(super) fn norm_modulate(_: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
     Ok(None)
 }

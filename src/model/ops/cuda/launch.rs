@@ -7,10 +7,10 @@
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle::backend::{BackendDevice, BackendStorage};
-use candle::cuda_backend::cudarc::cublas::CudaBlas;
 use candle::cuda_backend::cudarc::driver::{
     CudaFunction, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result,
     sys::{CUfunction_attribute_enum, CUmemPool_attribute},
@@ -45,9 +45,15 @@ pub(super) static CHANGE: Program = Program::new(
 );
 /// The oldest GPUs with bfloat16. For newer ones the driver finishes the compilation.
 const ARCHITECTURE: &str = "compute_80";
-/// Bytes of freed memory that a device keeps for the tensors that come next. By itself it keeps none when it is waited
-/// for: every step would have its memory mapped anew.
-const KEPT: u64 = 2 << 30;
+/// Bytes that a device keeps of the memory that it was given, for the tensors that come next: all, as long as nobody says
+/// otherwise. By itself it keeps none whenever it is waited for, and every step would have its memory mapped again.
+static KEPT: AtomicU64 = AtomicU64::new(u64::MAX);
+
+/// Sets the most bytes that devices keep, with what is in use: the rest of what is freed goes back whenever one is waited
+/// for. Counts for devices that are not in use yet.
+pub fn limit_kept_memory(bytes: u64) {
+    KEPT.store(bytes, Ordering::Relaxed);
+}
 /// Bytes of shared memory that a kernel's threads get without asking.
 const SHARED: usize = 48 << 10;
 
@@ -267,11 +273,6 @@ impl Module {
         Device::Cuda(self.device.clone())
     }
 
-    /// Where products are asked for.
-    pub(super) fn cublas(&self) -> Arc<CudaBlas> {
-        self.device.cublas_handle()
-    }
-
     /// Starts a kernel, `grid` blocks of `block` threads; what is started on this device later waits for it.
     pub(super) fn run<P: Parameters>(
         &self,
@@ -343,7 +344,7 @@ impl Blank {
 /// See [`KEPT`]. Where it cannot be had, everything is slower and nothing else changes.
 fn keep_freed_memory(device: &CudaDevice) {
     let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    let mut bytes = KEPT;
+    let mut bytes = KEPT.load(Ordering::Relaxed);
     // SAFETY: the device exists, and this attribute is a number of 64 bits, read before the call returns
     let _ = unsafe {
         result::device::get_mem_pool(device.cuda_stream().context().cu_device()).and_then(|pool| {

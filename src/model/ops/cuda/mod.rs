@@ -21,6 +21,7 @@ use crate::model::rope::Rope;
 pub(super) use attention_backward::{attention_backward, has_attention_backward};
 pub use change::{add_products, token_sums};
 use flash::Flash;
+pub use launch::limit_kept_memory;
 use launch::{GatedResidual, Gelu, Module, NormModulate, Parameters, Softmax};
 
 /// The names of all kernels.

@@ -1,0 +1,73 @@
+//! CLIP scores of an evaluation's images: finds the CLIP model, and loads it when nothing else is on the device.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::model::ClipModel;
+use crate::{
+    checkpoint::Checkpoint,
+    device::Runtime,
+    files::{Files, parse_id},
+    sample::png::Picture,
+    ui,
+};
+
+/// The files of a CLIP model that is not loaded yet.
+#[derive(Clone, Debug)]
+pub struct ClipFiles {
+    /// As it was named.
+    pub name: String,
+    files: Files,
+}
+
+impl ClipFiles {
+    /// A folder or a hub id.
+    ///
+    /// # Errors
+    /// When it holds no CLIP model, before anything is sampled.
+    pub fn find(name: &str) -> Result<Self> {
+        let path = Path::new(name);
+        let files = match parse_id(name) {
+            _ if path.is_dir() => Files::folder(path),
+            Some((repo, revision)) if !name.starts_with(['.', '/', '~']) => {
+                Files::hub(&repo, revision.as_deref()).context("--clip")?
+            }
+            _ => bail!(
+                "--clip: `{name}` does not exist\nhint: name a folder or a hub id such as openai/clip-vit-large-patch14"
+            ),
+        };
+        let whole = Checkpoint::open(&files, "model").context("--clip")?;
+        let config = files.json("config.json").context("--clip")?;
+        ensure!(
+            config.is_some() && whole.contains("visual_projection.weight"),
+            "--clip: `{name}` holds no whole CLIP in transformers layout (config.json and model.safetensors with both models)\nhint: openai/clip-vit-large-patch14 is one"
+        );
+        Ok(Self {
+            name: name.to_owned(),
+            files,
+        })
+    }
+
+    /// 100 · cosine of prompt and image, for each row of `images` (one model's images, in the order of the prompts).
+    ///
+    /// # Errors
+    /// When the model cannot be loaded or an image cannot be prepared.
+    pub fn scores(
+        &self,
+        prompts: &[String],
+        images: &[Vec<Picture>],
+        runtime: &Runtime,
+    ) -> Result<Vec<Vec<f64>>> {
+        let progress = ui::progress(images.len(), "scoring with CLIP");
+        let model = ClipModel::open(&self.files, &runtime.device).context("--clip")?;
+        let texts = model.texts(prompts)?;
+        let mut out = Vec::new();
+        for of_model in images {
+            out.push(model.scores(&texts, of_model)?);
+            progress.inc(1);
+        }
+        ui::done(&progress, format!("scored images with `{}`", self.name));
+        Ok(out)
+    }
+}

@@ -1,0 +1,219 @@
+//! Measures one model of an evaluation: loads it, samples images, takes its velocity and its time, and frees it again.
+
+use anyhow::{Context, Result, ensure};
+use candle::Tensor;
+
+use super::{report::Memory, velocity::Velocities};
+use crate::{
+    bench::timing::{self, Effort, MemoryWatch, Timing},
+    calibrate::{self, states::States},
+    device::Runtime,
+    model::{Flux, memory::BATCHES_PER_LOAD},
+    pipeline::{
+        Pipeline, load,
+        placement::{Activity, MemoryBudget},
+    },
+    sample::{
+        denoise::{Denoise, Encoded},
+        schedule::Schedule,
+        size::{ImageSize, TOKENS_PER_FORWARD},
+    },
+    ui,
+};
+
+/// How often a step is timed.
+const STEPS: Effort = Effort {
+    warm_up: 1,
+    min_runs: 3,
+    max_runs: 100,
+    seconds: 3.0,
+};
+
+/// What all models are given.
+pub(super) struct Task<'a> {
+    pub(super) runtime: &'a Runtime,
+    pub(super) budget: &'a MemoryBudget,
+    pub(super) encoded: Encoded,
+    pub(super) schedule: Schedule,
+    pub(super) size: ImageSize,
+    pub(super) steps: usize,
+    pub(super) guidance: f64,
+    pub(super) seed: u64,
+    /// Whether all models are small enough to be loaded together; steps are then timed by [`Task::in_turn`].
+    pub(super) together: bool,
+}
+
+/// What one model did.
+pub(super) struct Measured {
+    /// Packed latents, (images, tokens, 4 · channels), f32 on the CPU.
+    pub(super) latents: Tensor,
+    pub(super) velocities: Velocities,
+    /// One step of one image; not timed yet if models are timed together.
+    pub(super) step: Timing,
+    pub(super) memory: Memory,
+}
+
+impl Task<'_> {
+    /// Measures the baseline and then each model on the baseline's images.
+    pub(super) fn all(&self, baseline: &Pipeline, models: &[Pipeline]) -> Result<Vec<Measured>> {
+        let (before, states) = self.baseline(baseline)?;
+        let mut measured = vec![before];
+        for model in models {
+            measured.push(self.model(model, &states)?);
+        }
+        if self.together {
+            let all: Vec<&Pipeline> = std::iter::once(baseline).chain(models).collect();
+            let timings = self.in_turn(&all, &states)?;
+            for (measured, timing) in measured.iter_mut().zip(timings) {
+                measured.step = timing;
+            }
+        }
+        Ok(measured)
+    }
+
+    /// Samples the baseline's images; noised again, they are the latents that all velocities are compared on.
+    fn baseline(&self, pipeline: &Pipeline) -> Result<(Measured, States)> {
+        let mut states = None;
+        let measured = self.run(pipeline, &mut |latents: &Tensor| {
+            let wanted = self.size.default_held_out();
+            let draws = wanted.div_ceil(self.encoded.len());
+            let noised = States::noised(
+                latents.clone(),
+                self.encoded.clone(),
+                self.size.latent(),
+                self.guidance,
+                draws,
+                self.seed.wrapping_add(1),
+            )?;
+            states = Some(noised.first(wanted));
+            Ok(states.clone())
+        })?;
+        Ok((measured, states.context("the baseline sampled nothing")?))
+    }
+
+    /// Samples a model's images and takes its velocity on `states`.
+    fn model(&self, pipeline: &Pipeline, states: &States) -> Result<Measured> {
+        self.run(pipeline, &mut |_: &Tensor| Ok(Some(states.clone())))
+    }
+
+    fn run(
+        &self,
+        pipeline: &Pipeline,
+        states: &mut dyn FnMut(&Tensor) -> Result<Option<States>>,
+    ) -> Result<Measured> {
+        let runtime = self.runtime;
+        let free = || {
+            (!runtime.device.is_cpu())
+                .then(|| runtime.free_memory())
+                .flatten()
+        };
+        let mut memory = MemoryWatch::start(free());
+        let tokens = self.size.tokens() + self.encoded.txt.dim(1)?;
+        let usual = TOKENS_PER_FORWARD / tokens;
+        let budget = self.budget.clone().of(pipeline);
+        let batch = budget.batch(&pipeline.config, tokens, usual);
+        let activity = Activity {
+            batch,
+            tokens,
+            extra_bytes: budget.waiting(&pipeline.config, batch, tokens),
+        };
+        let flux = budget.flux(pipeline, activity)?;
+        let denoise = Denoise {
+            flux: &flux,
+            dtype: runtime.dtype,
+            device: &runtime.device,
+            schedule: &self.schedule,
+            steps: self.steps,
+            guidance: self.guidance,
+            size: self.size.latent(),
+        };
+        let images = self.encoded.len();
+        let progress = ui::progress(images.div_ceil(batch) * self.steps, "sampling");
+        let channels = pipeline.config.out_channels / 4;
+        let latents = calibrate::sample(
+            &denoise,
+            &self.encoded,
+            channels,
+            batch,
+            BATCHES_PER_LOAD,
+            self.seed,
+            &progress,
+        )
+        .with_context(|| format!("while sampling with `{}`", pipeline.name))?;
+        ui::done(
+            &progress,
+            format!("sampled {images} images with `{}`", pipeline.name),
+        );
+        memory.sample(free());
+        let states = states(&latents)?.context("no states to compare on")?;
+        let progress = ui::progress(states.batches(batch).len(), "comparing");
+        let velocities = Velocities::of(&flux, &states, batch, runtime, &progress)
+            .with_context(|| format!("`{}`", pipeline.name))?;
+        progress.finish_and_clear();
+        memory.sample(free());
+        let timings = if self.together {
+            Vec::new()
+        } else {
+            self.time(&[flux], &states)?
+        };
+        Ok(Measured {
+            latents,
+            velocities,
+            step: timings.first().copied().unwrap_or_default(),
+            memory: Memory {
+                host: memory.host(),
+                device: memory.device(),
+            },
+        })
+    }
+
+    /// Times one step of each model, in turn, so that a busy machine slows all of them alike.
+    fn in_turn(&self, pipelines: &[&Pipeline], states: &States) -> Result<Vec<Timing>> {
+        let load = |pipeline: &&Pipeline| load::flux(pipeline, self.runtime);
+        let models: Vec<Flux> = pipelines.iter().map(load).collect::<Result<_>>()?;
+        self.time(&models, states)
+    }
+
+    fn time(&self, models: &[Flux], states: &States) -> Result<Vec<Timing>> {
+        let (device, dtype) = (&self.runtime.device, self.runtime.dtype);
+        let one = states.batch(0..1, device, dtype)?;
+        let step = |flux: &Flux| -> Result<()> {
+            flux.forward(&one.inputs(), &mut ())?;
+            Ok(())
+        };
+        let mut works: Vec<_> = models.iter().map(|flux| || step(flux)).collect();
+        let mut works: Vec<&mut dyn FnMut() -> Result<()>> =
+            works.iter_mut().map(|work| work as _).collect();
+        timing::measure(device, STEPS, &mut works)
+    }
+}
+
+/// Fails if the models cannot be given the same prompts and noise.
+///
+/// # Errors
+/// The message names both and what differs.
+pub fn check_family(baseline: &Pipeline, model: &Pipeline) -> Result<()> {
+    let (a, b) = (&baseline.config, &model.config);
+    for (what, a, b) in [
+        ("input channels", a.in_channels, b.in_channels),
+        ("output channels", a.out_channels, b.out_channels),
+        ("T5 width", a.context_in_dim, b.context_in_dim),
+        ("CLIP width", a.vec_in_dim, b.vec_in_dim),
+    ] {
+        ensure!(
+            a == b,
+            "`{}` and `{}` are of different families ({what} {b} and {a}): they cannot be given the same prompts and noise\nhint: name the model that `{}` was made from with --baseline",
+            model.name,
+            baseline.name,
+            model.name
+        );
+    }
+    ensure!(
+        a.in_channels == a.out_channels,
+        "`{}` takes {} input channels but predicts {}: models that take a picture as input (Fill, Canny, Depth) cannot draw from a prompt alone",
+        baseline.name,
+        a.in_channels,
+        a.out_channels
+    );
+    Ok(())
+}

@@ -1,0 +1,65 @@
+//! What `train-sandwich` writes: the healed checkpoint, the trained values alone, and a report.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use super::{
+    merge::healed,
+    peft,
+    report::{REPORT, TrainReport},
+    setup::TrainSetup,
+    trained::Trained,
+};
+use crate::{
+    checkpoint::{Checkpoint, Source, output, record::Record, save},
+    pipeline::LORA_FILE,
+};
+
+/// The trained values, in f32 under the names of the blocks they belong to.
+const SANDWICH: &str = "sandwich.safetensors";
+
+/// Writes everything but the chart into `folder`; with `keep_lora`, the LoRA next to the checkpoint instead of merged.
+///
+/// # Errors
+/// When the disk is full.
+pub fn write(
+    folder: &Path,
+    setup: &TrainSetup,
+    trained: &Trained,
+    report: &TrainReport,
+    layout: output::Naming,
+    keep_lora: bool,
+) -> Result<()> {
+    let pair = &setup.pair;
+    let record = record(setup, report, keep_lora)?;
+    let (config, student) = (&pair.pruned.config, &trained.student.trunk);
+    let checkpoint = healed(pair, student, !keep_lora)?;
+    output::write(folder, &checkpoint, config, Some(&record), layout)?;
+    drop(checkpoint);
+    let mut values = Checkpoint::default();
+    for (name, value) in &trained.saved.values {
+        values.insert(name, Source::dense(value)?);
+    }
+    values.metadata = output::metadata(Some(&record))?;
+    save::write(&values, &folder.join(SANDWICH))?;
+    if keep_lora {
+        save::write(&peft::lora(config, student)?, &folder.join(LORA_FILE))?;
+    }
+    output::write_json(&folder.join(REPORT), &serde_json::to_value(report)?)
+}
+
+/// The pruned model's record, with what was trained.
+fn record(setup: &TrainSetup, report: &TrainReport, keep_lora: bool) -> Result<Record> {
+    let before = &setup.pair.pruned.record;
+    let before = before.as_ref().context("the pruned model has a record")?;
+    let mut recipe = match before.recipe.clone() {
+        Value::Object(recipe) => recipe,
+        other => [("before".to_owned(), other)].into_iter().collect(),
+    };
+    let trained =
+        json!({ "recipe": report.recipe, "phases": report.phases, "kept-lora": keep_lora });
+    recipe.insert("train-sandwich".to_owned(), trained);
+    Ok(before.with_recipe(Value::Object(recipe)))
+}

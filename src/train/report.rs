@@ -1,0 +1,189 @@
+//! What a run did, or would take, as tables and as `--json` has them.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{
+    log::PhaseReport,
+    memory::MemoryEstimate,
+    recipe::SandwichRecipe,
+    setup::TrainSetup,
+    strategy::{MemoryStrategy, peak},
+};
+use crate::ui;
+
+/// The file with a [`TrainReport`].
+pub const REPORT: &str = "training.json";
+
+/// What became of a run: `training.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainReport {
+    /// The folder that was written.
+    pub output: String,
+    /// Relative mean squared error of the velocity on held-out states.
+    pub velocity_error: BeforeAfter,
+    /// What became of each phase.
+    pub phases: Vec<PhaseReport>,
+    /// How long training took.
+    pub seconds: f64,
+    /// With a value for everything.
+    pub recipe: SandwichRecipe,
+    /// Everything that a run depends on, as one text: a parsed float may be off by its last bit.
+    pub settings: String,
+}
+
+/// A number before and after training.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BeforeAfter {
+    /// Of the pruned model.
+    pub before: f64,
+    /// Of the trained one.
+    pub after: f64,
+}
+
+impl TrainReport {
+    /// What a terminal shows.
+    pub fn table(&self) -> String {
+        let rows: Vec<Vec<String>> = self
+            .phases
+            .iter()
+            .map(|phase| {
+                vec![
+                    phase.phase.clone(),
+                    phase.steps.to_string(),
+                    ui::count(phase.trainables as f64),
+                    format!("{:.5}", phase.before),
+                    format!("{:.5}", phase.after),
+                    if phase.kept == 0 {
+                        "no better: left as it was".to_owned()
+                    } else {
+                        String::new()
+                    },
+                ]
+            })
+            .collect();
+        let header = ["trained", "steps", "values", "held out before", "after", ""];
+        format!(
+            "{}\n\nthe velocity of the pruned model is off by {:.4} instead of {:.4}\n(relative MSE, held-out states)",
+            ui::table(&header, &rows, &[1, 2, 3, 4]),
+            self.velocity_error.after,
+            self.velocity_error.before
+        )
+    }
+}
+
+/// What a run would take.
+#[derive(Clone, Debug, Serialize)]
+pub struct DryRunReport {
+    /// One for each phase.
+    pub phases: Vec<PhaseMemory>,
+    /// Most bytes on the device.
+    pub peak_bytes: f64,
+    /// Images to sample.
+    pub images: usize,
+    /// States in a forward.
+    pub batch: usize,
+    /// Text and image tokens of a state.
+    pub tokens: usize,
+    /// Whether activations are computed again on the way back.
+    pub gradient_checkpointing: bool,
+    /// Whether blocks that are not trained stay off the device.
+    pub offload: bool,
+    /// Batches that pass through such a block each time it is read.
+    pub batches_per_load: usize,
+    /// With a value for everything.
+    pub recipe: SandwichRecipe,
+}
+
+/// What one phase would take.
+#[derive(Clone, Debug, Serialize)]
+pub struct PhaseMemory {
+    /// `double.01`, or `finetune`.
+    pub phase: String,
+    /// Steps.
+    pub steps: usize,
+    /// Bytes on the device.
+    pub memory: MemoryEstimate,
+}
+
+impl DryRunReport {
+    /// What `setup` takes with `strategy`.
+    pub fn new(setup: &TrainSetup, strategy: MemoryStrategy) -> Self {
+        let phases = setup.phases(strategy);
+        let options = &setup.options;
+        Self {
+            peak_bytes: peak(&phases),
+            phases: phases
+                .into_iter()
+                .map(|phase| PhaseMemory {
+                    phase: phase.name,
+                    steps: phase.steps,
+                    memory: phase.memory,
+                })
+                .collect(),
+            images: options.prompts.len(),
+            batch: options.batch,
+            tokens: options.text_tokens + options.size.tokens(),
+            gradient_checkpointing: strategy.gradient_checkpointing,
+            offload: strategy.offload,
+            batches_per_load: strategy.batches_per_load,
+            recipe: options.recipe.clone(),
+        }
+    }
+
+    /// What a terminal shows.
+    pub fn table(&self) -> String {
+        let rows: Vec<Vec<String>> = self
+            .phases
+            .iter()
+            .map(
+                |PhaseMemory {
+                     phase,
+                     steps,
+                     memory: m,
+                 }| {
+                    let sizes = [m.weights, m.optimiser, m.activations, m.samples, m.bytes()];
+                    let mut row = vec![phase.clone(), steps.to_string(), ui::count(m.trainables)];
+                    row.extend(sizes.map(ui::bytes));
+                    row
+                },
+            )
+            .collect();
+        let header = [
+            "trained",
+            "steps",
+            "values",
+            "weights",
+            "trainables",
+            "activations",
+            "batches",
+            "all",
+        ];
+        let loads = if self.offload {
+            format!(
+                "a block that is read serves {} of them; ",
+                self.batches_per_load
+            )
+        } else {
+            String::new()
+        };
+        format!(
+            "{}\n\n{} images, {} states of {} tokens in a forward; {loads}peak on the device: {}",
+            ui::table(&header, &rows, &[1, 2, 3, 4, 5, 6, 7]),
+            self.images,
+            self.batch,
+            self.tokens,
+            ui::bytes(self.peak_bytes)
+        )
+    }
+}
+
+/// The report of the run of these `settings` that wrote `folder`; `None` if it is of another run or damaged.
+pub fn finished(folder: &Path, settings: &Value) -> Option<TrainReport> {
+    let text = std::fs::read(folder.join(REPORT)).ok()?;
+    let report: TrainReport = serde_json::from_slice(&text).ok()?;
+    let settings = settings.to_string();
+    (report.settings == settings).then_some(report)
+}
