@@ -12,6 +12,9 @@ pub fn trouble(_: &Device) -> Option<String> {
     None
 }
 
+/// Nothing is kept.
+pub fn limit_kept_memory(_: u64) {}
+
 /// See `cuda::change`.
 ///
 /// # Errors
@@ -31,9 +34,6 @@ pub fn add_products(
 ) -> Result<Option<(Tensor, Tensor)>> {
     Ok(None)
 }
-
-/// Nothing is kept.
-pub fn limit_kept_memory(_: u64) {}
 
 pub(super) fn norm_modulate(_: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
     Ok(None)
