@@ -59,7 +59,8 @@ impl SimpleBackend for MadeOnDevice {
 pub fn one_of_each_kind(config: &FluxConfig, runtime: &Runtime) -> Result<(FluxConfig, Trunk)> {
     let forms = [Form::Linear, Form::Conditioned, Form::Modulated].map(|form| (form, false));
     let replaced = forms.into_iter().chain([(Form::Linear, true)]).enumerate();
-    let replaced = replaced.map(|(i, (form, joint))| replacement(BlockId::single(1 + i), form, joint));
+    let replaced =
+        replaced.map(|(i, (form, joint))| replacement(BlockId::single(1 + i), form, joint));
     let originals = [BlockId::double(0), BlockId::single(0)].map(BlockSpec::Original);
     let mut config = config.clone();
     config.layout = originals.into_iter().chain(replaced).collect();
@@ -85,7 +86,10 @@ pub fn replaced(config: &FluxConfig, count: usize) -> Result<FluxConfig> {
     let single = |spec: &&mut BlockSpec| matches!(spec, BlockSpec::Original(id) if id.kind == BlockKind::Single);
     let mut singles: Vec<&mut BlockSpec> = config.layout.iter_mut().filter(single).collect();
     let of = singles.len();
-    ensure!(count <= of, "--replaced {count}: there are {of} single blocks");
+    ensure!(
+        count <= of,
+        "--replaced {count}: there are {of} single blocks"
+    );
     for i in 0..count {
         let spec = &mut singles[i * of / count];
         if let BlockSpec::Original(id) = **spec {

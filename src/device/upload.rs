@@ -56,7 +56,10 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         // SAFETY: it came from `malloc_host`, and the GPU no longer reads it
-        let _ = self.read.synchronize().map(|()| unsafe { result::free_host(self.data.cast()) });
+        let _ = self
+            .read
+            .synchronize()
+            .map(|()| unsafe { result::free_host(self.data.cast()) });
     }
 }
 
@@ -223,10 +226,16 @@ mod tests {
         let Ok(device) = CudaDevice::new(0) else {
             return;
         };
-        let bytes: Vec<u8> = (0..BUFFER * (BUFFERS + 1) + 1).map(|i| (i % 251) as u8).collect();
+        let bytes: Vec<u8> = (0..BUFFER * (BUFFERS + 1) + 1)
+            .map(|i| (i % 251) as u8)
+            .collect();
         let (first, rest) = bytes.split_at(BUFFER + 12_345);
         let tensor = upload(&[first, rest], DType::U8, bytes.len(), &device).unwrap();
-        let back = tensor.to_device(&Device::Cpu).unwrap().to_vec1::<u8>().unwrap();
+        let back = tensor
+            .to_device(&Device::Cpu)
+            .unwrap()
+            .to_vec1::<u8>()
+            .unwrap();
         assert!(back == bytes);
         assert!(upload(&[first], DType::U8, bytes.len(), &device).is_err());
     }

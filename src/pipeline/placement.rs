@@ -93,11 +93,7 @@ impl MemoryBudget {
         ElementSizes {
             element: self.runtime.dtype.size_in_bytes() as u64,
             weight: self.weight,
-            scores: ops::holds_scores(
-                &self.runtime.device,
-                self.runtime.dtype,
-                config.head_dim(),
-            ),
+            scores: ops::holds_scores(&self.runtime.device, self.runtime.dtype, config.head_dim()),
         }
     }
 
