@@ -28,7 +28,7 @@ impl Module {
     ) -> Result<()> {
         let (format, wide) = (format(a.dtype()), blas::cudaDataType_t::CUDA_R_32F);
         let (alpha, beta) = (scale, 0f32);
-        let handle = self.cublas();
+        let handle = self.device().as_cuda_device()?.cublas_handle();
         let [a, b, c] = [address_of(a)?, address_of(b)?, out.address()?];
         // SAFETY: `calls` has compared the shapes of the operands, which are borrowed until here, and made room for the
         // result; all of it is done in the order of the device's stream. cuBLAS counts columns first: to it rows are
@@ -74,7 +74,7 @@ impl Module {
         place: usize,
     ) -> Result<()> {
         let (format, wide) = (format(dtype), blas::cudaDataType_t::CUDA_R_32F);
-        let handle = self.cublas();
+        let handle = self.device().as_cuda_device()?.cublas_handle();
         let c = out.address()? + (place * width * width * size_of::<f32>()) as u64;
         for sample in 0..samples {
             let (alpha, beta) = (1f32, if sample == 0 { 0f32 } else { 1f32 });

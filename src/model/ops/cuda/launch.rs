@@ -8,10 +8,9 @@
 use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
 use candle::backend::{BackendDevice, BackendStorage};
-use candle::cuda_backend::cudarc::cublas::CudaBlas;
 use candle::cuda_backend::cudarc::driver::{
     CudaFunction, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result,
     sys::{CUfunction_attribute_enum, CUmemPool_attribute},
@@ -272,11 +271,6 @@ impl Module {
 
     pub(super) fn device(&self) -> Device {
         Device::Cuda(self.device.clone())
-    }
-
-    /// Where products are asked for.
-    pub(super) fn cublas(&self) -> Arc<CudaBlas> {
-        self.device.cublas_handle()
     }
 
     /// Starts a kernel, `grid` blocks of `block` threads; what is started on this device later waits for it.
