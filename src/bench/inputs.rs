@@ -13,10 +13,7 @@ use crate::{
 };
 
 /// A model's random weights. Those of `init` on the CPU; a GPU makes its own, some hundred times as fast.
-pub fn random_weights(
-    config: &FluxConfig,
-    runtime: &Runtime,
-) -> Result<VarBuilder<'static>> {
+pub fn random_weights(config: &FluxConfig, runtime: &Runtime) -> Result<VarBuilder<'static>> {
     if runtime.device.is_cpu() {
         let weights = init::random(config, 0, safetensors_dtype(runtime.dtype)?)?;
         return Ok(weights.var_builder(runtime.dtype, &runtime.device));
@@ -91,9 +88,9 @@ pub fn replaced(config: &FluxConfig, count: usize) -> Result<FluxConfig> {
         "--replaced {count}: there are {of} single blocks"
     );
     for i in 0..count {
-        let spec = &mut singles[i * of / count];
-        if let BlockSpec::Original(id) = **spec {
-            **spec = replacement(id, Form::Linear, false);
+        let spec = &mut *singles[i * of / count];
+        if let BlockSpec::Original(id) = *spec {
+            *spec = replacement(id, Form::Linear, false);
         }
     }
     Ok(config)
