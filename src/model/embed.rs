@@ -135,7 +135,9 @@ impl Embedder {
         }
         let timestep = inputs.timestep.clone();
         let conditioning = Conditioning::new(vec, timestep, rope)?;
-        Ok((stream, conditioning.with_shared(self.modulation.as_ref())?))
+        let shared = self.modulation.as_ref();
+        let shared = shared.map(|m| m.parts(conditioning.activated()));
+        Ok((stream, conditioning.with_shared(shared.transpose()?)))
     }
 
     fn sinusoid(&self, x: &Tensor) -> Result<Tensor> {

@@ -8,12 +8,12 @@ use std::{
 
 /// What each module may import of the crate. `commands` and `main` may import everything.
 const MAY_IMPORT: [(&str, &[&str]); 17] = [
-    ("formats", &[]),
+    ("quant", &[]),
     ("layout", &[]),
     ("device", &[]),
     ("ui", &[]),
     ("files", &["ui"]),
-    ("checkpoint", &["formats", "layout", "files"]),
+    ("checkpoint", &["quant", "layout", "files"]),
     (
         "pipeline",
         &[
@@ -26,7 +26,7 @@ const MAY_IMPORT: [(&str, &[&str]); 17] = [
             "sample",
         ],
     ),
-    ("model", &["formats", "layout"]),
+    ("model", &["quant", "layout"]),
     ("sample", &["files", "checkpoint", "model"]),
     (
         "calibrate",
