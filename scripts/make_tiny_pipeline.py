@@ -14,13 +14,13 @@ import json
 import math
 import pathlib
 import string
+import sys
 from collections import Counter
 
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from fastflux_flux import DOUBLE, SINGLE, TOP
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -31,6 +31,9 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent / "interop"))
+from fastflux_flux import DOUBLE, SINGLE, TOP  # noqa: E402
 
 # What the tokenizers learn their pieces from.
 CORPUS = """

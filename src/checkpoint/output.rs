@@ -17,10 +17,10 @@ pub const ORIGINAL_STEM: &str = "flux";
 /// The stem of a transformer's weight file in diffusers layout.
 pub const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
 
-/// The module that diffusers loads with a model that it has no class of its own for; `scripts/check_diffusers.py` tries it.
+/// The module that diffusers loads with a model that it has no class of its own for; `scripts/interop/check_diffusers.py` tries it.
 const DIFFUSERS_MODULE: &str = "fastflux_flux";
 const DIFFUSERS_CLASS: &str = "FastFluxTransformer2DModel";
-const DIFFUSERS_SOURCE: &str = include_str!("../../scripts/fastflux_flux.py");
+const DIFFUSERS_SOURCE: &str = include_str!("../../scripts/interop/fastflux_flux.py");
 
 /// A `--format` value: names and places of what is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

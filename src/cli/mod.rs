@@ -11,6 +11,7 @@ mod inspect;
 mod prune;
 mod score;
 mod shared;
+mod shell;
 mod train;
 mod units;
 
@@ -27,6 +28,7 @@ pub use shared::{
     PartsArgs, PipelineArgs, PrintArgs, PromptsArgs, RecipeArgs, RunArgs, SamplingArgs, SeedArgs,
     SizeArgs,
 };
+pub use shell::{CompletionsArgs, ManArgs};
 pub use train::TrainArgs;
 
 /// Prune FLUX.1: replace its least important transformer blocks by linear layers and generate with what is left.
@@ -117,6 +119,16 @@ pub enum Command {
         after_help = "Examples:\n  fastflux bench\n  fastflux bench --model pruned --against flux1-dev.safetensors --size 512,1024 --batch 1,2\n  fastflux bench --config flux1-dev --dtype bf16 --json"
     )]
     Bench(BenchArgs),
+    /// Print a script that makes a shell complete commands and flags.
+    #[command(
+        after_help = "Examples:\n  fastflux completions bash > ~/.local/share/bash-completion/completions/fastflux\n  fastflux completions zsh > \"${fpath[1]}/_fastflux\"\n  fastflux completions fish > ~/.config/fish/completions/fastflux.fish"
+    )]
+    Completions(CompletionsArgs),
+    /// Print the manual page of fastflux or of one of its commands.
+    #[command(
+        after_help = "Examples:\n  fastflux man prune > prune.1 && man ./prune.1\n  fastflux man > ~/.local/share/man/man1/fastflux.1"
+    )]
+    Man(ManArgs),
 }
 
 #[cfg(test)]

@@ -29,6 +29,7 @@ mod prune;
 mod score;
 mod select;
 mod session;
+mod shell;
 mod train_sandwich;
 mod verify;
 
@@ -51,6 +52,8 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Init(args) => init::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Completions(args) => shell::completions(&args).map(|()| ExitCode::SUCCESS),
+        Command::Man(args) => shell::man(&args).map(|()| ExitCode::SUCCESS),
     }
 }
 

@@ -10,7 +10,7 @@ mod mock;
 mod setup;
 
 use mock::{COMMIT, ID};
-use setup::{CONFIG, Setup, WEIGHTS, assert_says, stored};
+use setup::{CONFIG, Setup, WEIGHTS, assert_says};
 
 #[test]
 fn files_are_fetched_when_read_and_then_come_from_the_cache() {
@@ -347,50 +347,4 @@ fn two_readers_fetch_a_file_once() {
         }
     });
     assert_eq!(setup.hub.count("/store/"), 1);
-}
-
-#[test]
-fn large_files_come_over_xet_and_go_on_too() {
-    let proxies = ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"];
-    if proxies.iter().any(|p| std::env::var_os(p).is_some()) {
-        return; // Xet asks the proxy for this machine too, which a proxy cannot know
-    }
-    let setup = Setup::new(stored((17 << 20) + 123, true));
-    assert_eq!(setup.weights().unwrap(), setup.expected());
-    let log = std::mem::take(&mut setup.hub.state().log);
-    assert!(log.iter().any(|l| l.contains("/cas/block/")), "{log:?}");
-    assert!(!log.iter().any(|l| l.contains("/store/")), "{log:?}");
-
-    // the rest of a part
-    let blob = setup
-        .cached("blobs")
-        .into_iter()
-        .max_by_key(|p| fs::metadata(p).unwrap().len());
-    let blob = blob.unwrap();
-    let part = blob.with_file_name(format!(
-        "{}.fastflux-part",
-        blob.file_name().unwrap().to_str().unwrap()
-    ));
-    fs::write(&part, &setup.expected()[..9_000_001]).unwrap();
-    fs::remove_file(blob).unwrap();
-    assert_eq!(setup.weights().unwrap(), setup.expected());
-    let log = std::mem::take(&mut setup.hub.state().log);
-    assert!(
-        log.iter()
-            .any(|l| l.contains("v1/reconstructions") && l.contains("from 9000001")),
-        "{log:?}"
-    );
-}
-
-#[test]
-fn without_xet_plain_http_takes_over() {
-    let mut setup = Setup::new(stored(17 << 20, true));
-    setup.hub.state().faults.no_xet = true;
-    assert_eq!(setup.weights().unwrap(), setup.expected());
-    assert_eq!(setup.hub.count("/store/"), 1);
-
-    setup.settings.xet = false;
-    setup.settings.cache = setup.cache.path().join("other");
-    assert_eq!(setup.weights().unwrap(), setup.expected());
-    assert_eq!(setup.hub.count("xet-read-token"), 0);
 }

@@ -1,11 +1,10 @@
-//! A hub on this machine: enough of its API, its file store and its Xet store for a client, with faults on demand.
+//! A hub on this machine: enough of its API and its file store for a client, with faults on demand.
 
 use std::{
     collections::{BTreeMap, VecDeque},
     fmt::Write as _,
     io::{BufRead, BufReader, Write},
     net::{TcpListener, TcpStream},
-    ops::Range,
     sync::{Arc, Mutex, MutexGuard},
     thread,
 };
@@ -17,8 +16,6 @@ use sha2::{Digest, Sha256};
 pub(crate) const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 /// The repository that exists.
 pub(crate) const ID: &str = "black-forest-labs/FLUX.1-tiny";
-/// Bytes in one chunk of the Xet store.
-const CHUNK: usize = 1 << 16;
 
 /// A file of the repository.
 #[derive(Clone)]
@@ -26,8 +23,6 @@ pub(crate) struct Served {
     pub(crate) bytes: Vec<u8>,
     /// Kept in the file store (as large files are) and not in git.
     pub(crate) stored: bool,
-    /// Also offered over Xet.
-    pub(crate) xet: bool,
 }
 
 /// What the hub does wrong.
@@ -46,8 +41,6 @@ pub(crate) struct Faults {
     pub(crate) garble: bool,
     /// Announce this size.
     pub(crate) claim: Option<u64>,
-    /// The Xet store is at an address where nobody listens.
-    pub(crate) no_xet: bool,
     /// Answer HEAD with a relative redirection first, as for a renamed repository.
     pub(crate) renamed: bool,
 }
@@ -59,7 +52,6 @@ pub(crate) struct State {
     pub(crate) log: Vec<String>,
     /// The token of an account that has access.
     pub(crate) token: Option<&'static str>,
-    address: String,
     store: String,
 }
 
@@ -82,7 +74,6 @@ impl Hub {
             faults: Faults::default(),
             log: Vec::new(),
             token: None,
-            address: address.clone(),
             store: format!("http://{}", store.local_addr().unwrap()),
         }));
         for listener in [hub, store] {
@@ -186,15 +177,8 @@ fn respond(request: &Request, state: &mut State) -> Answer {
     state.log.push(line);
 
     let path = request.path.split('?').next().unwrap();
-    let page: usize = request
-        .path
-        .split_once("page=")
-        .map_or(0, |(_, p)| p.parse().unwrap());
     if let Some(path) = path.strip_prefix("/store/") {
         return body(path, request, state);
-    }
-    if let Some(rest) = path.strip_prefix("/cas/") {
-        return xet(rest, request, state);
     }
     if let Some(refusal) = state.faults.refuse {
         return refuse(refusal);
@@ -214,16 +198,7 @@ fn respond(request: &Request, state: &mut State) -> Answer {
             return refuse((404, "RevisionNotFound", "Invalid rev id"));
         }
         return match what {
-            "revision" => as_json(&json!({"id": ID, "sha": COMMIT})),
-            "tree" => tree(state, page),
-            "xet-read-token" => {
-                let url = if state.faults.no_xet {
-                    format!("{}/cas", nobody())
-                } else {
-                    format!("{}/cas", state.store)
-                };
-                as_json(&json!({"accessToken": "x", "exp": 4_000_000_000_u64, "casUrl": url}))
-            }
+            "revision" => listing(state),
             _ => refuse((404, "", "")),
         };
     }
@@ -241,25 +216,11 @@ fn respond(request: &Request, state: &mut State) -> Answer {
     }
 }
 
-/// The listing, two entries a page.
-fn tree(state: &State, page: usize) -> Answer {
-    let folder = json!({"type": "directory", "oid": "0", "size": 0, "path": "transformer"});
-    let files = state.files.iter().map(
-        |(path, file)| json!({"type": "file", "oid": "0", "size": file.bytes.len(), "path": path}),
-    );
-    let all: Vec<_> = std::iter::once(folder).chain(files).collect();
-    let mut answer = as_json(&all.iter().skip(2 * page).take(2).collect::<Vec<_>>());
-    if 2 * (page + 1) < all.len() {
-        let next = format!(
-            "{}/api/models/{ID}/tree/{COMMIT}?recursive=true&page={}",
-            state.address,
-            page + 1
-        );
-        answer
-            .headers
-            .push(("Link", format!("<{next}>; rel=\"next\"")));
-    }
-    answer
+/// The repository's commit and files, with their sizes.
+fn listing(state: &State) -> Answer {
+    let files = state.files.iter();
+    let files = files.map(|(path, file)| json!({"rfilename": path, "size": file.bytes.len()}));
+    as_json(&json!({"id": ID, "sha": COMMIT, "siblings": files.collect::<Vec<_>>()}))
 }
 
 fn resolve(path: &str, request: &Request, state: &mut State) -> Answer {
@@ -273,14 +234,11 @@ fn resolve(path: &str, request: &Request, state: &mut State) -> Answer {
         answer.headers.push(("ETag", etag));
         return answer;
     }
-    let mut headers = vec![
+    let headers = vec![
         ("X-Linked-Etag", format!("\"{}\"", sha256(&file.bytes))),
         ("X-Linked-Size", size.to_string()),
         ("Location", format!("{}/store/{path}", state.store)),
     ];
-    if file.xet {
-        headers.push(("X-Xet-Hash", sha256(path.as_bytes())));
-    }
     Answer {
         status: 302,
         headers,
@@ -316,60 +274,6 @@ fn body(path: &str, request: &Request, state: &mut State) -> Answer {
         answer.cut = state.faults.cut.pop_front();
     }
     answer
-}
-
-/// The Xet store: one block of plain chunks per file.
-fn xet(path: &str, request: &Request, state: &mut State) -> Answer {
-    let find = |hash: &str| {
-        let found = state
-            .files
-            .iter()
-            .find(|(p, _)| sha256(p.as_bytes()) == hash);
-        found.map(|(_, file)| &file.bytes)
-    };
-    if let Some(hash) = path.strip_prefix("v1/reconstructions/") {
-        let bytes = find(hash).unwrap();
-        let (from, to) = request.range.unwrap_or((0, None));
-        if from >= bytes.len() {
-            return refuse((416, "", ""));
-        }
-        let end = to.map_or(bytes.len(), |to| (to + 1).min(bytes.len()));
-        let chunks = from / CHUNK..end.div_ceil(CHUNK);
-        let unpacked = (chunks.end * CHUNK).min(bytes.len()) - chunks.start * CHUNK;
-        let place =
-            |chunk: usize| (chunk * (CHUNK + 8)).min(bytes.len() + 8 * bytes.len().div_ceil(CHUNK));
-        let range = json!({"start": chunks.start, "end": chunks.end});
-        return as_json(&json!({
-            "offset_into_first_range": from - chunks.start * CHUNK,
-            "terms": [{"hash": hash, "unpacked_length": unpacked, "range": range}],
-            "fetch_info": {hash: [{
-                "range": range,
-                "url": format!("{}/cas/block/{hash}", state.store),
-                "url_range": {"start": place(chunks.start), "end": place(chunks.end) - 1},
-            }]},
-        }));
-    }
-    if let Some(hash) = path.strip_prefix("block/") {
-        let block: Vec<u8> = find(hash).unwrap().chunks(CHUNK).flat_map(chunk).collect();
-        let (from, to) = request.range.unwrap();
-        let range: Range<usize> = from..to.map_or(block.len(), |to| to + 1);
-        return Answer {
-            status: 206,
-            headers: vec![(
-                "Content-Range",
-                format!("bytes {}-{}/{}", range.start, range.end - 1, block.len()),
-            )],
-            body: block[range].to_vec(),
-            cut: state.faults.cut.pop_front(),
-        };
-    }
-    refuse((404, "", "")) // v2 reconstructions, telemetry
-}
-
-/// One chunk as it is packed: version, packed length, scheme (none), length; then the bytes.
-fn chunk(bytes: &[u8]) -> Vec<u8> {
-    let length = &u32::try_from(bytes.len()).unwrap().to_le_bytes()[..3];
-    [&[0], length, &[0], length, bytes].concat()
 }
 
 fn as_json(value: &impl serde::Serialize) -> Answer {

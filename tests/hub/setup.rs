@@ -25,15 +25,13 @@ fn git(bytes: &[u8]) -> Served {
     Served {
         bytes: bytes.to_vec(),
         stored: false,
-        xet: false,
     }
 }
 
-pub(crate) fn stored(len: usize, xet: bool) -> Served {
+pub(crate) fn stored(len: usize) -> Served {
     Served {
         bytes: noise(len),
         stored: true,
-        xet,
     }
 }
 
@@ -58,7 +56,6 @@ impl Setup {
             cache: cache.path().to_owned(),
             token: None,
             offline: false,
-            xet: true,
             // far more than any of the faults needs, however slow the machine
             patience: Duration::from_secs(60),
         };
@@ -70,7 +67,7 @@ impl Setup {
     }
 
     pub(crate) fn small() -> Self {
-        Self::new(stored(300_000, false))
+        Self::new(stored(300_000))
     }
 
     /// Gives up where nothing comes, at once.

@@ -18,6 +18,7 @@ mod formats;
 mod memory;
 mod outputs;
 mod sandwich;
+mod shell;
 
 use common::*;
 

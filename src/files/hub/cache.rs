@@ -12,18 +12,21 @@ use anyhow::{Result, ensure};
 
 use super::failure;
 
-/// The part of the cache that holds one model repository.
+/// The part of the cache that holds one model repository; hf-hub names its folders.
 #[derive(Debug)]
 pub(super) struct Cache {
     root: PathBuf,
     folder: String,
+    repo: hf_hub::CacheRepo,
 }
 
 impl Cache {
     pub(super) fn new(root: &Path, id: &str) -> Self {
+        let repo = hf_hub::Repo::model(id.to_owned());
         Self {
             root: root.to_owned(),
-            folder: format!("models--{}", id.replace('/', "--")),
+            folder: repo.folder_name(),
+            repo: hf_hub::Cache::new(root.to_owned()).repo(repo),
         }
     }
 
@@ -73,7 +76,7 @@ impl Cache {
     }
 
     fn snapshot(&self, commit: &str) -> PathBuf {
-        self.folder().join("snapshots").join(commit)
+        self.repo.pointer_path(commit)
     }
 
     /// Where the bytes with this entity tag are kept.
@@ -85,7 +88,7 @@ impl Cache {
                     .all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)),
             "the hub sent the entity tag `{etag}`, which cannot name a file"
         );
-        Ok(self.folder().join("blobs").join(etag))
+        Ok(self.repo.blob_path(etag))
     }
 
     /// Shows the bytes with this entity tag as the file `path` of `commit`.

@@ -2,10 +2,9 @@
 //!
 //! Words only: no request is made here.
 
-use std::{error::Error as _, io, path::Path};
+use std::{io, path::Path};
 
 use anyhow::{Error, anyhow};
-use hf_hub::HFError;
 use indicatif::DecimalBytes;
 
 use super::settings::HubSettings;
@@ -47,35 +46,6 @@ pub(super) struct Refusal {
 }
 
 impl Asked<'_> {
-    /// A failure of hf-hub.
-    pub(super) fn failed(&self, error: &HFError) -> Failure {
-        let context = match error {
-            HFError::Http { context }
-            | HFError::AuthRequired { context }
-            | HFError::Forbidden { context }
-            | HFError::Conflict { context }
-            | HFError::RateLimited { context, .. } => Some(context),
-            HFError::RepoNotFound { context, .. }
-            | HFError::RevisionNotFound { context, .. }
-            | HFError::EntryNotFound { context, .. } => context.as_ref(),
-            HFError::Request { source, .. } => return self.unreachable(source),
-            _ => None,
-        };
-        if let Some(context) = context {
-            let wait = match error {
-                HFError::RateLimited { retry_after, .. } => retry_after.map(|w| w.as_secs()),
-                _ => None,
-            };
-            return self.refused(&Refusal {
-                status: context.status.as_u16(),
-                code: context.error_code.clone(),
-                message: context.server_message.clone(),
-                wait,
-            });
-        }
-        self.nonsense(&error.to_string())
-    }
-
     /// An answer that says no.
     pub(super) fn refused(&self, refusal: &Refusal) -> Failure {
         let Asked { id, revision, .. } = *self;
@@ -152,11 +122,11 @@ impl Asked<'_> {
     }
 
     /// No answer at all.
-    pub(super) fn unreachable(&self, error: &reqwest::Error) -> Failure {
-        if error.is_decode() && !error.is_timeout() {
-            return self.nonsense(&cause(error));
-        }
-        let cause = cause(error);
+    pub(super) fn unreachable(&self, error: &ureq::Error) -> Failure {
+        let cause = match error {
+            ureq::Error::Io(error) => error.to_string(), // without `io: `
+            _ => error.to_string(),
+        };
         let hint = if cause.contains("certificate") {
             "install the system's root certificates (package `ca-certificates`)"
         } else {
@@ -221,16 +191,4 @@ pub(super) fn is_full(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
     )
-}
-
-/// The innermost cause: `Connection refused` instead of `error sending request for url (…)`.
-pub(super) fn cause(error: &reqwest::Error) -> String {
-    let mut inner = error.source();
-    while let Some(next) = inner.and_then(|e| e.source()) {
-        inner = Some(next);
-    }
-    match inner {
-        Some(inner) => inner.to_string(),
-        None => error.to_string(),
-    }
 }

@@ -1,8 +1,8 @@
 //! One file from the hub into the cache: goes on where an earlier download stopped, and shows the file in the cache
 //! only when all its bytes are there and their SHA-256 is the announced one.
 //!
-//! Ours, because hf-hub 1.0 starts an interrupted file from its beginning
-//! (<https://github.com/huggingface/hf-hub/issues/196>). What a stream is made of is known in `remote`.
+//! Ours, because hf-hub 0.5 appends whatever the server sends to an interrupted file and compares no hash.
+//! What a stream is made of is known in `remote`.
 
 use std::{
     fmt::Write as _,
@@ -26,6 +26,8 @@ use super::{
 
 /// The longest pause between two attempts.
 const PAUSE: Duration = Duration::from_secs(5);
+/// Bytes that are read at once.
+const BUFFER: usize = 1 << 20;
 
 /// The file `path` of `commit`, downloaded unless its bytes are in the cache already. `name` is for messages.
 pub(super) fn fetch(
@@ -45,7 +47,7 @@ pub(super) fn fetch(
     waiting.finish_and_clear();
     let etag = head.etag.clone();
     if !fs::metadata(&blob).is_ok_and(|m| m.len() == head.size) {
-        let mut download = Download {
+        let download = Download {
             remote,
             commit,
             path,
@@ -92,7 +94,7 @@ impl From<io::Error> for Stop {
 
 impl Download<'_> {
     /// Brings all bytes to `blob`; false when they are not the announced ones, and nothing is left of them.
-    fn run(&mut self, blob: &Path) -> Result<bool> {
+    fn run(&self, blob: &Path) -> Result<bool> {
         let fail = |error| self.disk(&error, 0);
         fs::create_dir_all(self.folder).map_err(fail)?;
         // our own name: other tools do not write their unfinished files in order, so theirs cannot be continued
@@ -122,7 +124,7 @@ impl Download<'_> {
     }
 
     /// Appends bytes until all are there, over as many connections as it takes.
-    fn fill(&mut self, part: &mut Part, bar: &ProgressBar) -> Result<()> {
+    fn fill(&self, part: &mut Part, bar: &ProgressBar) -> Result<()> {
         let size = self.head.size;
         let mut pause = Duration::ZERO;
         let mut progress = Instant::now();
@@ -135,8 +137,6 @@ impl Download<'_> {
                 Err(Stop::Cut(_)) if part.len > before => {
                     (pause, progress) = (Duration::ZERO, Instant::now());
                 }
-                // the other way to the same bytes
-                Err(Stop::Cut(_)) if self.head.xet.take().is_some() => {}
                 Err(Stop::Cut(error)) => {
                     if progress.elapsed() > self.remote.patience() {
                         return Err(failure::cut(self.name, part.len, size, &error));
@@ -172,8 +172,13 @@ impl Download<'_> {
             Err(failure) => return Err(Stop::Refused(failure.error)),
         };
         bar.set_position(part.len);
-        while let Some(chunk) = self.remote.next(&mut bytes).map_err(Stop::Cut)? {
-            let chunk = chunk.as_ref();
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            let chunk = match bytes.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(n) => &buffer[..n],
+                Err(error) => return Err(Stop::Cut(error.into())),
+            };
             if part.len + chunk.len() as u64 > self.head.size {
                 let error = anyhow!(
                     "the hub sends more bytes of `{}` than it announced",
@@ -220,7 +225,7 @@ impl Part {
         let mut len = 0;
         match &mut hash {
             Some(hash) => {
-                let mut buffer = vec![0; 1 << 20];
+                let mut buffer = vec![0; BUFFER];
                 loop {
                     let n = file.read(&mut buffer)?;
                     if n == 0 {

@@ -1,7 +1,7 @@
 //! A model repository on the Hugging Face hub: its files are listed once, and each is brought into the shared cache
 //! when it is first read.
 //!
-//! hf-hub asks what there is; what the files mean is decided elsewhere.
+//! What the files mean is decided elsewhere.
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -72,7 +72,7 @@ impl Repo {
         match listed {
             Ok((remote, commit, files)) => {
                 repo.commit = commit;
-                repo.files = files.into_iter().map(|(p, size)| (p, Some(size))).collect();
+                repo.files = files;
                 repo.source = Source::Hub(Box::new(remote));
                 Ok(repo)
             }

@@ -17,23 +17,20 @@ pub struct HubSettings {
     pub token: Option<String>,
     /// Never ask the hub: only what the cache holds is there.
     pub offline: bool,
-    /// Fetch large files over the Xet protocol (many connections) where the hub offers it.
-    pub xet: bool,
     /// How long a download goes on trying while no bytes come, before it counts as cut.
     pub patience: Duration,
 }
 
 impl HubSettings {
     /// `HF_ENDPOINT`; `HF_HUB_CACHE`, or `hub` in `HF_HOME`; `HF_TOKEN`, or the file that `hf auth login` writes;
-    /// `HF_HUB_OFFLINE`; `HF_HUB_DISABLE_XET`.
+    /// `HF_HUB_OFFLINE`.
     pub fn from_env() -> Self {
         Self {
             endpoint: variable("HF_ENDPOINT")
                 .map_or_else(|| ENDPOINT.to_owned(), |e| e.trim_end_matches('/').into()),
-            cache: hf_hub::resolve_cache_dir(),
+            cache: cache(),
             token: token(),
             offline: is_set("HF_HUB_OFFLINE") || is_set("TRANSFORMERS_OFFLINE"),
-            xet: !is_set("HF_HUB_DISABLE_XET"),
             patience: Duration::from_secs(120),
         }
     }
@@ -46,10 +43,25 @@ impl fmt::Debug for HubSettings {
             .field("cache", &self.cache)
             .field("token", &self.token.as_ref().map(|_| "…")) // never in a log
             .field("offline", &self.offline)
-            .field("xet", &self.xet)
             .field("patience", &self.patience)
             .finish()
     }
+}
+
+/// The folder of all Hugging Face tools: `HF_HOME`, else in the user's cache. hf-hub 0.5 knows `HF_HOME` alone.
+fn home() -> PathBuf {
+    let cache = || match variable("XDG_CACHE_HOME") {
+        Some(cache) => PathBuf::from(cache),
+        None => env::home_dir().unwrap_or_default().join(".cache"),
+    };
+    variable("HF_HOME").map_or_else(|| cache().join("huggingface"), PathBuf::from)
+}
+
+/// The folder of downloaded repositories.
+fn cache() -> PathBuf {
+    variable("HF_HUB_CACHE")
+        .or_else(|| variable("HUGGINGFACE_HUB_CACHE"))
+        .map_or_else(|| home().join("hub"), PathBuf::from)
 }
 
 /// A variable that is set to something.
@@ -74,8 +86,7 @@ fn token() -> Option<String> {
         return None;
     }
     let stored = || {
-        let file = variable("HF_TOKEN_PATH")
-            .map_or_else(|| hf_hub::hf_home().join("token"), PathBuf::from);
+        let file = variable("HF_TOKEN_PATH").map_or_else(|| home().join("token"), PathBuf::from);
         let text = std::fs::read_to_string(file).ok()?;
         let text = text.trim();
         (!text.is_empty()).then(|| text.to_owned())

@@ -1,6 +1,6 @@
 """Prune a small random FLUX in every form, open it in ComfyUI with `comfyui_fastflux.py`, and compare the velocity with fastflux's.
 
-    python scripts/check_comfyui.py COMFYUI [--fastflux target/release/fastflux]
+    python scripts/interop/check_comfyui.py COMFYUI [--fastflux target/release/fastflux]
 
 COMFYUI is a checkout of ComfyUI whose requirements the interpreter has, and diffusers besides (for `make_tiny_pipeline.py`). Nothing is written into
 it. Runs on the CPU in float32; two steps with ComfyUI's own sampler must run as well. What was only removed is opened by ComfyUI alone. Exit status
@@ -20,7 +20,7 @@ import types
 import torch
 from safetensors.torch import save_file
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # name: blocks, --form, one layer for both streams
 CASES = {
     "linear": ("double.00,single.02-03", "linear", False),
@@ -49,7 +49,7 @@ def stand_in(name):
 def start_comfyui(folder):
     """ComfyUI reads its flags from the command line when it is imported."""
     sys.argv = [sys.argv[0], "--cpu", "--force-fp32"]
-    sys.path[:0] = [str(folder), str(ROOT / "scripts")]
+    sys.path[:0] = [str(folder), str(ROOT / "scripts/interop")]
     sys.dont_write_bytecode = True
     try:
         import torchaudio  # noqa: F401

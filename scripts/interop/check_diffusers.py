@@ -4,7 +4,7 @@
 # ///
 """Prune a model in every form, open what comes out in diffusers, and compare what the two compute.
 
-    python scripts/check_diffusers.py [--fastflux target/release/fastflux] [--model configs/tiny] [--cases linear,remove]
+    python scripts/interop/check_diffusers.py [--fastflux target/release/fastflux] [--model configs/tiny] [--cases linear,remove]
 
 Each case prunes with `--format diffusers`, opens the folder with `AutoModel` (removed blocks: with diffusers' own class), records the velocity
 and a whole picture, and has `fastflux verify` compare them. The same model as one file with original names must give the same tensors by
@@ -22,13 +22,14 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers import AutoModel, FluxPipeline, FluxTransformer2DModel
-from make_reference import PARTS, Recorder
 from safetensors.torch import save_file
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "scripts"))
 sys.dont_write_bytecode = True
 from fastflux_flux import FastFluxTransformer2DModel  # noqa: E402
+from make_reference import PARTS, Recorder  # noqa: E402
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 # name: blocks, --form, one layer for both streams
 CASES = {
     "linear": ("double.01,single.03-04", "linear", False),
