@@ -17,7 +17,7 @@ use crate::{
     },
     cli::ConvertArgs,
     pipeline::Pipeline,
-    quant::{LARGEST, QuantType},
+    quant::{F8_MAX, QuantType},
     ui,
 };
 
@@ -46,7 +46,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     }
     let source = &pipeline.transformer;
     let mut checkpoint = if args.dry_run.dry_run {
-        convert::converted(source, target, &mut |_| Ok(LARGEST))?
+        convert::converted(source, target, &mut |_| Ok(F8_MAX))?
     } else {
         measured(source, target)?
     };

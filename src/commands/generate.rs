@@ -17,7 +17,7 @@ use crate::{
     },
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
-        png::Picture,
+        png::Image,
         size::ImageSize,
     },
     ui,
@@ -262,7 +262,7 @@ fn denoise(
     Ok(latents)
 }
 
-fn write(job: &Job, picture: &Picture, pipeline: &Pipeline) -> Result<()> {
+fn write(job: &Job, picture: &Image, pipeline: &Pipeline) -> Result<()> {
     let size = format!("{}x{}", job.width, job.height);
     let text = [
         ("prompt", job.prompt.as_str()),

@@ -3,13 +3,13 @@
 use anyhow::{Result, ensure};
 use serde::Serialize;
 
-use crate::sample::png::Picture;
+use crate::sample::png::Image;
 
 /// What equal pictures count as, in dB; no two 8-bit pictures of less than 10 megapixels that differ get this far.
 pub const EQUAL: f64 = 120.0;
 
 /// Mean squared difference of 8-bit values.
-fn mean_square(a: &Picture, b: &Picture) -> Result<f64> {
+fn mean_square(a: &Image, b: &Image) -> Result<f64> {
     same_size(a, b)?;
     let sum: u64 = a
         .rgb
@@ -20,7 +20,7 @@ fn mean_square(a: &Picture, b: &Picture) -> Result<f64> {
     Ok(sum as f64 / a.rgb.len() as f64)
 }
 
-fn same_size(a: &Picture, b: &Picture) -> Result<()> {
+fn same_size(a: &Image, b: &Image) -> Result<()> {
     ensure!(
         (a.width, a.height) == (b.width, b.height) && !a.rgb.is_empty(),
         "cannot compare a picture of {}×{} with one of {}×{}",
@@ -36,7 +36,7 @@ fn same_size(a: &Picture, b: &Picture) -> Result<()> {
 ///
 /// # Errors
 /// When the pictures differ in size or are empty.
-pub fn psnr(a: &Picture, b: &Picture) -> Result<f64> {
+pub fn psnr(a: &Image, b: &Image) -> Result<f64> {
     let error = mean_square(a, b)?;
     Ok((10.0 * (255.0 * 255.0 / error).log10()).min(EQUAL))
 }
@@ -51,7 +51,7 @@ const REACH: usize = 5;
 ///
 /// # Errors
 /// When the pictures differ in size, or a side is shorter than the window.
-pub fn ssim(a: &Picture, b: &Picture) -> Result<f64> {
+pub fn ssim(a: &Image, b: &Image) -> Result<f64> {
     same_size(a, b)?;
     let (w, h) = (a.width as usize, a.height as usize);
     ensure!(
@@ -67,7 +67,7 @@ pub fn ssim(a: &Picture, b: &Picture) -> Result<f64> {
     let (c1, c2) = ((0.01f64 * 255.0).powi(2), (0.03f64 * 255.0).powi(2));
     let mut sum = 0.0;
     for channel in 0..3 {
-        let values = |p: &Picture| -> Vec<f64> {
+        let values = |p: &Image| -> Vec<f64> {
             let pixels = p.rgb.as_chunks::<3>().0;
             pixels.iter().map(|p| f64::from(p[channel])).collect()
         };
@@ -187,12 +187,12 @@ mod tests {
     use super::*;
     use crate::sample::image;
 
-    fn golden() -> Vec<Picture> {
+    fn golden() -> Vec<Image> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/scenes.png");
         let all = image::read(&path).unwrap();
         let side = all.width;
         let parts = all.rgb.chunks_exact(3 * (side * side) as usize);
-        let picture = |rgb: &[u8]| Picture {
+        let picture = |rgb: &[u8]| Image {
             width: side,
             height: side,
             rgb: rgb.to_vec(),
@@ -225,7 +225,7 @@ mod tests {
         let picture = &golden()[0];
         assert!((psnr(picture, picture).unwrap() - EQUAL).abs() < 1e-12);
         assert!((ssim(picture, picture).unwrap() - 1.0).abs() < 1e-12);
-        let small = Picture {
+        let small = Image {
             width: 10,
             height: 64,
             rgb: vec![0; 3 * 640],
@@ -237,7 +237,7 @@ mod tests {
     #[test]
     fn an_oblong_picture_is_compared_along_the_right_axes() {
         // a step along x alone: turned by a quarter it must give the same number
-        let picture = |width: u32, height: u32, at: &dyn Fn(u32, u32) -> u8| Picture {
+        let picture = |width: u32, height: u32, at: &dyn Fn(u32, u32) -> u8| Image {
             width,
             height,
             rgb: (0..height)

@@ -76,7 +76,7 @@ pub(super) struct Embedder {
     rope: Mutex<Option<Made>>,
 }
 
-/// A rotary table. A sampler gives the same tensors of ids at every step; pictures of one size have other tensors with
+/// A rotary table. A sampler gives the same tensors of ids at every step; images of one size have other tensors with
 /// the same values, and share it.
 #[derive(Debug)]
 struct Made {

@@ -1,4 +1,4 @@
-//! The normal numbers that torch's CPU generator draws for a seed, so that a seed gives diffusers' picture. Shapes are the caller's business.
+//! The normal numbers that torch's CPU generator draws for a seed, so that a seed gives diffusers' image. Shapes are the caller's business.
 //!
 //! Source: PyTorch `aten/src/ATen/core/DistributionsHelper.h` and `aten/src/ATen/native/cpu/DistributionTemplates.h`.
 

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     checkpoint::Checkpoint,
     files::Files,
-    sample::{png::Picture, text::ClipText},
+    sample::{png::Image, text::ClipText},
 };
 
 /// Pictures in one forward.
@@ -87,7 +87,7 @@ impl ClipModel {
     ///
     /// # Errors
     /// When a picture is empty, or memory is short.
-    pub fn pictures(&self, pictures: &[Picture]) -> Result<Tensor> {
+    pub fn pictures(&self, pictures: &[Image]) -> Result<Tensor> {
         let mut out = Vec::new();
         for pictures in pictures.chunks(AT_ONCE) {
             let pixels = pictures
@@ -104,7 +104,7 @@ impl ClipModel {
     ///
     /// # Errors
     /// When there are as many of one as of the other.
-    pub fn scores(&self, texts: &Tensor, pictures: &[Picture]) -> Result<Vec<f64>> {
+    pub fn scores(&self, texts: &Tensor, pictures: &[Image]) -> Result<Vec<f64>> {
         let cosines = (self.pictures(pictures)? * texts)?.sum(D::Minus1)?;
         let cosines: Vec<f32> = cosines.to_vec1()?;
         Ok(cosines.into_iter().map(|c| 100.0 * f64::from(c)).collect())
@@ -126,10 +126,10 @@ mod tests {
         (files, recorded)
     }
 
-    fn recorded_pictures(recorded: &Checkpoint) -> Vec<Picture> {
+    fn recorded_pictures(recorded: &Checkpoint) -> Vec<Image> {
         let names = (0..).map(|i| format!("picture.{i}"));
         let found = names.map_while(|name| recorded.get(&name));
-        let picture = |source: &crate::checkpoint::Source| Picture {
+        let picture = |source: &crate::checkpoint::Source| Image {
             height: source.shape()[0] as u32,
             width: source.shape()[1] as u32,
             rgb: source.bytes().unwrap().into_owned(),

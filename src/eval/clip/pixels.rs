@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use candle::{Device, Tensor};
 use serde::Deserialize;
 
-use crate::sample::png::Picture;
+use crate::sample::png::Image;
 
 /// Binary places of the weights in Pillow's sums of 8-bit values.
 const PLACES: u32 = 32 - 8 - 2;
@@ -33,7 +33,7 @@ impl Default for Preparation {
 
 impl Preparation {
     /// (3, side, side) on the CPU: the shorter side scaled to `side`, the middle of the longer one.
-    pub(super) fn pixels(&self, picture: &Picture, side: usize) -> Result<Tensor> {
+    pub(super) fn pixels(&self, picture: &Image, side: usize) -> Result<Tensor> {
         let (width, height) = (picture.width as usize, picture.height as usize);
         ensure!(width * height > 0, "an empty picture");
         let scaled = |long: usize, short: usize| side * long / short;

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::grammar::{Background, Colour, Shape};
-use crate::sample::png::Picture;
+use crate::sample::png::Image;
 
 /// Distance from the background, over red, green and blue, beyond which a pixel belongs to an object.
 const FOREGROUND: i32 = 80;
@@ -35,7 +35,7 @@ pub struct Seen {
 ///
 /// # Errors
 /// When it is not square, or too small.
-pub fn detect(picture: &Picture) -> Result<(Background, Vec<Seen>)> {
+pub fn detect(picture: &Image) -> Result<(Background, Vec<Seen>)> {
     let side = picture.width as usize;
     ensure!(
         picture.width == picture.height && side >= SMALLEST,

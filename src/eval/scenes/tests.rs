@@ -3,10 +3,10 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::*;
-use crate::sample::{image, png::Picture};
+use crate::sample::{image, png::Image};
 
 /// Pictures of `scripts/scenes.py` and what it says of them.
-fn golden() -> Vec<(Picture, Value)> {
+fn golden() -> Vec<(Image, Value)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let all = image::read(&folder.join("scenes.png")).unwrap();
     let text = std::fs::read(folder.join("scenes.json")).unwrap();
@@ -14,7 +14,7 @@ fn golden() -> Vec<(Picture, Value)> {
     let side = all.width;
     let pictures = all.rgb.chunks_exact(3 * (side * side) as usize);
     assert_eq!(pictures.len(), rows.len());
-    let picture = |rgb: &[u8]| Picture {
+    let picture = |rgb: &[u8]| Image {
         width: side,
         height: side,
         rgb: rgb.to_vec(),
@@ -126,7 +126,7 @@ fn every_scene_drawn_exactly_is_right_at_any_size_and_a_changed_caption_is_wrong
 
 #[test]
 fn empty_and_oblong_pictures_are_no_panic() {
-    let of = |width, height| Picture {
+    let of = |width, height| Image {
         width,
         height,
         rgb: vec![250; 3 * (width * height) as usize],

@@ -180,6 +180,7 @@ mod tests {
     use candle::DType;
 
     use super::*;
+    use crate::model::ops::types::Norms;
     use crate::model::testing::{close, random};
 
     #[test]
