@@ -1,4 +1,4 @@
-//! Image files → tensors as the VAE's encoder takes them. Writing images is `png`'s business.
+//! Image files → tensors as the VAE's encoder takes them. `png` writes images.
 
 use std::{io::Cursor, path::Path};
 

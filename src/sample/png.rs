@@ -1,4 +1,4 @@
-//! Decoded images → PNG files with text about how they were made. Decoding is `vae.rs`'s business.
+//! Decoded images → PNG files with text about how they were made. `vae` decodes.
 
 use std::io::{BufWriter, Write};
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! The layers an autoencoder is made of: residual block, attention, one level of the pyramid. The whole of it is `mod.rs`'s business.
+//! The layers an autoencoder is made of: residual block, attention, one level of the pyramid. `mod.rs` puts them together.
 //!
 //! Source: diffusers `models/resnet.py` (`ResnetBlock2D`), `models/unets/unet_2d_blocks.py`, `models/attention_processor.py`.
 
