@@ -17,6 +17,7 @@ mod evaluation;
 mod formats;
 mod memory;
 mod outputs;
+mod pages;
 mod sandwich;
 mod shell;
 
