@@ -16,6 +16,7 @@ mod common;
 mod evaluation;
 mod formats;
 mod memory;
+mod old_files;
 mod outputs;
 mod pages;
 mod sandwich;

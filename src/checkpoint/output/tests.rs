@@ -5,13 +5,10 @@ use candle::{DType, Device, Tensor};
 use super::*;
 use crate::{
     files::Files,
+    fit::layers::{Fitted, LayerMap, Layers},
     layout::{BlockId, Form, Replacement},
     pipeline::{ModelChoice, Pipeline},
-    prune::{
-        apply::apply,
-        layers::{Fitted, LayerMap, Layers},
-        plan::PruningPlan,
-    },
+    prune::{apply::apply, plan::PruningPlan},
 };
 
 fn open(path: &Path) -> Pipeline {
