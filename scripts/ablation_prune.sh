@@ -29,7 +29,7 @@ judged() {
     local table="$work/$1"
     shift
     if [ ! -f "$table.txt" ]; then
-        "$fastflux" -q eval "${@/#/--model=$work/}" --num "$num" --output "$table" --force >"$table.part"
+        "$fastflux" -q eval "${@/#/--model=$work/}" --num-prompts "$num" --output "$table" --force >"$table.part"
         mv "$table.part" "$table.txt"
     fi
     sed "s|$work/||; /^worst of/d; /^wrote/d" "$table.txt"
@@ -62,10 +62,10 @@ chosen=$(blocks "$work/by-greedy.json")
 echo "What calibration looks at ($chosen; prompts x sampling steps)"
 models=()
 for pair in 40x28 160x28 320x14 640x8 1280x4; do
-    made "$work/$pair" prune --blocks "$chosen" --samples "${pair%x*}" --steps "${pair#*x}"
+    made "$work/$pair" prune --blocks "$chosen" --num-prompts "${pair%x*}" --steps "${pair#*x}"
     models+=("$pair")
 done
-made "$work/trajectory-160x8" prune --blocks "$chosen" --source trajectory --samples 160 --steps 8
+made "$work/trajectory-160x8" prune --blocks "$chosen" --source trajectory --num-prompts 160 --steps 8
 judged data "${models[@]}" trajectory-160x8
 
 echo "What takes a block's place, and whether kept projections are fitted anew"

@@ -33,7 +33,7 @@ judged() {
     local table="$work/$1" num=$2
     shift 2
     if [ ! -f "$table.txt" ]; then
-        "$FASTFLUX" -q eval --baseline bundled "${@/#/--model=$work/}" --num "$num" --output "$table" --force >"$table.part"
+        "$FASTFLUX" -q eval --baseline bundled "${@/#/--model=$work/}" --num-prompts "$num" --output "$table" --force >"$table.part"
         mv "$table.part" "$table.txt"
     fi
     cat "$table.txt"

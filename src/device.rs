@@ -1,5 +1,15 @@
 //! Which device and number format to compute with: the only place that picks one.
 
+#[cfg(not(feature = "cuda"))]
+mod stub;
+#[cfg(feature = "cuda")]
+mod upload;
+
+#[cfg(not(feature = "cuda"))]
+pub use stub::PageLocked;
+#[cfg(feature = "cuda")]
+pub use upload::{PageLocked, upload};
+
 use std::{fmt, str::FromStr, sync::OnceLock};
 
 use anyhow::{Context, Result, bail};
@@ -124,8 +134,8 @@ pub fn out_of_memory(error: &anyhow::Error) -> Option<&'static str> {
     )
 }
 
-/// What Linux says programs may still take without swapping, and this container, where it has a limit.
-fn free_host_memory() -> Option<u64> {
+/// Bytes that Linux says programs may still take without swapping, and this container, if it has a limit; `None` elsewhere.
+pub fn free_host_memory() -> Option<u64> {
     let machine = available()?;
     Some(in_container().map_or(machine, |left| left.min(machine)))
 }

@@ -63,11 +63,11 @@ fn message(error: &anyhow::Error) -> (String, Vec<String>) {
     (causes.join(": "), hints)
 }
 
-/// Whether a line is the first of a backtrace: `   0: core::fmt::…`.
+/// Whether a line is the first of a backtrace: `   0: core::fmt::…`, without symbols `   0: <unknown>`.
 fn is_frame(line: &str) -> bool {
     line.trim_start()
         .strip_prefix("0: ")
-        .is_some_and(|rest| rest.contains("::"))
+        .is_some_and(|rest| rest.contains("::") || rest == "<unknown>")
 }
 
 /// Writes data to stdout, with a newline at the end. A reader that has gone (`fastflux inspect | head`) is no error.

@@ -131,7 +131,9 @@ step_bundled() {
             while (match($0, /"loss":[-0-9.e+]+/)) { got[n++] = substr($0, RSTART + 7, RLENGTH - 7); $0 = substr($0, RSTART + RLENGTH) }
             if (n == 2) { d = (got[0] - got[1]) / got[1]; if (d < 0) d = -d; if (d > most) most = d; seen++ }
         } END { if (seen) printf "%.2e", most }')" '' '<= 1e-4'
-    for dtype in f32 bf16; do
-        figure bundled "picture in $dtype: largest difference from the CPU's" "$(difference "$at/cuda-$dtype.png" "$at/cpu-$dtype.png")" /255 '<= 3'
-    done
+    figure bundled "picture in f32: largest difference from the CPU's" "$(difference "$at/cuda-f32.png" "$at/cpu-f32.png")" /255 '<= 3'
+    # bf16 rounds every sum in another order: it may not be further from f32 than the CPU's bf16 is
+    local own
+    own=$(difference "$at/cpu-bf16.png" "$at/cpu-f32.png")
+    figure bundled "picture in bf16: largest difference from f32" "$(difference "$at/cuda-bf16.png" "$at/cpu-f32.png")" /255 "<= $((${own:-0} > 3 ? own : 3))"
 }

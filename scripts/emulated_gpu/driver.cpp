@@ -265,6 +265,8 @@ Result cuMemFreeAsync(Address at, void *) { return cuMemFree_v2(at); }
 // Pinned memory of the host.
 Result cuMemHostAlloc(void **out, size_t bytes, unsigned) { return (*out = aligned_alloc(4096, (bytes + 4095) / 4096 * 4096)) ? OK : OUT_OF_MEMORY; }
 Result cuMemFreeHost(void *at) { return free(at), OK; }
+Result cuMemHostRegister_v2(void *, size_t, unsigned) { return OK; }
+Result cuMemHostUnregister(void *) { return OK; }
 
 Result cuMemGetInfo_v2(size_t *free, size_t *all) {
     Lock lock(everything);
@@ -347,8 +349,10 @@ Result cuMemPoolGetAttribute(void *, int, void *value) {
 Result cuStreamCreate(void **stream, unsigned) { return *stream = &something, OK; }
 Result cuStreamDestroy_v2(void *) { return OK; }
 Result cuStreamSynchronize(void *) { return OK; }
+Result cuCtxSynchronize() { return OK; }
 Result cuStreamWaitEvent(void *, void *, unsigned) { return OK; }
 Result cuStreamIsCapturing(void *, int *capturing) { return *capturing = 0, OK; }
+
 Result cuEventCreate(void **event, unsigned) { return *event = &something, OK; }
 Result cuEventDestroy_v2(void *) { return OK; }
 Result cuEventRecord(void *, void *) { return OK; }

@@ -6,7 +6,7 @@
 
     python scripts/interop/check_diffusers.py [--fastflux target/release/fastflux] [--model configs/tiny] [--cases linear,remove]
 
-Each case prunes with `--format diffusers`, opens the folder with `AutoModel` (removed blocks: with diffusers' own class), records the velocity
+Each case prunes with `--layout diffusers`, opens the folder with `AutoModel` (removed blocks: with diffusers' own class), records the velocity
 and a whole picture, and has `fastflux verify` compare them. The same model as one file with original names must give the same tensors by
 `from_single_file`. Exit status 1 when a case fails.
 """
@@ -69,7 +69,7 @@ def check(args, work, blocks, form, joint):
     recipe = work / "recipe.json"
     recipe.write_text(json.dumps({"calibration": {"samples": 32}, "fit": {"joint": joint}}))
     pruned = work / "pruned"
-    command = ["prune", "--model", args.model, "--blocks", blocks, "--form", form, "--recipe", recipe, "--format", "diffusers", "--output", pruned]
+    command = ["prune", "--model", args.model, "--blocks", blocks, "--form", form, "--recipe", recipe, "--layout", "diffusers", "--output", pruned]
     if fastflux(args, *command).returncode != 0:
         return False
     transformer = open_folder(str(pruned / "transformer"), form)

@@ -7,7 +7,7 @@ mod report;
 pub mod subject;
 pub mod timing;
 
-use inputs::{StepInputs, one_of_each_kind};
+use inputs::{StepInputs, one_of_each_kind, with_layers};
 use report::kind;
 pub use report::{PeakRow, Report, Row};
 pub use subject::Subject;
@@ -44,6 +44,8 @@ pub struct BenchOptions {
     pub seconds: f64,
     /// Whole steps only, no blocks.
     pub step_only: bool,
+    /// Also the first subject with this many of its single blocks replaced.
+    pub replaced: Option<usize>,
 }
 
 impl BenchOptions {
@@ -93,6 +95,8 @@ pub fn run(options: &BenchOptions, subjects: &[Subject]) -> Result<Report> {
         sizes => sizes,
     };
     let text_tokens = options.text_tokens.unwrap_or(first.default_text_tokens);
+    let pruned = options.replaced.map(|count| first.replaced(count));
+    let pruned = pruned.transpose()?;
     let mut report = Report {
         tool: record::software(),
         machine: Machine::this(),
@@ -123,10 +127,14 @@ pub fn run(options: &BenchOptions, subjects: &[Subject]) -> Result<Report> {
                 seconds: options.seconds,
             },
         };
-        let models: Vec<(&Subject, Flux)> = subjects
+        let mut models: Vec<(&Subject, Flux)> = subjects
             .iter()
             .map(|subject| Ok((subject, subject.load(&runtime)?)))
             .collect::<Result<_>>()?;
+        if let (Some(pruned), Some((_, flux))) = (&pruned, models.first()) {
+            let flux = with_layers(flux, &pruned.config, &runtime)?;
+            models.push((pruned, flux));
+        }
         let kinds = if options.step_only {
             None
         } else {

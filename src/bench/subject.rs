@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::inputs::random_weights;
+use super::inputs::{random_weights, replaced};
 use crate::{
     device::Runtime,
     layout::FluxConfig,
@@ -82,6 +82,20 @@ impl Subject {
         Ok(())
     }
 
+    /// This shape with `count` of its single blocks replaced.
+    ///
+    /// # Errors
+    /// When it has fewer.
+    pub(super) fn replaced(&self, count: usize) -> Result<Self> {
+        let blocks = self.config.layout.len();
+        Ok(Self {
+            name: format!("{}, {count} of {blocks} blocks replaced", self.name),
+            config: replaced(&self.config, count)?,
+            pipeline: None,
+            ..*self
+        })
+    }
+
     /// How weights and activations are held in memory; weights of packed formats in fewer bytes.
     pub(super) fn format(&self, runtime: &Runtime) -> ElementSizes {
         let element = runtime.dtype.size_in_bytes();
@@ -91,7 +105,7 @@ impl Subject {
         ElementSizes {
             element: element as u64,
             weight,
-            scores: ops::holds_scores(&runtime.device, runtime.dtype),
+            scores: ops::holds_scores(&runtime.device, runtime.dtype, self.config.head_dim()),
         }
     }
 
@@ -103,11 +117,12 @@ impl Subject {
     /// The transformer on the device.
     pub(super) fn load(&self, runtime: &Runtime) -> Result<Flux> {
         load::check_kernels(runtime);
-        let weights = match &self.pipeline {
-            Some(pipeline) => pipeline.transformer.clone(),
-            None => random_weights(&self.config, runtime.dtype)?,
+        let vb = match &self.pipeline {
+            Some(pipeline) => pipeline
+                .transformer
+                .var_builder(runtime.dtype, &runtime.device),
+            None => random_weights(&self.config, runtime)?,
         };
-        let vb = weights.var_builder(runtime.dtype, &runtime.device);
         Flux::new(&self.config, vb)
             .with_context(|| format!("cannot load the transformer of `{}`", self.name))
     }

@@ -20,6 +20,9 @@ pub struct Timing {
     pub low: f64,
     /// A quarter took at least this long.
     pub high: f64,
+    /// The middle time until the device had been told all it had to do; the same as the others on a CPU. Where it comes
+    /// close to them the device waits for its instructions.
+    pub launched: f64,
 }
 
 impl Timing {
@@ -44,6 +47,7 @@ impl Timing {
             least: at(0.0),
             low: at(0.25),
             high: at(0.75),
+            launched: 0.0,
         }
     }
 }
@@ -79,6 +83,7 @@ pub fn measure(
     works: &mut [&mut dyn FnMut() -> Result<()>],
 ) -> Result<Vec<Timing>> {
     let mut samples = vec![Vec::new(); works.len()];
+    let mut launched = samples.clone();
     for work in works.iter_mut() {
         for _ in 0..effort.warm_up {
             work()?;
@@ -86,14 +91,20 @@ pub fn measure(
     }
     device.synchronize()?;
     while samples.iter().any(|s| !effort.is_over(s)) {
-        for (work, samples) in works.iter_mut().zip(&mut samples) {
+        let all = samples.iter_mut().zip(&mut launched);
+        for (work, (samples, launched)) in works.iter_mut().zip(all) {
             let start = Instant::now();
             work()?;
+            launched.push(start.elapsed().as_secs_f64());
             device.synchronize()?;
             samples.push(start.elapsed().as_secs_f64());
         }
     }
-    Ok(samples.iter().map(|s| Timing::from_samples(s)).collect())
+    let each = samples.iter().zip(&launched).map(|(samples, launched)| Timing {
+        launched: Timing::from_samples(launched).median,
+        ..Timing::from_samples(samples)
+    });
+    Ok(each.collect())
 }
 
 /// What a device reaches at most, measured.

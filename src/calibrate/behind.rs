@@ -31,6 +31,7 @@ pub fn gather_behind(
         pairs(flux, pruned, stream, &conditioning, &mut stats)?;
         progress.inc(1);
     }
+    stats.settle()?;
     Ok(stats)
 }
 

@@ -29,6 +29,7 @@ pub mod held_out;
 mod images;
 pub mod memory;
 pub mod noised;
+mod on_gpu;
 pub mod options;
 pub mod pass;
 pub mod recipe;

@@ -124,6 +124,7 @@ impl Pass<'_> {
                 progress.inc(1);
             }
         }
+        stats.settle()?;
         Ok(pictures)
     }
 

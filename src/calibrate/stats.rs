@@ -3,10 +3,14 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use candle::{DType, Device, Tensor};
 
-use super::{subsample::TokenSubset, token_sums};
+use super::{
+    on_gpu::{Pending, Place, Share},
+    subsample::TokenSubset,
+    token_sums::{self, SampleSums},
+};
 use crate::{
     checkpoint::Source,
     fit::gram::{Gram, product_dtype, with_ones},
@@ -143,18 +147,20 @@ impl StreamStats {
 
     /// Adds the tokens `x` → `y`, both (batch, tokens, d), of samples at `times`.
     fn see(&mut self, x: &Tensor, y: &Tensor, times: &[f32]) -> Result<()> {
-        let tokens = x.dim(1)? as f64;
-        for ([input_sq, change_sq, cosine], t) in
-            token_sums::sample_sums(x, y)?.into_iter().zip(times)
-        {
+        self.count(&token_sums::sample_sums(x, y)?, x.dim(1)?, times)
+    }
+
+    /// Adds the scalars of samples of `tokens` tokens each at `times`.
+    fn count(&mut self, samples: &[SampleSums], tokens: usize, times: &[f32]) -> Result<()> {
+        for ([input_sq, change_sq, cosine], t) in samples.iter().zip(times) {
             if !(input_sq.is_finite() && change_sq.is_finite()) {
                 bail!("activations are NaN or infinite at timestep {t:.3}");
             }
             self.buckets[bucket(*t)].add(&Moments {
-                tokens,
-                input_sq,
-                change_sq,
-                cosine,
+                tokens: tokens as f64,
+                input_sq: *input_sq,
+                change_sq: *change_sq,
+                cosine: *cosine,
             });
         }
         Ok(())
@@ -206,6 +212,7 @@ pub struct CalibrationStats {
     /// Blocks whose products are gathered; of others only scalars.
     products: BTreeSet<BlockId>,
     rows: TokenSubset,
+    pending: Pending,
 }
 
 impl CalibrationStats {
@@ -225,6 +232,7 @@ impl CalibrationStats {
             blocks: blocks.collect(),
             products: ids.iter().copied().filter(|_| products).collect(),
             rows: TokenSubset::default(),
+            pending: Pending::default(),
         }
     }
 
@@ -250,6 +258,79 @@ impl CalibrationStats {
     /// The statistics of one block.
     pub fn get(&self, id: BlockId) -> Option<&BlockStats> {
         self.blocks.iter().find(|block| block.id == id)
+    }
+
+    /// Adds what a GPU still has of the last forward; to be called behind it, before anything is looked at.
+    ///
+    /// # Errors
+    /// When activations are NaN or infinite (the message names the block).
+    pub fn settle(&mut self) -> Result<()> {
+        let (times, known) = self.pending.read()?;
+        for share in known {
+            let Place { id, txt } = share.place;
+            let Some(block) = self.blocks.iter_mut().find(|block| block.id == id) else {
+                continue;
+            };
+            let stream = if txt { &mut block.txt } else { &mut block.img };
+            let counted = stream.count(&share.samples, share.tokens, &times);
+            counted.with_context(|| format!("block {id}"))?;
+            if let Some(gram) = &mut stream.gram {
+                gram.target_sq += share.target_sq;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the tokens `x` → `y` of a stream, where a GPU does so without being waited for.
+    fn add_on_gpu(
+        &mut self,
+        place: Place,
+        x: &Tensor,
+        y: &Tensor,
+        timestep: &Tensor,
+    ) -> Result<bool> {
+        let Some(mut share) = Share::of(x, y)? else {
+            return Ok(false);
+        };
+        let Some(block) = self.blocks.iter_mut().find(|b| b.id == place.id) else {
+            return Ok(true);
+        };
+        let stream = if place.txt {
+            &mut block.txt
+        } else {
+            &mut block.img
+        };
+        if self.products.contains(&place.id) {
+            let chosen = self.rows.of(x.dim(0)? * x.dim(1)?);
+            if !share.multiply(stream, x, y, chosen)? {
+                return Ok(false);
+            }
+        }
+        self.pending.push(timestep, place, share);
+        Ok(true)
+    }
+
+    /// Adds the tokens `x` → `y`, both (batch, tokens, d), of a stream at `timestep`, (batch).
+    pub(super) fn add_tokens(
+        &mut self,
+        place: Place,
+        x: &Tensor,
+        y: &Tensor,
+        timestep: &Tensor,
+    ) -> Result<()> {
+        if self.add_on_gpu(place, x, y, timestep)? {
+            return Ok(());
+        }
+        let Place { id, txt } = place;
+        let Some(block) = self.blocks.iter_mut().find(|block| block.id == id) else {
+            return Ok(());
+        };
+        let stream = if txt { &mut block.txt } else { &mut block.img };
+        stream.see(x, y, &timestep.to_dtype(DType::F32)?.to_vec1::<f32>()?)?;
+        if self.products.contains(&id) {
+            stream.multiply(x, y, self.rows)?;
+        }
+        Ok(())
     }
 
     /// Drops all products and keeps the scalars.
@@ -306,25 +387,21 @@ impl Observer for CalibrationStats {
         let BlockSpec::Original(id) = spec else {
             return Ok(());
         };
-        let Some(block) = self.blocks.iter_mut().find(|block| block.id == *id) else {
-            return Ok(());
+        let timestep = &conditioning.timestep;
+        let mut add = || {
+            if self.pending.is_of_another(timestep) {
+                self.settle()?;
+            }
+            for (txt, x, y) in [
+                (true, input.txt()?, output.txt()?),
+                (false, input.img()?, output.img()?),
+            ] {
+                let added = self.add_tokens(Place { id: *id, txt }, &x, &y, timestep);
+                added.with_context(|| format!("block {id}"))?;
+            }
+            Ok(())
         };
-        let times = conditioning.timestep.to_dtype(DType::F32)?.to_vec1()?;
-        let (products, choice) = (self.products.contains(id), self.rows);
-        let add = |stats: &mut StreamStats, x: Tensor, y: Tensor| {
-            stats
-                .see(&x, &y, &times)
-                .and_then(|()| {
-                    if products {
-                        stats.multiply(&x, &y, choice)
-                    } else {
-                        Ok(())
-                    }
-                })
-                .map_err(|e| candle::Error::Msg(format!("block {id}: {e:#}")))
-        };
-        add(&mut block.txt, input.txt()?, output.txt()?)?;
-        add(&mut block.img, input.img()?, output.img()?)
+        add().map_err(|e: anyhow::Error| candle::Error::Msg(format!("{e:#}")))
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Knows names and bytes; no maths and no model code here. Opening reads headers only.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
 use candle::{DType, Device};
@@ -291,11 +291,15 @@ impl Checkpoint {
 
     /// A `VarBuilder` over these tensors that converts each to `dtype` when it is asked for.
     pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
-        VarBuilder::from_backend(
-            Box::new(Backend(Arc::new(self.clone()))),
-            dtype,
-            device.clone(),
-        )
+        let backend = Backend::new(self.clone(), Vec::new());
+        VarBuilder::from_backend(Box::new(backend), dtype, device.clone())
+    }
+
+    /// A `VarBuilder` over these tensors for weights that are read again and again. On a GPU the mapped files are page-locked
+    /// as long as it or a clone of it lives, if they fit into 70 % of the host's free memory.
+    pub fn offloaded_var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
+        let backend = Backend::new(self.clone(), backend::page_lock(self, device));
+        VarBuilder::from_backend(Box::new(backend), dtype, device.clone())
     }
 }
 

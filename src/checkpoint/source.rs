@@ -246,6 +246,35 @@ impl Source {
         }
     }
 
+    /// The files that bytes of it lie in.
+    pub(super) fn blobs(&self) -> Vec<&Blob> {
+        match &self.data {
+            Data::Pieces(pieces) => {
+                let blobs = pieces.iter().map(|piece| match &piece.of {
+                    Whole::Blob(blob) => Some(blob),
+                    Whole::Random(_) => None,
+                });
+                blobs.flatten().collect()
+            }
+            Data::Converted(from) => from.blobs(),
+            Data::Sum(parts) => parts.iter().flat_map(Self::blobs).collect(),
+            Data::Dense(_) => vec![],
+        }
+    }
+
+    /// The bytes in row-major order where they lie in mapped files.
+    #[cfg(feature = "cuda")]
+    pub(super) fn mapped_parts(&self) -> Option<Vec<&[u8]>> {
+        let Data::Pieces(pieces) = &self.data else {
+            return None;
+        };
+        let parts = pieces.iter().map(|piece| match &piece.of {
+            Whole::Blob(blob) => Some(&blob[piece.range.clone()]),
+            Whole::Random(_) => None,
+        });
+        parts.collect()
+    }
+
     /// Loads the tensor in `dtype`.
     ///
     /// # Errors
@@ -272,6 +301,13 @@ impl Source {
             return Ok(Tensor::from_vec(values, self.shape.as_slice(), device)?);
         }
         let dtype = candle_dtype(self.format)?;
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(gpu) = device
+            && let Some(parts) = self.mapped_parts()
+        {
+            let loaded = crate::device::upload(&parts, dtype, self.shape(), gpu);
+            return loaded.context("cannot load the tensor");
+        }
         match &self.data {
             Data::Dense(tensor) => Ok(tensor.to_dtype(dtype)?.to_device(device)?),
             Data::Pieces(_) | Data::Converted(_) | Data::Sum(_) => {

@@ -99,6 +99,10 @@ pub struct BenchArgs {
     /// A second model, timed in turn with the first.
     #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
     pub against: Option<String>,
+    /// Time the first model in turn with itself after N of its blocks, spread over the single ones, were replaced by
+    /// linear layers: what pruning would bring. All other weights are shared.
+    #[arg(long, value_name = "N", conflicts_with = "against")]
+    pub replaced: Option<usize>,
     /// Sides of square images, in pixels, such as 512,1024. Default: the model's own.
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub size: Vec<usize>,

@@ -21,6 +21,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         device: args.device.device,
         seconds: args.seconds,
         step_only: args.step_only,
+        replaced: args.replaced,
     };
     options.validate()?;
     let report = bench::run(&options, &subjects(args)?)?;

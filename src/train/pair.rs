@@ -99,7 +99,7 @@ impl Pair {
         let vb = self
             .teacher
             .transformer
-            .var_builder(runtime.dtype, &runtime.device);
+            .offloaded_var_builder(runtime.dtype, &runtime.device);
         Flux::offloaded(&self.teacher.config, &vb, &|_| false)
             .with_context(|| format!("cannot load the transformer of `{}`", self.teacher.name))
     }

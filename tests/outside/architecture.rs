@@ -13,7 +13,8 @@ const MAY_IMPORT: [(&str, &[&str]); 18] = [
     ("device", &[]),
     ("ui", &[]),
     ("files", &[]),
-    ("checkpoint", &["files", "quant", "layout"]),
+    // `device`: bytes of a file go to a GPU as they lie in it
+    ("checkpoint", &["files", "quant", "layout", "device"]),
     ("model", &["quant", "layout"]),
     ("sample", &["files", "checkpoint", "model"]),
     (

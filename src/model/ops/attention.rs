@@ -17,25 +17,17 @@ use super::uninit::filled;
 /// a time (1 GiB): enough rows for a fast product, and `model::memory` counts on it.
 pub(in crate::model) const MAX_SCORES: usize = 1 << 27;
 
-/// Whether attention in `dtype` on a device holds matrices of scores: kernels on the CPU and flash attention do not.
-pub fn holds_scores(device: &Device, dtype: DType) -> bool {
-    let narrow = matches!(dtype, DType::F16 | DType::BF16);
-    let flash = cfg!(feature = "flash-attn") && device.is_cuda() && narrow;
-    !(flash || device.is_cpu())
+/// Whether attention of heads of this size in `dtype` on a device holds matrices of scores: kernels on the CPU and flash
+/// attention do not.
+pub fn holds_scores(device: &Device, dtype: DType, head: usize) -> bool {
+    !(device.is_cpu() || cuda::has_flash(device, dtype, head))
 }
 
 /// `softmax(q·kᵀ / √head_dim)·v`, heads side by side: (batch, tokens, heads · head size), contiguous.
 pub(super) fn attention(heads: &Heads) -> Result<Tensor> {
     let Heads { q, k, v } = heads;
-    #[cfg(feature = "flash-attn")]
-    if q.device().is_cuda()
-        && !holds_scores(q.device(), q.dtype())
-        // the head sizes that the kernels are made for
-        && q.dim(3)? % 8 == 0
-        && q.dim(3)? <= 256
-        && ![q, k, v].iter().any(|x| x.track_op())
-    {
-        return flash(heads);
+    if let Some(attended) = cuda::flash(q, k, v, scale_of(q)?)? {
+        return Ok(attended);
     }
     match fusable([q, k, v]) {
         Some(dtype) => by_dtype!(dtype, fused(Avx512::detect(), q, k, v)),
@@ -45,14 +37,6 @@ pub(super) fn attention(heads: &Heads) -> Result<Tensor> {
 
 pub(super) fn scale_of(q: &Tensor) -> Result<f64> {
     Ok(1.0 / (q.dim(3)? as f64).sqrt())
-}
-
-#[cfg(feature = "flash-attn")]
-fn flash(Heads { q, k, v }: &Heads) -> Result<Tensor> {
-    let scale = scale_of(q)? as f32;
-    // the kernel wants (batch, tokens, heads, head size) and takes any strides
-    let (q, k, v) = (q.transpose(1, 2)?, k.transpose(1, 2)?, v.transpose(1, 2)?);
-    candle_flash_attn::flash_attn(&q, &k, &v, scale, false)?.flatten_from(2)
 }
 
 /// Differentiable. Untracked inputs are taken in slices of query rows so that at most `max_scores` scores exist; in a

@@ -44,7 +44,7 @@ mod uninit;
 pub use attend::{attend, attend_beside_gelu, holds_scores_backward};
 pub(super) use attention::MAX_SCORES;
 pub use attention::holds_scores;
-pub use cuda::trouble;
+pub use cuda::{add_products, limit_kept_memory, token_sums, trouble};
 pub use fused_linear::{attend_beside_gelu_of_product, gelu_of_product};
 pub use gelu::gelu;
 pub use norm::norm_modulate;

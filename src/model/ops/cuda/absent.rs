@@ -11,6 +11,29 @@ pub fn trouble(_: &Device) -> Option<String> {
     None
 }
 
+/// Nothing is kept.
+pub fn limit_kept_memory(_: u64) {}
+
+/// See `cuda::change`.
+///
+/// # Errors
+/// Never.
+pub fn token_sums(_: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+/// See `cuda::change`.
+///
+/// # Errors
+/// Never.
+pub fn add_products(
+    _: &Tensor,
+    _: &Tensor,
+    _: Option<(&Tensor, &Tensor)>,
+) -> Result<Option<(Tensor, Tensor)>> {
+    Ok(None)
+}
+
 pub(super) fn norm_modulate(_: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
     Ok(None)
 }
@@ -25,6 +48,14 @@ pub(super) fn heads(_: &[Projected], _: usize, _: &Rope) -> Result<Option<Heads>
 
 pub(super) fn scores(_: &Tensor, _: &Tensor, _: f64) -> Result<Option<Tensor>> {
     Ok(None)
+}
+
+pub(super) fn flash(_: &Tensor, _: &Tensor, _: &Tensor, _: f64) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn has_flash(_: &Device, _: DType, _: usize) -> bool {
+    false
 }
 
 pub(super) fn softmax(_: &Tensor, _: DType) -> Result<Option<Tensor>> {

@@ -6,6 +6,7 @@ use super::super::plain;
 use super::super::types::{Branch, Norms, Projected};
 use super::SCORES;
 use super::calls;
+use super::flash::{self, Flash};
 use super::launch::{self, GatedResidual, Gelu, Module, NormModulate, Parameters, Softmax};
 use crate::model::rope::Rope;
 
@@ -29,16 +30,39 @@ pub(super) fn disagreements(module: &Module) -> Vec<(&'static str, String)> {
     let mut found = Vec::new();
     for (kernel, case) in CASES {
         let wrong = FORMATS.iter().find_map(|(dtype, tolerance)| {
-            let why = agree(module, case, *dtype, *tolerance).err()?.to_string();
-            // candle appends its backtrace
-            Some(format!(
-                "{dtype:?}: {}",
-                why.lines().next().unwrap_or_default()
-            ))
+            let why = agree(module, case, *dtype, *tolerance).err()?;
+            Some(format!("{dtype:?}: {}", first_line(&why)))
         });
         found.extend(wrong.map(|why| (kernel, why)));
     }
     found
+}
+
+/// What an error says, without the backtrace that candle appends.
+pub(super) fn first_line(error: &candle::Error) -> String {
+    let text = error.to_string();
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+/// Whether flash attention agrees with its twin, in tokens that fill no tile. Its weights are rounded to bf16 too.
+pub(super) fn flash(flash: Flash, device: &Device) -> Result<()> {
+    for (batch, heads, tokens) in [(1, 2, 333), (2, 3, 77)] {
+        let shape = [3, batch, heads, tokens, flash::HEAD];
+        let numbers: Vec<f32> = (0..shape.iter().product::<usize>())
+            .map(|i| 4.0 * ((i * i % 65_521) as f32 / 65_521.0 - 0.5))
+            .collect();
+        let all = Tensor::from_vec(numbers, &shape, &Device::Cpu)?.to_dtype(DType::BF16)?;
+        let scale = 1.0 / (flash::HEAD as f64).sqrt();
+        let on_device = all.to_device(device)?;
+        let (q, k, v) = (on_device.get(0)?, on_device.get(1)?, on_device.get(2)?);
+        let got = flash.attention(&q, &k, &v, scale as f32)?;
+        let exact = all.to_dtype(DType::F32)?;
+        let scores = (exact.get(0)?.matmul(&exact.get(1)?.t()?)? * scale)?;
+        let want = candle_nn::ops::softmax_last_dim(&scores)?.matmul(&exact.get(2)?)?;
+        let want = want.transpose(1, 2)?.flatten_from(2)?;
+        compare(0, &got, &want, 1e-2)?;
+    }
+    Ok(())
 }
 
 /// Who computes a case: the kernels, or the twins in f32 on the CPU from the same numbers.
@@ -92,23 +116,32 @@ fn agree(module: &Module, case: Case, dtype: DType, tolerance: f64) -> Result<()
         dtype,
     })?;
     for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-        if got.dims() != want.dims() || got.dtype() != dtype {
-            candle::bail!(
-                "result {i} is {:?} instead of {:?}",
-                got.shape(),
-                want.shape()
-            );
+        if got.dtype() != dtype {
+            candle::bail!("result {i} is {:?}", got.dtype());
         }
-        let numbers = |x: &Tensor| -> Result<Vec<f64>> {
-            let x = x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
-            x.flatten_all()?.to_vec1()
-        };
-        let (got, want) = (numbers(got)?, numbers(want)?);
-        let error: f64 = got.iter().zip(&want).map(|(a, b)| (a - b).powi(2)).sum();
-        let error = (error / want.iter().map(|x| x * x).sum::<f64>()).sqrt();
-        if error.is_nan() || error > tolerance {
-            candle::bail!("result {i} is off by {error:.1e}");
-        }
+        compare(i, got, want, tolerance)?;
+    }
+    Ok(())
+}
+
+/// Fails where result `i` is further than `tolerance` from what is wanted, relative, over all its numbers.
+pub(super) fn compare(i: usize, got: &Tensor, want: &Tensor, tolerance: f64) -> Result<()> {
+    if got.dims() != want.dims() {
+        candle::bail!(
+            "result {i} is {:?} instead of {:?}",
+            got.shape(),
+            want.shape()
+        );
+    }
+    let numbers = |x: &Tensor| -> Result<Vec<f64>> {
+        let x = x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+        x.flatten_all()?.to_vec1()
+    };
+    let (got, want) = (numbers(got)?, numbers(want)?);
+    let error: f64 = got.iter().zip(&want).map(|(a, b)| (a - b).powi(2)).sum();
+    let error = (error / want.iter().map(|x| x * x).sum::<f64>()).sqrt();
+    if error.is_nan() || error > tolerance {
+        candle::bail!("result {i} is off by {error:.1e}");
     }
     Ok(())
 }

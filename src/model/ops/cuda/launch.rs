@@ -7,10 +7,10 @@
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::OnceLock;
 
 use candle::backend::{BackendDevice, BackendStorage};
-use candle::cuda_backend::cudarc::cublas::{result as cublas, sys as blas};
 use candle::cuda_backend::cudarc::driver::{
     CudaFunction, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result,
     sys::{CUfunction_attribute_enum, CUmemPool_attribute},
@@ -37,11 +37,23 @@ pub(super) static ATTENTION_BACKWARD: Program = Program::new(
     ),
     &[DType::F16, DType::BF16],
 );
+/// What calibration asks of the tokens around a block, in the formats whose products are exact in f32.
+pub(super) static CHANGE: Program = Program::new(
+    "fastflux_change",
+    concat!(include_str!("numbers.cu"), include_str!("change.cu")),
+    &[DType::F16, DType::BF16],
+);
 /// The oldest GPUs with bfloat16. For newer ones the driver finishes the compilation.
 const ARCHITECTURE: &str = "compute_80";
-/// Bytes of freed memory that a device keeps for the tensors that come next. By itself it keeps none when it is waited
-/// for: every step would have its memory mapped anew.
-const KEPT: u64 = 2 << 30;
+/// Bytes that a device keeps of the memory that it was given, for the tensors that come next: all, as long as nobody says
+/// otherwise. By itself it keeps none whenever it is waited for, and every step would have its memory mapped again.
+static KEPT: AtomicU64 = AtomicU64::new(u64::MAX);
+
+/// Sets the most bytes that devices keep, with what is in use: the rest of what is freed goes back whenever one is waited
+/// for. Counts for devices that are not in use yet.
+pub fn limit_kept_memory(bytes: u64) {
+    KEPT.store(bytes, Ordering::Relaxed);
+}
 /// Bytes of shared memory that a kernel's threads get without asking.
 const SHARED: usize = 48 << 10;
 
@@ -131,6 +143,32 @@ parameters! {
         front: i32,
         width: i32,
         whole: i32,
+    }
+    "token_sums" TokenSums {
+        x: Rows<'a>,
+        y: Rows<'a>,
+        out: u64,
+        tokens: i32,
+        width: i32,
+        whole: i32,
+    }
+    "column_sums" ColumnSums {
+        x: Rows<'a>,
+        y: Rows<'a>,
+        out: u64,
+        tokens: i32,
+        width: i32,
+        whole: i32,
+    }
+    "add_products" AddProducts {
+        products: Rows<'a>,
+        columns: Rows<'a>,
+        gram: u64,
+        cross: u64,
+        gram_out: u64,
+        cross_out: u64,
+        tokens: i32,
+        width: i32,
     }
     "attention_backward" AttentionBackward {
         q: u64,
@@ -284,58 +322,6 @@ impl Module {
         Ok(())
     }
 
-    /// `scale · a·bᵀ` to `out`: `a` (matrices, m, k) and `b` (matrices, n, k), contiguous, of one number format, to
-    /// (matrices, m, n) in f32. candle's product would round it to their format.
-    pub(super) fn product(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        [matrices, m, n, k]: [usize; 4],
-        scale: f32,
-        out: &Blank,
-    ) -> Result<()> {
-        let format = match a.dtype() {
-            DType::BF16 => blas::cudaDataType_t::CUDA_R_16BF,
-            DType::F16 => blas::cudaDataType_t::CUDA_R_16F,
-            _ => blas::cudaDataType_t::CUDA_R_32F,
-        };
-        let wide = blas::cudaDataType_t::CUDA_R_32F;
-        let (alpha, beta) = (scale, 0f32);
-        let handle = self.device.cublas_handle();
-        let [a, b, c] = [address_of(a)?, address_of(b)?, out.address()?];
-        // SAFETY: `calls` has compared the shapes of the operands, which are borrowed until here, and made room for the
-        // result; all of it is done in the order of the device's stream. cuBLAS counts columns first: to it rows are
-        // columns, and the operands change places.
-        unsafe {
-            cublas::gemm_strided_batched_ex(
-                *handle.handle(),
-                blas::cublasOperation_t::CUBLAS_OP_T,
-                blas::cublasOperation_t::CUBLAS_OP_N,
-                n as i32,
-                m as i32,
-                k as i32,
-                (&raw const alpha).cast(),
-                b as *const _,
-                format,
-                k as i32,
-                (n * k) as i64,
-                a as *const _,
-                format,
-                k as i32,
-                (m * k) as i64,
-                (&raw const beta).cast(),
-                c as *mut _,
-                wide,
-                n as i32,
-                (m * n) as i64,
-                matrices as i32,
-                blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-                blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
-            )
-        }
-        .w()
-    }
-
     /// Room for `len` numbers.
     pub(super) fn blank(&self, dtype: DType, len: usize) -> Result<Blank> {
         // SAFETY: the kernel that this is for writes all of it
@@ -358,7 +344,7 @@ impl Blank {
 /// See [`KEPT`]. Where it cannot be had, everything is slower and nothing else changes.
 fn keep_freed_memory(device: &CudaDevice) {
     let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    let mut bytes = KEPT;
+    let mut bytes = KEPT.load(Ordering::Relaxed);
     // SAFETY: the device exists, and this attribute is a number of 64 bits, read before the call returns
     let _ = unsafe {
         result::device::get_mem_pool(device.cuda_stream().context().cu_device()).and_then(|pool| {

@@ -2,8 +2,11 @@
 //! first used; one that cannot be compiled or disagrees is not used, and [`trouble`] says so. No run fails for it.
 
 mod attention_backward;
+mod blas;
 mod calls;
+mod change;
 mod check;
+mod flash;
 mod launch;
 
 use std::collections::HashMap;
@@ -15,6 +18,9 @@ use candle::{CudaDevice, DType, Device, Result, Tensor};
 use super::types::{Branch, Heads, Projected};
 use crate::model::rope::Rope;
 pub(super) use attention_backward::{attention_backward, has_attention_backward};
+pub use change::{add_products, token_sums};
+use flash::Flash;
+pub use launch::limit_kept_memory;
 use launch::{GatedResidual, Gelu, Module, NormModulate, Parameters, Softmax};
 
 /// The names of all kernels.
@@ -34,15 +40,32 @@ struct Kernels {
     module: std::result::Result<Module, String>,
     /// Kernels that disagree with their twins, and in what.
     refused: Vec<(&'static str, String)>,
+    /// Flash attention of others that agrees with its twin.
+    flash: Option<Flash>,
 }
 
 impl Kernels {
     fn new(device: &CudaDevice) -> Self {
         let module = Module::load(device, &ALL);
-        let refused = module
+        let mut refused = module
             .as_ref()
             .map_or_else(|_| vec![], check::disagreements);
-        Self { module, refused }
+        let device = Device::Cuda(device.clone());
+        let mut flash = None;
+        for candidate in Flash::all(&device) {
+            match check::flash(candidate, &device) {
+                Ok(()) => {
+                    flash = Some(candidate);
+                    break;
+                }
+                Err(why) => refused.push((candidate.kernel(), check::first_line(&why))),
+            }
+        }
+        Self {
+            module,
+            refused,
+            flash,
+        }
     }
 
     /// Those of a device, made when they are first asked for.
@@ -73,7 +96,10 @@ pub fn trouble(device: &Device) -> Option<String> {
     }
     let each = kernels.refused.iter();
     let each = each.map(|(name, why)| format!("`{name}`: {why}"));
-    let each: Vec<_> = each.chain(attention_backward::trouble(device)).collect();
+    let each: Vec<_> = each
+        .chain(attention_backward::trouble(device))
+        .chain(change::trouble(device))
+        .collect();
     (!each.is_empty()).then(|| each.join("; "))
 }
 
@@ -145,6 +171,24 @@ pub(super) fn scores(q: &Tensor, k: &Tensor, scale: f64) -> Result<Option<Tensor
     with(SCORES, &[Some(q), Some(k)], |module| {
         calls::scores(module, q, k, scale)
     })
+}
+
+/// Attention by other people's kernels, where one is built in and fits; see `attention::attention`.
+pub(super) fn flash(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Option<Tensor>> {
+    if !has_flash(q.device(), q.dtype(), q.dim(3)?) || [q, k, v].iter().any(|x| x.track_op()) {
+        return Ok(None);
+    }
+    let flash = Kernels::of(q.device().as_cuda_device()?).flash;
+    let attended = flash.map(|flash| flash.attention(q, k, v, scale as f32));
+    attended.transpose()
+}
+
+/// Whether [`flash`] computes attention with heads of this size in this format.
+pub(super) fn has_flash(device: &Device, dtype: DType, head: usize) -> bool {
+    match device {
+        Device::Cuda(device) => flash::fits(dtype, head) && Kernels::of(device).flash.is_some(),
+        _ => false,
+    }
 }
 
 /// The softmax of each row of `scores` (batch, heads, rows, tokens), f32, in `dtype`.
