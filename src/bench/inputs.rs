@@ -13,10 +13,7 @@ use crate::{
 };
 
 /// A model's random weights. Those of `init` on the CPU; a GPU makes its own, some hundred times as fast.
-pub fn random_weights(
-    config: &FluxConfig,
-    runtime: &Runtime,
-) -> Result<VarBuilder<'static>> {
+pub fn random_weights(config: &FluxConfig, runtime: &Runtime) -> Result<VarBuilder<'static>> {
     if runtime.device.is_cpu() {
         let weights = init::random(config, 0, safetensors_dtype(runtime.dtype)?)?;
         return Ok(weights.var_builder(runtime.dtype, &runtime.device));

@@ -100,10 +100,13 @@ pub fn measure(
             samples.push(start.elapsed().as_secs_f64());
         }
     }
-    let each = samples.iter().zip(&launched).map(|(samples, launched)| Timing {
-        launched: Timing::from_samples(launched).median,
-        ..Timing::from_samples(samples)
-    });
+    let each = samples
+        .iter()
+        .zip(&launched)
+        .map(|(samples, launched)| Timing {
+            launched: Timing::from_samples(launched).median,
+            ..Timing::from_samples(samples)
+        });
     Ok(each.collect())
 }
 

@@ -88,7 +88,8 @@ impl Backend {
                     _ => Tensor::from_raw_buffer(&source.bytes()?, DType::U8, &shape, device),
                 }
             };
-            return loaded.with_context(|| format!("`{}`: tensor `{tensor}`", self.checkpoint.name));
+            return loaded
+                .with_context(|| format!("`{}`: tensor `{tensor}`", self.checkpoint.name));
         }
         let source = self.checkpoint.expect(name)?;
         if let Some(shape) = shape {
