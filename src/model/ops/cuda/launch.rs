@@ -376,6 +376,9 @@ fn address(storage: &CudaStorage) -> Result<u64> {
         let (address, _) = storage.as_cuda_slice::<T>()?.device_ptr(&stream);
         Ok(address)
     }
+    if storage.dtype() == DType::F64 {
+        return of::<f64>(storage);
+    }
     by_dtype!(storage.dtype(), of(storage))
 }
 
