@@ -9,14 +9,17 @@ use anyhow::Result;
 use candle::{DType, Device, Tensor, Var};
 use fastflux::{
     bench::timing::{Effort, Timing, measure},
-    calibrate::stats::{CalibrationStats, Gram, with_ones},
+    calibrate::stats::CalibrationStats,
     checkpoint::{Checkpoint, init, save},
+    fit::{
+        gram::{Gram, with_ones},
+        ridge,
+    },
     layout::{BlockId, BlockKind, BlockSpec, FluxConfig, Form, Replacement},
     model::{
         Conditioning, Flux, Inputs, Linear, Lora, Rope, Stream,
         ops::{Norms, Projected, attend},
     },
-    prune::fit,
     sample::latents,
 };
 
@@ -274,7 +277,7 @@ fn least_squares(report: &Report) -> Result<()> {
             None => Gram::of(&features, &target)?,
         };
         report(&format!("least squares, width {width}"), &mut || {
-            fit::solve(&sums, 1e-4)?;
+            ridge::solve(&sums, 1e-4)?;
             Ok(())
         })?;
     }

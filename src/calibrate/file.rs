@@ -1,4 +1,4 @@
-//! A calibration as a file: the sums of every block, the pictures they were gathered of, and what made them. Files of
+//! A calibration as a file: the sums of every block, the images they were gathered of, and what made them. Files of
 //! shards add up to that of one run. Gathering is `pass`' business.
 
 use std::{
@@ -8,11 +8,9 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use candle::{Device, Tensor};
-use serde::{Deserialize, Serialize};
 
 use super::{
-    pass::Division,
-    recipe::CalibrationRecipe,
+    header::Header,
     stats::{BUCKETS, CalibrationStats, Moments, StreamStats, WaitingGram},
 };
 use crate::{
@@ -23,113 +21,6 @@ use crate::{
 
 /// The metadata key of the header.
 const KEY: &str = "fastflux-statistics";
-/// The version that this build writes and the newest it reads.
-const VERSION: u32 = 1;
-
-/// What made the statistics. Everything but `units` and `done` must agree for files to be added up.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Header {
-    /// Version of this header's form.
-    pub version: u32,
-    /// Fingerprint of the model.
-    pub model: String,
-    /// How the model is called.
-    pub model_name: String,
-    /// Number format and kind of device of the activations.
-    pub runtime: String,
-    /// The recipe, nothing left open.
-    pub recipe: CalibrationRecipe,
-    /// Prompts of the pictures for statistics, then those held out.
-    pub prompts: Vec<String>,
-    /// How many of the prompts are for statistics.
-    pub samples: usize,
-    /// Blocks whose products were gathered.
-    pub products: Vec<BlockId>,
-    /// Units of the whole calibration.
-    pub units: usize,
-    /// Units that are in this file.
-    pub done: BTreeSet<usize>,
-}
-
-impl Header {
-    /// Whether nothing is missing.
-    pub fn is_complete(&self) -> bool {
-        self.done.len() == self.units
-    }
-
-    /// Checks that nothing is left open and that the counts agree.
-    fn validate(&self) -> Result<Division> {
-        let recipe = &self.recipe;
-        recipe.validate()?;
-        for (name, is_there) in [
-            ("samples", recipe.samples.is_some()),
-            ("draws", recipe.draws.is_some()),
-            ("steps", recipe.steps.is_some()),
-            ("guidance", recipe.guidance.is_some()),
-            ("width", recipe.width.is_some()),
-            ("height", recipe.height.is_some()),
-            ("batch", recipe.batch.is_some()),
-        ] {
-            ensure!(is_there, "`recipe.{name}` is missing");
-        }
-        let prompts = self.prompts.len();
-        ensure!(
-            (1..prompts).contains(&self.samples),
-            "`samples` is {} of {prompts} prompts: there must be some of each kind",
-            self.samples
-        );
-        let division = Division {
-            prompts,
-            samples: self.samples,
-            batch: recipe.batch.unwrap_or(1),
-        };
-        ensure!(
-            self.units == division.units(),
-            "`units` is {}, but {} for statistics of {prompts} prompts in batches of {} are {}",
-            self.units,
-            self.samples,
-            division.batch,
-            division.units()
-        );
-        if let Some(unit) = self.done.iter().find(|unit| **unit >= self.units) {
-            bail!("`done` names unit {unit} of {}", self.units);
-        }
-        Ok(division)
-    }
-
-    /// The first setting in which two headers differ, with both values: `recipe.seed: 0 and 1`.
-    pub fn difference(&self, other: &Self) -> Result<Option<String>> {
-        let settings = |header: &Self| {
-            serde_json::to_value(Self {
-                done: BTreeSet::new(),
-                ..header.clone()
-            })
-        };
-        Ok(first_difference("", &settings(self)?, &settings(other)?))
-    }
-}
-
-fn first_difference(path: &str, a: &serde_json::Value, b: &serde_json::Value) -> Option<String> {
-    if let (Some(a), Some(b)) = (a.as_object(), b.as_object()) {
-        return a.iter().find_map(|(key, value)| {
-            let path = if path.is_empty() {
-                key.clone()
-            } else {
-                format!("{path}.{key}")
-            };
-            first_difference(&path, value, b.get(key).unwrap_or(&serde_json::Value::Null))
-        });
-    }
-    if a == b {
-        return None;
-    }
-    // lists of prompts are too long for a message
-    if a.is_array() || b.is_array() {
-        return Some(path.to_owned());
-    }
-    Some(format!("{path}: {a} and {b}"))
-}
 
 /// A calibration, whole or in part.
 #[derive(Clone, Debug)]
@@ -138,7 +29,7 @@ pub struct Calibration {
     pub header: Header,
     /// The sums.
     pub stats: CalibrationStats,
-    /// Packed latents of the pictures of each unit, (prompts, tokens, 4 · channels), f32 on the CPU.
+    /// Packed latents of the images of each unit, (prompts, tokens, 4 · channels), f32 on the CPU.
     pub pictures: BTreeMap<usize, Tensor>,
 }
 
@@ -155,7 +46,7 @@ impl Calibration {
         }
     }
 
-    /// All pictures, (prompts, tokens, 4 · channels).
+    /// All images, (prompts, tokens, 4 · channels).
     ///
     /// # Errors
     /// When units are missing.
@@ -193,6 +84,18 @@ impl Calibration {
         } else {
             save::write(&file, path)
         }
+    }
+
+    /// Writes it to `path` as the output of a command, into a folder that is made if it is missing.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn write_output(&self, path: &Path) -> Result<()> {
+        if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("cannot create `{}`", folder.display()))?;
+        }
+        self.write(path, false)
     }
 
     fn tensors(&self) -> Result<Checkpoint> {
@@ -289,7 +192,7 @@ impl Calibration {
         Ok(out)
     }
 
-    /// The pictures of all units that are done, each as many as it has prompts, of the recipe's size.
+    /// The images of all units that are done, each as many as it has prompts, of the recipe's size.
     fn read_pictures(&mut self, name: &str, file: &Checkpoint) -> Result<()> {
         let header = &self.header;
         let division = header.validate()?;
@@ -344,7 +247,7 @@ impl Reader<'_> {
         Ok(tensor)
     }
 
-    /// Pictures in f32 of this shape.
+    /// Images in f32 of this shape.
     fn pictures(&self, what: &str, shape: &[usize]) -> Result<Tensor> {
         let source = self.of_form(what, shape, safetensors::Dtype::F32)?;
         let tensor = source.tensor(&Device::Cpu)?;
@@ -395,8 +298,9 @@ pub fn open(path: &Path) -> Result<(Checkpoint, Header)> {
         .with_context(|| format!("`{name}`: its statistics header is damaged"))?;
     let version = value["version"].as_u64().unwrap_or(0);
     ensure!(
-        version <= u64::from(VERSION),
-        "`{name}` was written by a newer fastflux (statistics version {version}, this build reads {VERSION})\nhint: update fastflux"
+        version <= u64::from(Header::VERSION),
+        "`{name}` was written by a newer fastflux (statistics version {version}, this build reads {})\nhint: update fastflux",
+        Header::VERSION
     );
     let header: Header = serde_json::from_value(value)
         .with_context(|| format!("`{name}`: its statistics header is damaged"))?;
@@ -406,11 +310,6 @@ pub fn open(path: &Path) -> Result<(Checkpoint, Header)> {
         )
     })?;
     Ok((file, header))
-}
-
-impl Header {
-    /// The current version.
-    pub const VERSION: u32 = VERSION;
 }
 
 fn moments_tensor(buckets: &[Moments; BUCKETS]) -> Result<Tensor> {

@@ -1,143 +1,229 @@
-//! Runs the model on its own pictures and observes its blocks: prompts → pictures → noised states → statistics.
+//! Runs the model on its own images and observes its blocks: prompts → images → noised latents → statistics.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle::Tensor;
-use indicatif::ProgressBar;
 
+use self::{
+    file::Calibration,
+    held_out::HeldOut,
+    noised::States,
+    options::{DRAWS_HELD_OUT, ResolvedOptions},
+    pass::Pass,
+    sampling::FiniteCheck,
+};
 use crate::{
     device::Runtime,
-    layout::BlockSpec,
-    model::{Block, Conditioning, Flux, Observer, Stream, Trunk, ops},
-    sample::denoise::{Denoise, Encoded, starting_noise},
+    model::{Flux, memory::BATCHES_PER_LOAD},
+    pipeline::{Pipeline, load, placement::MemoryBudget},
+    sample::{
+        denoise::{Denoise, Encoded, starting_noise},
+        schedule::Schedule,
+    },
+    ui,
 };
 
+mod behind;
 pub mod file;
+pub mod header;
+pub mod held_out;
+mod images;
+pub mod memory;
+pub mod noised;
 mod on_gpu;
+pub mod options;
 pub mod pass;
 pub mod recipe;
-mod rows;
-pub mod states;
+pub mod report;
+pub mod run;
+mod sampling;
 pub mod stats;
+pub mod subsample;
+mod token_sums;
 
-use states::States;
-use stats::CalibrationStats;
+pub use behind::gather_behind;
+pub use sampling::sample;
 
-/// Samples one picture for each prompt, `batch` at a time; packed latents (prompts, tokens, channels), f32, on the CPU.
-///
-/// Picture i starts from the noise of seed `seed + i`, whatever the batch. Where blocks are read whenever they are run,
-/// `together` batches share each reading.
-///
-/// # Errors
-/// When a forward fails or the latents become NaN or infinite.
-pub fn sample(
-    denoise: &Denoise,
-    prompts: &Encoded,
-    channels: usize,
-    batch: usize,
-    together: usize,
-    seed: u64,
-    progress: &ProgressBar,
-) -> Result<Tensor> {
-    let trunk = &denoise.flux.trunk;
-    let stored = trunk.has_offloaded(0..trunk.len());
-    let together = if stored { together.max(1) } else { 1 };
-    let starts: Vec<usize> = (0..prompts.len()).step_by(batch).collect();
-    let mut pictures = Vec::new();
-    for some in starts.chunks(together) {
-        let given = some.iter().map(|start| {
-            let range = *start..(start + batch).min(prompts.len());
-            let noise = range
-                .clone()
-                .map(|i| starting_noise(seed.wrapping_add(i as u64), 1, channels, denoise.size));
-            let noise = Tensor::cat(&noise.collect::<Result<Vec<_>>>()?, 0)?;
-            Ok((noise, prompts.range(range)?))
-        });
-        let given: Vec<(Tensor, Encoded)> = given.collect::<Result<_>>()?;
-        for latents in denoise.run_each(&given, &mut || progress.inc(1))? {
-            pictures.push(latents.to_device(&candle::Device::Cpu)?);
-        }
-    }
-    Ok(Tensor::cat(&pictures, 0)?)
+/// See the module.
+pub struct Calibrator<'a> {
+    /// The model.
+    pub pipeline: &'a Pipeline,
+    /// What is computed with.
+    pub runtime: &'a Runtime,
+    /// What was asked for, nothing left open.
+    pub settings: ResolvedOptions,
+    /// Its transformer.
+    pub flux: Flux,
+    /// Bytes that the sums may take; `None` if the memory limit is unknown.
+    pub stats_memory: Option<u64>,
+    encoded: Encoded,
+    schedule: Schedule,
+    /// Given images as packed latents, (prompts, tokens, 4 · channels).
+    images: Option<Tensor>,
 }
 
-/// Fails at the first block whose output is NaN or infinite, and names it.
-#[derive(Debug)]
-pub struct FiniteCheck;
+impl<'a> Calibrator<'a> {
+    /// Encodes the prompts (and the images, if they are given) and loads the transformer. `stats_memory` is what the user
+    /// allows for sums, in bytes.
+    ///
+    /// # Errors
+    /// When a component is missing, damaged, or does not fit into memory.
+    pub fn open(
+        pipeline: &'a Pipeline,
+        budget: &'a MemoryBudget,
+        settings: ResolvedOptions,
+        stats_memory: Option<u64>,
+    ) -> Result<Self> {
+        let runtime = budget.runtime();
+        let schedule = load::schedule(pipeline)?;
+        let images = settings.images.as_deref();
+        let images = images
+            .map(|images| images::encode(pipeline, runtime, settings.size, images))
+            .transpose()?;
+        let encoded = load::encode_prompts(pipeline, &settings.prompts, None, runtime)?;
+        let (activity, stats_memory) = memory::activity(pipeline, budget, &settings, stats_memory);
+        let flux = budget.flux(pipeline, activity)?;
+        Ok(Self {
+            pipeline,
+            runtime,
+            settings,
+            flux,
+            stats_memory,
+            encoded,
+            schedule,
+            images,
+        })
+    }
 
-impl Observer for FiniteCheck {
-    fn block(
-        &mut self,
-        _: usize,
-        spec: &BlockSpec,
-        conditioning: &Conditioning,
-        _: &Stream,
-        output: &Stream,
-    ) -> candle::Result<()> {
-        let sum = ops::total(&output.tokens.to_dtype(candle::DType::F32)?)?;
-        if !sum.to_scalar::<f32>()?.is_finite() {
-            let times = conditioning.timestep.to_dtype(candle::DType::F32)?;
-            let t = times.flatten_all()?.to_vec1::<f32>()?;
-            let hint = match output.tokens.dtype() {
-                candle::DType::F32 => "",
-                _ => "try --dtype f32; if that does not help, ",
-            };
-            candle::bail!(
-                "block {}: activations are NaN or infinite at timestep {:.3}\nhint: {hint}fetch the transformer's files again",
-                spec.id(),
-                t.first().copied().unwrap_or_default()
-            );
-        }
+    fn denoise<'b>(&'b self, flux: &'b Flux) -> Result<Denoise<'b>> {
+        let recipe = &self.settings.recipe;
+        Ok(Denoise {
+            flux,
+            dtype: self.runtime.dtype,
+            device: &self.runtime.device,
+            schedule: &self.schedule,
+            steps: recipe.steps.context("steps are resolved")?,
+            guidance: recipe.guidance.context("guidance is resolved")?,
+            size: self.settings.size.latent(),
+        })
+    }
+
+    fn channels(&self) -> usize {
+        self.pipeline.config.out_channels / 4
+    }
+
+    fn pass(&self) -> Result<Pass<'_>> {
+        let recipe = &self.settings.recipe;
+        Ok(Pass {
+            denoise: self.denoise(&self.flux)?,
+            prompts: &self.encoded,
+            samples: self.settings.samples,
+            source: recipe.source,
+            draws: recipe.draws.context("draws are resolved")?,
+            batch: self.settings.batch,
+            channels: self.channels(),
+            seed: recipe.seed,
+            images: self.images.as_ref(),
+        })
+    }
+
+    /// One step of one image: a damaged model is named by its block before hours are spent on it.
+    fn probe(&self) -> Result<()> {
+        let probe = Denoise {
+            steps: 1,
+            ..self.denoise(&self.flux)?
+        };
+        let noise = starting_noise(self.settings.recipe.seed, 1, self.channels(), probe.size)?;
+        let prompt = self.encoded.range(0..1)?;
+        probe
+            .run(&noise, &prompt, &mut FiniteCheck, &mut || ())
+            .with_context(|| format!("`{}`", self.pipeline.name))?;
         Ok(())
     }
-}
 
-/// Adds to `stats` what blocks look like behind `pruned`, a trunk of which some entries are replaced: its activations are
-/// the inputs and the original's the targets.
-///
-/// # Errors
-/// When a forward fails or activations are NaN or infinite (the message names the block).
-pub fn gather_behind(
-    flux: &Flux,
-    pruned: &Trunk,
-    mut stats: CalibrationStats,
-    states: &States,
-    batch: usize,
-    runtime: &Runtime,
-    progress: &ProgressBar,
-) -> Result<CalibrationStats> {
-    for (forward, range) in states.batches(batch).enumerate() {
-        stats.start_forward(2 * forward as u64); // the first entry, where it is kept, counts one on
-        let batch = states.batch(range, &runtime.device, runtime.dtype)?;
-        let (stream, conditioning) = flux.embed(&batch.inputs())?;
-        pairs(flux, pruned, stream, &conditioning, &mut stats)?;
-        progress.inc(1);
+    /// The calibration's images noised again, for fits and comparisons.
+    ///
+    /// # Errors
+    /// When the calibration is not complete.
+    pub fn states(&self, calibration: &Calibration) -> Result<AllStates> {
+        let pictures = calibration.all_pictures()?;
+        let denoise = self.denoise(&self.flux)?;
+        let seed = self.settings.recipe.seed;
+        let noised = |range: std::ops::Range<usize>, draws, seed| -> Result<States> {
+            let part: Tensor = pictures.narrow(0, range.start, range.len())?;
+            let prompts = self.encoded.range(range)?;
+            States::noised(part, prompts, denoise.size, denoise.guidance, draws, seed)
+        };
+        let samples = self.settings.samples;
+        let held_out = noised(
+            samples..self.encoded.len(),
+            DRAWS_HELD_OUT,
+            seed.wrapping_add(2),
+        )?;
+        let later = self.settings.draws_later();
+        Ok(AllStates {
+            fit: noised(0..samples, later, seed.wrapping_add(1))?,
+            held_out: held_out.first(self.settings.held_out),
+        })
     }
-    stats.settle()?;
-    Ok(stats)
-}
 
-/// One batch through both trunks at once; a replaced entry counts for nothing.
-fn pairs(
-    flux: &Flux,
-    pruned: &Trunk,
-    stream: Stream,
-    conditioning: &Conditioning,
-    stats: &mut CalibrationStats,
-) -> Result<()> {
-    let (mut original, mut student) = (stream.clone(), stream);
-    for (index, (spec, _)) in flux.trunk.entries().iter().enumerate() {
-        let step = index..index + 1;
-        original = flux
-            .trunk
-            .forward_range(step.clone(), &original, conditioning, &mut ())?;
-        let replaced = matches!(
-            pruned.entries().get(index),
-            Some((_, Block::Replacement(_)))
-        );
-        if !replaced {
-            stats.block(index, spec, conditioning, &student, &original)?;
+    /// The held-out part of `states` with the unpruned model's velocity on it.
+    ///
+    /// # Errors
+    /// When a forward fails or its result is not finite.
+    pub fn held_out(&self, states: &AllStates) -> Result<HeldOut> {
+        let Runtime { device, dtype } = self.runtime;
+        HeldOut::new(
+            &self.flux,
+            &states.held_out,
+            self.settings.batch,
+            device,
+            *dtype,
+        )
+    }
+
+    /// Packed latents (prompts, tokens, 4 · channels) of the last `count` prompts by each of `models`, in the steps that
+    /// people generate in, on the CPU; and the prompts.
+    ///
+    /// # Errors
+    /// When a forward fails or values become NaN or infinite.
+    pub fn draw(&self, models: &[&Flux], count: usize) -> Result<(Vec<Tensor>, &[String])> {
+        let count = count.min(self.encoded.len());
+        let last = self.encoded.len() - count..self.encoded.len();
+        let encoded = self.encoded.range(last.clone())?;
+        let batch = self.settings.batch;
+        let steps = self.settings.drawing_steps;
+        let progress = ui::progress(models.len() * steps * count.div_ceil(batch), "generating");
+        let mut rows = Vec::new();
+        for flux in models {
+            let denoise = Denoise {
+                steps,
+                ..self.denoise(flux)?
+            };
+            // other noise than in calibration
+            let seed = self.settings.recipe.seed.wrapping_add(1000);
+            let latents = sampling::sample(
+                &denoise,
+                &encoded,
+                self.channels(),
+                batch,
+                BATCHES_PER_LOAD,
+                seed,
+                &progress,
+            )?;
+            rows.push(latents);
         }
-        student = pruned.forward_range(step, &student, conditioning, &mut ())?;
+        ui::done(
+            &progress,
+            format!("generated {count} prompts with {} models", models.len()),
+        );
+        Ok((rows, &self.settings.prompts[last]))
     }
-    Ok(())
+}
+
+/// The calibration's images, noised again.
+pub struct AllStates {
+    /// To fit on.
+    pub fit: States,
+    /// To compare by; of other prompts.
+    pub held_out: States,
 }

@@ -4,8 +4,8 @@
 use anyhow::{Context, Result};
 use candle::{DType, Tensor};
 
-use super::stats::{Gram, StreamStats};
-use crate::{layout::BlockId, model::ops};
+use super::stats::StreamStats;
+use crate::{fit::gram::Gram, layout::BlockId, model::ops};
 
 /// What the GPU has of one forward.
 #[derive(Clone, Debug, Default)]

@@ -7,8 +7,8 @@ use candle::{Device, Tensor};
 use indicatif::ProgressBar;
 
 use super::{
+    noised::{Share, States},
     recipe::StateSource,
-    states::{Share, States},
     stats::CalibrationStats,
 };
 use crate::{
@@ -19,15 +19,15 @@ use crate::{
 /// What a pass looks at.
 #[derive(Clone, Debug)]
 pub struct Pass<'a> {
-    /// How pictures are sampled.
+    /// How images are sampled.
     pub denoise: Denoise<'a>,
-    /// Prompts of the pictures to gather statistics of, then those held out.
+    /// Prompts of the images to gather statistics of, then those held out.
     pub prompts: &'a Encoded,
     /// How many of the prompts are for statistics.
     pub samples: usize,
     /// Where states come from.
     pub source: StateSource,
-    /// Noised states of each picture, on average.
+    /// Noised states of each image, on average.
     pub draws: f64,
     /// Prompts and states in one forward.
     pub batch: usize,
@@ -35,7 +35,7 @@ pub struct Pass<'a> {
     pub channels: usize,
     /// Seed of starting noise; states are noised from the next.
     pub seed: u64,
-    /// Given pictures as packed latents (prompts, tokens, 4 · channels); otherwise they are sampled.
+    /// Given images as packed latents (prompts, tokens, 4 · channels); otherwise they are sampled.
     pub images: Option<&'a Tensor>,
 }
 
@@ -58,7 +58,7 @@ impl Pass<'_> {
         }
     }
 
-    /// States of all pictures that statistics are gathered of.
+    /// States of all images that statistics are gathered of.
     pub fn states(&self) -> usize {
         match self.source {
             StateSource::Trajectory => self.samples * self.denoise.steps,
@@ -84,7 +84,7 @@ impl Pass<'_> {
         sampling + states.div_ceil(self.batch)
     }
 
-    /// Carries out one unit: adds to `stats` and gives the pictures, packed latents (prompts, tokens, 4 · channels) in
+    /// Carries out one unit: adds to `stats` and gives the images, packed latents (prompts, tokens, 4 · channels) in
     /// f32 on the CPU.
     ///
     /// # Errors
@@ -128,7 +128,7 @@ impl Pass<'_> {
         Ok(pictures)
     }
 
-    /// Samples prompts; picture i starts from the noise of seed `seed + i`, whatever the unit.
+    /// Samples prompts; image i starts from the noise of seed `seed + i`, whatever the unit.
     fn sample(
         &self,
         range: std::ops::Range<usize>,

@@ -11,13 +11,13 @@ use crate::pipeline::defaults::MAX_STEPS_OF_DATA;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StateSource {
-    /// The model's own pictures, noised anew at times spread evenly: the default, as fits made of few such states come
+    /// The model's own images, noised again at times spread evenly: the default, as fits made of few such states come
     /// out better than those of many more states of a trajectory (README, "How it works").
     #[default]
     Latents,
     /// The states that sampling itself passes through, at the scheduler's times: no forward more than sampling takes.
     Trajectory,
-    /// Given pictures with captions, noised.
+    /// Given images with captions, noised.
     Images,
 }
 
@@ -47,19 +47,19 @@ impl FromStr for StateSource {
 pub struct CalibrationRecipe {
     /// `latents`, `trajectory` or `images`.
     pub source: StateSource,
-    /// Prompts to sample (or pictures to take); `null`: 640 for small pictures and 96 for large ones.
+    /// Prompts to sample (or images to take); `null`: 640 for small images and 96 for large ones.
     pub samples: Option<usize>,
-    /// Noised states of each picture, on average; `null`: a fifth of the sampling steps, so that the pass over them
+    /// Noised states of each image, on average; `null`: a fifth of the sampling steps, so that the pass over them
     /// adds a fifth to the time that sampling takes, and 4 for given images.
     pub draws: Option<f64>,
     /// Sampling steps; `null`: 8, or the model's own default where that is lower or the source is `trajectory`. Many
-    /// pictures drawn in few steps make better fits than few in many.
+    /// images drawn in few steps make better fits than few in many.
     pub steps: Option<usize>,
     /// Guidance; `null`: the model's own default.
     pub guidance: Option<f64>,
-    /// Picture width in pixels; `null`: the model's own default.
+    /// Image width in pixels; `null`: the model's own default.
     pub width: Option<usize>,
-    /// Picture height in pixels; `null`: the model's own default.
+    /// Image height in pixels; `null`: the model's own default.
     pub height: Option<usize>,
     /// Seed of starting noise and noised states.
     pub seed: u64,

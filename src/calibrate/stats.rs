@@ -1,5 +1,5 @@
 //! The sums that every score and every least-squares fit follows from, gathered in one pass without storing
-//! activations. Solving with them is `prune::fit`'s business.
+//! activations. `fit` solves with them.
 
 use std::collections::BTreeSet;
 
@@ -8,12 +8,14 @@ use candle::{DType, Device, Tensor};
 
 use super::{
     on_gpu::{Pending, Place, Share},
-    rows,
+    subsample::TokenSubset,
+    token_sums::{self, SampleSums},
 };
 use crate::{
     checkpoint::Source,
+    fit::gram::{Gram, product_dtype, with_ones},
     layout::{BlockId, BlockSpec},
-    model::{Conditioning, Observer, Stream, ops},
+    model::{Conditioning, Observer, Stream},
 };
 
 /// Timestep buckets of the scalar sums: \[0, 0.1), \[0.1, 0.2), … of the noise level.
@@ -44,58 +46,6 @@ impl Moments {
         self.input_sq += other.input_sq;
         self.change_sq += other.change_sq;
         self.cosine += other.cosine;
-    }
-}
-
-/// The sums of a least-squares problem R ≈ Z B over all tokens seen, in f64.
-#[derive(Clone, Debug)]
-pub struct Gram {
-    /// ZᵀZ, (k, k).
-    pub gram: Tensor,
-    /// ZᵀR, (k, d).
-    pub cross: Tensor,
-    /// Σ ‖R‖².
-    pub target_sq: f64,
-}
-
-impl Gram {
-    /// The sums of one set of rows: `features` (n, k), `target` (n, d), both in the format to multiply in.
-    ///
-    /// # Errors
-    /// When a product fails.
-    pub fn of(features: &Tensor, target: &Tensor) -> Result<Self> {
-        let (gram, cross) = rows::products(features, target)?;
-        Ok(Self {
-            gram,
-            cross,
-            target_sq: ops::total(&target.sqr()?)?
-                .to_dtype(DType::F64)?
-                .to_scalar()?,
-        })
-    }
-
-    /// The sums over the rows of both.
-    ///
-    /// # Errors
-    /// When they are of different problems.
-    pub fn plus(&self, other: &Self) -> Result<Self> {
-        Ok(Self {
-            gram: (&self.gram + &other.gram)?,
-            cross: (&self.cross + &other.cross)?,
-            target_sq: self.target_sq + other.target_sq,
-        })
-    }
-
-    /// Adds to a sum that may have no share yet.
-    ///
-    /// # Errors
-    /// When they are of different problems.
-    pub fn add_to(self, sum: &mut Option<Self>) -> Result<()> {
-        *sum = Some(match sum.take() {
-            None => self,
-            Some(sum) => sum.plus(&self)?,
-        });
-        Ok(())
     }
 }
 
@@ -134,25 +84,6 @@ impl WaitingGram {
             target_sq: self.target_sq,
         })
     }
-}
-
-/// The format for products of activations: on the CPU f64 costs little more than f32 and keeps the sums exact; f64
-/// units of GPUs are scarce, so products are f32 there and only sums f64.
-pub fn product_dtype(device: &Device) -> DType {
-    if device.is_cpu() {
-        DType::F64
-    } else {
-        DType::F32
-    }
-}
-
-/// Appends a column of ones, for the bias: (n, k) → (n, k + 1).
-///
-/// # Errors
-/// When memory is short.
-pub fn with_ones(features: &Tensor) -> Result<Tensor> {
-    let ones = Tensor::ones((features.dim(0)?, 1), features.dtype(), features.device())?;
-    Ok(Tensor::cat(&[features, &ones], 1)?)
 }
 
 /// Everything gathered of one stream (text or image tokens) of one block.
@@ -216,11 +147,11 @@ impl StreamStats {
 
     /// Adds the tokens `x` → `y`, both (batch, tokens, d), of samples at `times`.
     fn see(&mut self, x: &Tensor, y: &Tensor, times: &[f32]) -> Result<()> {
-        self.count(&rows::sample_sums(x, y)?, x.dim(1)?, times)
+        self.count(&token_sums::sample_sums(x, y)?, x.dim(1)?, times)
     }
 
     /// Adds the scalars of samples of `tokens` tokens each at `times`.
-    fn count(&mut self, samples: &[rows::SampleSums], tokens: usize, times: &[f32]) -> Result<()> {
+    fn count(&mut self, samples: &[SampleSums], tokens: usize, times: &[f32]) -> Result<()> {
         for ([input_sq, change_sq, cosine], t) in samples.iter().zip(times) {
             if !(input_sq.is_finite() && change_sq.is_finite()) {
                 bail!("activations are NaN or infinite at timestep {t:.3}");
@@ -236,7 +167,7 @@ impl StreamStats {
     }
 
     /// Adds the products of the tokens `x` → `y`, both (batch, tokens, d), or of at most `limit` of them.
-    fn multiply(&mut self, x: &Tensor, y: &Tensor, choice: &Rows) -> Result<()> {
+    fn multiply(&mut self, x: &Tensor, y: &Tensor, choice: TokenSubset) -> Result<()> {
         let width = x.dim(candle::D::Minus1)?;
         let product = product_dtype(x.device());
         let (x, y) = (x.reshape(((), width))?, y.reshape(((), width))?);
@@ -250,25 +181,6 @@ impl StreamStats {
         self.rows += x.dim(0)? as f64;
         let (x, y) = (x.to_dtype(product)?, y.to_dtype(product)?);
         Gram::of(&with_ones(&x)?, &(y - &x)?)?.add_to(&mut self.gram)
-    }
-}
-
-/// Which tokens of a forward enter the products: all, or a number of them spread evenly, others in every forward.
-#[derive(Clone, Copy, Debug, Default)]
-struct Rows {
-    limit: Option<usize>,
-    forward: u64,
-}
-
-impl Rows {
-    /// `None` where all `n` tokens are taken.
-    fn of(&self, n: usize) -> Option<Vec<u32>> {
-        const GOLDEN: f64 = 0.618_033_988_749_894_9;
-        let limit = self.limit.filter(|limit| *limit < n)?;
-        let stride = n as f64 / limit as f64;
-        let shift = (self.forward as f64 * GOLDEN) % 1.0;
-        let row = |i| (((i as f64 + shift) * stride) as u32).min(n as u32 - 1);
-        Some((0..limit).map(row).collect())
     }
 }
 
@@ -299,7 +211,7 @@ pub struct CalibrationStats {
     pub blocks: Vec<BlockStats>,
     /// Blocks whose products are gathered; of others only scalars.
     products: BTreeSet<BlockId>,
-    rows: Rows,
+    rows: TokenSubset,
     pending: Pending,
 }
 
@@ -319,7 +231,7 @@ impl CalibrationStats {
         Self {
             blocks: blocks.collect(),
             products: ids.iter().copied().filter(|_| products).collect(),
-            rows: Rows::default(),
+            rows: TokenSubset::default(),
             pending: Pending::default(),
         }
     }
@@ -416,7 +328,7 @@ impl CalibrationStats {
         let stream = if txt { &mut block.txt } else { &mut block.img };
         stream.see(x, y, &timestep.to_dtype(DType::F32)?.to_vec1::<f32>()?)?;
         if self.products.contains(&id) {
-            stream.multiply(x, y, &self.rows)?;
+            stream.multiply(x, y, self.rows)?;
         }
         Ok(())
     }
@@ -496,28 +408,6 @@ impl Observer for CalibrationStats {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn chosen_tokens_are_spread_evenly_and_differ_between_forwards() {
-        let rows = |forward| {
-            Rows {
-                limit: Some(4),
-                forward,
-            }
-            .of(12)
-            .unwrap()
-        };
-        assert_eq!(rows(0), [0, 3, 6, 9]);
-        assert_eq!(rows(1), [1, 4, 7, 10]);
-        assert!((0..100).flat_map(rows).all(|row| row < 12));
-        let seen: BTreeSet<u32> = (0..10).flat_map(rows).collect();
-        assert_eq!(seen.len(), 12, "every token gets its turn");
-        let all = Rows {
-            limit: Some(12),
-            forward: 3,
-        };
-        assert_eq!(all.of(12), None);
-    }
 
     #[test]
     fn buckets_cover_all_noise_levels() {

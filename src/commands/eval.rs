@@ -2,13 +2,13 @@
 
 use anyhow::{Context, Result, bail};
 
-use super::planned::Planned;
 use crate::{
     checkpoint::target::{self, OutputFolder},
     cli::EvalArgs,
     eval::{self, EvalOptions, clip::ClipFiles, prompts},
     files::BUNDLED,
     pipeline::{ModelChoice, Pipeline, placement::MemoryBudget},
+    prune::plan_run::PlanRun,
     ui,
 };
 
@@ -20,17 +20,17 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let runtime = super::runtime(args.run)?;
     let budget = MemoryBudget::new(super::memory(args.memory), &runtime);
     let (baseline, mut models) = open(args)?;
-    let plans: Vec<Planned> = args
+    let plans: Vec<PlanRun> = args
         .plan
         .iter()
-        .map(|path| Planned::read(path, args.recipe.recipe.as_deref(), &baseline))
+        .map(|path| PlanRun::read(path, args.recipe.recipe.as_deref(), &baseline))
         .collect::<Result<_>>()?;
     let clip = args.clip.as_deref().map(ClipFiles::find).transpose()?;
     let options = options(args, &baseline)?;
     target::check_writable(&args.output.path)?;
     for plan in plans {
         let budget = budget.clone().of(&baseline);
-        models.push(plan.carry_out(&baseline, &runtime, &budget, &args.output.path)?);
+        models.push(plan.carry_out(&baseline, &budget, &args.output.path)?);
     }
     let evaluation = eval::run(&baseline, &models, &options, clip.as_ref(), &budget)?;
     let output = OutputFolder::create(&args.output.path, args.output.force)?;

@@ -3,22 +3,21 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use clap::Parser;
 
+use super::options;
 use crate::{
     checkpoint::{
         advise, save,
         target::{self, OutputFolder},
     },
-    cli::{Cli, Command, PruneArgs, TrainArgs},
-    pipeline::{LORA_FILE, ModelChoice, Pipeline, placement::MemoryBudget, prompts},
+    cli::TrainArgs,
+    pipeline::{LORA_FILE, ModelChoice, Pipeline, placement::MemoryBudget},
     plot::losses::{self, LossPoint},
+    prune::{self, options::PruneOptions},
     train::{
         self, Entry,
-        options::TrainOptions,
         pair::Pair,
         progress::{self, ProgressObserver},
-        recipe::SandwichRecipe,
         report::{self, DryRunReport, REPORT, TrainReport},
         setup::{self, TrainSetup},
         state::{self, StateFile},
@@ -43,7 +42,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let choice = super::model_choice(&args.pipeline);
     let pruned = open_pruned(args, &choice, &folder.join(state::PRUNED))?;
     let pair = Pair::open(pruned, args.teacher.as_deref(), &choice)?;
-    let options = options(args, &pair.teacher)?;
+    let options = options::train(args, &pair.teacher)?;
     let setup = TrainSetup::new(pair, options, runtime)?;
     let strategy = setup.strategy(MemoryRequest {
         gradient_checkpointing: args.gradient_checkpointing,
@@ -122,48 +121,19 @@ fn open_pruned(args: &TrainArgs, choice: &ModelChoice, folder: &Path) -> Result<
             bail!("--dry-run: name a pruned model with --model\nhint: `fastflux prune` makes one")
         }
         ui::note("pruning the bundled tiny model at 20 % first; --model names a pruned model");
-        let output = folder.display().to_string();
-        let words = ["fastflux", "prune", "--ratio", "0.2", "--output", &output];
-        let cli = Cli::try_parse_from(words).context("cannot prune the bundled model")?;
-        let Command::Prune(prune) = cli.command else {
-            bail!("cannot prune the bundled model")
+        let runtime = super::runtime(args.run)?;
+        let pipeline = Pipeline::open(&ModelChoice::default())?;
+        let budget = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
+        let options = PruneOptions {
+            output: folder.to_path_buf(),
+            ..PruneOptions::default()
         };
-        super::prune::make(&PruneArgs {
-            run: args.run,
-            memory: args.memory,
-            ..prune
-        })?;
+        prune::run::run(&pipeline, &budget, &options)?;
     }
     Pipeline::open(&ModelChoice {
         model: Some(folder.display().to_string()),
         ..choice.clone()
     })
-}
-
-/// The recipe, and flags over it.
-fn options(args: &TrainArgs, teacher: &Pipeline) -> Result<TrainOptions> {
-    let mut recipe = match &args.recipe.recipe {
-        Some(path) => SandwichRecipe::read(path)?,
-        None => SandwichRecipe::default(),
-    };
-    recipe.seed = args.seed.seed.unwrap_or(recipe.seed);
-    recipe.steps = args.steps.unwrap_or(recipe.steps);
-    recipe.finetune.steps = args.finetune.unwrap_or(recipe.finetune.steps);
-    recipe.optimiser.lr = args.lr.unwrap_or(recipe.optimiser.lr);
-    recipe.lora.rank = args.rank.or(recipe.lora.rank).filter(|_| !args.no_lora);
-    recipe.lora.alpha = args.alpha.or(recipe.lora.alpha);
-    let d = &mut recipe.data;
-    d.samples = args.prompts.num_prompts.or(d.samples);
-    d.batch = args.batch.or(d.batch);
-    d.accumulate = args.accumulate.unwrap_or(d.accumulate);
-    d.cache = args.cache.unwrap_or(d.cache);
-    d.width = args.size.width.or(d.width);
-    d.height = args.size.height.or(d.height);
-    let prompts = match &args.prompts.prompts {
-        Some(path) => prompts::read("--prompts", path)?,
-        None => prompts::bundled(teacher),
-    };
-    TrainOptions::new(recipe, &prompts, teacher, args.save_every)
 }
 
 fn write_chart(path: &Path, log: &[Entry]) -> Result<()> {

@@ -6,7 +6,7 @@ use candle::Tensor;
 use super::{report::Memory, velocity::Velocities};
 use crate::{
     bench::timing::{self, Effort, MemoryWatch, Timing},
-    calibrate::{self, states::States},
+    calibrate::{self, noised::States},
     device::Runtime,
     model::{Flux, memory::BATCHES_PER_LOAD},
     pipeline::{

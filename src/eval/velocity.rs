@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::{
     calibrate::{
-        states::States,
+        noised::States,
         stats::{BUCKETS, bucket},
     },
     device::Runtime,

@@ -125,6 +125,15 @@ impl FluxConfig {
         original_ids(&self.layout)
     }
 
+    /// The blocks that are not replaced, in network order.
+    pub fn kept_ids(&self) -> Vec<BlockId> {
+        let ids = self.layout.iter().filter_map(|spec| match spec {
+            BlockSpec::Original(id) => Some(*id),
+            BlockSpec::Replaced(_) => None,
+        });
+        ids.collect()
+    }
+
     /// The replaced entries of the layout.
     pub fn replaced(&self) -> impl Iterator<Item = &Replacement> + '_ {
         self.layout.iter().filter_map(|spec| match spec {

@@ -20,8 +20,8 @@ const COUNTED: u64 = 1 << 31;
 /// Rows of latents in the smallest band: less saves next to nothing.
 const MIN_ROWS: usize = 4;
 
-/// Latents (b, c, h, w) → pictures in about \[-1, 1\], f32 on the CPU, one at a time: decoding takes far more memory
-/// than anything else per picture. In `bands` where they are given.
+/// Latents (b, c, h, w) → images in about \[-1, 1\], f32 on the CPU, one at a time: decoding takes far more memory
+/// than anything else per image. In `bands` where they are given.
 pub fn decode(
     vae: &Vae,
     latents: &Tensor,
@@ -49,7 +49,7 @@ pub fn decode(
     Ok(Tensor::cat(&images, 0)?)
 }
 
-/// How a picture is decoded that does not fit into memory at once.
+/// How a image is decoded that does not fit into memory at once.
 #[derive(Clone, Debug)]
 pub struct InBands {
     /// Rows of latents.
@@ -70,7 +70,7 @@ pub fn decode_packed(
     decode(vae, &latents, bands, runtime)
 }
 
-/// A VAE for pictures of one size, and how to decode them.
+/// A VAE for images of one size, and how to decode them.
 pub struct Decoder<'a> {
     vae: Vae,
     size: LatentSize,
@@ -79,7 +79,7 @@ pub struct Decoder<'a> {
 }
 
 impl Decoder<'_> {
-    /// Packed latents (b, tokens, 4c) → pictures.
+    /// Packed latents (b, tokens, 4c) → images.
     pub fn pictures(&self, packed: &Tensor) -> Result<Vec<Picture>> {
         let bands = self.bands.as_ref();
         let images = decode_packed(&self.vae, packed, self.size, bands, self.runtime)?;
@@ -90,7 +90,7 @@ impl Decoder<'_> {
 }
 
 impl MemoryBudget {
-    /// The VAE, for pictures of one size: at once where they fit, otherwise in bands.
+    /// The VAE, for images of one size: at once where they fit, otherwise in bands.
     pub fn decoder(
         &self,
         files: &VaeFiles,
@@ -169,7 +169,7 @@ impl MemoryBudget {
         }
     }
 
-    /// The widest bands that fit; `None` where the whole picture does.
+    /// The widest bands that fit; `None` where the whole image does.
     fn bands(&self, config: &VaeConfig, size: LatentSize, element: u64) -> Option<InBands> {
         let room = self.room_beside(config, element);
         let whole = self.decoding(config, size, None, element);

@@ -41,7 +41,7 @@ pub struct Defaults {
     /// Guidance scale given to the guidance embedding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guidance: Option<f64>,
-    /// Width and height of pictures, in pixels.
+    /// Width and height of images, in pixels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size: Option<usize>,
     /// The longest text the T5 encoder is given, in tokens.
@@ -95,7 +95,7 @@ impl Pipeline {
     /// Width and height in pixels when the user names none: the model's own, its VAE's sample size, or FLUX.1's 1024.
     ///
     /// # Errors
-    /// When the VAE's configuration is damaged, or no picture can have that size.
+    /// When the VAE's configuration is damaged, or no image can have that size.
     pub fn default_size(&self) -> Result<usize> {
         if let Some(size) = self.defaults.size {
             return Ok(size);

@@ -18,8 +18,11 @@ use crate::{
 };
 
 mod components;
+pub mod convert;
 pub mod decoder;
 pub mod defaults;
+pub mod generate;
+pub mod inspect;
 pub mod load;
 mod locate;
 pub mod placement;

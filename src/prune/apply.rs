@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use candle::DType;
 
-use super::{layers::LayerMap, outputs::Outputs, plan::PruningPlan};
+use super::{plan::PruningPlan, projections::Outputs};
 use crate::{
     checkpoint::{Checkpoint, Source, keys},
+    fit::layers::LayerMap,
     layout::{BlockId, BlockSpec, FluxConfig},
 };
 

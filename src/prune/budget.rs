@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use anyhow::{Result, bail};
 
 use super::{
-    forecast::{Forecast, Situation},
-    plan::{PruningPlan, originals},
+    estimate::{ModelCost, Workload},
+    plan::PruningPlan,
 };
 use crate::layout::{BlockId, BlockKind, FluxConfig, Form};
 
@@ -33,7 +33,7 @@ pub struct Budget<'a> {
     /// The model.
     pub config: &'a FluxConfig,
     /// Where it is to run.
-    pub situation: Situation,
+    pub workload: Workload,
     /// What takes the place of a block.
     pub form: Form,
     /// One layer for both streams.
@@ -48,8 +48,8 @@ impl crate::score::ablation::Goal for Budget<'_> {
     }
 
     fn worth(&self, block: BlockId) -> f64 {
-        let before = Forecast::of(self.config, self.situation);
-        let after = self.forecast(&[block]);
+        let before = ModelCost::of(self.config, self.workload);
+        let after = self.estimate(&[block]);
         match self.goal {
             Goal::Blocks(_) => 1.0,
             Goal::Parameters(_) => before.parameters as f64 - after.parameters as f64,
@@ -74,20 +74,20 @@ impl Budget<'_> {
         )
     }
 
-    fn forecast(&self, blocks: &[BlockId]) -> Forecast {
+    fn estimate(&self, blocks: &[BlockId]) -> ModelCost {
         let plan = self.plan(blocks, String::new(), String::new());
-        Forecast::of_plan(self.config, &plan, self.situation)
+        ModelCost::of_plan(self.config, &plan, self.workload)
     }
 
     /// Whether replacing `blocks` reaches the goal.
     pub fn reaches(&self, blocks: &[BlockId]) -> bool {
         match self.goal {
             Goal::Blocks(count) => blocks.len() >= count,
-            Goal::Parameters(most) => self.forecast(blocks).parameters <= most,
-            Goal::Memory(most) => self.forecast(blocks).memory_bytes <= most,
+            Goal::Parameters(most) => self.estimate(blocks).parameters <= most,
+            Goal::Memory(most) => self.estimate(blocks).memory_bytes <= most,
             Goal::SpeedUp(least) => {
-                let before = Forecast::of(self.config, self.situation);
-                self.forecast(blocks).speed_up(&before) >= least
+                let before = ModelCost::of(self.config, self.workload);
+                self.estimate(blocks).speed_up(&before) >= least
             }
         }
     }
@@ -98,7 +98,7 @@ impl Budget<'_> {
     /// As said.
     pub fn check(&self, free: &[BlockId]) -> Result<()> {
         // one block must stay: the model's sizes are read off it
-        let all = originals(self.config);
+        let all = self.config.kept_ids();
         let most: &[BlockId] = if free.len() < all.len() {
             free
         } else {
@@ -107,8 +107,8 @@ impl Budget<'_> {
         if self.reaches(most) && !most.is_empty() {
             return Ok(());
         }
-        let best = self.forecast(most);
-        let before = Forecast::of(self.config, self.situation);
+        let best = self.estimate(most);
+        let before = ModelCost::of(self.config, self.workload);
         let count = most.len();
         if free.is_empty() {
             bail!("no block may be replaced\nhint: name fewer blocks with --protect");
@@ -158,7 +158,7 @@ impl Budget<'_> {
             blocks
         };
         let (doubles, singles) = (of_kind(BlockKind::Double), of_kind(BlockKind::Single));
-        let all = originals(self.config).len();
+        let all = self.config.kept_ids().len();
         let mut best: Option<(f64, Vec<BlockId>)> = None;
         for double in 0..=doubles.len() {
             let set = |single: usize| [&doubles[..double], &singles[..single]].concat();
@@ -217,7 +217,7 @@ mod tests {
         Budget {
             goal,
             config,
-            situation: Situation {
+            workload: Workload {
                 image_tokens: 4096,
                 text_tokens: 512,
                 element: 2,
@@ -232,7 +232,7 @@ mod tests {
 
     /// Equal importance for all blocks but the named.
     fn importance(config: &FluxConfig, others: &[(BlockId, f64)]) -> BTreeMap<BlockId, f64> {
-        let mut out: BTreeMap<_, _> = originals(config).into_iter().map(|id| (id, 1.0)).collect();
+        let mut out: BTreeMap<_, _> = config.kept_ids().into_iter().map(|id| (id, 1.0)).collect();
         out.extend(others.iter().copied());
         out
     }
@@ -260,10 +260,10 @@ mod tests {
             ..dev()
         };
         let values = [0.5, 0.2, 0.9, 0.11, 0.3, 0.07, 0.4];
-        let ids = originals(&config);
+        let ids = config.kept_ids();
         let importance: BTreeMap<_, _> = ids.iter().copied().zip(values).collect();
         for share in [0.9, 0.7, 0.5, 0.3] {
-            let whole = Forecast::of(&config, budget(&config, Goal::Blocks(1)).situation);
+            let whole = ModelCost::of(&config, budget(&config, Goal::Blocks(1)).workload);
             let most = (whole.parameters as f64 * share) as u64;
             let budget = budget(&config, Goal::Parameters(most));
             let total = |set: &[BlockId]| set.iter().map(|b| importance[b]).sum::<f64>();
@@ -288,19 +288,19 @@ mod tests {
             .unwrap_err();
         assert!(error.to_string().contains("leaves"), "{error}");
         let error = budget(&config, Goal::SpeedUp(1e3))
-            .check(&originals(&config))
+            .check(&config.kept_ids())
             .unwrap_err();
         assert!(error.to_string().contains("times faster"), "{error}");
         let of =
             |goal, free: &[BlockId]| budget(&config, goal).check(free).unwrap_err().to_string();
-        let error = of(Goal::Memory(3 << 10), &originals(&config));
+        let error = of(Goal::Memory(3 << 10), &config.kept_ids());
         assert!(error.contains("of 3.000 KiB:"), "{error}");
         let error = of(Goal::Blocks(1), &[]);
         assert!(
             error.contains("--protect") && !error.contains("--ratio"),
             "{error}"
         );
-        let error = of(Goal::Blocks(3), &originals(&config)[..2]);
+        let error = of(Goal::Blocks(3), &config.kept_ids()[..2]);
         assert!(
             error.contains("3 blocks are") && error.contains("only 2"),
             "{error}"

@@ -1,17 +1,118 @@
 //! Importance and statistics → a plan, fitted layers, and the pruned checkpoint.
 //!
-//! Choosing blocks is `score`'s business, running the model `calibrate`'s; files are written by `commands`.
+//! `goal` says what is asked for, `select` chooses blocks, [`prune`] carries a plan out, `run` does all of it into a folder.
 
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use self::{
+    plan::PruningPlan,
+    recipe::PruneRecipe,
+    sequential::{Fits, Fitting},
+};
+use crate::{
+    calibrate::{AllStates, Calibrator, memory::bytes_of_kept},
+    checkpoint::{Checkpoint, record::Record},
+    layout::FluxConfig,
+    model::Flux,
+    ui,
+};
+
+mod activations;
 pub mod apply;
 pub mod budget;
-pub mod fit;
-pub mod forecast;
-pub mod gated;
-pub mod layers;
-pub mod outputs;
-mod passing;
+mod candidates;
+pub mod estimate;
+pub mod goal;
+pub mod options;
 pub mod plan;
+pub mod plan_run;
+pub mod projections;
 pub mod recipe;
-pub mod refit;
-mod replaced;
-mod sums;
+mod replacement;
+pub mod report;
+pub mod run;
+pub mod select;
+pub mod sequential;
+mod trunk;
+
+/// A plan carried out on a model.
+#[derive(Clone, Debug)]
+pub struct Pruned {
+    /// The plan.
+    pub plan: PruningPlan,
+    /// Fitted layers and projections.
+    pub fits: Fits,
+    /// The pruned transformer's tensors, as the model stores them.
+    pub checkpoint: Checkpoint,
+    /// Its sizes and layout.
+    pub config: FluxConfig,
+    /// What to write about it.
+    pub record: Record,
+}
+
+/// Carries out `plan`: fits its layers on `states`, and what is kept behind them as `recipe` says.
+///
+/// # Errors
+/// When the plan does not fit the model, a forward fails, or activations are NaN or infinite.
+pub fn prune(
+    calibrator: &Calibrator,
+    recipe: &PruneRecipe,
+    plan: PruningPlan,
+    states: &AllStates,
+) -> Result<Pruned> {
+    let (pipeline, settings) = (calibrator.pipeline, &calibrator.settings);
+    let f = &recipe.fit;
+    let refit = f.refit.context("what to refit is resolved")?;
+    let fitting = Fitting {
+        ridge: f.ridge,
+        sequential: f.sequential,
+        refit,
+        batch: settings.batch,
+        tokens: settings.recipe.tokens_per_forward,
+        // there were sums of calibration, which are gone now
+        on_device: bytes_of_kept(&pipeline.config, calibrator.stats_memory),
+    };
+    let flux = &calibrator.flux;
+    let batches = states.fit.batches(settings.batch).len();
+    let steps = sequential::steps(&flux.trunk, batches, &plan.replace, refit);
+    let progress = ui::progress(steps, "fitting");
+    let fits = sequential::fit_layers(
+        flux,
+        &states.fit,
+        &plan.replace,
+        fitting,
+        calibrator.runtime,
+        &progress,
+    )?;
+    let count = plan.replace.len();
+    let s = if count == 1 { "" } else { "s" };
+    ui::done(
+        &progress,
+        format!("fitted {count} layer{s} on the pruned prefix"),
+    );
+    let (mut checkpoint, config) =
+        apply::apply(&pipeline.transformer, &pipeline.config, &plan, &fits.layers)?;
+    apply::put_outputs(&mut checkpoint, &config, &fits.outputs)?;
+    let record = pipeline.record_of(&config, json!({ "prune": recipe, "plan": plan }))?;
+    Ok(Pruned {
+        plan,
+        fits,
+        checkpoint,
+        config,
+        record,
+    })
+}
+
+impl Pruned {
+    /// The model with the layers in place.
+    ///
+    /// # Errors
+    /// When they do not fit on the device.
+    pub fn flux(&self, calibrator: &Calibrator) -> Result<Flux> {
+        let (flux, runtime) = (&calibrator.flux, calibrator.runtime);
+        let mut out = trunk::pruned(flux, &self.plan.replace, &self.fits.layers, runtime)?;
+        projections::put(&mut out, &self.fits.outputs, runtime)?;
+        Ok(out)
+    }
+}

@@ -123,7 +123,7 @@ impl PruningPlan {
     /// When it names a block twice, one the model does not have, blocks that are no neighbours for one layer, or leaves
     /// none.
     pub fn validate(&self, config: &FluxConfig) -> Result<(), PlanError> {
-        let originals: Vec<BlockId> = originals(config);
+        let originals = config.kept_ids();
         let mut seen = std::collections::BTreeSet::new();
         for id in self.blocks() {
             if !seen.insert(id) {
@@ -177,21 +177,12 @@ impl PruningPlan {
     }
 }
 
-/// The blocks of a model that are not replaced yet.
-pub fn originals(config: &FluxConfig) -> Vec<BlockId> {
-    let ids = config.layout.iter().filter_map(|spec| match spec {
-        BlockSpec::Original(id) => Some(*id),
-        BlockSpec::Replaced(_) => None,
-    });
-    ids.collect()
-}
-
 /// The blocks of a list such as `double.05,single.20-24`.
 ///
 /// # Errors
 /// When a name is no block, a range runs backwards, or the model has no such block left; the message names `flag`.
 pub fn parse_blocks(flag: &str, text: &str, config: &FluxConfig) -> anyhow::Result<Vec<BlockId>> {
-    let known = originals(config);
+    let known = config.kept_ids();
     let mut out = Vec::new();
     for part in text
         .split(',')
@@ -245,7 +236,7 @@ pub fn blocks_of_ratio(ratio: f64, config: &FluxConfig) -> Result<usize, PlanErr
             smallest: 0.5 / blocks as f64,
         });
     }
-    if count >= originals(config).len() {
+    if count >= config.kept_ids().len() {
         return Err(PlanError::NothingLeft);
     }
     Ok(count)
@@ -322,7 +313,7 @@ mod tests {
             twice.validate(&model),
             Err(PlanError::Twice(BlockId::single(1)))
         );
-        let all: Vec<_> = originals(&model);
+        let all = model.kept_ids();
         assert_eq!(plan(&all).validate(&model), Err(PlanError::NothingLeft));
     }
 

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::outputs::Refit;
+use super::projections::RefitProjections;
 use crate::{calibrate::recipe::CalibrationRecipe, layout::Form};
 
 /// The recipe of a pruning run.
@@ -24,9 +24,9 @@ pub struct PruneRecipe {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct ScoreRecipe {
-    /// Held-out states that blocks are compared on; `null`: 256, or fewer where pictures are large.
+    /// Held-out states that blocks are compared on; `null`: 256, or fewer where images are large.
     pub held_out: Option<usize>,
-    /// Fit all candidates anew behind each choice before they are compared; `null`: for models up to 1,024 wide, where
+    /// Fit all candidates again behind each choice before they are compared; `null`: for models up to 1,024 wide, where
     /// that costs seconds. Otherwise they are compared by their fits on the original's activations.
     pub refit: Option<bool>,
 }
@@ -45,9 +45,9 @@ pub struct FitRecipe {
     pub ridge: Option<f64>,
     /// Fit in network order on the activations of the already pruned prefix.
     pub sequential: bool,
-    /// Output projections of what is kept that are fitted anew: `none`, `head`, or `all` (also of kept blocks behind a
+    /// Output projections of what is kept that are refitted: `none`, `head`, or `all` (also of kept blocks behind a
     /// replaced one); `null`: `all` up to a width of 1,024, where that takes seconds, and `head` above.
-    pub refit: Option<Refit>,
+    pub refit: Option<RefitProjections>,
 }
 
 impl Default for PruneRecipe {

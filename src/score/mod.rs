@@ -10,10 +10,15 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::layout::BlockId;
+use crate::{
+    checkpoint::{output, save},
+    layout::BlockId,
+    ui,
+};
 
 pub mod ablation;
 pub mod chart;
+pub mod measure;
 pub mod moments;
 
 /// A criterion of importance.
@@ -145,6 +150,19 @@ impl Scores {
         Ok(scores)
     }
 
+    /// Writes the scores to `path` and their chart to `chart`.
+    ///
+    /// # Errors
+    /// When the folder is not writable or the disk is full.
+    pub fn write(&self, path: &Path, chart: &Path) -> Result<()> {
+        if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("cannot create `{}`", folder.display()))?;
+        }
+        output::write_json(path, &serde_json::to_value(self)?)?;
+        save::write_bytes(chart, chart::svg(self)?.as_bytes())
+    }
+
     /// Checks that every block is named once and that its values are numbers.
     ///
     /// # Errors
@@ -200,6 +218,49 @@ impl Scores {
             Ok((block.block, value))
         };
         self.blocks.iter().map(value).collect()
+    }
+}
+
+impl Scores {
+    /// As a table, with the rank of each block.
+    pub fn text(&self) -> String {
+        let columns: Vec<Metric> = Metric::ALL
+            .into_iter()
+            .filter(|metric| self.blocks.iter().any(|b| b.scores.contains_key(metric)))
+            .collect();
+        let mut header: Vec<String> = vec!["block".to_owned()];
+        header.extend(columns.iter().map(Metric::to_string));
+        header.push("rank".to_owned());
+        let value = |block: &BlockScore| block.scores.get(&self.metric).copied();
+        let rows: Vec<Vec<String>> = self
+            .blocks
+            .iter()
+            .map(|block| {
+                let cell = |metric: &Metric| {
+                    let value = block.scores.get(metric);
+                    value.map_or_else(|| "-".to_owned(), |v| format!("{v:.5}"))
+                };
+                // 1 is the least important of those that have a value
+                let rank = value(block).map_or_else(
+                    || "-".to_owned(),
+                    |own| {
+                        let others = self.blocks.iter().filter_map(value);
+                        (1 + others.filter(|v| v.total_cmp(&own).is_lt()).count()).to_string()
+                    },
+                );
+                let mut row = vec![block.block.to_string()];
+                row.extend(columns.iter().map(cell));
+                row.push(rank);
+                row
+            })
+            .collect();
+        let header: Vec<&str> = header.iter().map(String::as_str).collect();
+        let right: Vec<usize> = (1..header.len()).collect();
+        let table = ui::table(&header, &rows, &right);
+        format!(
+            "{table}\n\nrank 1 is the least important block by {}",
+            self.metric
+        )
     }
 }
 

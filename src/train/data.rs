@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use candle::{Device, Tensor};
 
 use crate::{
-    calibrate::states::{Batch, MARGIN},
+    calibrate::noised::{Batch, MARGIN},
     device::Runtime,
     sample::{
         denoise::{Encoded, LatentSize},

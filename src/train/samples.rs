@@ -15,7 +15,7 @@ use super::{
     trainables,
 };
 use crate::{
-    calibrate::states::Batch,
+    calibrate::noised::Batch,
     model::{Conditioning, Stream, Trunk},
 };
 

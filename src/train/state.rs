@@ -191,8 +191,11 @@ pub fn remove(folder: &Path) -> Result<()> {
 
 /// Whether a run writes a file of this name into its folder.
 fn is_ours(name: &str) -> bool {
-    let stem = name.strip_suffix(".tmp").unwrap_or(name);
-    let stem = stem.strip_suffix(".safetensors").unwrap_or_default();
+    let whole = name.strip_suffix(".tmp").unwrap_or(name);
+    if whole.strip_suffix(".partial") == Some(PRUNED) {
+        return true; // the calibration of the bundled model
+    }
+    let stem = whole.strip_suffix(".safetensors").unwrap_or_default();
     name.starts_with(TEMPORARY) || [STEM, IMAGES_STEM, OLD_IMAGES_STEM].contains(&stem)
 }
 

@@ -201,7 +201,7 @@ fn bad_arguments_are_refused_before_any_work() {
         "many.txt",
         "--images-per-prompt",
     ];
-    refused(w, &[&many[..], &["10000"]].concat(), &["110000 pictures"]);
+    refused(w, &[&many[..], &["10000"]].concat(), &["110000 images"]);
     misused(
         w,
         &["inspect", "--text-tokens", "18446744073709551615"],

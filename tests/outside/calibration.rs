@@ -273,7 +273,7 @@ fn a_plan_made_of_scores_is_carried_out() {
         ],
         &["--budget-params", "1000", "leaves"],
     );
-    refused(
+    misused(
         w,
         &[
             "plan",
@@ -379,7 +379,7 @@ fn pictures_with_captions_serve_as_well() {
     refused(
         w,
         &["calibrate", "--images", "none", "--output", "s.safetensors"],
-        &["none", "no picture"],
+        &["none", "no image"],
     );
 }
 

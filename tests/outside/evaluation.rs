@@ -323,7 +323,11 @@ fn bad_input_is_refused_before_any_drawing() {
         ("--width", "7"),
         ("--guidance", "NaN"),
     ] {
-        no(&[&same[..], &[flag, value]].concat(), &[flag]);
+        misused(
+            w,
+            &[&["eval"], &same[..], &[flag, value], &new].concat(),
+            &[flag],
+        );
     }
     no(
         &[&same[..], &["--prompts", "empty.txt"]].concat(),

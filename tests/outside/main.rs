@@ -16,7 +16,9 @@ mod common;
 mod evaluation;
 mod formats;
 mod memory;
+mod old_files;
 mod outputs;
+mod pages;
 mod sandwich;
 mod shell;
 

@@ -1,9 +1,9 @@
 use candle::DType;
 
 use super::*;
-use crate::layout::unpruned;
+use crate::{calibrate::recipe::CalibrationRecipe, layout::unpruned};
 
-/// Two units of 4 tokens' pictures, one held out.
+/// Two units of 4 tokens' images, one held out.
 fn calibration() -> Calibration {
     let recipe = CalibrationRecipe {
         samples: Some(2),
@@ -16,7 +16,7 @@ fn calibration() -> Calibration {
         ..CalibrationRecipe::default()
     };
     let header = Header {
-        version: VERSION,
+        version: Header::VERSION,
         model: String::new(),
         model_name: String::new(),
         runtime: String::new(),

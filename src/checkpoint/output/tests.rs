@@ -5,13 +5,10 @@ use candle::{DType, Device, Tensor};
 use super::*;
 use crate::{
     files::Files,
+    fit::layers::{Fitted, LayerMap, Layers},
     layout::{BlockId, Form, Replacement},
     pipeline::{ModelChoice, Pipeline},
-    prune::{
-        apply::apply,
-        layers::{Fitted, LayerMap, Layers},
-        plan::PruningPlan,
-    },
+    prune::{apply::apply, plan::PruningPlan},
 };
 
 fn open(path: &Path) -> Pipeline {
@@ -119,7 +116,8 @@ fn diffusers_gets_the_class_of_replaced_blocks_and_only_then() {
         assert_eq!(json["num_single_layers"], kept);
         let python = std::fs::read(folder.join("fastflux_flux.py")).ok();
         if custom {
-            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/interop/fastflux_flux.py");
+            let script =
+                Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/interop/fastflux_flux.py");
             assert_eq!(python, std::fs::read(script).ok());
             assert_eq!(json["_class_name"], "FastFluxTransformer2DModel");
             let module = json["auto_map"]["AutoModel"].as_str();

@@ -84,16 +84,12 @@ impl Remote {
     pub(super) fn new(settings: &HubSettings, id: &str) -> Result<Self, Failure> {
         let endpoint = &settings.endpoint;
         let parsed = endpoint.parse::<Uri>().map(Uri::into_parts);
-        let (scheme, authority) = match parsed.map(|uri| (uri.scheme, uri.authority)) {
-            Ok((Some(scheme), Some(authority))) => (scheme, authority),
-            _ => {
-                return Err(Failure {
-                    error: anyhow!(
-                        "`{endpoint}` is not the address of a hub\nhint: check HF_ENDPOINT"
-                    ),
-                    transient: false,
-                });
-            }
+        let parts = parsed.map(|uri| (uri.scheme, uri.authority));
+        let Ok((Some(scheme), Some(authority))) = parts else {
+            return Err(Failure {
+                error: anyhow!("`{endpoint}` is not the address of a hub\nhint: check HF_ENDPOINT"),
+                transient: false,
+            });
         };
         // the system's certificates, as a company's proxy may have its own
         let tls = TlsConfig::builder().root_certs(RootCerts::PlatformVerifier);

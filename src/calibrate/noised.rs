@@ -1,4 +1,4 @@
-//! The model inputs that calibration, scoring and training look at: the model's own pictures, noised anew.
+//! The model inputs that calibration, scoring and training look at: the model's own images, noised again.
 
 use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
@@ -11,17 +11,17 @@ use crate::{
     },
 };
 
-/// Noised latents at random times: `img = (1 − t) picture + t noise`, several for each picture.
+/// Noised latents at random times: `img = (1 − t) image + t noise`, several for each image.
 ///
-/// Only the clean pictures are held; noise is drawn again from its seed when a batch is asked for.
+/// Only the clean images are held; noise is drawn again from its seed when a batch is asked for.
 #[derive(Clone, Debug)]
 pub struct States {
-    /// Clean packed latents, (pictures, image tokens, channels), f32.
+    /// Clean packed latents, (images, image tokens, channels), f32.
     pictures: Tensor,
     prompts: Encoded,
     size: LatentSize,
     guidance: f64,
-    /// (picture, t, noise seed) of each state.
+    /// (image, t, noise seed) of each state.
     items: Vec<(u32, f32, u64)>,
 }
 
@@ -52,14 +52,14 @@ impl Batch {
     }
 }
 
-/// Which of all pictures a share holds.
+/// Which of all images a share holds.
 #[derive(Clone, Copy, Debug)]
 pub struct Share {
-    /// Index of the share's first picture.
+    /// Index of the share's first image.
     pub first: usize,
-    /// Number of all pictures.
+    /// Number of all images.
     pub of: usize,
-    /// Number of states of all pictures together.
+    /// Number of states of all images together.
     pub states: usize,
 }
 
@@ -69,10 +69,10 @@ pub(crate) const MARGIN: f64 = 0.01;
 const GOLDEN: f64 = 0.618_033_988_749_894_9;
 
 impl States {
-    /// `draws` noised states of each picture, times spread evenly over (0, 1).
+    /// `draws` noised states of each image, times spread evenly over (0, 1).
     ///
     /// # Errors
-    /// When pictures and prompts differ in number.
+    /// When images and prompts differ in number.
     pub fn noised(
         pictures: Tensor,
         prompts: Encoded,
@@ -90,10 +90,10 @@ impl States {
         Self::share(pictures, prompts, share, size, guidance, seed)
     }
 
-    /// The states of a share of the pictures: those that [`States::noised`] of all would have of them.
+    /// The states of a share of the images: those that [`States::noised`] of all would have of them.
     ///
     /// # Errors
-    /// When pictures and prompts differ in number.
+    /// When images and prompts differ in number.
     pub fn share(
         pictures: Tensor,
         prompts: Encoded,
@@ -110,7 +110,7 @@ impl States {
         );
         let pictures_of_share = share.first..share.first + count;
         let items = (0..share.states).filter_map(|i| {
-            // pictures take turns, so that every stretch of states has all times and many prompts
+            // images take turns, so that every stretch of states has all times and many prompts
             let picture = i % share.of;
             if !pictures_of_share.contains(&picture) {
                 return None;
@@ -202,7 +202,7 @@ impl States {
         items.iter().map(|(_, t, _)| *t).collect()
     }
 
-    /// The picture that each of the states `range` is made of (fewer where there are fewer).
+    /// The image that each of the states `range` is made of (fewer where there are fewer).
     pub fn pictures(&self, range: std::ops::Range<usize>) -> Vec<u32> {
         let items = self.items.get(range).unwrap_or_default();
         items.iter().map(|(picture, _, _)| *picture).collect()

@@ -1,21 +1,23 @@
-//! The streams of one batch on their way through both models, and which of their rows count. Fitting is `refit`'s business.
+//! The streams of one batch on their way through both models, and which of their tokens count. `sequential` fits.
 
 use anyhow::Result;
 use candle::{Device, Tensor};
 
-use super::sums;
-use crate::model::{Conditioning, Stream};
+use crate::{
+    calibrate::subsample,
+    model::{Conditioning, Stream},
+};
 
 /// The streams of one batch, both just before the block at hand.
-pub(super) struct Passing {
+pub(super) struct PairedActivations {
     pub(super) original: Stream,
     pub(super) pruned: Stream,
     pub(super) conditioning: Conditioning,
-    pub(super) rows: Rows,
+    pub(super) rows: FitSplit,
 }
 
 /// Which rows of a batch go where.
-pub(super) struct Rows {
+pub(super) struct FitSplit {
     /// Samples to fit on, and those left out to choose the ridge.
     pub(super) parts: [Tensor; 2],
     /// Number of the batch.
@@ -24,7 +26,7 @@ pub(super) struct Rows {
     pub(super) limit: Option<usize>,
 }
 
-impl Rows {
+impl FitSplit {
     /// The parts that have samples, and whether they are left out.
     pub(super) fn parts(&self) -> impl Iterator<Item = (&Tensor, bool)> {
         let parts = self.parts.iter().zip([false, true]);
@@ -33,11 +35,11 @@ impl Rows {
 
     /// The tokens of `x` (b, n, …) that sums are made of; all where `None`.
     pub(super) fn tokens(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        sums::tokens(x.dim(0)?, x.dim(1)?, self.limit, self.batch, x.device())
+        subsample::of_samples(x.dim(0)?, x.dim(1)?, self.limit, self.batch, x.device())
     }
 }
 
-impl Passing {
+impl PairedActivations {
     /// Both streams, the original's first, on the device.
     pub(super) fn load(&self, device: &Device) -> Result<(Stream, Stream)> {
         both(&self.original, &self.pruned, device)
@@ -48,9 +50,9 @@ impl Passing {
         &mut self,
         original: &Stream,
         pruned: &Stream,
-        park: &Device,
+        offload_device: &Device,
     ) -> Result<()> {
-        (self.original, self.pruned) = both(original, pruned, park)?;
+        (self.original, self.pruned) = both(original, pruned, offload_device)?;
         Ok(())
     }
 }

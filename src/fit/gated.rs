@@ -11,8 +11,8 @@ use candle::{DType, Device, Tensor};
 use faer::{Mat, Side, linalg::solvers::Solve};
 
 use super::{
-    fit::{Solution, to_faer},
-    sums::{of_samples, square, with_bias},
+    gram::{of_samples, square, with_bias},
+    ridge::{Solution, to_faer},
 };
 
 /// Steps of conjugate gradients at most; each is one pass over the pairs.
@@ -195,7 +195,7 @@ fn conjugate_gradients(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::prune::fit::weight;
+    use crate::fit::ridge::weight;
 
     fn random(shape: &[usize]) -> Tensor {
         Tensor::randn(0f64, 1., shape, &Device::Cpu).unwrap()

@@ -5,24 +5,22 @@
 //! is fitted on the original's own activations. Output projections of kept blocks and head are always fitted on the
 //! pruned model's activations.
 
-use std::ops::Range;
-
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use candle::{DType, Device, Tensor};
 use indicatif::ProgressBar;
 
 use super::{
-    layers::LayerMap,
-    outputs::{self, OutputSums, Outputs, Refit},
-    passing::{Passing, Rows, moved},
-    replaced::Sums,
-    sums,
+    activations::{FitSplit, PairedActivations, moved},
+    projections::{self, OutputSums, Outputs, RefitProjections},
+    replacement::Sums,
+    trunk::{pieces, resident, runs},
 };
 use crate::{
-    calibrate::states::States,
+    calibrate::{noised::States, subsample},
     device::Runtime,
+    fit::layers::LayerMap,
     layout::Replacement,
-    model::{Block, Conditioning, Flux, Linear, ReplacementBlock, Stream, Trunk},
+    model::{Block, Conditioning, Flux, Linear, Stream, Trunk},
 };
 
 /// How to fit.
@@ -32,8 +30,8 @@ pub struct Fitting {
     pub ridge: Option<f64>,
     /// On the activations of the already pruned prefix.
     pub sequential: bool,
-    /// Output projections of what is kept that are fitted anew.
-    pub refit: Refit,
+    /// Output projections of what is kept that are refitted.
+    pub refit: RefitProjections,
     /// States in one forward.
     pub batch: usize,
     /// Tokens of each stream in one forward that sums are made of, evenly spread; `None`: all.
@@ -51,20 +49,20 @@ pub struct Fits {
     pub outputs: Outputs,
 }
 
-/// The states of one picture in eight are left out of the fit to choose the ridge, and used after that.
+/// The states of one image in eight are left out of the fit to choose the ridge, and used after that.
 const LEFT_OUT: u32 = 8;
 /// Bytes of token streams that may stay on a device of its own memory in any case; more are held in the host's and visit
 /// the device a batch at a time.
 const ON_DEVICE: u64 = 2 << 30;
 
 /// Both models on their way through the network.
-struct Walk<'a> {
+struct SequentialFit<'a> {
     flux: &'a Flux,
     fitting: Fitting,
     runtime: &'a Runtime,
-    batches: Vec<Passing>,
+    batches: Vec<PairedActivations>,
     /// Where streams wait between blocks.
-    park: Device,
+    offload_device: Device,
     /// The trunk entry ahead.
     at: usize,
     out: Fits,
@@ -87,12 +85,12 @@ pub fn fit_layers(
     if runs.is_empty() {
         return Ok(Fits::default());
     }
-    let mut walk = Walk::new(flux, states, fitting, runtime, progress)?;
+    let mut walk = SequentialFit::new(flux, states, fitting, runtime, progress)?;
     for (first, replacement) in runs {
         walk.to(first)?;
         walk.replace(replacement)?;
     }
-    if fitting.refit != Refit::None {
+    if fitting.refit != RefitProjections::None {
         walk.to(flux.trunk.len())?;
         walk.head()?;
     }
@@ -100,21 +98,26 @@ pub fn fit_layers(
 }
 
 /// Steps of `progress` that [`fit_layers`] takes.
-pub fn steps(trunk: &Trunk, batches: usize, replace: &[Replacement], refit: Refit) -> usize {
+pub fn steps(
+    trunk: &Trunk,
+    batches: usize,
+    replace: &[Replacement],
+    refit: RefitProjections,
+) -> usize {
     let kept = match refit {
-        Refit::All => runs(trunk, replace)
+        RefitProjections::All => runs(trunk, replace)
             .ok()
             .and_then(|runs| runs.first().map(|(first, _)| trunk.len() - first))
             .map_or(0, |behind| {
                 behind.saturating_sub(replace.iter().map(|r| r.replaces.len()).sum())
             }),
-        Refit::None | Refit::Head => 0,
+        RefitProjections::None | RefitProjections::Head => 0,
     };
-    let head = usize::from(refit != Refit::None && !replace.is_empty());
+    let head = usize::from(refit != RefitProjections::None && !replace.is_empty());
     (replace.len() + kept + head) * batches
 }
 
-impl<'a> Walk<'a> {
+impl<'a> SequentialFit<'a> {
     fn new(
         flux: &'a Flux,
         states: &States,
@@ -123,7 +126,7 @@ impl<'a> Walk<'a> {
         progress: &'a ProgressBar,
     ) -> Result<Self> {
         let mut batches = Vec::new();
-        let mut park = runtime.device.clone();
+        let mut offload_device = runtime.device.clone();
         for (index, range) in states.batches(fitting.batch).enumerate() {
             let (mut fit, mut left_out) = (Vec::new(), Vec::new());
             for (sample, picture) in (0u32..).zip(states.pictures(range.clone())) {
@@ -143,7 +146,7 @@ impl<'a> Walk<'a> {
                 }
                 placed.to_device(&runtime.device)
             };
-            let rows = Rows {
+            let rows = FitSplit {
                 parts: [place(fit)?, place(left_out)?],
                 batch: index,
                 limit: fitting.tokens,
@@ -154,11 +157,11 @@ impl<'a> Walk<'a> {
                 let bytes = stream.tokens.elem_count() * stream.tokens.dtype().size_in_bytes();
                 let all = 2 * bytes * states.batches(fitting.batch).len();
                 if all as u64 > fitting.on_device.max(ON_DEVICE) {
-                    park = Device::Cpu;
+                    offload_device = Device::Cpu;
                 }
             }
-            let stream = moved(&stream, &park)?;
-            batches.push(Passing {
+            let stream = moved(&stream, &offload_device)?;
+            batches.push(PairedActivations {
                 original: stream.clone(),
                 pruned: stream,
                 conditioning,
@@ -170,7 +173,7 @@ impl<'a> Walk<'a> {
             fitting,
             runtime,
             batches,
-            park,
+            offload_device,
             at: 0,
             out: Fits::default(),
             progress,
@@ -179,7 +182,7 @@ impl<'a> Walk<'a> {
 
     /// Up to the trunk entry `index`, which is ahead.
     fn to(&mut self, index: usize) -> Result<()> {
-        if self.fitting.refit == Refit::All && !self.out.layers.is_empty() {
+        if self.fitting.refit == RefitProjections::All && !self.out.layers.is_empty() {
             for kept in self.at..index {
                 self.kept(kept)?;
             }
@@ -198,7 +201,7 @@ impl<'a> Walk<'a> {
                     } else {
                         run(&pruned)?
                     };
-                    batch.store(&after, &pruned, &self.park)?;
+                    batch.store(&after, &pruned, &self.offload_device)?;
                 }
             }
         }
@@ -233,12 +236,12 @@ impl<'a> Walk<'a> {
             sums.add(input, &after, conditioning, &batch.rows)
                 .with_context(|| format!("block {id}"))?;
             if sums.revisits() {
-                inputs.push(moved(input, &self.park)?);
+                inputs.push(moved(input, &self.offload_device)?);
             }
-            batch.store(&after, &pruned, &self.park)?;
+            batch.store(&after, &pruned, &self.offload_device)?;
             self.progress.inc(1);
         }
-        let revisit = |visit: &mut dyn FnMut(&Stream, &Conditioning, &Rows) -> Result<()>| {
+        let revisit = |visit: &mut dyn FnMut(&Stream, &Conditioning, &FitSplit) -> Result<()>| {
             let mut pairs = inputs.iter().zip(&self.batches);
             pairs.try_for_each(|(input, batch)| {
                 let input = moved(input, &self.runtime.device)?;
@@ -280,9 +283,9 @@ impl<'a> Walk<'a> {
                 offset += tokens;
                 let chosen = batch.rows.tokens(&step.z)?;
                 for (part, left_out) in batch.rows.parts() {
-                    let take = |x: &Tensor| sums::pick(x, Some(part), chosen.as_ref());
+                    let take = |x: &Tensor| subsample::pick(x, Some(part), chosen.as_ref());
                     let z = take(&step.z)?;
-                    let gate = sums::pick(&step.gate, Some(part), None)?;
+                    let gate = subsample::pick(&step.gate, Some(part), None)?;
                     let wide = |x: Tensor| x.to_dtype(DType::F32);
                     let y = wide(linear.forward(&z)?)?.broadcast_mul(&wide(gate.unsqueeze(1)?)?)?;
                     let rest = ((wide(take(&target)?)? - wide(take(&step.x)?)?)? - y)?;
@@ -290,7 +293,7 @@ impl<'a> Walk<'a> {
                         .with_context(|| format!("block {id}"))?;
                 }
             }
-            batch.store(&after, &pruned, &self.park)?;
+            batch.store(&after, &pruned, &self.offload_device)?;
             self.progress.inc(1);
         }
         for (name, linear, sums) in projections {
@@ -316,14 +319,16 @@ impl<'a> Walk<'a> {
             let rest = (velocity - wide(linear.forward(&z)?)?)?;
             let chosen = batch.rows.tokens(&z)?;
             for (part, left_out) in batch.rows.parts() {
-                let take = |x: &Tensor| sums::pick(x, Some(part), chosen.as_ref());
+                let take = |x: &Tensor| subsample::pick(x, Some(part), chosen.as_ref());
                 sums.add(&take(&z)?, &take(&rest)?, None, left_out)
                     .context("head")?;
             }
             self.progress.inc(1);
         }
         let projection = sums.solve(&linear, self.fitting.ridge).context("head")?;
-        self.out.outputs.insert((None, outputs::HEAD), projection);
+        self.out
+            .outputs
+            .insert((None, projections::HEAD), projection);
         Ok(())
     }
 
@@ -337,86 +342,10 @@ impl<'a> Walk<'a> {
         for batch in &mut self.batches {
             let pruned = moved(&batch.pruned, &self.runtime.device)?;
             let pruned = block.forward(&pruned, &batch.conditioning)?;
-            batch.pruned = moved(&pruned, &self.park)?;
+            batch.pruned = moved(&pruned, &self.offload_device)?;
         }
         Ok(())
     }
-}
-
-/// `range` in pieces that go through the batches one after another: a block that is not on the device alone, so that it
-/// is read once for all of them, and what lies between such blocks together.
-fn pieces(trunk: &Trunk, range: Range<usize>) -> Vec<Range<usize>> {
-    let stored = |index: usize| {
-        trunk
-            .entries()
-            .get(index)
-            .is_some_and(|(_, b)| b.is_offloaded())
-    };
-    let mut out: Vec<Range<usize>> = Vec::new();
-    for index in range {
-        match out.last_mut() {
-            Some(last) if !stored(index) && !stored(last.end - 1) => last.end = index + 1,
-            _ => out.push(index..index + 1),
-        }
-    }
-    out
-}
-
-/// A part of `trunk` with its weights on the device.
-fn resident(trunk: &Trunk, range: Range<usize>) -> Result<Trunk> {
-    let entries = trunk.entries().get(range).context("no such blocks")?.iter();
-    let entries = entries.map(|(spec, block)| Ok((spec.clone(), block.resident()?)));
-    Ok(Trunk::new(entries.collect::<Result<_>>()?))
-}
-
-/// The replacements in network order with the trunk entry each starts at.
-fn runs<'a>(trunk: &Trunk, replace: &'a [Replacement]) -> Result<Vec<(usize, &'a Replacement)>> {
-    let index = |id| trunk.entries().iter().position(|(spec, _)| spec.id() == id);
-    let mut runs = Vec::new();
-    for replacement in replace {
-        let Some(first) = replacement.replaces.first().and_then(|id| index(*id)) else {
-            bail!("the plan names a block that the model does not have");
-        };
-        for (offset, id) in replacement.replaces.iter().enumerate() {
-            ensure!(
-                index(*id) == Some(first + offset),
-                "the plan replaces {} and {id} by one layer, but they are not neighbours",
-                replacement.replaces[0]
-            );
-        }
-        runs.push((first, replacement));
-    }
-    runs.sort_by_key(|(first, _)| *first);
-    Ok(runs)
-}
-
-/// The model with fitted layers in place of their blocks; it shares all other weights.
-///
-/// # Errors
-/// When a layer does not fit on the device.
-pub fn pruned(
-    flux: &Flux,
-    replace: &[Replacement],
-    layers: &LayerMap,
-    runtime: &Runtime,
-) -> Result<Flux> {
-    let mut out = flux.clone();
-    for (first, replacement) in runs(&flux.trunk, replace)? {
-        let fitted = replacement
-            .replaces
-            .first()
-            .and_then(|id| layers.get(id))
-            .context("a layer was not fitted")?;
-        out.trunk = out
-            .trunk
-            .with_block(first, fitted.block(&runtime.device, runtime.dtype)?)?;
-        for later in first + 1..first + replacement.replaces.len() {
-            out.trunk = out
-                .trunk
-                .with_block(later, ReplacementBlock::Remove.into())?;
-        }
-    }
-    Ok(out)
 }
 
 #[cfg(test)]

@@ -3,15 +3,15 @@
 use anyhow::{Context, Result, bail, ensure};
 use candle::{DType, Device, Tensor};
 
-use super::{
-    fit::{self, Solution},
-    gated::{GatedGram, normal_product},
-    layers::{Fitted, Layers},
-    passing::Rows,
-    sums::{self, of_samples, pick, with_bias},
-};
+use super::activations::FitSplit;
 use crate::{
-    calibrate::stats::{Gram, product_dtype},
+    calibrate::subsample::pick,
+    fit::{
+        gated::{GatedGram, normal_product},
+        gram::{self, Gram, of_samples, product_dtype, with_bias},
+        layers::{Fitted, Layers},
+        ridge::{self, Solution},
+    },
     layout::{Form, Replacement},
     model::{AffineLayer, Block, Conditioning, Linear, Modulation, Stream},
 };
@@ -59,7 +59,7 @@ impl<'a> Sums<'a> {
         input: &Stream,
         output: &Stream,
         conditioning: &Conditioning,
-        rows: &Rows,
+        rows: &FitSplit,
     ) -> Result<()> {
         let form = self.replacement.form;
         if form == Form::Remove {
@@ -72,7 +72,7 @@ impl<'a> Sums<'a> {
             let (x, y) = (take(&x)?, take(&y)?);
             let wide = product_dtype(x.device());
             let target = (y.to_dtype(wide)? - x.to_dtype(wide)?)?; // (b, n, d)
-            let change = sums::square(&target)?;
+            let change = gram::square(&target)?;
             ensure!(change.is_finite(), "activations are NaN or infinite");
             stream.change_sq += change;
             if let Some(modulation) = &stream.modulation {
@@ -130,7 +130,7 @@ impl<'a> Sums<'a> {
 
 /// Calls its argument with each batch: what the layer will see, what all blocks share, and which rows count.
 pub(super) type Inputs<'a> =
-    dyn Fn(&mut dyn FnMut(&Stream, &Conditioning, &Rows) -> Result<()>) -> Result<()> + 'a;
+    dyn Fn(&mut dyn FnMut(&Stream, &Conditioning, &FitSplit) -> Result<()>) -> Result<()> + 'a;
 
 /// What W of a modulated layer is applied to, (b, n, d), and its gate, (b, d).
 fn gated_input(
@@ -167,17 +167,17 @@ impl StreamSums {
     }
 
     fn solve(self, form: Form, ridge: Option<f64>) -> Result<Fitted> {
-        let solution = fit::solve_split(self.fitted, self.left_out, ridge, &fit::RIDGES)?;
+        let solution = ridge::solve_split(self.fitted, self.left_out, ridge, &ridge::RIDGES)?;
         let width = solution.coefficients.ncols();
         let vec = (form == Form::Conditioned)
-            .then(|| fit::weight(&solution.coefficients, width..2 * width))
+            .then(|| ridge::weight(&solution.coefficients, width..2 * width))
             .transpose()?;
         fitted(&solution, vec, None, self.change_sq)
     }
 
     fn solve_gated(self, ridge: Option<f64>, inputs: &Inputs, txt: bool) -> Result<Fitted> {
         let modulation = self.modulation.context("a modulated layer has one")?;
-        let ridge = ridge.unwrap_or(fit::DEFAULT_RIDGE);
+        let ridge = ridge.unwrap_or(ridge::DEFAULT_RIDGE);
         let device = modulation.lin.device();
         let solution = self.gated.solve(ridge, &device, &mut |b| {
             // to the device and back once for all batches
@@ -217,8 +217,8 @@ fn fitted(
 ) -> Result<Fitted> {
     let b = &solution.coefficients;
     Ok(Fitted {
-        weight: fit::weight(b, 0..b.ncols())?,
-        bias: fit::bias(b)?,
+        weight: ridge::weight(b, 0..b.ncols())?,
+        bias: ridge::bias(b)?,
         vec,
         modulation,
         error: solution.residual_sq / change_sq.max(f64::MIN_POSITIVE),

@@ -11,10 +11,10 @@ use crate::{
     },
 };
 
-/// Where and how large pictures are drawn: what arithmetic and memory are counted for.
+/// Where and how large images are drawn: what arithmetic and memory are counted for.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Situation {
-    /// Image tokens of one picture.
+pub struct Workload {
+    /// Image tokens of one image.
     pub image_tokens: usize,
     /// Text tokens.
     pub text_tokens: usize,
@@ -28,28 +28,28 @@ pub struct Situation {
 
 /// Sizes of a model, pruned or not.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Forecast {
+pub struct ModelCost {
     /// Number of parameters of the transformer.
     pub parameters: u64,
     /// Bytes of its checkpoint.
     pub file_bytes: u64,
     /// Floating-point operations of one step at batch 1.
     pub flops: u64,
-    /// Device memory while drawing one picture: the transformer's weights and the widest moment of a block. Text
+    /// Device memory while drawing one image: the transformer's weights and the widest moment of a block. Text
     /// encoders and VAE come before and after it, not beside it.
     pub memory_bytes: u64,
 }
 
-impl Forecast {
+impl ModelCost {
     /// Of a model as it is.
-    pub fn of(config: &FluxConfig, situation: Situation) -> Self {
-        let Situation {
+    pub fn of(config: &FluxConfig, workload: Workload) -> Self {
+        let Workload {
             image_tokens,
             text_tokens,
             element,
             weight_bytes,
             file_bytes,
-        } = situation;
+        } = workload;
         let cost: Cost = cost::model(config, image_tokens, text_tokens);
         let format = ElementSizes {
             element: element as u64,
@@ -67,12 +67,12 @@ impl Forecast {
     }
 
     /// Of the model that `plan` makes of another. The plan must be valid.
-    pub fn of_plan(config: &FluxConfig, plan: &PruningPlan, situation: Situation) -> Self {
+    pub fn of_plan(config: &FluxConfig, plan: &PruningPlan, workload: Workload) -> Self {
         let pruned = FluxConfig {
             layout: plan.layout(config),
             ..config.clone()
         };
-        Self::of(&pruned, situation)
+        Self::of(&pruned, workload)
     }
 
     /// How many times faster than `before` a step is, by its arithmetic alone.

@@ -1,4 +1,4 @@
-//! Output projections of what is kept, fitted anew in closed form, so that kept blocks and the head take back the
+//! Output projections of what is kept, refitted in closed form, so that kept blocks and the head take back the
 //! errors that replaced blocks before them leave.
 //!
 //! A kept block ends in x + g ⊙ (W z + b). Its change of W and b minimises the distance to the original's stream behind
@@ -13,21 +13,20 @@ use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    fit,
-    sums::{self, of_samples, with_bias},
-};
 use crate::{
-    calibrate::stats::Gram,
     device::Runtime,
+    fit::{
+        gram::{self, Gram, of_samples, with_bias},
+        ridge,
+    },
     layout::BlockId,
     model::{Flux, Linear},
 };
 
-/// Which output projections of what is kept are fitted anew.
+/// Which output projections of what is kept are refitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Refit {
+pub enum RefitProjections {
     /// None: kept weights stay as they are.
     None,
     /// The head's projection to the velocity.
@@ -39,9 +38,9 @@ pub enum Refit {
 /// Width up to which refitting all outputs takes seconds: its matrices are five times as wide.
 const NARROW: usize = 1024;
 
-impl Refit {
+impl RefitProjections {
     /// What a model `hidden` wide is given where the recipe does not say.
-    pub fn usual(hidden: usize) -> Self {
+    pub fn for_width(hidden: usize) -> Self {
         if hidden <= NARROW {
             Self::All
         } else {
@@ -112,9 +111,9 @@ impl OutputSums {
                 let weighted = z.broadcast_mul(&root.unsqueeze(2)?)?;
                 let target = residual.broadcast_mul(&gate.broadcast_div(&root)?.unsqueeze(1)?)?;
                 let mut sums = of_samples(&weighted, &c, &target)?;
-                sums.target_sq = sums::square(&residual)?;
+                sums.target_sq = gram::square(&residual)?;
                 let u = square.broadcast_mul(&a)?.sum(0)?.to_dtype(DType::F64)?;
-                (sums, Some(u), sums::square(&a)?)
+                (sums, Some(u), gram::square(&a)?)
             }
         };
         ensure!(
@@ -160,11 +159,11 @@ impl OutputSums {
             self.fitted.map(scaled).transpose()?,
             self.left_out.map(scaled).transpose()?,
         );
-        let solution = fit::solve_split(fitted, left_out, ridge, &RIDGES)?;
+        let solution = ridge::solve_split(fitted, left_out, ridge, &RIDGES)?;
         let inputs = solution.coefficients.nrows() - 1;
         let column = root.unsqueeze(1)?.to_dtype(DType::F32)?;
-        let change = fit::weight(&solution.coefficients, 0..inputs)?.broadcast_div(&column)?;
-        let shift = (fit::bias(&solution.coefficients)? / column.squeeze(1)?)?;
+        let change = ridge::weight(&solution.coefficients, 0..inputs)?.broadcast_div(&column)?;
+        let shift = (ridge::bias(&solution.coefficients)? / column.squeeze(1)?)?;
         let host = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F32);
         let bias = match before.bias() {
             Some(bias) => (host(bias)? + shift)?,
@@ -227,8 +226,8 @@ mod tests {
     }
 
     fn off(got: &Tensor, want: &Tensor) -> f64 {
-        let rest = sums::square(&(got - want).unwrap()).unwrap();
-        (rest / sums::square(want).unwrap()).sqrt()
+        let rest = gram::square(&(got - want).unwrap()).unwrap();
+        (rest / gram::square(want).unwrap()).sqrt()
     }
 
     fn before() -> Linear {

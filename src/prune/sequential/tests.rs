@@ -1,7 +1,8 @@
-use super::*;
+use super::{super::trunk::pruned, *};
 use crate::{
+    fit::gram,
     layout::{BlockId, Form},
-    model::AffineLayer,
+    model::{AffineLayer, ReplacementBlock},
     pipeline::{ModelChoice, Pipeline},
     sample::denoise::{Encoded, LatentSize},
     ui,
@@ -44,7 +45,7 @@ fn replace(id: BlockId, form: Form, joint: bool) -> Replacement {
     }
 }
 
-fn fit(flux: &Flux, states: &States, replace: &[Replacement], refit: Refit) -> Flux {
+fn fit(flux: &Flux, states: &States, replace: &[Replacement], refit: RefitProjections) -> Flux {
     let fitting = Fitting {
         ridge: None,
         sequential: true,
@@ -56,7 +57,7 @@ fn fit(flux: &Flux, states: &States, replace: &[Replacement], refit: Refit) -> F
     let bar = ui::progress(1, "");
     let fits = fit_layers(flux, states, replace, fitting, &runtime(), &bar).unwrap();
     let mut out = pruned(flux, replace, &fits.layers, &runtime()).unwrap();
-    outputs::put(&mut out, &fits.outputs, &runtime()).unwrap();
+    projections::put(&mut out, &fits.outputs, &runtime()).unwrap();
     out
 }
 
@@ -67,7 +68,7 @@ fn off(got: &Flux, want: &Flux, states: &States) -> f64 {
         .unwrap();
     let velocity = |flux: &Flux| flux.forward(&batch.inputs(), &mut ()).unwrap();
     let (got, want) = (velocity(got), velocity(want));
-    sums::square(&(got - &want).unwrap()).unwrap() / sums::square(&want).unwrap()
+    gram::square(&(got - &want).unwrap()).unwrap() / gram::square(&want).unwrap()
 }
 
 #[test]
@@ -96,7 +97,7 @@ fn a_block_that_is_a_layer_of_the_form_is_recovered() {
         let mut known_flux = flux.clone();
         known_flux.trunk = flux.trunk.with_block(7, known.into()).unwrap();
         let replace = [replace(BlockId::single(2), form, joint)];
-        let fitted = fit(&known_flux, &states, &replace, Refit::All);
+        let fitted = fit(&known_flux, &states, &replace, RefitProjections::All);
         let off = off(&fitted, &known_flux, &states).sqrt();
         assert!(off < 1e-5, "{form} joint {joint}: {off}");
     }
@@ -109,14 +110,18 @@ fn each_further_refit_brings_the_velocity_nearer() {
         replace(BlockId::double(1), Form::Linear, false),
         replace(BlockId::single(4), Form::Modulated, false),
     ];
-    let [none, head, all] = [Refit::None, Refit::Head, Refit::All]
-        .map(|refit| off(&fit(&flux, &states, &replace, refit), &flux, &states));
+    let [none, head, all] = [
+        RefitProjections::None,
+        RefitProjections::Head,
+        RefitProjections::All,
+    ]
+    .map(|refit| off(&fit(&flux, &states, &replace, refit), &flux, &states));
     assert!(all < head && head < none, "{none} {head} {all}");
 }
 
 #[test]
 fn nothing_is_refitted_where_nothing_is_replaced() {
     let (flux, states) = bundled(2);
-    let same = fit(&flux, &states, &[], Refit::All);
+    let same = fit(&flux, &states, &[], RefitProjections::All);
     assert!(off(&same, &flux, &states) <= 0.0);
 }

@@ -1,4 +1,4 @@
-//! Fitted layers as data: what `fit` found, ready to become a block of the model or tensors of a checkpoint.
+//! Fitted layers as data: what `ridge` found, ready to become a block of the model or tensors of a checkpoint.
 
 use std::collections::BTreeMap;
 

@@ -1,10 +1,8 @@
-//! The arithmetic of calibration: scalar sums over tokens, and the products of a least-squares problem. On the CPU in
-//! one pass over the activations and half of each symmetric product; elsewhere with tensor operations, which are also
-//! the slow twins. What the sums are for is `stats`' business.
+//! Scalar sums over the tokens of each sample: on the CPU in one pass over the activations, elsewhere with tensor
+//! operations, which are also the reference of the tests.
 
 use anyhow::Result;
-use candle::{D, DType, Device, Tensor};
-use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
+use candle::{D, DType, Tensor};
 use rayon::prelude::*;
 
 /// Σ ‖x‖², Σ ‖y − x‖² and Σ cos(x, y) over the tokens of one sample.
@@ -75,82 +73,14 @@ fn sample_sums_plain(x: &Tensor, y: &Tensor) -> Result<Vec<SampleSums>> {
     Ok(sums.into_iter().map(|s| [s[0], s[1], s[2]]).collect())
 }
 
-/// ZᵀZ (k, k) and ZᵀR (k, d) in f64, of `z` (n, k) and `r` (n, d) in f64 or, off the CPU, in f32.
-pub(super) fn products(z: &Tensor, r: &Tensor) -> Result<(Tensor, Tensor)> {
-    if z.device().is_cpu() && z.dtype() == DType::F64 && r.dtype() == DType::F64 {
-        products_cpu(z, r)
-    } else {
-        products_plain(z, r)
-    }
-}
-
-fn products_plain(z: &Tensor, r: &Tensor) -> Result<(Tensor, Tensor)> {
-    let transposed = z.t()?;
-    Ok((
-        transposed.matmul(z)?.to_dtype(DType::F64)?,
-        transposed.matmul(r)?.to_dtype(DType::F64)?,
-    ))
-}
-
-/// Columns of one task: wide enough for the matrix product, narrow enough to skip most of the upper triangle.
-const PANEL: usize = 64;
-
-fn products_cpu(z: &Tensor, r: &Tensor) -> Result<(Tensor, Tensor)> {
-    let ((n, k), (_, d)) = (z.dims2()?, r.dims2()?);
-    let values = |t: &Tensor| -> Result<Vec<f64>> { Ok(t.flatten_all()?.to_vec1()?) };
-    let (z, r) = (values(z)?, values(r)?);
-    let z = MatRef::from_row_major_slice(&z, n, k);
-    let r = MatRef::from_row_major_slice(&r, n, d);
-    // column-major panels; of ZᵀZ only the rows from the diagonal on, and as it is symmetric its columns are its rows
-    let (mut gram, mut cross) = (vec![0.0; k * k], vec![0.0; k * d]);
-    let grams = gram.par_chunks_mut(PANEL * k).enumerate();
-    let crosses = cross.par_chunks_mut(PANEL * k).enumerate();
-    let panel = |out: &mut [f64], of: MatRef<f64>, start: usize, skip: usize| {
-        let columns = out.len() / k;
-        let out = MatMut::from_column_major_slice_mut(out, k, columns).subrows_mut(skip, k - skip);
-        let (left, right) = (z.subcols(skip, k - skip), of.subcols(start, columns));
-        matmul(out, Accum::Replace, left.transpose(), right, 1.0, Par::Seq);
-    };
-    rayon::join(
-        || grams.for_each(|(i, out)| panel(out, z, i * PANEL, i * PANEL)),
-        || crosses.for_each(|(i, out)| panel(out, r, i * PANEL, 0)),
-    );
-    for column in 0..k {
-        for row in 0..column {
-            gram[column * k + row] = gram[row * k + column];
-        }
-    }
-    let cross = Tensor::from_vec(cross, (d, k), &Device::Cpu)?;
-    Ok((
-        Tensor::from_vec(gram, (k, k), &Device::Cpu)?,
-        cross.t()?.contiguous()?,
-    ))
-}
-
 #[cfg(test)]
 mod tests {
+    use candle::Device;
+
     use super::*;
 
     fn random(shape: &[usize]) -> Tensor {
         Tensor::randn(0f64, 1., shape, &Device::Cpu).unwrap()
-    }
-
-    fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
-        let difference = (a - b).unwrap().abs().unwrap();
-        difference.max_all().unwrap().to_scalar().unwrap()
-    }
-
-    #[test]
-    fn halved_products_equal_whole_ones() {
-        for (n, k, d) in [(3, 5, 2), (200, 129, 128), (70, 200, 65)] {
-            let (z, r) = (random(&[n, k]), random(&[n, d]));
-            let (fast, slow) = (
-                products_cpu(&z, &r).unwrap(),
-                products_plain(&z, &r).unwrap(),
-            );
-            assert!(largest_difference(&fast.0, &slow.0) < 1e-11);
-            assert!(largest_difference(&fast.1, &slow.1) < 1e-11);
-        }
     }
 
     #[test]

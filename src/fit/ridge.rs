@@ -1,11 +1,11 @@
 //! Ridge least squares from sums alone: the affine layer nearest to a block's residual branch (FastFLUX, arXiv
-//! 2506.10035, BRLL). Gathering the sums is `calibrate`'s and `refit`'s business.
+//! 2506.10035, BRLL). `calibrate` and `prune::sequential` accumulate the sums.
 
 use anyhow::{Result, bail, ensure};
 use candle::{DType, Device, Tensor};
 use faer::{Mat, Side, linalg::solvers::Solve};
 
-use crate::calibrate::stats::Gram;
+use super::gram::Gram;
 
 /// Ridges that are tried when none is given, relative to the mean diagonal.
 pub const RIDGES: [f64; 6] = [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2];
@@ -182,7 +182,7 @@ pub(super) fn to_faer(matrix: &Tensor) -> Result<Mat<f64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::calibrate::stats::with_ones;
+    use crate::fit::gram::with_ones;
 
     fn random(rows: usize, columns: usize) -> Tensor {
         Tensor::randn(0f64, 1., (rows, columns), &Device::Cpu).unwrap()

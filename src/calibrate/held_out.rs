@@ -1,0 +1,124 @@
+//! The error of the model's final velocity on held-out noised latents when blocks are exchanged.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, ensure};
+use candle::{DType, Device, Tensor};
+use indicatif::ProgressBar;
+
+use super::noised::{Batch, States};
+use crate::model::{Block, Flux, Stream, Trunk, memory::BATCHES_PER_LOAD};
+
+/// Held-out states with the unpruned model's velocity on them.
+pub struct HeldOut {
+    batches: Vec<(Batch, Tensor)>,
+    /// Σ ‖v‖² of the unpruned model.
+    norm_sq: f64,
+}
+
+impl HeldOut {
+    /// Runs the unpruned model on `states`.
+    ///
+    /// # Errors
+    /// When a forward fails or its result is not finite.
+    pub fn new(
+        flux: &Flux,
+        states: &States,
+        batch: usize,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        let mut batches = Vec::new();
+        let mut norm_sq = 0.0;
+        for range in states.batches(batch) {
+            let batch = states.batch(range, device, dtype)?;
+            let velocity = flux
+                .forward(&batch.inputs(), &mut ())?
+                .to_dtype(DType::F32)?;
+            norm_sq += sum_sq(&velocity)?;
+            batches.push((batch, velocity));
+        }
+        ensure!(
+            norm_sq.is_finite() && norm_sq > 0.0,
+            "the unpruned model's velocity is NaN, infinite or zero"
+        );
+        Ok(Self { batches, norm_sq })
+    }
+
+    /// Relative mean squared error of the velocity of `flux` with `trunk` in place of its own.
+    ///
+    /// # Errors
+    /// When a forward fails.
+    pub fn error(&self, flux: &Flux, trunk: &Trunk) -> Result<f64> {
+        let mut error = 0.0;
+        for (batch, velocity) in &self.batches {
+            let (stream, conditioning) = flux.embed(&batch.inputs())?;
+            let stream = trunk.forward_range(0..trunk.len(), &stream, &conditioning, &mut ())?;
+            let got = flux.head(&stream, &conditioning)?.to_dtype(DType::F32)?;
+            error += sum_sq(&(got - velocity)?)?;
+        }
+        Ok(error / self.norm_sq)
+    }
+
+    /// The error of `trunk` with each of `candidates` (index in the trunk → replacement) exchanged in turn.
+    ///
+    /// The trunk is a fold, so the prefix before a block is computed once for all candidates behind it. Where blocks are
+    /// read whenever they are run, several candidates go through each together; the numbers are the same.
+    ///
+    /// # Errors
+    /// When a forward fails.
+    pub fn ablate(
+        &self,
+        flux: &Flux,
+        trunk: &Trunk,
+        candidates: &BTreeMap<usize, Block>,
+        progress: &ProgressBar,
+    ) -> Result<BTreeMap<usize, f64>> {
+        let mut errors: BTreeMap<usize, f64> = candidates.keys().map(|k| (*k, 0.0)).collect();
+        let order: Vec<usize> = candidates.keys().copied().collect();
+        let together = if trunk.has_offloaded(0..trunk.len()) {
+            BATCHES_PER_LOAD
+        } else {
+            1
+        };
+        for (batch, velocity) in &self.batches {
+            let (mut prefix, conditioning) = flux.embed(&batch.inputs())?;
+            let mut start = 0;
+            for group in order.chunks(together) {
+                let last = group.last().copied().unwrap_or(start);
+                // what came out of the candidates so far, on its way to the end
+                let mut under_way: Vec<(usize, Stream)> = Vec::new();
+                trunk.walk(start..trunk.len(), &mut |index, _, block| {
+                    for (_, stream) in &mut under_way {
+                        *stream = block.forward(stream, &conditioning)?;
+                    }
+                    if let Some(candidate) = candidates.get(&index)
+                        && group.contains(&index)
+                    {
+                        under_way.push((index, candidate.forward(&prefix, &conditioning)?));
+                    }
+                    if index < last {
+                        prefix = block.forward(&prefix, &conditioning)?;
+                    }
+                    Ok(())
+                })?;
+                for (index, end) in under_way {
+                    let got = flux.head(&end, &conditioning)?.to_dtype(DType::F32)?;
+                    *errors.entry(index).or_default() += sum_sq(&(got - velocity)?)? / self.norm_sq;
+                    progress.inc(1);
+                }
+                start = last;
+            }
+        }
+        Ok(errors)
+    }
+
+    /// Number of batches, for progress bars.
+    pub fn batches(&self) -> usize {
+        self.batches.len()
+    }
+}
+
+fn sum_sq(t: &Tensor) -> Result<f64> {
+    Ok(f64::from(t.sqr()?.sum_all()?.to_scalar::<f32>()?))
+}

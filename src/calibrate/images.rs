@@ -1,0 +1,73 @@
+//! Given images with captions: read from a folder, encoded to latents.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use candle::Tensor;
+
+use crate::{
+    device::Runtime,
+    pipeline::{Pipeline, load},
+    sample::{image, latents, size::ImageSize},
+    ui,
+};
+
+/// The images of a folder in the order of their names, with the captions beside them.
+pub(super) fn captioned(folder: &Path) -> Result<(Vec<String>, Vec<PathBuf>)> {
+    let name = folder.display();
+    let entries =
+        std::fs::read_dir(folder).with_context(|| format!("--images: cannot read `{name}`"))?;
+    let mut images = Vec::new();
+    for entry in entries {
+        let path = entry
+            .with_context(|| format!("--images: cannot read `{name}`"))?
+            .path();
+        let ending = path.extension().and_then(|e| e.to_str());
+        let ending = ending.map(str::to_ascii_lowercase).unwrap_or_default();
+        if image::EXTENSIONS.contains(&ending.as_str()) {
+            images.push(path);
+        }
+    }
+    ensure!(
+        !images.is_empty(),
+        "--images: `{name}` holds no image ({})",
+        image::EXTENSIONS.join(", ")
+    );
+    images.sort();
+    let caption = |path: &PathBuf| -> Result<String> {
+        let text = path.with_extension("txt");
+        let caption = std::fs::read_to_string(&text).with_context(|| {
+            format!(
+                "--images: `{}` has no caption: cannot read `{}`",
+                path.display(),
+                text.display()
+            )
+        })?;
+        Ok(caption.trim().to_owned())
+    };
+    let captions = images.iter().map(caption).collect::<Result<_>>()?;
+    Ok((captions, images))
+}
+
+/// Image files → packed latents (images, tokens, 4 · channels), f32 on the CPU; one image in memory at a time.
+pub(super) fn encode(
+    pipeline: &Pipeline,
+    runtime: &Runtime,
+    size: ImageSize,
+    images: &[PathBuf],
+) -> Result<Tensor> {
+    let vae = load::vae(&pipeline.vae_files()?, runtime)?;
+    let progress = ui::progress(images.len(), "encoding images");
+    let mut out = Vec::new();
+    for path in images {
+        let picture = image::read(path).context("--images")?;
+        let picture = image::covering(&picture, size.width, size.height)?.unsqueeze(0)?;
+        let picture = picture.to_device(&runtime.device)?;
+        let latents = vae.encode(&picture.to_dtype(runtime.dtype)?)?;
+        let packed = latents::pack(&latents.to_dtype(candle::DType::F32)?)?;
+        out.push(packed.to_device(&candle::Device::Cpu)?);
+        progress.inc(1);
+    }
+    ui::done(&progress, format!("encoded {} images", images.len()));
+    Ok(Tensor::cat(&out, 0)?)
+}

@@ -1,0 +1,338 @@
+//! What a calibration takes: forwards, arithmetic and memory, counted before anything is loaded (`--dry-run`).
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use super::{options::ResolvedOptions, pass::Shard, recipe::StateSource};
+use crate::{
+    layout::FluxConfig,
+    model::cost,
+    pipeline::{
+        Pipeline,
+        placement::{Activity, MemoryBudget},
+    },
+    ui,
+};
+
+/// Bytes of the sums of one block: ZᵀZ and ZᵀR of both streams, in f64.
+pub(super) fn bytes_of_sums(config: &FluxConfig) -> u64 {
+    let d = config.hidden_size as u64;
+    2 * 8 * (d + 1) * (2 * d + 1)
+}
+
+/// How many blocks' sums fit into `memory`, at least one.
+pub(super) fn blocks_within(config: &FluxConfig, memory: Option<u64>) -> usize {
+    let all = config.kept_ids().len();
+    let fit = memory.map_or(all, |bytes| (bytes / bytes_of_sums(config)) as usize);
+    fit.clamp(1, all.max(1))
+}
+
+/// Bytes of the sums that are kept where there is room for `memory` bytes of them; 0 if the limit is unknown.
+pub fn bytes_of_kept(config: &FluxConfig, memory: Option<u64>) -> u64 {
+    memory.map_or(0, |bytes| {
+        blocks_within(config, Some(bytes)) as u64 * bytes_of_sums(config)
+    })
+}
+
+/// What is on the device during a calibration in addition to the blocks, and the bytes that its sums may take: `given` ones, or
+/// half of what is left; the other half is for solving.
+pub(super) fn activity(
+    pipeline: &Pipeline,
+    budget: &MemoryBudget,
+    settings: &ResolvedOptions,
+    given: Option<u64>,
+) -> (Activity, Option<u64>) {
+    let config = &pipeline.config;
+    let (batch, tokens) = (
+        settings.batch,
+        settings.size.tokens() + settings.text_tokens,
+    );
+    // one stream of one block in f32 (f64 on the CPU), its change, and the fresh products next to the sums
+    let wide = if budget.on_cpu() { 8 } else { 4 };
+    let stream = (batch * tokens * config.hidden_size) as u64;
+    // and, at other times, candidates that are scored together, images that are generated together
+    let waiting = budget.waiting(config, batch, tokens);
+    let mut activity = Activity {
+        batch,
+        tokens,
+        extra_bytes: (2 * stream * wide).max(waiting) + bytes_of_sums(config),
+    };
+    let sums = given.or_else(|| Some(budget.headroom(config, activity)? / 2));
+    let kept = blocks_within(config, sums) as u64 * bytes_of_sums(config);
+    // layers and solver are on the host
+    activity.extra_bytes += if budget.on_cpu() { 2 * kept } else { kept };
+    (activity, sums)
+}
+
+/// Counts for the two parts of a calibration.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Forwards {
+    /// Forwards of sampling images.
+    pub sampling: usize,
+    /// Forwards of running the noised latents.
+    pub statistics: usize,
+}
+
+/// Floating-point operations.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Flops {
+    /// Of sampling images.
+    pub sampling: f64,
+    /// Of running the noised latents.
+    pub statistics: f64,
+    /// Of the products of the sums.
+    pub products: f64,
+}
+
+/// Bytes of memory, and of the file.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Bytes {
+    /// Weights that are on the device at one time.
+    pub weights: u64,
+    /// All sums.
+    pub statistics: u64,
+    /// The widest moment of a forward, and the products next to the sums.
+    pub activations: u64,
+    /// Latents of all images.
+    pub pictures: u64,
+    /// The statistics file.
+    pub file: u64,
+    /// Fitted layers and the solver.
+    pub solving: u64,
+    /// Token streams of the sequential fits.
+    pub streams: u64,
+    /// All that is on the device at one time.
+    pub device: u64,
+    /// All that is on the host at one time.
+    pub host: u64,
+}
+
+/// What a calibration takes. Memory is what programs allocate; mapped pages of the model's file are not counted.
+#[derive(Clone, Debug, Serialize)]
+pub struct CalibrationEstimate {
+    /// How the model is called.
+    pub model: String,
+    /// Number format and device.
+    pub runtime: String,
+    /// Prompts to sample.
+    pub prompts: usize,
+    /// Sampling steps.
+    pub steps: usize,
+    /// Image tokens of one image.
+    pub image_tokens: usize,
+    /// Text tokens.
+    pub text_tokens: usize,
+    /// Noised latents in one forward.
+    #[serde(rename = "states_in_a_forward")]
+    pub batch: usize,
+    /// Forwards, of this shard.
+    pub forwards: Forwards,
+    /// Operations, of this shard.
+    pub flops: Flops,
+    /// Blocks that are not replaced.
+    pub blocks: usize,
+    /// Blocks whose sums fit into memory.
+    pub blocks_with_sums: usize,
+    /// Blocks that stay on the device.
+    pub blocks_on_the_device: usize,
+    /// Memory.
+    pub bytes: Bytes,
+    /// Bytes of the device that are free; `None` if unknown.
+    pub free: Option<u64>,
+    /// Which shard, `2/8`; `None` for all.
+    pub shard: Option<String>,
+    #[serde(skip)]
+    details: Details,
+}
+
+/// What only the text says.
+#[derive(Clone, Copy, Debug)]
+struct Details {
+    width: usize,
+    height: usize,
+    noised: usize,
+    sums_of_a_block: u64,
+    all_blocks: usize,
+    fitting: bool,
+    on_cpu: bool,
+}
+
+impl CalibrationEstimate {
+    /// Of `settings` with at most `stats_memory` bytes of sums; with `fitting`, of scores and fits after it too.
+    ///
+    /// # Errors
+    /// When the memory limit is too low for a forward.
+    pub fn new(
+        pipeline: &Pipeline,
+        budget: &MemoryBudget,
+        settings: &ResolvedOptions,
+        shard: Shard,
+        stats_memory: Option<u64>,
+        fitting: bool,
+    ) -> Result<Self> {
+        let runtime = budget.runtime();
+        let config = &pipeline.config;
+        let steps = settings.recipe.steps.context("steps are resolved")?;
+        let draws = settings.recipe.draws.context("draws are resolved")?;
+        let (samples, prompts, batch) = (settings.samples, settings.prompts.len(), settings.batch);
+        let sampling = match settings.recipe.source {
+            StateSource::Images => 0,
+            StateSource::Latents | StateSource::Trajectory => prompts * steps,
+        };
+        let gathered = match settings.recipe.source {
+            StateSource::Trajectory => 0,
+            StateSource::Latents | StateSource::Images => (samples as f64 * draws).ceil() as usize,
+        };
+        let of_shard = |states: usize| states.div_ceil(shard.of);
+        let image_tokens = settings.size.tokens();
+        let tokens = image_tokens + settings.text_tokens;
+        let per_state = cost::model(config, image_tokens, settings.text_tokens);
+        let flops = |states: usize| of_shard(states) as f64 * per_state.flops() as f64;
+        let (activity, room) = self::activity(pipeline, budget, settings, stats_memory);
+        let kept = blocks_within(config, room);
+        let residence = budget.residence(config, activity)?;
+        let d = config.hidden_size as u64;
+        let noised = match settings.recipe.source {
+            StateSource::Trajectory => samples * steps,
+            StateSource::Latents | StateSource::Images => gathered,
+        };
+        let rows = match settings.recipe.tokens_per_forward {
+            None => noised * tokens,
+            Some(limit) => noised.div_ceil(batch) * (2 * limit).min(batch * tokens),
+        };
+        // 2 · rows · (k² / 2 + k d) multiply-adds
+        let products = (kept * of_shard(rows)) as f64 * 2.0 * (d as f64) * (1.5 * d as f64);
+        let weights = residence.bytes;
+        let sums = kept as u64 * bytes_of_sums(config);
+        let element = runtime.dtype.size_in_bytes() as u64;
+        let on_cpu = runtime.device.is_cpu();
+        let forward = budget.activations(config, batch, tokens);
+        // one stream of one block in f32 (f64 on the CPU), its change, and the fresh products next to the sums
+        let wide = if on_cpu { 8 } else { 4 };
+        let activations = forward + (batch * tokens) as u64 * 2 * d * wide + bytes_of_sums(config);
+        let pictures = (prompts * image_tokens * config.in_channels * 4) as u64;
+        // a layer for each stream of every block with sums, f32, and a few matrices of the solver's in f64
+        let (solving, streams) = if fitting {
+            let layers = kept as u64 * 2 * d * (d + 1) * 4;
+            let solver = 6 * (d + 1) * (d + 1) * 8;
+            let held = (samples * settings.draws_later() * tokens) as u64;
+            (layers + solver, 2 * held * d * element)
+        } else {
+            (0, 0)
+        };
+        // sums are gone when the sequential fits begin
+        let work = (sums + solving + activations).max(streams + solving + forward);
+        Ok(Self {
+            model: pipeline.name.clone(),
+            runtime: runtime.to_string(),
+            prompts,
+            steps,
+            image_tokens,
+            text_tokens: settings.text_tokens,
+            batch,
+            forwards: Forwards {
+                sampling: of_shard(sampling).div_ceil(batch),
+                statistics: of_shard(gathered).div_ceil(batch),
+            },
+            flops: Flops {
+                sampling: flops(sampling),
+                statistics: flops(gathered),
+                products,
+            },
+            blocks: config.kept_ids().len(),
+            blocks_with_sums: kept,
+            blocks_on_the_device: residence.count(),
+            bytes: Bytes {
+                weights,
+                statistics: sums,
+                activations,
+                pictures,
+                file: sums + pictures,
+                solving,
+                streams,
+                device: weights + if on_cpu { work } else { sums + activations },
+                host: pictures
+                    + if on_cpu {
+                        weights + work
+                    } else {
+                        sums + solving + streams
+                    },
+            },
+            free: runtime.free_memory(),
+            shard: (shard != Shard::WHOLE).then(|| format!("{}/{}", shard.index, shard.of)),
+            details: Details {
+                width: settings.size.width,
+                height: settings.size.height,
+                noised,
+                sums_of_a_block: bytes_of_sums(config),
+                all_blocks: residence.total(),
+                fitting,
+                on_cpu,
+            },
+        })
+    }
+
+    /// For people.
+    pub fn text(&self) -> String {
+        let size = |bytes: u64| ui::bytes(bytes as f64);
+        let (b, d) = (&self.bytes, &self.details);
+        let mut lines = vec![
+            format!("model       {} on {}", self.model, self.runtime),
+            format!(
+                "sampling    {} prompts × {} steps at {}×{}, {} forwards of {}: {}",
+                self.prompts,
+                self.steps,
+                d.width,
+                d.height,
+                self.forwards.sampling,
+                self.batch,
+                ui::flops(self.flops.sampling)
+            ),
+            format!(
+                "statistics  {} states, {} forwards more: {} and {} for the sums",
+                d.noised,
+                self.forwards.statistics,
+                ui::flops(self.flops.statistics),
+                ui::flops(self.flops.products)
+            ),
+            format!(
+                "sums        {} of {} blocks, {} ({} each)",
+                self.blocks_with_sums,
+                self.blocks,
+                size(b.statistics),
+                size(d.sums_of_a_block)
+            ),
+            if self.blocks_on_the_device == d.all_blocks {
+                format!("weights     {}", size(b.weights))
+            } else {
+                format!(
+                    "weights     {} at a time, {} of {} blocks all the time",
+                    size(b.weights),
+                    self.blocks_on_the_device,
+                    d.all_blocks
+                )
+            },
+            format!("activations {}", size(b.activations)),
+        ];
+        lines.push(if d.fitting {
+            format!(
+                "fits        {} for layers and solver, {} for token streams",
+                size(b.solving),
+                size(b.streams)
+            )
+        } else {
+            format!("file        {}", size(b.file))
+        });
+        lines.push(if d.on_cpu {
+            format!("memory      {}", size(b.host))
+        } else {
+            format!(
+                "memory      {} on the device, {} on the host",
+                size(b.device),
+                size(b.host)
+            )
+        });
+        lines.extend(self.free.map(|free| format!("free        {}", size(free))));
+        lines.join("\n")
+    }
+}

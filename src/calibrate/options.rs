@@ -1,0 +1,240 @@
+//! What a calibration is made of: options as they are given, and the same with nothing left open.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{
+    file,
+    header::Header,
+    images::captioned,
+    recipe::{CalibrationRecipe, StateSource},
+};
+use crate::{
+    checkpoint::{advise, record},
+    pipeline::{Pipeline, prompts},
+    sample::size::{ImageSize, TOKENS_PER_FORWARD},
+};
+
+/// What to do about a statistics file that is damaged.
+pub const AGAIN: &str = "make it again with `fastflux calibrate`";
+
+/// Prompts sampled for calibration unless asked otherwise.
+const SAMPLES: usize = 640;
+/// The same for models whose images have many tokens: each image is thousands of rows.
+const SAMPLES_LARGE: usize = 96;
+/// Noised states that later fits look at, of small and of large images, where that is at most as many of a image as
+/// of a held-out one.
+const STATES_LATER: usize = 1280;
+const STATES_LATER_LARGE: usize = 256;
+/// Noised states of a held-out image.
+pub(super) const DRAWS_HELD_OUT: usize = 8;
+
+/// A calibration as it is asked for: recipe and flags.
+#[derive(Clone, Debug)]
+pub struct CalibrationOptions {
+    /// What is looked at, and how much of it.
+    pub recipe: CalibrationRecipe,
+    /// Held-out noised latents that blocks are compared on; `None`: by the size of images.
+    pub held_out: Option<usize>,
+    /// A file of prompts; `None`: a bundled list.
+    pub prompts: Option<PathBuf>,
+    /// A folder of images with captions, to take instead of sampling.
+    pub images: Option<PathBuf>,
+    /// Statistics made before, to use instead of calibrating.
+    pub stats: Option<PathBuf>,
+    /// Most bytes of sums; `None`: half of what is free.
+    pub stats_memory: Option<u64>,
+    /// How often unfinished work is saved.
+    pub save_every: Duration,
+}
+
+impl Default for CalibrationOptions {
+    fn default() -> Self {
+        Self {
+            recipe: CalibrationRecipe::default(),
+            held_out: None,
+            prompts: None,
+            images: None,
+            stats: None,
+            stats_memory: None,
+            save_every: Duration::from_secs(120),
+        }
+    }
+}
+
+/// Everything that a calibration needs to know before anything is loaded: nothing is left open.
+#[derive(Clone, Debug)]
+pub struct ResolvedOptions {
+    /// The recipe.
+    pub recipe: CalibrationRecipe,
+    /// Size of the images.
+    pub size: ImageSize,
+    /// Prompts to gather statistics of, then those held out.
+    pub prompts: Vec<String>,
+    /// How many of the prompts are for statistics.
+    pub samples: usize,
+    /// Held-out states that blocks are compared on.
+    pub held_out: usize,
+    /// Sampling steps of images for people to look at: those asked for, or the model's own default.
+    pub drawing_steps: usize,
+    /// Noised latents in one forward.
+    pub batch: usize,
+    /// Text tokens the model is given.
+    pub text_tokens: usize,
+    /// Image files, one for each prompt, if images are given.
+    pub images: Option<Vec<PathBuf>>,
+    /// Statistics made before, to use instead of calibrating.
+    pub stats: Option<PathBuf>,
+}
+
+impl ResolvedOptions {
+    /// Fills in what the options leave open, from the model or from the header of a calibration that was made before.
+    ///
+    /// # Errors
+    /// When a number is out of range, prompts or images cannot be read, or the statistics are of another model.
+    pub fn new(pipeline: &Pipeline, options: &CalibrationOptions) -> Result<Self> {
+        if let Some(path) = &options.stats {
+            let header = read_header(pipeline, path)?;
+            let mut out = Self::of_header(pipeline, &header, options.held_out)?;
+            out.stats = Some(path.clone());
+            return Ok(out);
+        }
+        let (prompts, images) = match (&options.images, &options.prompts) {
+            (Some(folder), _) => {
+                let (prompts, images) = captioned(folder)?;
+                (prompts, Some(images))
+            }
+            (None, Some(path)) => (prompts::read("--prompts", path)?, None),
+            (None, None) => (prompts::bundled(pipeline), None),
+        };
+        let given = images.as_ref().map(Vec::len);
+        let recipe = options.recipe.clone();
+        let mut out = Self::fill_in(pipeline, recipe, options.held_out, &prompts, given)?;
+        out.images = images.map(|mut images| {
+            images.truncate(out.prompts.len());
+            images
+        });
+        Ok(out)
+    }
+
+    /// Fills in what `recipe` leaves open; `given` is the number of images if they are given with their captions.
+    fn fill_in(
+        pipeline: &Pipeline,
+        mut recipe: CalibrationRecipe,
+        held_out: Option<usize>,
+        prompts: &[String],
+        given: Option<usize>,
+    ) -> Result<Self> {
+        recipe.validate()?;
+        let size = pipeline.image_size(recipe.width, recipe.height)?;
+        (recipe.width, recipe.height) = (Some(size.width), Some(size.height));
+        let drawing_steps = recipe.steps.unwrap_or(pipeline.default_steps());
+        let usual = match recipe.source {
+            StateSource::Trajectory => pipeline.default_steps(),
+            _ => pipeline.default_steps_of_data(),
+        };
+        let steps = *recipe.steps.get_or_insert(usual);
+        recipe.guidance.get_or_insert(pipeline.default_guidance());
+        let usual = size.default_held_out();
+        let held_out = held_out.unwrap_or(usual);
+        let draws = match recipe.source {
+            StateSource::Latents => steps as f64 / 5.0,
+            StateSource::Trajectory => steps as f64,
+            StateSource::Images => 4.0,
+        };
+        recipe.draws.get_or_insert(draws);
+        let held_out_prompts = held_out.div_ceil(DRAWS_HELD_OUT);
+        let (samples, total) = match given {
+            None => {
+                let usual = if size.is_large() {
+                    SAMPLES_LARGE
+                } else {
+                    SAMPLES
+                };
+                let samples = recipe.samples.unwrap_or(usual);
+                (samples, samples + held_out_prompts)
+            }
+            // an eighth of the images is kept for comparing
+            Some(given) => {
+                let samples = given - (given / 8).clamp(1, held_out_prompts);
+                let samples = samples.min(recipe.samples.unwrap_or(samples));
+                ensure!(
+                    samples > 0,
+                    "--images: at least two pictures are needed, one to fit on and one to compare by"
+                );
+                (samples, given.min(samples + held_out_prompts))
+            }
+        };
+        recipe.samples = Some(samples);
+        let text_tokens = pipeline.default_text_length()?;
+        let usual = (TOKENS_PER_FORWARD / (size.tokens() + text_tokens)).max(1);
+        let batch = *recipe.batch.get_or_insert(usual);
+        Ok(Self {
+            recipe,
+            size,
+            // a short list is drawn from again, with other noise
+            prompts: prompts.iter().cycle().take(total).cloned().collect(),
+            samples,
+            held_out,
+            drawing_steps,
+            batch,
+            text_tokens,
+            images: None,
+            stats: None,
+        })
+    }
+
+    /// Those of a calibration that was made before.
+    fn of_header(pipeline: &Pipeline, header: &Header, held_out: Option<usize>) -> Result<Self> {
+        let recipe = &header.recipe;
+        let size = pipeline.image_size(recipe.width, recipe.height)?;
+        let kept = (header.prompts.len() - header.samples) * DRAWS_HELD_OUT;
+        let usual = size.default_held_out();
+        Ok(Self {
+            recipe: recipe.clone(),
+            size,
+            prompts: header.prompts.clone(),
+            samples: header.samples,
+            held_out: held_out.unwrap_or(usual).min(kept),
+            drawing_steps: pipeline.default_steps(),
+            batch: recipe.batch.context("the statistics name no batch")?,
+            text_tokens: pipeline.default_text_length()?,
+            images: None,
+            stats: None,
+        })
+    }
+
+    /// Noised states of each image that later fits look at.
+    pub(super) fn draws_later(&self) -> usize {
+        let states = if self.size.is_large() {
+            STATES_LATER_LARGE
+        } else {
+            STATES_LATER
+        };
+        (states / self.samples.max(1)).clamp(1, DRAWS_HELD_OUT)
+    }
+}
+
+/// The header of a complete calibration of this model.
+fn read_header(pipeline: &Pipeline, path: &Path) -> Result<Header> {
+    let name = path.display();
+    let (_, header) = advise(file::open(path), AGAIN).context("--stats")?;
+    let found = record::fingerprint(&pipeline.transformer)?;
+    anyhow::ensure!(
+        header.model == found,
+        "--stats `{name}`: the statistics are of another model (`{}`, fingerprint {}; this one has {found})\nhint: run `fastflux calibrate` on this model",
+        header.model_name,
+        header.model
+    );
+    anyhow::ensure!(
+        header.is_complete(),
+        "--stats `{name}` holds {} of {} units\nhint: add the other shards with `fastflux merge-stats`",
+        header.done.len(),
+        header.units
+    );
+    Ok(header)
+}

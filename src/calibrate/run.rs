@@ -1,0 +1,308 @@
+//! Runs a calibration: chooses the blocks whose sums fit into memory, goes through the units, saves as it goes and picks
+//! up where a killed run left off.
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle::Tensor;
+
+use super::{
+    Calibrator,
+    file::{self, Calibration},
+    header::Header,
+    held_out::HeldOut,
+    memory::{blocks_within, bytes_of_sums},
+    noised::{Share, States},
+    options::{AGAIN, ResolvedOptions},
+    pass::Shard,
+    sampling,
+    stats::CalibrationStats,
+};
+use crate::{
+    checkpoint::{advise, record},
+    layout::{BlockId, FluxConfig},
+    model::{Block, ReplacementBlock, memory::BATCHES_PER_LOAD},
+    ui,
+};
+
+/// Between two saves at least this many times as long as one save takes.
+const SAVING_SHARE: u32 = 20;
+/// Tokens for each channel below which a fit suffers visibly: at 12 its error is some 11 % above that of many more.
+const ROWS_PER_CHANNEL: f64 = 12.0;
+
+/// How a calibration is run; none of this changes the sums.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// Which units.
+    pub shard: Shard,
+    /// Where unfinished work is kept.
+    pub partial: PathBuf,
+    /// How often it is saved.
+    pub save_every: Duration,
+    /// Whether sums are wanted, or the images alone.
+    pub sums: bool,
+    /// Whether more work follows: then a finished calibration that took longer than `save_every` is saved there too.
+    pub more: bool,
+}
+
+/// Where unfinished work on `output` is kept: `stats.safetensors.partial`.
+fn partial(output: &Path) -> PathBuf {
+    // by its components: `pruned/` too is saved beside the folder, not in it
+    let mut name = output.components().as_path().as_os_str().to_owned();
+    name.push(".partial");
+    name.into()
+}
+
+/// Goes through the units of `options.shard` that are not done yet.
+fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
+    let config = &calibrator.pipeline.config;
+    let path = &options.partial;
+    let mut pass = calibrator.pass()?;
+    if !options.sums {
+        pass.draws = 0.0;
+    }
+    let mut header = header(calibrator, pass.units())?;
+    let mut out = if path.exists() {
+        let anew = "delete the file to start anew";
+        let (_, before) = advise(file::open(path), anew)?;
+        header.products.clone_from(&before.products); // chosen by the run that began
+        if let Some(difference) = header.difference(&before)? {
+            bail!(
+                "`{}` is unfinished work with other settings ({difference})\nhint: give the same settings to go on, or delete the file to start anew",
+                path.display()
+            );
+        }
+        if before.products.is_empty() == options.sums {
+            bail!(
+                "`{}` is unfinished work of another kind\nhint: delete the file to start anew",
+                path.display()
+            );
+        }
+        let read = advise(Calibration::read(path, &calibrator.runtime.device), anew)?;
+        ui::note(format!(
+            "going on from `{}`: {} of {} units are done",
+            path.display(),
+            read.header.done.len(),
+            header.units
+        ));
+        read
+    } else {
+        calibrator.probe()?;
+        if options.sums {
+            header.products = products(calibrator)?;
+        }
+        Calibration::new(header, &config.layout)
+    };
+    let todo: Vec<usize> = (0..pass.units())
+        .filter(|unit| options.shard.has(*unit) && !out.header.done.contains(unit))
+        .collect();
+    let forwards = todo.iter().map(|unit| pass.forwards_of(*unit)).sum();
+    let progress = ui::progress(forwards, "calibrating");
+    let begun = Instant::now();
+    let (mut last, mut cost) = (Instant::now(), Duration::ZERO);
+    for (position, unit) in todo.iter().enumerate() {
+        let pictures = pass.run(*unit, &mut out.stats, &progress)?;
+        out.pictures.insert(*unit, pictures);
+        out.header.done.insert(*unit);
+        let due = last.elapsed() >= options.save_every.max(cost * SAVING_SHARE);
+        let last_one = position + 1 == todo.len();
+        let finished = last_one && options.more && begun.elapsed() >= options.save_every;
+        if finished || due && !last_one {
+            let start = Instant::now();
+            out.write(path, true)?;
+            (last, cost) = (Instant::now(), start.elapsed());
+        }
+    }
+    let seen = out.stats.blocks.iter().any(|b| b.moments().tokens > 0.0);
+    let what = match (options.sums, calibrator.settings.recipe.source) {
+        _ if todo.is_empty() => "nothing was left to calibrate".to_owned(),
+        (true, _) if !seen => {
+            "this shard holds only held-out images; nothing to accumulate".to_owned()
+        }
+        (true, _) if options.shard != Shard::WHOLE => {
+            let done = out.header.done.len();
+            format!("calibrated {done} of {} units", out.header.units)
+        }
+        (true, source) => format!("calibrated on {} states ({source})", pass.states()),
+        (false, _) => format!("sampled {} images", calibrator.settings.prompts.len()),
+    };
+    ui::done(&progress, what);
+    if options.sums && out.header.is_complete() {
+        warn_of_few_rows(&out.stats, config);
+    }
+    Ok(out)
+}
+
+fn header(calibrator: &Calibrator, units: usize) -> Result<Header> {
+    let ResolvedOptions {
+        recipe,
+        prompts,
+        samples,
+        ..
+    } = &calibrator.settings;
+    Ok(Header {
+        version: Header::VERSION,
+        model: record::fingerprint(&calibrator.pipeline.transformer)?,
+        model_name: calibrator.pipeline.name.clone(),
+        runtime: calibrator.runtime.to_string(),
+        recipe: recipe.clone(),
+        prompts: prompts.clone(),
+        samples: *samples,
+        products: Vec::new(),
+        units,
+        done: BTreeSet::new(),
+    })
+}
+
+/// Says when a fit will have little to go by; the ridge keeps it sane.
+fn warn_of_few_rows(stats: &CalibrationStats, config: &FluxConfig) {
+    let per_channel = stats.fewest_rows() / config.hidden_size as f64;
+    if per_channel < ROWS_PER_CHANNEL {
+        ui::warn(format!(
+            "{per_channel:.1} tokens for each of {} channels are few: fits get better up to about {ROWS_PER_CHANNEL} and more\nhint: raise --num-prompts",
+            config.hidden_size
+        ));
+    }
+}
+
+/// Images that the first, cheap choice of candidates looks at.
+const CHEAP_PICTURES: usize = 4;
+
+/// The blocks whose sums are kept: all where they fit, otherwise those whose removal changes the velocity least.
+fn products(calibrator: &Calibrator) -> Result<Vec<BlockId>> {
+    let config = &calibrator.pipeline.config;
+    let all = config.kept_ids();
+    let count = blocks_within(config, calibrator.stats_memory);
+    if count >= all.len() {
+        return Ok(all);
+    }
+    let importance = removal(calibrator)?;
+    let mut order = all;
+    order.sort_by(|a, b| {
+        let of = |id: &BlockId| {
+            importance
+                .iter()
+                .find(|(i, _)| i == id)
+                .map_or(0.0, |x| x.1)
+        };
+        of(a).total_cmp(&of(b))
+    });
+    ui::note(format!(
+        "the sums of {} blocks take {}, for which there is no room: keeping those of the {count} blocks whose removal costs least (see --stats-memory)",
+        order.len(),
+        ui::bytes(order.len() as f64 * bytes_of_sums(config) as f64)
+    ));
+    order.truncate(count);
+    order.sort();
+    Ok(order)
+}
+
+/// The velocity error of removing each block alone, on a few noised images: half a forward for each block and state.
+fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
+    let pass = calibrator.pass()?;
+    let count = CHEAP_PICTURES.min(calibrator.settings.samples);
+    let prompts = pass.prompts.range(0..count)?;
+    let pictures: Tensor = match pass.images {
+        Some(images) => images.narrow(0, 0, count)?,
+        None => {
+            let progress =
+                ui::progress(pass.denoise.steps * count.div_ceil(pass.batch), "sampling");
+            let (denoise, seed) = (&pass.denoise, pass.seed);
+            sampling::sample(
+                denoise,
+                &prompts,
+                pass.channels,
+                pass.batch,
+                BATCHES_PER_LOAD,
+                seed,
+                &progress,
+            )?
+        }
+    };
+    let share = Share {
+        first: 0,
+        of: count,
+        states: count,
+    };
+    let (size, guidance) = (pass.denoise.size, pass.denoise.guidance);
+    let states = States::share(pictures, prompts, share, size, guidance, pass.seed)?;
+    let runtime = calibrator.runtime;
+    let held_out = HeldOut::new(
+        &calibrator.flux,
+        &states,
+        pass.batch,
+        &runtime.device,
+        runtime.dtype,
+    )?;
+    let trunk = &calibrator.flux.trunk;
+    let candidates = (0..trunk.len()).map(|index| (index, Block::from(ReplacementBlock::Remove)));
+    let progress = ui::progress(trunk.len() * held_out.batches(), "choosing candidates");
+    let errors = held_out.ablate(&calibrator.flux, trunk, &candidates.collect(), &progress)?;
+    ui::done(&progress, "chose candidates by removing each block");
+    let id = |index: usize| trunk.entries().get(index).map(|(spec, _)| spec.id());
+    Ok(errors
+        .into_iter()
+        .filter_map(|(index, error)| Some((id(index)?, error)))
+        .collect())
+}
+
+impl RunOptions {
+    /// Those of a command that calibrates for `output` on the way.
+    pub fn for_output(output: &Path, save_every: Duration) -> Self {
+        Self {
+            shard: Shard::WHOLE,
+            partial: partial(output),
+            save_every,
+            sums: true,
+            more: true,
+        }
+    }
+
+    /// Removes unfinished work that is finished now.
+    ///
+    /// # Errors
+    /// When the file is there and cannot be removed.
+    pub fn remove_partial(&self) -> Result<()> {
+        match std::fs::remove_file(&self.partial) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("cannot remove `{}`", self.partial.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Calibrator<'_> {
+    /// Calibrates: what an earlier, killed run of the same settings saved is not done again.
+    ///
+    /// # Errors
+    /// When unfinished work of another kind is in the way, a forward fails, or a disk is full.
+    pub fn run(&self, options: &RunOptions) -> Result<Calibration> {
+        run(self, options)
+    }
+
+    /// The calibration that was made before, if the settings name one, otherwise one made now.
+    ///
+    /// # Errors
+    /// As [`Self::run`]; when the file is damaged or holds images of another model.
+    pub fn load_or_run(&self, options: &RunOptions) -> Result<Calibration> {
+        let Some(path) = &self.settings.stats else {
+            return self.run(options);
+        };
+        let calibration = advise(Calibration::open(path), AGAIN).context("--stats")?;
+        let channels = self.pipeline.config.out_channels;
+        for images in calibration.pictures.values() {
+            let found = images.dims().last().copied().unwrap_or(0);
+            ensure!(
+                found == channels,
+                "--stats: `{}` holds images of {found} channels, this model's have {channels}\nhint: run `fastflux calibrate` on this model",
+                path.display()
+            );
+        }
+        Ok(calibration)
+    }
+}

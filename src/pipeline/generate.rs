@@ -1,0 +1,168 @@
+//! Prompts → latents of images, in batches that fit into memory.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use candle::Tensor;
+use serde::Serialize;
+
+use super::{
+    Pipeline, load,
+    placement::{Activity, MemoryBudget},
+};
+use crate::{
+    sample::{
+        denoise::{Denoise, Encoded, starting_noise},
+        size::ImageSize,
+    },
+    ui,
+};
+
+/// Tokens in one forward: small images go through the model several at a time.
+const TOKENS_PER_FORWARD: usize = 1024;
+
+/// One image to generate.
+#[derive(Clone, Debug, Serialize)]
+pub struct ImageJob {
+    /// The file.
+    pub path: PathBuf,
+    /// What is on it.
+    pub prompt: String,
+    /// Seed of the noise.
+    pub seed: u64,
+    /// Sampling steps.
+    pub steps: usize,
+    /// Guidance scale; `None` for a model that takes none.
+    pub guidance: Option<f64>,
+    /// Pixels in a row.
+    pub width: usize,
+    /// Rows.
+    pub height: usize,
+    /// Which prompt of the list.
+    #[serde(skip)]
+    pub prompt_index: usize,
+    /// Which image of the prompt: its place in the noise drawn from the seed.
+    #[serde(rename = "image")]
+    pub image_index: usize,
+}
+
+/// Loads the transformer, denoises all images in batches and frees it again; packed latents (jobs, tokens, 4 · channels).
+///
+/// # Errors
+/// When the model takes images as input, does not fit into memory, or values become NaN or infinite.
+pub fn latents(
+    pipeline: &Pipeline,
+    budget: &MemoryBudget,
+    jobs: &[ImageJob],
+    encoded: &Encoded,
+    size: ImageSize,
+) -> Result<Tensor> {
+    let Some(first) = jobs.first() else {
+        bail!("nothing to generate")
+    };
+    let tokens = size.tokens() + encoded.txt.dim(1)?;
+    let usual = TOKENS_PER_FORWARD / tokens;
+    let batch = budget.batch(&pipeline.config, tokens, usual.min(jobs.len()));
+    let need = Activity {
+        batch,
+        tokens,
+        extra_bytes: 0,
+    };
+    let flux = budget.flux(pipeline, need)?;
+    let schedule = load::schedule(pipeline)?;
+    let denoise = Denoise {
+        flux: &flux,
+        dtype: budget.runtime().dtype,
+        device: &budget.runtime().device,
+        schedule: &schedule,
+        steps: first.steps,
+        guidance: first.guidance.unwrap_or_default(),
+        size: size.latent(),
+    };
+    let channels = pipeline.config.out_channels / 4;
+    ensure!(
+        pipeline.config.in_channels == pipeline.config.out_channels,
+        "`{}` takes {} input channels but predicts {}: models that take an image as input (Fill, Canny, Depth) cannot generate from a prompt alone",
+        pipeline.name,
+        pipeline.config.in_channels,
+        pipeline.config.out_channels
+    );
+    // diffusers draws the noise of all images of a prompt from one generator
+    let images = jobs
+        .iter()
+        .map(|job| job.image_index + 1)
+        .max()
+        .unwrap_or(1);
+    let noise = starting_noise(first.seed, images, channels, denoise.size)?;
+    let progress = ui::progress(jobs.len().div_ceil(batch) * denoise.steps, "generating");
+    let mut latents = Vec::new();
+    for jobs in jobs.chunks(batch) {
+        let pick = |f: fn(&ImageJob) -> usize| -> Result<Tensor> {
+            let indices: Vec<u32> = jobs.iter().map(|job| f(job) as u32).collect();
+            Ok(Tensor::new(indices, &candle::Device::Cpu)?)
+        };
+        let prompts = pick(|job| job.prompt_index)?.to_device(encoded.txt.device())?;
+        let prompts = Encoded {
+            txt: encoded.txt.index_select(&prompts, 0)?,
+            vec: encoded.vec.index_select(&prompts, 0)?,
+        };
+        let noise = noise.index_select(&pick(|job| job.image_index)?, 0)?;
+        let drawn = denoise.run(&noise, &prompts, &mut (), &mut || progress.inc(1));
+        latents.push(drawn.with_context(|| format!("`{}`", pipeline.name))?);
+    }
+    let latents = Tensor::cat(&latents, 0)?;
+    drop(flux);
+    ui::done(
+        &progress,
+        format!(
+            "generated {} image{} and freed the transformer",
+            jobs.len(),
+            if jobs.len() == 1 { "" } else { "s" }
+        ),
+    );
+    Ok(latents)
+}
+
+/// The file of one image: a pattern is filled in, a .png name is taken (numbered where there are several), anything
+/// else is a folder.
+///
+/// # Errors
+/// When a pattern has unknown fields, or the name is of another kind of file.
+pub fn output_path(
+    output: &Path,
+    seed: u64,
+    prompt: usize,
+    image: usize,
+    several: bool,
+) -> Result<PathBuf> {
+    let text = output.to_str().context("--output is not UTF-8")?;
+    let is_png = output
+        .extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("png"));
+    if text.contains('{') && is_png {
+        let filled = text
+            .replace("{prompt}", &format!("{prompt:03}"))
+            .replace("{image}", &format!("{image:02}"));
+        let filled = filled.replace("{seed}", &seed.to_string());
+        ensure!(
+            !filled.contains('{'),
+            "--output `{text}`: only {{prompt}}, {{image}} and {{seed}} are filled in"
+        );
+        return Ok(PathBuf::from(filled));
+    }
+    if is_png && !several {
+        return Ok(output.to_path_buf());
+    }
+    if is_png {
+        let stem = output
+            .file_stem()
+            .and_then(|s| s.to_str())
+            .unwrap_or("image");
+        return Ok(output.with_file_name(format!("{stem}-{prompt:03}-{image:02}.png")));
+    }
+    ensure!(
+        output.extension().is_none() || output.is_dir(),
+        "--output `{text}`: images are written as .png, or name a folder"
+    );
+    Ok(output.join(format!("{prompt:03}-{image:02}-seed{seed}.png")))
+}

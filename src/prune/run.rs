@@ -1,0 +1,209 @@
+//! `prune` from a model to a folder: calibrate, choose, carry out, write, and images before and after.
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+
+use super::{
+    Pruned,
+    goal::{self, PruneTarget},
+    options::PruneOptions,
+    plan::PruningPlan,
+    prune,
+    recipe::PruneRecipe,
+    report::{PruneReport, scores_of},
+    select::{self, GreedySelection},
+};
+use crate::{
+    calibrate::{Calibrator, file::Calibration, options::ResolvedOptions, run::RunOptions},
+    checkpoint::{
+        convert, output, record,
+        target::{self, OutputFolder},
+    },
+    model::Flux,
+    pipeline::{Pipeline, placement::MemoryBudget},
+    sample::grid,
+    score::{Metric, Scores},
+    ui,
+};
+
+/// Prompts that images before and after are generated of, from the calibration list's end.
+const IMAGES: usize = 8;
+/// Large images take minutes each on small machines: fewer of them.
+const IMAGES_LARGE: usize = 2;
+
+/// The images of both.
+const IMAGE: &str = "before-after.png";
+
+/// Prunes `pipeline` into the folder `options.output`.
+///
+/// # Errors
+/// When the folder is there (without `force`), the goal cannot be reached, something is damaged or does not fit into
+/// memory, or a disk is full; nothing of a folder is left then but unfinished calibration, to go on from.
+pub fn run(
+    pipeline: &Pipeline,
+    budget: &MemoryBudget,
+    options: &PruneOptions,
+) -> Result<PruneReport> {
+    let mut recipe = options.recipe.clone();
+    let target = PruneTarget::new(&options.goal, &recipe, pipeline)?;
+    let settings = ResolvedOptions::new(pipeline, &options.calibration)?;
+    recipe.resolve(pipeline, &settings);
+    if let PruneTarget::Goal { goal, protect } = &target {
+        let workload = goal::workload(pipeline, budget.runtime(), &settings);
+        goal::budget(pipeline, workload, &recipe, *goal, protect)?; // before the long part
+    }
+    target::check_writable(&options.output)?;
+    let mut run = RunOptions::for_output(&options.output, options.calibration.save_every);
+    run.sums = matches!(target, PruneTarget::Goal { .. });
+    let stats_memory = if run.sums {
+        options.calibration.stats_memory
+    } else {
+        Some(0)
+    };
+    let calibrator = Calibrator::open(pipeline, budget, settings, stats_memory)?;
+    let calibration = calibrator.load_or_run(&run)?;
+    let found = find(&calibrator, &recipe, calibration, target)?;
+    let report = write(calibrator, &recipe, found, budget, options)?;
+    run.remove_partial()?;
+    Ok(report)
+}
+
+/// What a run found.
+struct Found {
+    /// `None` if the plan was given, so that no block was scored.
+    selection: Option<GreedySelection>,
+    pruned: Pruned,
+    /// The model with the layers in place.
+    flux: Flux,
+    /// Relative mean squared error of its velocity on held-out noised latents.
+    velocity_error: f64,
+}
+
+/// Scores, chooses and fits.
+fn find(
+    calibrator: &Calibrator,
+    recipe: &PruneRecipe,
+    calibration: Calibration,
+    target: PruneTarget,
+) -> Result<Found> {
+    let states = calibrator.states(&calibration)?;
+    let held_out = calibrator.held_out(&states)?;
+    let (selection, plan): (Option<GreedySelection>, PruningPlan) = match target {
+        PruneTarget::Plan(plan) => (None, plan),
+        PruneTarget::Goal { goal, protect } => {
+            let pipeline = calibrator.pipeline;
+            let workload = goal::workload(pipeline, calibrator.runtime, &calibrator.settings);
+            let budget = goal::budget(pipeline, workload, recipe, goal, &protect)?;
+            let stats = calibration.stats;
+            let (selection, plan) = select::by_model(
+                calibrator, recipe, stats, &states, &held_out, &budget, &protect,
+            )?;
+            (Some(selection), plan)
+        }
+    };
+    let pruned = prune(calibrator, recipe, plan, &states)?;
+    let flux = pruned.flux(calibrator)?;
+    let velocity_error = held_out.error(&flux, &flux.trunk)?;
+    ensure!(
+        velocity_error.is_finite(),
+        "the pruned model's velocity is NaN or infinite"
+    );
+    Ok(Found {
+        selection,
+        pruned,
+        flux,
+        velocity_error,
+    })
+}
+
+/// Writes the checkpoint, plan, scores and images.
+fn write(
+    calibrator: Calibrator,
+    recipe: &PruneRecipe,
+    found: Found,
+    budget: &MemoryBudget,
+    options: &PruneOptions,
+) -> Result<PruneReport> {
+    let Found {
+        selection,
+        pruned,
+        flux,
+        velocity_error,
+    } = found;
+    let (checkpoint, dequantized) = convert::for_safetensors(&pruned.checkpoint);
+    if dequantized > 0 {
+        ui::note(format!(
+            "{dequantized} tensors that are GGML blocks in `{}` are written in bf16 (`fastflux convert` quantizes them again)",
+            calibrator.pipeline.name
+        ));
+    }
+    let output = OutputFolder::create(&options.output, options.force)?;
+    let folder = output.path();
+    let record = Some(&pruned.record);
+    output::write(folder, &checkpoint, &pruned.config, record, options.layout)?;
+    let plan = serde_json::to_value(&pruned.plan)?;
+    output::write_json(&folder.join("plan.json"), &plan)?;
+    if let Some(selection) = &selection {
+        let scores = Scores {
+            model: calibrator.pipeline.name.clone(),
+            source: pruned.plan.source.clone(),
+            metric: Metric::Ablation,
+            blocks: scores_of(selection),
+        };
+        let path = folder.join("scores.json");
+        scores.write(&path, &path.with_extension("svg"))?;
+    }
+    let mut report = PruneReport::new(&calibrator, recipe, &pruned, &checkpoint, &options.output);
+    report.velocity_error = velocity_error;
+    report.blocks = selection.as_ref().map(scores_of);
+    let title = format!(
+        "above: {}; below: {} of {} blocks replaced",
+        calibrator.pipeline.name,
+        pruned.plan.blocks().count(),
+        calibrator.pipeline.config.original_ids().count()
+    );
+    drop((pruned, selection));
+    let tile = options.vae_tile;
+    let drawn = before_and_after(calibrator, flux, &title, budget, tile, folder)?;
+    report.picture = drawn.then(|| IMAGE.to_owned());
+    output.finish()?;
+    Ok(report)
+}
+
+/// Generates the last prompts with both models into `before-after.png`: unpruned above, pruned below. Both models are
+/// dropped before the VAE is loaded. Whether there is a VAE.
+fn before_and_after(
+    calibrator: Calibrator,
+    pruned: Flux,
+    title: &str,
+    budget: &MemoryBudget,
+    vae_tile: Option<usize>,
+    folder: &Path,
+) -> Result<bool> {
+    let files = match calibrator.pipeline.vae_files() {
+        Ok(files) => files,
+        Err(error) => {
+            ui::note(format!("no image before and after: {error}"));
+            return Ok(false);
+        }
+    };
+    let size = calibrator.settings.size;
+    let count = if size.is_large() {
+        IMAGES_LARGE
+    } else {
+        IMAGES
+    };
+    let (latents, prompts) = calibrator.draw(&[&calibrator.flux, &pruned], count)?;
+    let prompts = prompts.join("\n");
+    drop((calibrator, pruned));
+    let decoder = budget.decoder(&files, size.latent(), vae_tile)?;
+    let rows: Result<Vec<_>> = latents.iter().map(|x| decoder.pictures(x)).collect();
+    let text = [
+        ("Title", title),
+        ("prompts", &prompts),
+        ("Software", &record::software()),
+    ];
+    grid::grid(&rows?)?.save(&folder.join(IMAGE), &text)?;
+    Ok(true)
+}
