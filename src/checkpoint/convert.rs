@@ -5,7 +5,7 @@ use candle::quantized::GgmlDType;
 use safetensors::Dtype;
 
 use super::{Checkpoint, Source, dtype::StorageDType, keys};
-use crate::quant::{LARGEST, QuantType};
+use crate::quant::{F8_MAX, QuantType};
 
 /// What a model is converted to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,7 +93,7 @@ pub fn converted(
             let most = largest(source)
                 .with_context(|| format!("`{}`: tensor `{name}`", checkpoint.name))?;
             // zeros stay zeros whatever the scale
-            Some(if most > 0.0 { most / LARGEST } else { 1.0 })
+            Some(if most > 0.0 { most / F8_MAX } else { 1.0 })
         } else {
             None
         };

@@ -1,4 +1,4 @@
-//! The number format in which a file stores a tensor, and numbers as its bytes. Where the bytes lie is `source`'s business.
+//! The number format in which a file stores a tensor, and numbers as its bytes. `source` knows where the bytes lie.
 
 use std::fmt;
 

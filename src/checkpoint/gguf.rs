@@ -20,9 +20,9 @@ const ARCHITECTURES: [&str; 2] = ["flux", "pig"];
 /// Where each tensor's shape stands when GGUF could not hold it (ComfyUI-GGUF).
 const ORIGINAL_SHAPE: &str = "comfy.gguf.orig_shape.";
 /// Dimensions of a tensor (`GGML_MAX_DIMS`).
-const MOST_DIMENSIONS: u32 = 4;
+const MAX_DIMENSIONS: u32 = 4;
 /// Nesting of arrays; nothing in use nests them.
-const MOST_NESTING: usize = 4;
+const MAX_NESTING: usize = 4;
 
 /// The number of a format in a file, for those that are read and written.
 pub(super) fn number(format: StorageDType) -> Option<u32> {
@@ -147,8 +147,8 @@ impl Info {
     fn read(cursor: &mut Cursor) -> Result<Self> {
         let dimensions = cursor.u32()?;
         ensure!(
-            dimensions <= MOST_DIMENSIONS,
-            "it has {dimensions} dimensions, the most is {MOST_DIMENSIONS}"
+            dimensions <= MAX_DIMENSIONS,
+            "it has {dimensions} dimensions, the most is {MAX_DIMENSIONS}"
         );
         let mut shape = (0..dimensions)
             .map(|_| Ok(usize::try_from(cursor.u64()?)?))
@@ -272,7 +272,7 @@ impl Cursor<'_> {
             8 => self.u64()?,
             9 => {
                 let (kind, count) = (self.u32()?, self.u64()?);
-                ensure!(nesting < MOST_NESTING, "arrays in arrays in arrays");
+                ensure!(nesting < MAX_NESTING, "arrays in arrays in arrays");
                 for _ in 0..count {
                     self.skip(kind, nesting + 1)?;
                 }

@@ -14,6 +14,8 @@ use crate::files::{Blob, Files};
 mod backend;
 pub mod config;
 pub mod convert;
+#[cfg(test)]
+mod damage_tests;
 pub mod diffusers;
 mod dtype;
 mod gguf;

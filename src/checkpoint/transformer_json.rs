@@ -11,9 +11,9 @@ use super::{
 use crate::layout::{BlockKind, BlockSpec, Family, FluxConfig, unpruned};
 
 /// Larger sizes are mistakes, and their products would not fit a machine word.
-const LARGEST: usize = 1 << 20;
+const MAX_SIZE: usize = 1 << 20;
 /// Blocks of one kind: FLUX.1 has 19 and 38.
-const MOST_BLOCKS: usize = 1000;
+const MAX_BLOCKS: usize = 1000;
 /// MLP width over stream width, fixed in diffusers' FLUX blocks.
 const MLP_RATIO: f64 = 4.0;
 
@@ -37,11 +37,11 @@ pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
                 )
             })
     };
-    let size = |key: &str, smallest: usize| within(key, smallest, LARGEST);
+    let size = |key: &str, smallest: usize| within(key, smallest, MAX_SIZE);
     let number = |key: &str, default: f64| -> Result<f64> {
         let value = get(key).map_or(Some(default), Value::as_f64);
         value
-            .filter(|v| v.is_finite() && *v > 0.0 && *v <= LARGEST as f64)
+            .filter(|v| v.is_finite() && *v > 0.0 && *v <= MAX_SIZE as f64)
             .with_context(|| format!("`{}`: `{key}` must be a positive number", file.name))
     };
     let (num_heads, head) = (
@@ -50,8 +50,8 @@ pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
     );
     let hidden_size = num_heads * head;
     ensure!(
-        hidden_size <= LARGEST,
-        "`{}`: {num_heads} heads of {head} make a stream {hidden_size} wide, the most is {LARGEST}",
+        hidden_size <= MAX_SIZE,
+        "`{}`: {num_heads} heads of {head} make a stream {hidden_size} wide, the most is {MAX_SIZE}",
         file.name
     );
     ensure!(
@@ -61,8 +61,8 @@ pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
     );
     let in_channels = size("in_channels", 1)?;
     let (double, single) = (
-        within("num_layers", 0, MOST_BLOCKS)?,
-        within("num_single_layers", 0, MOST_BLOCKS)?,
+        within("num_layers", 0, MAX_BLOCKS)?,
+        within("num_single_layers", 0, MAX_BLOCKS)?,
     );
     let record = get("fastflux")
         .map(|v| Record::from_value(&file.name, v.clone()))

@@ -13,7 +13,7 @@ use crate::{
     },
     cli::ConvertArgs,
     pipeline::{convert as conversion, convert::ConvertReport},
-    quant::LARGEST,
+    quant::F8_MAX,
 };
 
 pub(super) fn run(args: &ConvertArgs) -> Result<()> {
@@ -38,7 +38,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     }
     let source = &pipeline.transformer;
     let mut checkpoint = if args.dry_run.dry_run {
-        convert::converted(source, target, &mut |_| Ok(LARGEST))?
+        convert::converted(source, target, &mut |_| Ok(F8_MAX))?
     } else {
         conversion::measured(source, target)?
     };

@@ -13,7 +13,7 @@ use crate::{
         generate::{self, ImageJob},
         load, prompts,
     },
-    sample::{png::Picture, size::ImageSize},
+    sample::{png::Image, size::ImageSize},
     ui,
 };
 
@@ -133,7 +133,7 @@ fn create_folders(jobs: &[ImageJob]) -> Result<()> {
     Ok(())
 }
 
-fn write(job: &ImageJob, picture: &Picture, pipeline: &Pipeline) -> Result<()> {
+fn write(job: &ImageJob, picture: &Image, pipeline: &Pipeline) -> Result<()> {
     let size = format!("{}x{}", job.width, job.height);
     let text = [
         ("prompt", job.prompt.as_str()),

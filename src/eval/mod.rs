@@ -8,7 +8,7 @@ use crate::{
     checkpoint::record,
     model::cost,
     pipeline::{Pipeline, decoder::Decoder, load, placement::MemoryBudget},
-    sample::{png::Picture, size::ImageSize},
+    sample::{png::Image, size::ImageSize},
     ui,
 };
 
@@ -65,7 +65,7 @@ pub struct Evaluation {
     /// The numbers.
     pub report: Report,
     /// The baseline's images and then each model's, in the order of the prompts.
-    pub images: Vec<Vec<Picture>>,
+    pub images: Vec<Vec<Image>>,
 }
 
 /// Samples with the baseline and with each model, and compares what comes out.
@@ -165,7 +165,7 @@ fn decode(
     decoder: &Decoder,
     measured: &[Measured],
     budget: &MemoryBudget,
-) -> Result<(Vec<Vec<Picture>>, f64)> {
+) -> Result<(Vec<Vec<Image>>, f64)> {
     let one = measured[0].latents.narrow(0, 0, 1)?;
     let work = &mut || {
         decoder.pictures(&one)?;

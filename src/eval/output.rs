@@ -11,7 +11,7 @@ use super::{
 use crate::{
     checkpoint::{output, save},
     pipeline::Pipeline,
-    sample::{grid, image, png::Picture},
+    sample::{grid, image, png::Image},
     score::{Scores, chart},
     ui,
 };
@@ -40,7 +40,7 @@ impl Evaluation {
         let shown = if large { MAX_SHOWN_LARGE } else { MAX_SHOWN };
         let mut assets = Assets::default();
         for &index in order.iter().take(shown) {
-            let png = |image: &Picture| image::within(image, SHOWN_SIDE)?.to_png();
+            let png = |image: &Image| image::within(image, SHOWN_SIDE)?.to_png();
             let images = self.images.iter().filter_map(|images| images.get(index));
             assets.pairs.push(ShownPair {
                 index,

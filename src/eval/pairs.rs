@@ -8,14 +8,14 @@ use super::{
     report::{Pair, PairOfModel},
     scenes::{self, Scene},
 };
-use crate::sample::png::Picture;
+use crate::sample::png::Image;
 
 /// One pair for each prompt. `latents` (images, tokens, 4 · channels), `images` and `clip` scores are the baseline's and
 /// then each model's.
 pub(super) fn compare(
     options: &EvalOptions,
     latents: &[&Tensor],
-    images: &[Vec<Picture>],
+    images: &[Vec<Image>],
     clip: Option<&[Vec<f64>]>,
 ) -> Result<Vec<Pair>> {
     let (base_latents, latents) = latents.split_first().context("nothing was sampled")?;
@@ -30,7 +30,7 @@ pub(super) fn compare(
     for (i, prompt) in options.prompts.iter().enumerate() {
         // scenes are square; a caption of the grammar in another format is just a prompt
         let scene = Scene::parse(prompt).filter(|_| base[i].width == base[i].height);
-        let judge = |image: &Picture| {
+        let judge = |image: &Image| {
             scene
                 .as_ref()
                 .map(|scene| scenes::judge(scene, image))

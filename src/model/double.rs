@@ -4,10 +4,10 @@ use candle::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::linear::Linear;
-use super::modulation::{BlockModulation, SharedParts};
+use super::modulation::BlockModulation;
 use super::ops::{self, Branch, Norms, Projected};
 use super::output_projection::OutputProjection;
-use super::stream::{Conditioning, Stream};
+use super::stream::{Conditioning, SharedParts, Stream};
 use crate::layout::{Activation, FluxConfig};
 
 /// BFL `DoubleStreamBlock`, diffusers `FluxTransformerBlock`; for each of the two streams

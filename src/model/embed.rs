@@ -76,7 +76,7 @@ pub(super) struct Embedder {
     rope: Mutex<Option<Made>>,
 }
 
-/// A rotary table. A sampler gives the same tensors of ids at every step; pictures of one size have other tensors with
+/// A rotary table. A sampler gives the same tensors of ids at every step; images of one size have other tensors with
 /// the same values, and share it.
 #[derive(Debug)]
 struct Made {
@@ -135,7 +135,9 @@ impl Embedder {
         }
         let timestep = inputs.timestep.clone();
         let conditioning = Conditioning::new(vec, timestep, rope)?;
-        Ok((stream, conditioning.with_shared(self.modulation.as_ref())?))
+        let shared = self.modulation.as_ref();
+        let shared = shared.map(|m| m.parts(conditioning.activated()));
+        Ok((stream, conditioning.with_shared(shared.transpose()?)))
     }
 
     fn sinusoid(&self, x: &Tensor) -> Result<Tensor> {

@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_of_one_size_share_a_rotary_table() -> Result<()> {
+    fn images_of_one_size_share_a_rotary_table() -> Result<()> {
         let config = small_config();
         let flux = random_flux(&config, DType::F32)?;
         let rope = |inputs: &Inputs| Ok::<_, candle::Error>(flux.embed(inputs)?.1.rope);

@@ -4,7 +4,7 @@ use candle::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::linear::Linear;
-use super::stream::Conditioning;
+use super::stream::{Conditioning, SharedParts};
 use crate::layout::{FluxConfig, ModulationSource};
 
 /// A modulation projection, `lin(silu(vec))` cut into N parts ([BFL `Modulation`][forward], diffusers
@@ -76,17 +76,6 @@ impl SharedModulation {
             single: self.single.parts(activated)?,
         })
     }
-}
-
-/// Shift, scale and gate that all blocks of a kind share in one step, each (batch, hidden).
-#[derive(Clone, Debug)]
-pub(super) struct SharedParts {
-    /// Of the image tokens in double blocks: shift, scale, gate, shift, scale, gate.
-    pub(super) img: [Tensor; 6],
-    /// Of the text tokens in double blocks: shift, scale, gate, shift, scale, gate.
-    pub(super) txt: [Tensor; 6],
-    /// Of all tokens in single blocks: shift, scale, gate.
-    pub(super) single: [Tensor; 3],
 }
 
 /// Where a block takes its shift, scale and gate from.

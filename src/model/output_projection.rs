@@ -1,4 +1,4 @@
-//! The last step of a kept block or of the model, laid open so that its projection can be fitted anew.
+//! Input, gate and residual of a block.s output projection, exposed so that `prune` can refit it.
 
 use candle::Tensor;
 

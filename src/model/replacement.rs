@@ -1,5 +1,5 @@
 //! What stands in for removed blocks: nothing, or an affine layer in the residual, in one of several forms behind one
-//! type. Fitting the layers is `prune`'s business.
+//! type. `prune` fits the layers.
 
 use candle::{Result, Tensor};
 use candle_nn::VarBuilder;

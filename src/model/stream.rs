@@ -2,7 +2,6 @@
 
 use candle::{Result, Tensor};
 
-use super::modulation::{SharedModulation, SharedParts};
 use super::rope::Rope;
 
 /// The tokens between two blocks, text first. One type for all kinds of block.
@@ -49,6 +48,17 @@ impl Stream {
     }
 }
 
+/// Shift, scale and gate that all blocks of a kind share in one step, each (batch, hidden).
+#[derive(Clone, Debug)]
+pub(super) struct SharedParts {
+    /// Of the image tokens in double blocks: shift, scale, gate, shift, scale, gate.
+    pub(super) img: [Tensor; 6],
+    /// Of the text tokens in double blocks: shift, scale, gate, shift, scale, gate.
+    pub(super) txt: [Tensor; 6],
+    /// Of all tokens in single blocks: shift, scale, gate.
+    pub(super) single: [Tensor; 3],
+}
+
 /// What every block of one step shares.
 #[derive(Clone, Debug)]
 pub struct Conditioning {
@@ -76,9 +86,8 @@ impl Conditioning {
     }
 
     /// The same with the parts of a modulation that all blocks share.
-    pub(super) fn with_shared(mut self, modulation: Option<&SharedModulation>) -> Result<Self> {
-        self.shared = modulation.map(|m| m.parts(&self.activated)).transpose()?;
-        Ok(self)
+    pub(super) fn with_shared(self, shared: Option<SharedParts>) -> Self {
+        Self { shared, ..self }
     }
 
     /// Shift, scale and gate that all blocks share.

@@ -120,7 +120,7 @@ impl Weight {
         })))
     }
 
-    /// The numbers, made anew where it is packed.
+    /// The numbers; dequantized again at every call if it is quantized.
     pub(super) fn dense(&self) -> Result<Tensor> {
         match self {
             Self::Dense(weight) => Ok(weight.clone()),

@@ -9,7 +9,7 @@ use crate::{
     sample::{
         denoise::LatentSize,
         is_finite, latents,
-        png::Picture,
+        png::Image,
         vae::{MemoryEstimate, Vae, VaeConfig},
     },
     ui,
@@ -80,11 +80,11 @@ pub struct Decoder<'a> {
 
 impl Decoder<'_> {
     /// Packed latents (b, tokens, 4c) → images.
-    pub fn pictures(&self, packed: &Tensor) -> Result<Vec<Picture>> {
+    pub fn pictures(&self, packed: &Tensor) -> Result<Vec<Image>> {
         let bands = self.bands.as_ref();
         let images = decode_packed(&self.vae, packed, self.size, bands, self.runtime)?;
         (0..images.dim(0)?)
-            .map(|i| Picture::from_decoded(&images.get(i)?))
+            .map(|i| Image::from_decoded(&images.get(i)?))
             .collect()
     }
 }

@@ -1,9 +1,9 @@
 //! float8 e4m3 without infinities: OCP 8-bit floating point, `torch.float8_e4m3fn`.
 
 /// The largest number it holds.
-pub const LARGEST: f32 = 448.0;
-/// The bits of [`LARGEST`]; all ones is NaN.
-const LARGEST_BITS: u8 = 0x7e;
+pub const F8_MAX: f32 = 448.0;
+/// The bits of [`F8_MAX`]; all ones is NaN.
+const MAX_BITS: u8 = 0x7e;
 const NAN_BITS: u8 = 0x7f;
 
 /// What each byte stands for.
@@ -45,15 +45,15 @@ pub(super) fn encode(x: f32) -> u8 {
     let x = x.abs();
     let bits = if x.is_nan() {
         NAN_BITS
-    } else if x >= LARGEST {
-        LARGEST_BITS
+    } else if x >= F8_MAX {
+        MAX_BITS
     } else if x < 1.0 / 64.0 {
         // eight of these units are the smallest normal number, whose bits follow
         (x * 512.0).round_ties_even() as u8
     } else {
         let bits = x.to_bits();
         let rounded = (bits + 0x7_ffff + ((bits >> 20) & 1)) >> 20;
-        ((rounded - ((127 - 7) << 3)) as u8).min(LARGEST_BITS)
+        ((rounded - ((127 - 7) << 3)) as u8).min(MAX_BITS)
     };
     sign | bits
 }
@@ -91,7 +91,7 @@ mod tests {
             }
         }
         // halfway between neighbours: the one with an even mantissa
-        for byte in 0..LARGEST_BITS {
+        for byte in 0..MAX_BITS {
             let (low, high) = (table[usize::from(byte)], table[usize::from(byte + 1)]);
             let middle = f32::midpoint(low, high);
             let even = byte + (byte & 1);
@@ -101,8 +101,8 @@ mod tests {
             assert_eq!(encode(middle.next_up()), byte + 1);
         }
         for beyond in [449.0, 470.0, 1e30, f32::INFINITY] {
-            assert_eq!(encode(beyond), LARGEST_BITS);
-            assert_eq!(encode(-beyond), LARGEST_BITS | 0x80);
+            assert_eq!(encode(beyond), MAX_BITS);
+            assert_eq!(encode(-beyond), MAX_BITS | 0x80);
         }
         assert_eq!(encode(f32::NAN) & 0x7f, NAN_BITS);
     }

@@ -9,12 +9,12 @@ use candle::{
     quantized::{GgmlDType, QTensor},
 };
 
-pub use float8::{LARGEST, decode_table};
+pub use float8::{F8_MAX, decode_table};
 
 /// Numbers up to this one are nearest to float8's largest.
-const LARGEST_ROUNDED: f32 = 464.0;
+const F8_MAX_ROUNDED: f32 = 464.0;
 /// The largest scale of a block, a float16: numbers up to it fit into every format.
-const LARGEST_SCALE: f32 = 65_504.0;
+const MAX_SCALE: f32 = 65_504.0;
 /// Numbers that no format's scales reach.
 const BEYOND_SCALES: f32 = 1e9;
 
@@ -123,7 +123,7 @@ impl QuantType {
     pub fn quantize(self, values: &[f32]) -> Result<Vec<u8>> {
         let beyond = |v: f32| match self {
             Self::F8E4M3 => candle::bail!(
-                "{self} without a scale holds numbers up to {LARGEST}, not {v:e}\nhint: leave --no-scale away, or use bf16"
+                "{self} without a scale holds numbers up to {F8_MAX}, not {v:e}\nhint: leave --no-scale away, or use bf16"
             ),
             Self::Blocks(_) => {
                 candle::bail!("the scales of {self} cannot hold {v:e}\nhint: use bf16")
@@ -131,13 +131,13 @@ impl QuantType {
         };
         let most = values.iter().fold(0f32, |most, v| most.max(v.abs()));
         match self {
-            Self::F8E4M3 if most > LARGEST_ROUNDED => beyond(most),
+            Self::F8E4M3 if most > F8_MAX_ROUNDED => beyond(most),
             Self::F8E4M3 => Ok(values.iter().map(|v| float8::encode(*v)).collect()),
             Self::Blocks(_) if most > BEYOND_SCALES => beyond(most),
             Self::Blocks(dtype) => {
                 let tensor = Tensor::from_slice(values, values.len(), &Device::Cpu)?;
                 let bytes = QTensor::quantize(&tensor, dtype)?.data()?.into_owned();
-                if most > LARGEST_SCALE {
+                if most > MAX_SCALE {
                     let mut back = vec![0.0; values.len()];
                     self.dequantize(&bytes, &mut back)?;
                     if back.iter().any(|v| !v.is_finite()) {

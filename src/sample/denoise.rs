@@ -38,7 +38,7 @@ impl Encoded {
     }
 }
 
-/// Size of a latent picture, in latent pixels (an eighth of the picture's), both even.
+/// Size of a latent image, in latent pixels (an eighth of the image's), both even.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LatentSize {
     /// Rows.
@@ -54,24 +54,24 @@ impl LatentSize {
     }
 }
 
-/// Starting noise of one prompt's pictures, packed: (pictures, tokens, 4 · channels), f32, on the CPU.
+/// Starting noise of one prompt's images, packed: (images, tokens, 4 · channels), f32, on the CPU.
 ///
-/// diffusers draws (pictures, channels, h, w) from one generator and packs; so do we, and a seed means the same noise.
+/// diffusers draws (images, channels, h, w) from one generator and packs; so do we, and a seed means the same noise.
 ///
 /// # Errors
 /// When the size is odd.
 pub fn starting_noise(
     seed: u64,
-    pictures: usize,
+    images: usize,
     channels: usize,
     size: LatentSize,
 ) -> Result<Tensor> {
     let mut generator = noise::Generator::new(seed);
-    let latent = generator.randn((pictures, channels, size.height, size.width), &Device::Cpu)?;
+    let latent = generator.randn((images, channels, size.height, size.width), &Device::Cpu)?;
     Ok(latents::pack(&latent)?)
 }
 
-/// How a batch of pictures is denoised.
+/// How a batch of images is denoised.
 #[derive(Clone, Debug)]
 pub struct Denoise<'a> {
     /// The transformer.
@@ -86,7 +86,7 @@ pub struct Denoise<'a> {
     pub steps: usize,
     /// Given to the guidance embedding, where the model has one.
     pub guidance: f64,
-    /// Size of the pictures.
+    /// Size of the images.
     pub size: LatentSize,
 }
 
@@ -182,7 +182,7 @@ impl Denoise<'_> {
     }
 }
 
-/// A batch of pictures under way.
+/// A batch of images under way.
 struct Drawing {
     /// Packed latents, (b, tokens, channels), f32.
     x: Tensor,

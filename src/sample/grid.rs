@@ -1,44 +1,44 @@
-//! Several pictures in one: rows and columns with a thin margin.
+//! Several images in one: rows and columns with a thin margin.
 
 use anyhow::{Context, Result, ensure};
 
-use super::png::Picture;
+use super::png::Image;
 
-/// Pixels between pictures and around them.
+/// Pixels between images and around them.
 const MARGIN: u32 = 2;
 /// The margin's grey.
 const GREY: u8 = 128;
 
-/// Puts rows of equally large pictures into one picture.
+/// Puts rows of equally large images into one image.
 ///
 /// # Errors
-/// When there is no picture or sizes differ.
-pub fn grid(rows: &[Vec<Picture>]) -> Result<Picture> {
+/// When there is no image or sizes differ.
+pub fn grid(rows: &[Vec<Image>]) -> Result<Image> {
     let first = rows
         .iter()
         .flatten()
         .next()
-        .context("no picture to put into a grid")?;
+        .context("no image to put into a grid")?;
     let (w, h) = (first.width, first.height);
     ensure!(
         rows.iter().flatten().all(|p| (p.width, p.height) == (w, h)),
-        "pictures of a grid differ in size"
+        "images of a grid differ in size"
     );
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0) as u32;
     let width = columns * (w + MARGIN) + MARGIN;
     let height = rows.len() as u32 * (h + MARGIN) + MARGIN;
     let mut rgb = vec![GREY; (3 * width * height) as usize];
-    for (row, pictures) in rows.iter().enumerate() {
-        for (column, picture) in pictures.iter().enumerate() {
+    for (row, images) in rows.iter().enumerate() {
+        for (column, image) in images.iter().enumerate() {
             let left = column as u32 * (w + MARGIN) + MARGIN;
             let top = row as u32 * (h + MARGIN) + MARGIN;
-            for (y, line) in picture.rgb.chunks_exact(3 * w as usize).enumerate() {
+            for (y, line) in image.rgb.chunks_exact(3 * w as usize).enumerate() {
                 let start = 3 * ((top + y as u32) * width + left) as usize;
                 rgb[start..start + line.len()].copy_from_slice(line);
             }
         }
     }
-    Ok(Picture { width, height, rgb })
+    Ok(Image { width, height, rgb })
 }
 
 #[cfg(test)]
@@ -46,8 +46,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pictures_lie_side_by_side_with_a_margin() {
-        let of = |v: u8| Picture {
+    fn images_lie_side_by_side_with_a_margin() {
+        let of = |v: u8| Image {
             width: 1,
             height: 1,
             rgb: vec![v; 3],

@@ -1,4 +1,4 @@
-//! Picture files → tensors as the VAE's encoder takes them. Writing pictures is `png`'s business.
+//! Image files → tensors as the VAE's encoder takes them. `png` writes images.
 
 use std::{io::Cursor, path::Path};
 
@@ -9,38 +9,38 @@ use zune_jpeg::{
     JpegDecoder, zune_core::colorspace::ColorSpace, zune_core::options::DecoderOptions,
 };
 
-use super::png::Picture;
+use super::png::Image;
 
 /// Endings of the files that [`read`] understands.
 pub const EXTENSIONS: [&str; 3] = ["png", "jpg", "jpeg"];
 
-/// Pixels of the largest picture that is read: 16 times 4K.
-const MOST_PIXELS: usize = 1 << 27;
+/// Pixels of the largest image that is read: 16 times 4K.
+const MAX_PIXELS: usize = 1 << 27;
 
 /// Reads a PNG or JPEG as 8-bit RGB; transparency is laid on white.
 ///
 /// # Errors
 /// When the file cannot be read, is damaged, or is of another format.
-pub fn read(path: &Path) -> Result<Picture> {
+pub fn read(path: &Path) -> Result<Image> {
     let name = path.display();
     let bytes = std::fs::read(path).with_context(|| format!("cannot read `{name}`"))?;
-    let picture = if bytes.starts_with(b"\x89PNG") {
+    let image = if bytes.starts_with(b"\x89PNG") {
         read_png(&bytes)
     } else if bytes.starts_with(&[0xff, 0xd8]) {
         read_jpeg(&bytes)
     } else {
-        bail!("`{name}` is neither a PNG nor a JPEG picture")
+        bail!("`{name}` is neither a PNG nor a JPEG image")
     };
-    picture.with_context(|| format!("`{name}` is damaged"))
+    image.with_context(|| format!("`{name}` is damaged"))
 }
 
-fn read_png(bytes: &[u8]) -> Result<Picture> {
+fn read_png(bytes: &[u8]) -> Result<Image> {
     let mut decoder = png::Decoder::new(Cursor::new(bytes));
     decoder.set_transformations(png::Transformations::normalize_to_color8());
     let mut reader = decoder.read_info()?;
     let (width, height) = (reader.info().width, reader.info().height);
     ensure!(
-        width as usize * height as usize <= MOST_PIXELS,
+        width as usize * height as usize <= MAX_PIXELS,
         "it is too large"
     );
     let size = reader.output_buffer_size().context("it is too large")?;
@@ -70,10 +70,10 @@ fn read_png(bytes: &[u8]) -> Result<Picture> {
             .collect(),
         png::ColorType::Indexed => bail!("its palette was not resolved"),
     };
-    Ok(Picture { width, height, rgb })
+    Ok(Image { width, height, rgb })
 }
 
-fn read_jpeg(bytes: &[u8]) -> Result<Picture> {
+fn read_jpeg(bytes: &[u8]) -> Result<Image> {
     let options = DecoderOptions::default()
         .jpeg_set_out_colorspace(ColorSpace::RGB)
         .set_max_width(1 << 16)
@@ -83,51 +83,51 @@ fn read_jpeg(bytes: &[u8]) -> Result<Picture> {
     let info = decoder.info().context("it has no header")?;
     let (width, height) = (u32::from(info.width), u32::from(info.height));
     ensure!(rgb.len() == 3 * (width * height) as usize, "it is cut off");
-    Ok(Picture { width, height, rgb })
+    Ok(Image { width, height, rgb })
 }
 
-/// The picture, made smaller (Lanczos) where a side is longer than `most` pixels.
+/// The image, made smaller (Lanczos) where a side is longer than `most` pixels.
 ///
 /// # Errors
-/// When the picture is empty.
-pub fn within(picture: &Picture, most: u32) -> Result<Picture> {
-    let (w, h) = (picture.width, picture.height);
-    ensure!(w > 0 && h > 0 && most > 0, "the picture is empty");
+/// When the image is empty.
+pub fn within(image: &Image, most: u32) -> Result<Image> {
+    let (w, h) = (image.width, image.height);
+    ensure!(w > 0 && h > 0 && most > 0, "the image is empty");
     let longest = w.max(h);
     if longest <= most {
-        return Ok(picture.clone());
+        return Ok(image.clone());
     }
     let scaled = |side: u32| (u64::from(side) * u64::from(most) / u64::from(longest)).max(1) as u32;
     let (width, height) = (scaled(w), scaled(h));
-    let source = pixels(picture);
+    let source = pixels(image);
     let mut out = vec![RGB::new(0, 0, 0); (width * height) as usize];
     let [from_w, from_h, to_w, to_h] = [w, h, width, height].map(|side| side as usize);
     resize::new(from_w, from_h, to_w, to_h, Pixel::RGB8, Type::Lanczos3)?
         .resize(&source, &mut out)?;
-    Ok(Picture {
+    Ok(Image {
         width,
         height,
         rgb: out.iter().flat_map(|p| [p.r, p.g, p.b]).collect(),
     })
 }
 
-fn pixels(picture: &Picture) -> Vec<RGB<u8>> {
-    let pixels = picture.rgb.as_chunks::<3>().0;
+fn pixels(image: &Image) -> Vec<RGB<u8>> {
+    let pixels = image.rgb.as_chunks::<3>().0;
     pixels.iter().map(|p| RGB::new(p[0], p[1], p[2])).collect()
 }
 
-/// Scales a picture to cover `width` × `height` (Lanczos), crops what overlaps evenly, and gives (3, height, width) in
+/// Scales an image to cover `width` × `height` (Lanczos), crops what overlaps evenly, and gives (3, height, width) in
 /// \[-1, 1\], f32 on the CPU.
 ///
 /// # Errors
-/// When the picture is empty.
-pub fn covering(picture: &Picture, width: usize, height: usize) -> Result<Tensor> {
-    let (w, h) = (picture.width as usize, picture.height as usize);
-    ensure!(w > 0 && h > 0, "the picture is empty");
+/// When the image is empty.
+pub fn covering(image: &Image, width: usize, height: usize) -> Result<Tensor> {
+    let (w, h) = (image.width as usize, image.height as usize);
+    ensure!(w > 0 && h > 0, "the image is empty");
     let scale = (width as f64 / w as f64).max(height as f64 / h as f64);
     let inner = |size: usize, least: usize| ((size as f64 * scale).round() as usize).max(least);
     let (wide, high) = (inner(w, width), inner(h, height));
-    let source = pixels(picture);
+    let source = pixels(image);
     let mut scaled = vec![RGB::new(0, 0, 0); wide * high];
     resize::new(w, h, wide, high, Pixel::RGB8, Type::Lanczos3)?.resize(&source, &mut scaled)?;
     let (left, top) = ((wide - width) / 2, (high - height) / 2);
@@ -149,60 +149,60 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_picture_written_is_read_as_it_was() {
+    fn an_image_written_is_read_as_it_was() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.png");
         let rgb: Vec<u8> = (0..3 * 6 * 4).map(|i| (i * 3) as u8).collect();
-        let picture = Picture {
+        let image = Image {
             width: 6,
             height: 4,
             rgb,
         };
-        picture.save(&path, &[]).unwrap();
-        assert_eq!(read(&path).unwrap(), picture);
-        let same = covering(&picture, 6, 4).unwrap();
-        assert_eq!(Picture::from_decoded(&same).unwrap(), picture);
+        image.save(&path, &[]).unwrap();
+        assert_eq!(read(&path).unwrap(), image);
+        let same = covering(&image, 6, 4).unwrap();
+        assert_eq!(Image::from_decoded(&same).unwrap(), image);
     }
 
     #[test]
-    fn a_wide_picture_is_scaled_and_cropped_in_the_middle() {
+    fn a_wide_image_is_scaled_and_cropped_in_the_middle() {
         // black, white, black in thirds
         let row = [[0u8; 3]; 4]
             .into_iter()
             .chain([[255; 3]; 4])
             .chain([[0; 3]; 4]);
         let row: Vec<u8> = row.flatten().collect();
-        let picture = Picture {
+        let image = Image {
             width: 12,
             height: 4,
             rgb: row.repeat(4),
         };
-        let middle = covering(&picture, 2, 2).unwrap();
+        let middle = covering(&image, 2, 2).unwrap();
         assert_eq!(middle.dims(), [3, 2, 2]);
         let least = middle.min_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(least > 0.5, "{least}");
     }
 
     #[test]
-    fn a_picture_is_made_smaller_but_never_larger() {
-        let picture = Picture {
+    fn an_image_is_made_smaller_but_never_larger() {
+        let image = Image {
             width: 40,
             height: 20,
             rgb: vec![90; 3 * 800],
         };
-        assert_eq!(within(&picture, 40).unwrap(), picture);
-        let small = within(&picture, 10).unwrap();
+        assert_eq!(within(&image, 40).unwrap(), image);
+        let small = within(&image, 10).unwrap();
         assert_eq!((small.width, small.height), (10, 5));
         assert!(small.rgb.iter().all(|v| v.abs_diff(90) <= 1));
     }
 
     #[test]
-    fn damaged_pictures_are_named() {
+    fn damaged_images_are_named() {
         let folder = tempfile::tempdir().unwrap();
         let mut rgb = Vec::new();
         rgb.resize(3 * 32 * 32, 77);
         let whole = folder.path().join("a.png");
-        Picture {
+        Image {
             width: 32,
             height: 32,
             rgb,

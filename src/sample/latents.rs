@@ -1,4 +1,4 @@
-//! Latent pictures ⇄ image tokens, and the position ids of tokens. No values are drawn or decoded here.
+//! Latent images ⇄ image tokens, and the position ids of tokens. No values are drawn or decoded here.
 //!
 //! Source: [diffusers `FluxPipeline`][flux]: `_prepare_latent_image_ids`, `_pack_latents`, `_unpack_latents`.
 //!
@@ -6,11 +6,11 @@
 
 use candle::{Device, Result, Tensor, bail};
 
-/// Groups 2×2 pixels of a latent picture into one token: (b, c, h, w) → (b, h/2·w/2, 4c). `h` and `w` must be even.
+/// Groups 2×2 pixels of a latent image into one token: (b, c, h, w) → (b, h/2·w/2, 4c). `h` and `w` must be even.
 pub fn pack(latents: &Tensor) -> Result<Tensor> {
     let (b, c, h, w) = latents.dims4()?;
     if !h.is_multiple_of(2) || !w.is_multiple_of(2) {
-        bail!("a latent picture of {h}×{w} cannot be cut into 2×2 patches")
+        bail!("a latent image of {h}×{w} cannot be cut into 2×2 patches")
     }
     latents
         .reshape(vec![b, c, h / 2, 2, w / 2, 2])?
@@ -18,12 +18,12 @@ pub fn pack(latents: &Tensor) -> Result<Tensor> {
         .reshape((b, h / 2 * (w / 2), c * 4))
 }
 
-/// Inverse of [`pack`] for a latent picture of `h`×`w`: (b, h/2·w/2, 4c) → (b, c, h, w).
+/// Inverse of [`pack`] for a latent image of `h`×`w`: (b, h/2·w/2, 4c) → (b, c, h, w).
 pub fn unpack(tokens: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     let (b, n, d) = tokens.dims3()?;
     if n != h / 2 * (w / 2) || !h.is_multiple_of(2) || !w.is_multiple_of(2) || !d.is_multiple_of(4)
     {
-        bail!("{n} tokens of width {d} do not make a latent picture of {h}×{w}")
+        bail!("{n} tokens of width {d} do not make a latent image of {h}×{w}")
     }
     tokens
         .reshape(vec![b, h / 2, w / 2, d / 4, 2, 2])?
@@ -31,7 +31,7 @@ pub fn unpack(tokens: &Tensor, h: usize, w: usize) -> Result<Tensor> {
         .reshape((b, d / 4, h, w))
 }
 
-/// Position ids of the tokens of a latent picture of `h`×`w`: (h/2·w/2, 3) float32, rows (0, row, column).
+/// Position ids of the tokens of a latent image of `h`×`w`: (h/2·w/2, 3) float32, rows (0, row, column).
 pub fn img_ids(h: usize, w: usize, device: &Device) -> Result<Tensor> {
     let rows = (0..h / 2).flat_map(|y| (0..w / 2).flat_map(move |x| [0.0, y as f32, x as f32]));
     Tensor::from_iter(rows, device)?.reshape((h / 2 * (w / 2), 3))

@@ -1,4 +1,4 @@
-//! Prompt → latent → picture: everything around the transformer, each part equal to diffusers. Calibration and pruning run on top of it.
+//! Prompt → latent → image: everything around the transformer, each part equal to diffusers. Calibration and pruning run on top of it.
 
 pub mod denoise;
 pub mod grid;

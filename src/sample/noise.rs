@@ -1,4 +1,4 @@
-//! The normal numbers that torch's CPU generator draws for a seed, so that a seed gives diffusers' picture. Shapes are the caller's business.
+//! The normal numbers that torch's CPU generator draws for a seed, so that a seed gives diffusers' image. The caller gives the shapes.
 //!
 //! Source: PyTorch `aten/src/ATen/core/DistributionsHelper.h` and `aten/src/ATen/native/cpu/DistributionTemplates.h`.
 
@@ -40,7 +40,7 @@ impl Generator {
         let (whole, tail) = values.as_chunks_mut::<BLOCK>();
         whole.iter_mut().for_each(box_muller);
         if !tail.is_empty() {
-            // torch draws the last 16 numbers anew, over some that it had finished
+            // torch draws the last 16 numbers again, over some that it had finished
             let mut last = [0f32; BLOCK];
             last.fill_with(|| self.uniform());
             box_muller(&mut last);

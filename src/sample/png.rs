@@ -1,4 +1,4 @@
-//! Decoded pictures → PNG files with text about how they were made. Decoding is `vae.rs`'s business.
+//! Decoded images → PNG files with text about how they were made. `vae` decodes.
 
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -10,7 +10,7 @@ use crate::files::output;
 
 /// 8-bit RGB, row by row.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Picture {
+pub struct Image {
     /// Pixels across.
     pub width: u32,
     /// Pixels down.
@@ -19,11 +19,11 @@ pub struct Picture {
     pub rgb: Vec<u8>,
 }
 
-impl Picture {
-    /// Rounds a decoded picture (3, h, w) in [-1, 1] as diffusers' `VaeImageProcessor` does; NaN becomes 0.
+impl Image {
+    /// Rounds a decoded image (3, h, w) in [-1, 1] as diffusers' `VaeImageProcessor` does; NaN becomes 0.
     pub fn from_decoded(image: &Tensor) -> Result<Self> {
         let (c, h, w) = image.dims3()?;
-        ensure!(c == 3, "a picture of {c} channels cannot be written as RGB");
+        ensure!(c == 3, "an image of {c} channels cannot be written as RGB");
         let values = image
             .to_dtype(DType::F32)?
             .permute((1, 2, 0))?
@@ -50,7 +50,7 @@ impl Picture {
     /// The same as the bytes of a file, without text.
     ///
     /// # Errors
-    /// When the picture's size and bytes do not fit.
+    /// When the image's size and bytes do not fit.
     pub fn to_png(&self) -> Result<Vec<u8>> {
         let mut out = Vec::new();
         self.write(&mut out, &[])?;
@@ -85,8 +85,8 @@ mod tests {
 
     use super::*;
 
-    fn picture() -> Picture {
-        Picture {
+    fn image() -> Image {
+        Image {
             width: 2,
             height: 1,
             rgb: vec![1, 2, 3, 250, 251, 252],
@@ -98,7 +98,7 @@ mod tests {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("a.png");
         let long = "é".repeat(3000);
-        picture().save(
+        image().save(
             &path,
             &[
                 ("prompt", "ein Haus, 夜 🌙\nzweite Zeile"),
@@ -110,7 +110,7 @@ mod tests {
             png::Decoder::new(std::io::BufReader::new(std::fs::File::open(&path)?)).read_info()?;
         let mut bytes = vec![0; reader.output_buffer_size().context("size")?];
         reader.next_frame(&mut bytes)?;
-        assert_eq!(bytes, picture().rgb);
+        assert_eq!(bytes, image().rgb);
         let info = reader.info();
         assert_eq!((info.width, info.height), (2, 1));
         assert_eq!(info.utf8_text[0].keyword, "prompt");
@@ -137,13 +137,13 @@ mod tests {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("a.png");
         assert!(
-            picture()
+            image()
                 .save(&path, &[("", "an empty keyword is not allowed")])
                 .is_err()
         );
         assert_eq!(std::fs::read_dir(folder.path())?.count(), 0);
         let missing = folder.path().join("none").join("a.png");
-        let error = format!("{:#}", picture().save(&missing, &[]).unwrap_err());
+        let error = format!("{:#}", image().save(&missing, &[]).unwrap_err());
         assert!(error.contains("none"), "{error}");
         Ok(())
     }
@@ -156,8 +156,8 @@ mod tests {
             &Device::Cpu,
         )?
         .reshape((3, 1, 2))?;
-        let picture = Picture::from_decoded(&x)?;
-        assert_eq!(picture.rgb, [128, 0, 0, 128, 255, 0]);
+        let image = Image::from_decoded(&x)?;
+        assert_eq!(image.rgb, [128, 0, 0, 128, 255, 0]);
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! The noise levels of a sampling run, from `scheduler_config.json`. The steps themselves are `denoise.rs`'s business.
+//! The noise levels of a sampling run, from `scheduler_config.json`. `denoise.rs` takes the steps.
 //!
 //! Source: diffusers [`FlowMatchEulerDiscreteScheduler.set_timesteps`][set_timesteps] as [`FluxPipeline`][pipeline] calls
 //! it. numpy computes in float32 there, so do we.

@@ -9,7 +9,7 @@ use crate::{
     checkpoint::Checkpoint,
     device::Runtime,
     files::{Files, parse_id},
-    sample::png::Picture,
+    sample::png::Image,
     ui,
 };
 
@@ -56,7 +56,7 @@ impl ClipFiles {
     pub fn scores(
         &self,
         prompts: &[String],
-        images: &[Vec<Picture>],
+        images: &[Vec<Image>],
         runtime: &Runtime,
     ) -> Result<Vec<Vec<f64>>> {
         let progress = ui::progress(images.len(), "scoring with CLIP");

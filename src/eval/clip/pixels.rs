@@ -1,4 +1,4 @@
-//! Images as CLIP's vision model is given them: Pillow's bicubic scaling to the bit, the middle cut out, normalised.
+//! Pictures as CLIP's vision model is given them: Pillow's bicubic scaling to the bit, the middle cut out, normalised.
 //!
 //! Sources: Pillow `src/libImaging/Resample.c`; transformers `CLIPImageProcessorPil`.
 
@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use candle::{Device, Tensor};
 use serde::Deserialize;
 
-use crate::sample::png::Picture;
+use crate::sample::png::Image;
 
 /// Binary places of the weights in Pillow's sums of 8-bit values.
 const PLACES: u32 = 32 - 8 - 2;
@@ -33,16 +33,16 @@ impl Default for Preparation {
 
 impl Preparation {
     /// (3, side, side) on the CPU: the shorter side scaled to `side`, the middle of the longer one.
-    pub(super) fn pixels(&self, image: &Picture, side: usize) -> Result<Tensor> {
-        let (width, height) = (image.width as usize, image.height as usize);
-        ensure!(width * height > 0, "an empty image");
+    pub(super) fn pixels(&self, picture: &Image, side: usize) -> Result<Tensor> {
+        let (width, height) = (picture.width as usize, picture.height as usize);
+        ensure!(width * height > 0, "an empty picture");
         let scaled = |long: usize, short: usize| side * long / short;
         let (new_width, new_height) = if width <= height {
             (side, scaled(height, width))
         } else {
             (scaled(width, height), side)
         };
-        let rgb = scale_across(&image.rgb, width, new_width);
+        let rgb = scale_across(&picture.rgb, width, new_width);
         let rgb = scale_down(&rgb, new_width, height, new_height);
         let (left, top) = ((new_width - side) / 2, (new_height - side) / 2);
         let mut values = Vec::with_capacity(3 * side * side);

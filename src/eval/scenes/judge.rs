@@ -8,7 +8,7 @@ use super::{
     detect::{Seen, detect},
     grammar::{Layout, Relation, Scene},
 };
-use crate::sample::png::Picture;
+use crate::sample::png::Image;
 
 /// How far from its place a single object may be.
 const NEAR: f64 = 0.15;
@@ -38,8 +38,8 @@ pub struct Verdict {
 ///
 /// # Errors
 /// When the image is not square, or too small.
-pub fn judge(scene: &Scene, image: &Picture) -> Result<Verdict> {
-    let (background, seen) = detect(image)?;
+pub fn judge(scene: &Scene, picture: &Image) -> Result<Verdict> {
+    let (background, seen) = detect(picture)?;
     let wanted = scene.objects();
     let mut matched: Vec<usize> = Vec::new();
     for object in &wanted {

@@ -1,7 +1,7 @@
 //! Draws scenes exactly, as `scripts/scenes.py` does.
 
 use super::grammar::{Background, Colour, Layout, Object, Place, Relation, Scene, Shape};
-use crate::sample::png::Picture;
+use crate::sample::png::Image;
 
 /// Radius of every shape, as a share of the image's side.
 const RADIUS: f64 = 0.2;
@@ -109,7 +109,7 @@ impl Scene {
 }
 
 /// Draws objects on a background, the later ones above; edges are smoothed over one pixel.
-pub fn render(background: Background, objects: &[Placed], side: usize) -> Picture {
+pub fn render(background: Background, objects: &[Placed], side: usize) -> Image {
     let mut values: Vec<f32> = background.rgb().map(f32::from).repeat(side * side);
     let scale = side as f64;
     for placed in objects {
@@ -126,7 +126,7 @@ pub fn render(background: Background, objects: &[Placed], side: usize) -> Pictur
     }
     let rgb = values.iter().map(|v| v.round_ties_even() as u8).collect();
     let side = side as u32;
-    Picture {
+    Image {
         width: side,
         height: side,
         rgb,

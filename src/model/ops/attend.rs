@@ -1,15 +1,16 @@
 //! From fused projections to what attention puts out, as one node of the gradient graph: the backward pass computes
 //! queries, keys, values and scores again instead of keeping them. The forward is that of `heads` and `attention`.
 
-use candle::{D, DType, Device, Result, Tensor};
+use candle::{DType, Device, Result, Tensor};
 
 use super::attend_fused;
 use super::attention::attention;
 use super::cpu::fusable;
 use super::custom_op::{by_recomputing, custom_op};
 use super::gelu::gelu;
-use super::heads::{Heads, OwnedProjection, Projected, heads, plain as plain_heads};
-use super::{cuda, wide};
+use super::heads::heads;
+use super::types::{Heads, OwnedProjection, Projected};
+use super::{cuda, plain};
 use crate::model::rope::Rope;
 
 /// Scores that the composed backward pass holds at once, in elements; some four tensors of this size in f32 (1 GiB).
@@ -110,7 +111,7 @@ fn backward(
                 ..s.borrowed()
             })
             .collect();
-        let Heads { q, k, v } = plain_heads(&projected, num_heads, rope)?;
+        let Heads { q, k, v } = plain::heads(&projected, num_heads, rope)?;
         Tensor::stack(&[q, k, v], 0)
     })?;
     out.into_iter()
@@ -129,48 +130,5 @@ fn attention_backward(heads: &Heads, grad: &Tensor) -> Result<Tensor> {
         .reshape((batch, tokens, num_heads, size))?
         .transpose(1, 2)?
         .contiguous()?;
-    composed_backward(heads, &grad, MAX_SCORES)
-}
-
-/// Gradients of queries, keys and values, stacked, from that of the attended values (all (batch, heads, tokens, head
-/// size)), a slice of query rows at a time so that at most `max_scores` scores exist.
-pub(super) fn composed_backward(
-    Heads { q, k, v }: &Heads,
-    grad: &Tensor,
-    max_scores: usize,
-) -> Result<Tensor> {
-    let (batch, heads, tokens, size) = q.dims4()?;
-    let dtype = q.dtype();
-    let scale = 1.0 / (size as f64).sqrt();
-    let rows = (max_scores / (batch * heads * tokens).max(1)).clamp(1, tokens.max(1));
-    let (q, k, v, grad) = (wide(q)?, wide(k)?, wide(v)?, wide(grad)?);
-    let (k_t, v_t) = (
-        k.transpose(2, 3)?.contiguous()?,
-        v.transpose(2, 3)?.contiguous()?,
-    );
-    let mut dq = Vec::new();
-    let (mut dk, mut dv) = (k.zeros_like()?, v.zeros_like()?);
-    for start in (0..tokens).step_by(rows) {
-        let len = rows.min(tokens - start);
-        let q = q.narrow(2, start, len)?.contiguous()?;
-        let grad = grad.narrow(2, start, len)?.contiguous()?;
-        let scores = (q.matmul(&k_t)? * scale)?;
-        let weights = if scores.dtype() == DType::F64 {
-            candle_nn::ops::softmax(&scores, D::Minus1)?
-        } else {
-            candle_nn::ops::softmax_last_dim(&scores)?
-        };
-        drop(scores);
-        dv = (dv + weights.transpose(2, 3)?.contiguous()?.matmul(&grad)?)?;
-        // assigned, not shadowed: four tensors of scores at a time are counted (`train::memory`)
-        let mut dscores = grad.matmul(&v_t)?;
-        let along = (&dscores * &weights)?.sum_keepdim(D::Minus1)?;
-        dscores = dscores.broadcast_sub(&along)?;
-        dscores = (dscores * weights)?;
-        dscores = (dscores * scale)?;
-        dq.push(dscores.matmul(&k)?);
-        dk = (dk + dscores.transpose(2, 3)?.contiguous()?.matmul(&q)?)?;
-    }
-    let dq = Tensor::cat(&dq, 2)?;
-    Tensor::stack(&[dq, dk, dv], 0)?.to_dtype(dtype)
+    plain::attention_backward(heads, &grad, MAX_SCORES)
 }

@@ -8,7 +8,8 @@ use rayon::prelude::*;
 use super::attention::exp_in_place;
 use super::cpu::{Operand, Rows, sum_map, sum_product, vectorized};
 use super::gelu::gelu_backward_row;
-use super::heads::{EPS, Heads, OwnedProjection, Projected, heads};
+use super::heads::heads;
+use super::types::{HEADS_EPS, Heads, OwnedProjection, Projected};
 use crate::model::rope::Rope;
 
 /// Query rows whose scores are held at once by one task.
@@ -125,7 +126,7 @@ fn unrotate_unnorm(
     out: &mut [f32],
 ) {
     let size = x.len() as f32;
-    let factor = 1.0 / (sum_map(x, |x| x * x) / size + EPS as f32).sqrt();
+    let factor = 1.0 / (sum_map(x, |x| x * x) / size + HEADS_EPS as f32).sqrt();
     for x in x.iter_mut() {
         *x *= factor;
     }

@@ -8,9 +8,10 @@ use rayon::prelude::*;
 use super::attention_simd;
 use super::avx512::{Avx512, Vector};
 use super::cpu::{self, Element, Operand, by_dtype, fusable, vectorized};
-use super::heads::Heads;
+use super::cuda;
+use super::plain::wide;
+use super::types::Heads;
 use super::uninit::filled;
-use super::{cuda, wide};
 
 /// Scores the plain composition takes at once on devices without a fused kernel. Two tensors of them in f32 are alive at
 /// a time (1 GiB): enough rows for a fast product, and `model::memory` counts on it.

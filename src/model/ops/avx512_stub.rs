@@ -1,5 +1,5 @@
-//! Stands in for `avx512` where there is none: never made, so never called.
-#![allow(dead_code, reason = "nobody reads columns that nobody multiplies")]
+//! Stands in for `avx512` on other CPUs: never made, so never called.
+#![allow(dead_code, reason = "columns are never read here")]
 
 use faer::MatRef;
 use half::bf16;

@@ -1,5 +1,5 @@
 //! What the fused CPU kernels share: reading candle storage as rows, number formats, vector instructions, parallel rows.
-//! The kernels themselves stand beside their slow twins.
+//! Each kernel stands in the file of its operation; `plain` holds the compositions that they are compared with.
 //!
 //! Kernels are plain loops over slices. [`vectorized`] compiles them once per instruction set and picks at run time,
 //! so a binary built for any x86-64 still uses AVX-512 where the CPU has it; functions called inside must be

@@ -9,8 +9,9 @@ use super::attention_simd;
 use super::avx512::{Avx512, Vector};
 use super::cpu::{Operand, by_dtype, fusable};
 use super::gemm::{self, Then};
-use super::heads::{Heads, Norms, Projected, heads};
+use super::heads::heads;
 use super::product::product;
+use super::types::{Heads, Norms, Projected};
 use super::uninit::filled;
 use crate::model::rope::Rope;
 

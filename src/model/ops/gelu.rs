@@ -3,9 +3,9 @@
 use candle::{DType, Result, Tensor};
 
 use super::cpu::{Element, Operand, by_dtype, exp, for_rows, fusable};
-use super::cuda;
 use super::custom_op::{by_recomputing, custom_op};
-use super::residual::{biased, check_bias};
+use super::residual::check_bias;
+use super::{cuda, plain};
 
 const SQRT_2_OVER_PI: f32 = 0.797_884_6;
 /// Of the tanh approximation of GELU.
@@ -16,7 +16,7 @@ const CUBIC: f32 = 0.044_715;
 /// `x` (batch, tokens, width), may be a narrowed view; `bias` (width,); `beside` (batch, tokens, any), put in front.
 pub fn gelu(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Result<Tensor> {
     if bias.is_some_and(Tensor::track_op) {
-        return plain(x, bias, beside);
+        return plain::gelu(x, bias, beside);
     }
     let (data, bias) = (x.detach(), bias.cloned());
     let beside_data = beside.map(Tensor::detach);
@@ -25,7 +25,7 @@ pub fn gelu(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Resul
         Some(dtype) => by_dtype!(dtype, fused(&data, bias.as_ref(), beside_data.as_ref())),
         None => match cuda::gelu(&data, bias.as_ref(), beside_data.as_ref())? {
             Some(y) => Ok(y),
-            None => plain(&data, bias.as_ref(), beside_data.as_ref()),
+            None => plain::gelu(&data, bias.as_ref(), beside_data.as_ref()),
         },
     }?;
     let inputs: Vec<&Tensor> = [x].into_iter().chain(beside).collect();
@@ -35,7 +35,7 @@ pub fn gelu(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Resul
         let mut out = if fusable([&data].into_iter().chain(&bias)) == Some(DType::F32) {
             vec![Some(gelu_backward(&data, bias.as_ref(), &own)?)]
         } else {
-            by_recomputing(&[&data], &own, |t| plain(&t[0], bias.as_ref(), None))?
+            by_recomputing(&[&data], &own, |t| plain::gelu(&t[0], bias.as_ref(), None))?
         };
         if grad.dim(2)? > width {
             out.push(Some(grad.narrow(2, 0, front)?.contiguous()?));
@@ -92,14 +92,6 @@ fn gelu_slope(x: f32) -> f32 {
     let u = SQRT_2_OVER_PI * x * (1.0 + CUBIC * x * x);
     let s = 1.0 / (1.0 + exp(-2.0 * u));
     s + 2.0 * x * s * (1.0 - s) * SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x)
-}
-
-pub(super) fn plain(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Result<Tensor> {
-    let y = biased(x, bias)?.gelu()?;
-    match beside {
-        Some(beside) => Tensor::cat(&[beside, &y], 2),
-        None => Ok(y),
-    }
 }
 
 fn fused<T: Element>(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Result<Tensor> {
@@ -176,7 +168,7 @@ mod tests {
                     for beside in [None, Some(&beside)] {
                         close(
                             &gelu(&x, bias, beside)?,
-                            &plain(&x, bias, beside)?,
+                            &plain::gelu(&x, bias, beside)?,
                             tolerance,
                         )?;
                     }

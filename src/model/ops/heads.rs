@@ -1,71 +1,14 @@
 //! From a fused qkv projection to normalised, rotated heads: bias, RMS norm, rotary embedding and the change of layout
 //! to (batch, heads, tokens, head size) in one pass.
 
-use candle::{D, Result, Tensor};
+use candle::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{Element, LANES, Operand, by_dtype, fusable, sum_map, vectorized};
+use super::types::{HEADS_EPS, Heads, Projected};
 use super::uninit::{Uninit, filled};
-use super::{biased, cuda, wide};
+use super::{cuda, plain};
 use crate::model::rope::Rope;
-
-/// Epsilon of the RMS norms of queries and keys (diffusers `FluxAttention`, BFL `layers.py`).
-pub(super) const EPS: f64 = 1e-6;
-
-/// One stream's projection, to be split into heads.
-pub struct Projected<'a> {
-    /// (batch, tokens, at least 3·hidden): queries, keys, values, then anything; without bias.
-    pub qkv: &'a Tensor,
-    /// Bias of at least 3·hidden.
-    pub bias: Option<&'a Tensor>,
-    /// Weights of the RMS norms, (head size,).
-    pub norms: &'a Norms,
-}
-
-/// Weights of the RMS norms of queries and keys, each (head size,).
-#[derive(Clone, Debug)]
-pub struct Norms {
-    /// Of the queries.
-    pub query: Tensor,
-    /// Of the keys.
-    pub key: Tensor,
-}
-
-/// One stream's projection, owned and outside of any graph.
-pub(super) struct OwnedProjection {
-    pub(super) qkv: Tensor,
-    pub(super) bias: Option<Tensor>,
-    pub(super) norms: Norms,
-}
-
-impl OwnedProjection {
-    pub(super) fn new(stream: &Projected) -> Self {
-        Self {
-            qkv: stream.qkv.detach(),
-            bias: stream.bias.map(Tensor::detach),
-            norms: stream.norms.clone(),
-        }
-    }
-
-    pub(super) fn borrowed(&self) -> Projected<'_> {
-        Projected {
-            qkv: &self.qkv,
-            bias: self.bias.as_ref(),
-            norms: &self.norms,
-        }
-    }
-}
-
-/// Queries, keys (normalised and rotated) and values of all streams, joined along the tokens in the order given.
-#[derive(Debug)]
-pub(super) struct Heads {
-    /// (batch, heads, tokens, head size)
-    pub q: Tensor,
-    /// (batch, heads, tokens, head size)
-    pub k: Tensor,
-    /// (batch, heads, tokens, head size)
-    pub v: Tensor,
-}
 
 /// Splits the projections into heads. Norm and rotation are computed in f32 (f64 stays f64) and rounded once.
 ///
@@ -93,41 +36,9 @@ pub(super) fn heads(streams: &[Projected], num_heads: usize, rope: &Rope) -> Res
         Some(dtype) => by_dtype!(dtype, fused(streams, num_heads, rope)),
         None => match cuda::heads(streams, num_heads, rope)? {
             Some(heads) => Ok(heads),
-            None => plain(streams, num_heads, rope),
+            None => plain::heads(streams, num_heads, rope),
         },
     }
-}
-
-pub(super) fn plain(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Heads> {
-    let dtype = streams[0].qkv.dtype();
-    let hidden = num_heads * rope.head_dim();
-    let (mut q, mut k, mut v) = (vec![], vec![], vec![]);
-    for stream in streams {
-        let (batch, tokens, _) = stream.qkv.dims3()?;
-        let bias = stream
-            .bias
-            .map(|b| b.narrow(0, 0, 3 * hidden))
-            .transpose()?;
-        let qkv = biased(&stream.qkv.narrow(2, 0, 3 * hidden)?, bias.as_ref())?;
-        let qkv = qkv.reshape((batch, tokens, 3, num_heads, rope.head_dim()))?;
-        // (batch, heads, tokens, head size)
-        let part = |i| qkv.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2);
-        q.push(rms_norm(&part(0)?, &stream.norms.query)?);
-        k.push(rms_norm(&part(1)?, &stream.norms.key)?);
-        v.push(part(2)?);
-    }
-    Ok(Heads {
-        q: rope.rotate(&Tensor::cat(&q, 2)?)?.to_dtype(dtype)?,
-        k: rope.rotate(&Tensor::cat(&k, 2)?)?.to_dtype(dtype)?,
-        v: Tensor::cat(&v, 2)?.contiguous()?,
-    })
-}
-
-/// `x / rms(x) · weight` over the last dimension, left in the wide format.
-fn rms_norm(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let x = wide(x)?;
-    let rms = (x.sqr()?.mean_keepdim(D::Minus1)? + EPS)?.sqrt()?;
-    x.broadcast_div(&rms)?.broadcast_mul(&wide(weight)?)
 }
 
 fn fused<T: Element>(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Heads> {
@@ -238,7 +149,7 @@ fn norm_rotate<T: Element>(
     out: &mut [T],
 ) {
     let mean = sum_map(x, |x| x * x) / x.len() as f32;
-    let factor = 1.0 / (mean + EPS as f32).sqrt();
+    let factor = 1.0 / (mean + HEADS_EPS as f32).sqrt();
     for (x, w) in x.iter_mut().zip(weight) {
         *x *= factor * w.widen();
     }
@@ -269,6 +180,7 @@ mod tests {
     use candle::DType;
 
     use super::*;
+    use crate::model::ops::types::Norms;
     use crate::model::testing::{close, random};
 
     #[test]
@@ -319,7 +231,7 @@ mod tests {
                 for streams in [&two[..], &one[..]] {
                     let (got, want) = (
                         heads(streams, num_heads, &rope)?,
-                        plain(streams, num_heads, &rope)?,
+                        plain::heads(streams, num_heads, &rope)?,
                     );
                     assert_eq!(got.q.dims(), [batch, num_heads, txt + img, size]);
                     close(&got.q, &want.q, tolerance)?;

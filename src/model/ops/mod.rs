@@ -34,9 +34,11 @@ mod gelu;
 mod gemm;
 mod heads;
 mod norm;
+mod plain;
 mod product;
 mod residual;
 mod swiglu;
+mod types;
 mod uninit;
 
 pub use attend::{attend, attend_beside_gelu, holds_scores_backward};
@@ -45,15 +47,16 @@ pub use attention::holds_scores;
 pub use cuda::{add_products, limit_kept_memory, token_sums, trouble};
 pub use fused_linear::{attend_beside_gelu_of_product, gelu_of_product};
 pub use gelu::gelu;
-pub use heads::{Norms, Projected};
 pub use norm::norm_modulate;
 
 pub use dequantize::dequantize;
+pub use plain::biased;
 pub use product::product;
-pub use residual::{Branch, biased, gated_residual};
+pub use residual::gated_residual;
 pub use swiglu::swiglu;
+pub use types::{Branch, Norms, Projected};
 
-use candle::{D, DType, Result, Tensor};
+use candle::{D, Result, Tensor};
 
 /// The sum of all numbers, a scalar; differentiable. Rows first, except on the CPU: candle's GPU kernel gives each result
 /// one block of threads, and so the sum of a whole tensor to one of a hundred processors.
@@ -62,12 +65,4 @@ pub fn total(x: &Tensor) -> Result<Tensor> {
         return x.sum_all();
     }
     x.sum(D::Minus1)?.sum_all()
-}
-
-/// f32, or f64 where it is f64 already.
-fn wide(x: &Tensor) -> Result<Tensor> {
-    match x.dtype() {
-        DType::F64 => Ok(x.clone()),
-        _ => x.to_dtype(DType::F32),
-    }
 }

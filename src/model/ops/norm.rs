@@ -1,15 +1,13 @@
 //! Layer norm without weights, then scale and shift, which open every branch of every block.
 //! RMS norms of queries and keys are in `heads`.
 
-use candle::{D, DType, Result, Tensor};
+use candle::{DType, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, sum_map, sum_product, vectorized};
 use super::custom_op::{by_recomputing, custom_op};
-use super::{cuda, wide};
-
-/// LayerNorm's epsilon (diffusers `transformer_flux.py`, BFL `layers.py`).
-pub(super) const EPS: f64 = 1e-6;
+use super::types::NORM_EPS;
+use super::{cuda, plain};
 
 /// `layer_norm(x) · (1 + scale) + shift`; statistics in f32 whatever the dtype (f64 stays f64).
 ///
@@ -27,7 +25,7 @@ pub fn norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tenso
         Some(dtype) => by_dtype!(dtype, fused(&data[0], &data[1], &data[2])),
         None => match cuda::norm_modulate(&data[0], &data[1], &data[2])? {
             Some(y) => Ok(y),
-            None => plain(&data[0], &data[1], &data[2]),
+            None => plain::norm_modulate(&data[0], &data[1], &data[2]),
         },
     }?;
     custom_op(&[x, &shift, &scale], y, move |grad| {
@@ -35,22 +33,11 @@ pub fn norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tenso
             fused_backward(&data[0], &data[2], &grad.contiguous()?)
         } else {
             let [x, shift, scale] = &data;
-            by_recomputing(&[x, shift, scale], grad, |t| plain(&t[0], &t[1], &t[2]))
+            by_recomputing(&[x, shift, scale], grad, |t| {
+                plain::norm_modulate(&t[0], &t[1], &t[2])
+            })
         }
     })
-}
-
-pub(super) fn plain(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
-    let dtype = x.dtype();
-    let x = wide(x)?;
-    let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-    let deviation = (x.sqr()?.mean_keepdim(D::Minus1)? + EPS)?.sqrt()?;
-    let x = x.broadcast_div(&deviation)?;
-    let scale = (wide(scale)? + 1.0)?.unsqueeze(1)?;
-    let shift = wide(shift)?.unsqueeze(1)?;
-    x.broadcast_mul(&scale)?
-        .broadcast_add(&shift)?
-        .to_dtype(dtype)
 }
 
 fn fused<T: Element>(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
@@ -67,7 +54,7 @@ fn fused<T: Element>(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tenso
                 let (x, shift, scale) = (x.row(b, n), shift.row(b, 0), scale.row(b, 0));
                 let mean = sum_map(x, |x| x) / width as f32;
                 let variance = sum_map(x, |x| (x - mean) * (x - mean)) / width as f32;
-                let factor = 1.0 / (variance + EPS as f32).sqrt();
+                let factor = 1.0 / (variance + NORM_EPS as f32).sqrt();
                 for (((out, x), shift), scale) in out.iter_mut().zip(x).zip(shift).zip(scale) {
                     *out = T::narrow(
                         (x.widen() - mean) * factor * (1.0 + scale.widen()) + shift.widen(),
@@ -103,7 +90,7 @@ fn fused_backward(x: &Tensor, scale: &Tensor, grad: &Tensor) -> Result<Vec<Optio
                             let (x, grad) = (x.row(b, n), grad.row(b, n));
                             let mean = sum_map(x, |x| x) / width as f32;
                             let variance = sum_map(x, |x| (x - mean) * (x - mean)) / width as f32;
-                            let factor = 1.0 / (variance + EPS as f32).sqrt();
+                            let factor = 1.0 / (variance + NORM_EPS as f32).sqrt();
                             for (hat, x) in hat.iter_mut().zip(x) {
                                 *hat = (x - mean) * factor;
                             }
@@ -153,7 +140,7 @@ mod tests {
                 assert!(fusable([&x, &shift, &scale]).is_some());
                 close(
                     &norm_modulate(&x, &shift, &scale)?,
-                    &plain(&x, &shift, &scale)?,
+                    &plain::norm_modulate(&x, &shift, &scale)?,
                     tolerance,
                 )?;
             }

@@ -4,20 +4,10 @@ use candle::{DType, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, vectorized};
+use super::cuda;
 use super::custom_op::custom_op;
-use super::{cuda, wide};
-
-/// One stream's part of [`gated_residual`].
-pub struct Branch<'a> {
-    /// What the branch is added to, (batch, tokens, width); may be a narrowed view.
-    pub x: &'a Tensor,
-    /// The branch's last projection without its bias, (batch, tokens, width).
-    pub y: &'a Tensor,
-    /// That projection's bias, (width,).
-    pub bias: Option<&'a Tensor>,
-    /// (batch, width) or (1, width); `None` is a gate of one.
-    pub gate: Option<&'a Tensor>,
-}
+use super::plain::{self, biased, wide};
+use super::types::Branch;
 
 /// `x + gate · (y + bias)` of each branch, joined along the tokens in the order given.
 pub fn gated_residual(branches: &[Branch]) -> Result<Tensor> {
@@ -30,7 +20,7 @@ pub fn gated_residual(branches: &[Branch]) -> Result<Tensor> {
         Some(dtype) => by_dtype!(dtype, fused(branches)),
         None if tracked.next().is_none() => match cuda::gated_residual(branches)? {
             Some(y) => Ok(y),
-            None => plain(branches),
+            None => plain::gated_residual(branches),
         },
         None => {
             let sums = branches.iter().map(residual_tracked);
@@ -134,21 +124,6 @@ fn gate_backward(
     ))
 }
 
-pub(super) fn plain(branches: &[Branch]) -> Result<Tensor> {
-    let sums = branches.iter().map(|branch| {
-        let y = biased(branch.y, branch.bias)?;
-        let y = match branch.gate {
-            Some(gate) => y.broadcast_mul(&gate.to_dtype(y.dtype())?.unsqueeze(1)?)?,
-            None => y,
-        };
-        branch.x + y
-    });
-    match sums.collect::<Result<Vec<_>>>()?.as_slice() {
-        [one] => Ok(one.clone()),
-        many => Tensor::cat(many, 1),
-    }
-}
-
 fn fused<T: Element>(branches: &[Branch]) -> Result<Tensor> {
     let Some(first) = branches.first() else {
         candle::bail!("no branches to join")
@@ -230,14 +205,6 @@ pub(super) fn check_bias(bias: Option<&Tensor>, width: usize) -> Result<()> {
     }
 }
 
-/// `x + bias` over the last dimension.
-pub fn biased(x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    match bias {
-        Some(bias) => x.broadcast_add(&bias.to_dtype(x.dtype())?),
-        None => Ok(x.clone()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -282,7 +249,11 @@ mod tests {
                     &[first()],
                     &[third()],
                 ] {
-                    close(&gated_residual(branches)?, &plain(branches)?, tolerance)?;
+                    close(
+                        &gated_residual(branches)?,
+                        &plain::gated_residual(branches)?,
+                        tolerance,
+                    )?;
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! CLIP's text model, as far as its pooled output. Tokenising is `sample::tokenize`'s business.
+//! CLIP's text model, as far as its pooled output. `sample::tokenize` makes the tokens.
 //!
 //! candle-transformers has one too, but with fixed activations and epsilon and without the rule for the pooled token.
 //! Source: transformers `models/clip/modeling_clip.py` (`CLIPTextModel`).

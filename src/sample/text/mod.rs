@@ -1,4 +1,4 @@
-//! Prompts → what the transformer is told: T5's hidden states and CLIP's pooled output. Finding the files is `open.rs`'s business.
+//! Prompts → what the transformer is told: T5's hidden states and CLIP's pooled output. `open.rs` finds the files.
 
 use anyhow::{Context as _, Result, ensure};
 use candle::{DType, Tensor};
@@ -83,7 +83,7 @@ pub struct TextEncoders {
 impl TextEncoders {
     /// Encodes prompts together: T5's hidden states (b, L, d) and CLIP's pooled output (b, c).
     ///
-    /// T5's layers are read anew in every call, so give it many prompts at once.
+    /// T5's layers are read again in every call, so give it many prompts at once.
     ///
     /// # Errors
     /// When there is no prompt, a token has no embedding, an encoder gives NaN, or the device runs out of memory.

@@ -1,5 +1,5 @@
 //! Where text encoders and tokenizers are, and what sizes they have: diffusers folders, or single files as ComfyUI keeps them.
-//! Computing with them is `mod.rs`'s business.
+//! `mod.rs` computes with them.
 
 use anyhow::{Context as _, Result, bail, ensure};
 use candle::{DType, Device};

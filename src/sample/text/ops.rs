@@ -81,10 +81,10 @@ pub(super) fn check_sizes(
     layers: (&'static str, usize),
     sizes: &[(&'static str, usize)],
 ) -> anyhow::Result<()> {
-    const MOST_LAYERS: usize = 512;
+    const MAX_LAYERS: usize = 512;
     const LARGEST: usize = 1 << 24;
     let sizes = sizes.iter().map(|size| (*size, LARGEST));
-    for ((field, value), most) in std::iter::once((layers, MOST_LAYERS)).chain(sizes) {
+    for ((field, value), most) in std::iter::once((layers, MAX_LAYERS)).chain(sizes) {
         anyhow::ensure!(
             (1..=most).contains(&value),
             "`{field}` is {value}, expected a number from 1 to {most}"

@@ -1,4 +1,4 @@
-//! T5's encoder. Tokenising is `sample::tokenize`'s business.
+//! T5's encoder. `sample::tokenize` makes the tokens.
 //!
 //! FLUX masks no text: every token, padding too, sees every other. Layers are read when they are needed and dropped afterwards, so that
 //! no more than one of them is in memory: T5-XXL's 4.7 billion parameters run once for all prompts and are not needed again.

@@ -1,4 +1,4 @@
-//! T5's sizes and the tensors that go with them. Computing is `t5.rs`'s business.
+//! T5's sizes and the tensors that go with them. `t5.rs` computes.
 
 use serde::{Deserialize, Deserializer, de::Error as _};
 

@@ -1,4 +1,4 @@
-//! Special and added tokens as transformers merges them from its config files. The rest of a tokenizer is `build.rs`'s business.
+//! Special and added tokens as transformers merges them from its config files. `build.rs` makes the rest of a tokenizer.
 //!
 //! Source: transformers `tokenization_utils_base.py` (`_from_pretrained`) and `tokenization_utils_tokenizers.py` (`__init__`).
 

@@ -1,4 +1,4 @@
-//! The pipelines (normaliser, splitter, model, post-processor) of the two tokenizers. Special tokens are `mod.rs`'s business.
+//! The pipelines (normaliser, splitter, model, post-processor) of the two tokenizers. `mod.rs` handles special tokens.
 //!
 //! Sources: transformers `models/clip/tokenization_clip.py` and `models/t5/tokenization_t5.py`.
 

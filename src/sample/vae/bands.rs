@@ -1,6 +1,6 @@
-//! The decoder's upper levels a band of rows at a time: the same picture in a fraction of the memory.
+//! The decoder's upper levels a band of rows at a time: the same image in a fraction of the memory.
 //!
-//! Tiles that are decoded apart and blended, as diffusers has them, differ from the whole picture: each has group norms of
+//! Tiles that are decoded apart and blended, as diffusers has them, differ from the whole image: each has group norms of
 //! its own. Here all bands go through a layer before any goes through the next, and a norm sees the statistics of all of
 //! them; a convolution sees the rows beside its band. So nothing is approximate and there are no seams.
 
@@ -153,7 +153,7 @@ impl Bands {
         }
     }
 
-    /// The last norm and convolution; the picture (b, c, h, w), where bands are kept.
+    /// The last norm and convolution; the image (b, c, h, w), where bands are kept.
     pub(super) fn finish(self, norm: &Norm, conv: &Conv2d) -> Result<Tensor> {
         let bands = self.through(Some(norm), conv)?;
         Tensor::cat(&bands.parts, 2)
@@ -170,7 +170,7 @@ mod tests {
     use crate::sample::noise::Generator;
 
     #[test]
-    fn a_picture_in_bands_is_the_picture() -> anyhow::Result<()> {
+    fn an_image_in_bands_is_the_image() -> anyhow::Result<()> {
         let vae = Vae::load_folder(&Files::bundled().sub("vae"), DType::F32, &Device::Cpu)?;
         let channels = vae.config().latent_channels;
         let latents = Generator::new(3).randn((2, channels, 11, 6), &Device::Cpu)?;

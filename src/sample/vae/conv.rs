@@ -1,15 +1,15 @@
 //! Convolution as the autoencoder needs it: candle's, and a faster one for float32 on the CPU. No weights' names here.
 //!
-//! candle's CPU convolution gathers one number at a time, which decides how long a picture takes to decode on two cores. The fast one
+//! candle's CPU convolution gathers one number at a time, which decides how long an image takes to decode on two cores. The fast one
 //! copies whole rows into strips that stay in the cache, doubles sizes on the way, and multiplies them in place.
 
 use candle::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 use faer::{Accum, MatMut, MatRef, Par, prelude::*};
 use rayon::prelude::*;
 
-/// Numbers of unfolded input that candle's convolution writes at once. It counts them in 32 bits, which a picture of two
+/// Numbers of unfolded input that candle's convolution writes at once. It counts them in 32 bits, which an image of two
 /// million pixels exceeds, and eight times as many would be gigabytes.
-pub(super) const UNFOLDED: usize = 1 << 27;
+pub(super) const MAX_UNFOLDED: usize = 1 << 27;
 
 /// Floats of unfolded input that one matrix product reads: small enough for the second-level cache.
 const STRIP: usize = 1 << 18;
@@ -43,7 +43,7 @@ impl Conv {
             x.contiguous()?
                 .apply_op3_no_bwd(&weight.contiguous()?, &bias.contiguous()?, &self)
         } else {
-            self.composed(x, weight, bias, UNFOLDED)
+            self.composed(x, weight, bias, MAX_UNFOLDED)
         }
     }
 
@@ -71,7 +71,7 @@ impl Conv {
         let (k, bias) = (weight.dim(2)?, bias.reshape((1, (), 1, 1))?);
         if h + 2 * padding < k || w + 2 * padding < k {
             bail!(
-                "convolution {:?} does not fit a picture of {w}×{h}",
+                "convolution {:?} does not fit an image of {w}×{h}",
                 weight.shape()
             )
         }
@@ -137,7 +137,7 @@ impl CustomOp3 for Conv {
             || w + self.before + self.after < k
         {
             bail!(
-                "convolution {:?} does not fit a picture of {:?}",
+                "convolution {:?} does not fit an image of {:?}",
                 wl.shape(),
                 xl.shape()
             )
@@ -147,14 +147,14 @@ impl CustomOp3 for Conv {
         let mut out = vec![0f32; b * o * out_h * out_w];
         out.par_chunks_mut((o * out_h * out_w).max(1))
             .zip(x.par_chunks((c * h * w).max(1)))
-            .for_each(|(out, x)| self.picture(x, weight, bias, out, &sizes));
+            .for_each(|(out, x)| self.image(x, weight, bias, out, &sizes));
         Ok((CpuStorage::F32(out), Shape::from((b, o, out_h, out_w))))
     }
 }
 
 impl Conv {
-    /// The convolution of one picture (c, h, w) into `out` (o, out_h·out_w), strip by strip of whole rows.
-    fn picture(self, x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32], s: &Sizes) {
+    /// The convolution of one image (c, h, w) into `out` (o, out_h·out_w), strip by strip of whole rows.
+    fn image(self, x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32], s: &Sizes) {
         let (o, depth) = (bias.len(), s.c * s.k * s.k);
         let pixels = out.len() / o;
         // as many rows as the cache holds, but work for every thread
@@ -303,7 +303,7 @@ mod tests {
             let bias = random.randn(o, &Device::Cpu)?;
             let (fast, slow) = (
                 conv.forward(&x, &weight, &bias)?,
-                conv.composed(&x, &weight, &bias, UNFOLDED)?,
+                conv.composed(&x, &weight, &bias, MAX_UNFOLDED)?,
             );
             let scale = slow.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
             assert!(
@@ -332,7 +332,7 @@ mod tests {
         assert!(
             far(
                 &Conv::same(3).forward(&x, &weight, &bias)?,
-                &Conv::same(3).composed(&x, &weight, &bias, UNFOLDED)?
+                &Conv::same(3).composed(&x, &weight, &bias, MAX_UNFOLDED)?
             )? <= 1e-5
         );
         Ok(())

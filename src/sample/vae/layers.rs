@@ -1,4 +1,4 @@
-//! The layers an autoencoder is made of: residual block, attention, one level of the pyramid. The whole of it is `mod.rs`'s business.
+//! The layers an autoencoder is made of: residual block, attention, one level of the pyramid. `mod.rs` puts them together.
 //!
 //! Source: diffusers `models/resnet.py` (`ResnetBlock2D`), `models/unets/unet_2d_blocks.py`, `models/attention_processor.py`.
 
@@ -93,7 +93,7 @@ impl Norm {
         self.form.statistics(x)
     }
 
-    /// The same norm with the mean and variance of a picture of which it sees parts.
+    /// The same norm with the mean and variance of an image of which it sees parts.
     pub(super) fn knowing(&self, known: Statistics) -> Self {
         Self {
             form: GroupNorm {
@@ -129,7 +129,7 @@ impl Resnet {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        // assigned, not shadowed: each is as large as the picture, and the former goes
+        // assigned, not shadowed: each is as large as the image, and the former goes
         let mut y = self.conv1.forward(&self.norm1.forward(x)?)?;
         y = self.conv2.forward(&self.norm2.forward(&y)?)?;
         match &self.shortcut {
@@ -190,7 +190,7 @@ impl Attention {
         let q = (wide(self.q.forward(&tokens)?)? * (c as f64).powf(-0.5))?;
         let k = wide(self.k.forward(&tokens)?)?.t()?.contiguous()?; // (b, c, h·w)
         let v = self.v.forward(&tokens)?;
-        // an h·w × h·w matrix of a large picture would be gigabytes, so a few rows of it at a time
+        // an h·w × h·w matrix of a large image would be gigabytes, so a few rows of it at a time
         let rows = (scores / (b * h * w)).clamp(1, h * w);
         let mut parts = Vec::new();
         for start in (0..h * w).step_by(rows) {

@@ -1,13 +1,13 @@
 //! Memory that decoding takes, counted from the configuration alone. An upper estimate of what is alive at once.
 
-use super::{VaeConfig, conv::UNFOLDED};
+use super::{VaeConfig, conv::MAX_UNFOLDED};
 
-/// Bytes that decoding one picture takes beside the weights.
+/// Bytes that decoding one image takes beside the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryEstimate {
     /// Of what is computed with.
     pub work: u64,
-    /// Of what waits for its turn, where bands are kept; nothing when the picture is decoded at once.
+    /// Of what waits for its turn, where bands are kept; nothing when the image is decoded at once.
     pub parked: u64,
     /// Numbers, not bytes, of the largest feature map.
     pub largest: u64,
@@ -16,11 +16,11 @@ pub struct MemoryEstimate {
 /// What one layer has at work, for each pixel of its input.
 #[derive(Clone, Copy, Default)]
 struct Work {
-    /// Numbers in the number format of the picture.
+    /// Numbers in the number format of the image.
     maps: u64,
     /// Numbers in f32.
     wide: u64,
-    /// Numbers that taps see, at most [`UNFOLDED`] at once.
+    /// Numbers that taps see, at most [`MAX_UNFOLDED`] at once.
     columns: u64,
     /// Numbers of the largest map.
     largest: u64,
@@ -58,8 +58,8 @@ impl VaeConfig {
             let share = pixels * (band + 2).min(height as u64) * width as u64;
             let mut bytes = share * work.maps * element;
             if unfolded {
-                bytes +=
-                    share * work.wide * 4 + (share * work.columns).min(UNFOLDED as u64) * element;
+                bytes += share * work.wide * 4
+                    + (share * work.columns).min(MAX_UNFOLDED as u64) * element;
             }
             // allocators keep some of what is freed: 3.3 GB were measured at 1024² where 2.7 are alive
             out.work = out.work.max(bytes / 4 * 5);

@@ -1,4 +1,4 @@
-//! The autoencoder between latents and pictures (diffusers' `AutoencoderKL`), under diffusers' tensor names. Other names: `keys.rs`.
+//! The autoencoder between latents and images (diffusers' `AutoencoderKL`), under diffusers' tensor names. Other names: `keys.rs`.
 
 use anyhow::{Context as _, ensure};
 use candle::{DType, Device, Result, Tensor, bail};
@@ -21,9 +21,9 @@ mod open;
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 #[serde(default)]
 pub struct VaeConfig {
-    /// Channels of the picture that goes in.
+    /// Channels of the image that goes in.
     pub in_channels: usize,
-    /// Channels of the picture that comes out.
+    /// Channels of the image that comes out.
     pub out_channels: usize,
     /// Channels of each level, full size first; each further level halves the size.
     pub block_out_channels: Vec<usize>,
@@ -126,7 +126,7 @@ impl VaeConfig {
         Ok(config)
     }
 
-    /// Pixels of the picture along one pixel of the latents: 8 for FLUX.1.
+    /// Pixels of the image along one pixel of the latents: 8 for FLUX.1.
     pub fn downsampling(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
     }
@@ -175,7 +175,7 @@ impl Vae {
         &self.config
     }
 
-    /// Latents as the transformer makes them (b, latent_channels, h, w) → pictures in about [-1, 1] (b, out_channels, 8h, 8w), in the
+    /// Latents as the transformer makes them (b, latent_channels, h, w) → images in about [-1, 1] (b, out_channels, 8h, 8w), in the
     /// weights' number format.
     ///
     /// # Errors
@@ -185,7 +185,7 @@ impl Vae {
     }
 
     /// The same a band of `rows` rows of latents at a time, each layer after the other; what waits for its turn is kept
-    /// on `park`, where the picture will be. Takes a little longer and gives the same picture up to rounding.
+    /// on `park`, where the image will be. Takes a little longer and gives the same image up to rounding.
     ///
     /// # Errors
     /// As [`Self::decode`].
@@ -200,7 +200,7 @@ impl Vae {
         latents.to_dtype(self.dtype)
     }
 
-    /// Pictures in [-1, 1] (b, in_channels, h, w), sizes divisible by [`VaeConfig::downsampling`] → the mean of their latents, as the
+    /// Images in [-1, 1] (b, in_channels, h, w), sizes divisible by [`VaeConfig::downsampling`] → the mean of their latents, as the
     /// transformer sees them (b, latent_channels, h/8, w/8), f32. The inverse of [`Self::decode`].
     ///
     /// # Errors
@@ -222,7 +222,7 @@ impl Vae {
         let (_, _, h, w) = image.dims4()?;
         let step = self.config.downsampling();
         if h % step != 0 || w % step != 0 || h * w == 0 {
-            bail!("the VAE cannot encode a picture of {w}×{h}: both must be multiples of {step}")
+            bail!("the VAE cannot encode an image of {w}×{h}: both must be multiples of {step}")
         }
         let moments = encoder.forward(&image.to_dtype(self.dtype)?)?;
         moments

@@ -1,5 +1,5 @@
 //! Group norm with SiLU as the autoencoder needs it: composed of candle's operations, and fused for float32 on the CPU, where the
-//! composed one walks over the picture a dozen times. No weights' names here.
+//! composed one walks over the image a dozen times. No weights' names here.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ pub(super) struct GroupNorm {
     pub known: Option<Arc<Statistics>>,
 }
 
-/// Mean and variance of every group of every sample, to be added up over the parts of a picture.
+/// Mean and variance of every group of every sample, to be added up over the parts of an image.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Statistics {
     /// Values of a group.
@@ -97,7 +97,7 @@ impl GroupNorm {
     fn composed(&self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
         let (shape, dtype, device) = (x.shape().clone(), x.dtype(), x.device().clone());
         let (b, c) = (x.dim(0)?, x.dim(1)?);
-        // assigned, not shadowed: each is as large as the picture in f32, and the former goes
+        // assigned, not shadowed: each is as large as the image in f32, and the former goes
         let mut x = x.to_dtype(DType::F32)?.reshape((b, self.groups, ()))?;
         let variance = if let Some(known) = &self.known {
             let all = |f: &dyn Fn(usize) -> f64| -> Result<Tensor> {

@@ -3,8 +3,7 @@
 
 use candle::{DType, Device, Result, Tensor};
 
-use super::heads::{Heads, Projected};
-use super::residual::Branch;
+use super::types::{Branch, Heads, Projected};
 use crate::model::rope::Rope;
 
 /// Why kernels of this device are not used: nothing to say, there are none.

@@ -1,5 +1,5 @@
 // The backward pass of softmax attention on tensor cores, without matrices of scores in memory. Its slow twin is
-// `attend::composed_backward`; `attention_backward.rs` compiles it, calls it and compares the two.
+// `plain::attention_backward`; `attention_backward.rs` compiles it, calls it and compares the two.
 //
 // With S = scale · Q·Kᵀ, P = softmax(S), dP = dO·Vᵀ and D the sum of P ∘ dP over each row:
 //     dV = Pᵀ·dO    dS = P ∘ (dP - D)    dQ = scale · dS·K    dK = scale · dSᵀ·Q

@@ -7,8 +7,8 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use candle::cuda_backend::DeviceId;
 use candle::{CudaDevice, DType, Device, Result, Tensor};
 
-use super::super::attend::composed_backward;
-use super::super::heads::Heads;
+use super::super::plain;
+use super::super::types::Heads;
 use super::launch::{ATTENTION_BACKWARD, AttentionBackward, Module, Rows, address_of};
 
 /// The size of a head that the kernels are made for.
@@ -168,7 +168,7 @@ fn check(module: &Module) -> Result<()> {
                 .transpose(1, 2)?
                 .contiguous()?;
             let heads = split(&all.to_dtype(DType::F32)?)?;
-            let want = composed_backward(&heads, &grad, usize::MAX)?;
+            let want = plain::attention_backward(&heads, &grad, usize::MAX)?;
             // of one token alone the queries and keys have no gradient
             for i in usize::from(tokens == 1) * 2..3 {
                 let error = distance(&got.get(i)?, &want.get(i)?)?;

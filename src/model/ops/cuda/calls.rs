@@ -2,9 +2,7 @@
 
 use candle::{DType, Result, Tensor};
 
-use super::super::heads::{self, Heads, Projected};
-use super::super::norm;
-use super::super::residual::Branch;
+use super::super::types::{Branch, HEADS_EPS, Heads, NORM_EPS, Projected};
 use super::launch::{self, GatedResidual, Gelu, Module, NormModulate, Rows, Softmax, address_of};
 use crate::model::rope::Rope;
 
@@ -116,7 +114,7 @@ pub(super) fn norm_modulate(
         out: out.address()?,
         width: width as i32,
         whole: operands.whole.into(),
-        eps: norm::EPS as f32,
+        eps: NORM_EPS as f32,
     };
     module.run(dtype, [tokens, 1, batch], [threads, 1], &parameters)?;
     Ok(Some(out.tensor((batch, tokens, width))))
@@ -254,7 +252,7 @@ pub(super) fn heads(
             first: start as i32,
             total: total as i32,
             whole: operands.whole.into(),
-            eps: heads::EPS as f32,
+            eps: HEADS_EPS as f32,
         };
         let block = [lanes, THREADS / lanes];
         module.run(dtype, [tokens, 1, batch], block, &parameters)?;

@@ -2,9 +2,8 @@
 
 use candle::{DType, Device, Result, Tensor};
 
-use super::super::heads::{self, Norms, Projected};
-use super::super::residual::{self, Branch};
-use super::super::{gelu, norm};
+use super::super::plain;
+use super::super::types::{Branch, Norms, Projected};
 use super::SCORES;
 use super::calls;
 use super::flash::{self, Flash};
@@ -168,7 +167,7 @@ fn norms(side: &Side) -> Result<Vec<Tensor>> {
             );
             side.compute(
                 |module| calls::norm_modulate(module, &x, &shift, &scale),
-                || norm::plain(&x, &shift, &scale),
+                || plain::norm_modulate(&x, &shift, &scale),
             )
         });
     each.collect()
@@ -200,7 +199,7 @@ fn residuals(side: &Side) -> Result<Vec<Tensor>> {
         ] {
             results.push(side.compute(
                 |module| calls::gated_residual(module, &branches),
-                || residual::plain(&branches),
+                || plain::gated_residual(&branches),
             )?);
         }
     }
@@ -240,7 +239,7 @@ fn all_heads(side: &Side) -> Result<Vec<Tensor>> {
         ] {
             let heads = side.compute(
                 |module| calls::heads(module, &streams, num_heads, &rope),
-                || heads::plain(&streams, num_heads, &rope),
+                || plain::heads(&streams, num_heads, &rope),
             )?;
             results.extend([heads.q, heads.k, heads.v]);
         }
@@ -297,7 +296,7 @@ fn gelus(side: &Side) -> Result<Vec<Tensor>> {
                 for beside in [None, Some(&beside)] {
                     results.push(side.compute(
                         |module| calls::gelu(module, x, bias, beside),
-                        || gelu::plain(x, bias, beside),
+                        || plain::gelu(x, bias, beside),
                     )?);
                 }
             }

@@ -373,8 +373,10 @@ pub(super) fn address_of(x: &Tensor) -> Result<u64> {
 fn address(storage: &CudaStorage) -> Result<u64> {
     fn of<T: CudaDType>(storage: &CudaStorage) -> Result<u64> {
         let stream = storage.device().cuda_stream();
-        let (address, _) = storage.as_cuda_slice::<T>()?.device_ptr(&stream);
-        Ok(address)
+        Ok(storage.as_cuda_slice::<T>()?.device_ptr(&stream).0)
+    }
+    if storage.dtype() == DType::F64 {
+        return of::<f64>(storage);
     }
     by_dtype!(storage.dtype(), of(storage))
 }

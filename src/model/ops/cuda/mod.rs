@@ -15,8 +15,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use candle::cuda_backend::DeviceId;
 use candle::{CudaDevice, DType, Device, Result, Tensor};
 
-use super::heads::{Heads, Projected};
-use super::residual::Branch;
+use super::types::{Branch, Heads, Projected};
 use crate::model::rope::Rope;
 pub(super) use attention_backward::{attention_backward, has_attention_backward};
 pub use change::{add_products, token_sums};
