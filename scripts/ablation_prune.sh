@@ -32,7 +32,7 @@ judged() {
         "$fastflux" -q eval "${@/#/--model=$work/}" --num-prompts "$num" --output "$table" --force >"$table.part"
         mv "$table.part" "$table.txt"
     fi
-    sed "s|$work/||; /^worst of/d; /^wrote/d" "$table.txt"
+    sed "s|$work/||; /^worst of/,+1d; /^followed/d; /^wrote/d" "$table.txt"
     echo
 }
 

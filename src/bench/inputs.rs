@@ -88,9 +88,9 @@ pub fn replaced(config: &FluxConfig, count: usize) -> Result<FluxConfig> {
         "--replaced {count}: there are {of} single blocks"
     );
     for i in 0..count {
-        let spec = &mut singles[i * of / count];
-        if let BlockSpec::Original(id) = **spec {
-            **spec = replacement(id, Form::Linear, false);
+        let spec = &mut *singles[i * of / count];
+        if let BlockSpec::Original(id) = *spec {
+            *spec = replacement(id, Form::Linear, false);
         }
     }
     Ok(config)

@@ -82,47 +82,56 @@ pub(super) fn kind(spec: &BlockSpec) -> String {
     }
 }
 
+impl Row {
+    /// What all rows of one table share.
+    fn heading(&self) -> String {
+        format!(
+            "{}, batch {}, {} + {} tokens",
+            self.dtype, self.batch, self.image_tokens, self.text_tokens
+        )
+    }
+
+    fn cells(&self, models: usize) -> Vec<String> {
+        let t = &self.time;
+        let what = if models > 1 && self.what == "step" {
+            format!("step of {}", self.model)
+        } else {
+            self.what.clone()
+        };
+        let speed_up = self.speed_up.map(|s| format!("{s:.2}x"));
+        vec![
+            what,
+            format!("{:.3}", 1e3 * t.median),
+            format!("{:.0} %", 100.0 * (t.high - t.low) / t.median),
+            ui::flops(self.flops as f64),
+            ui::bytes(self.bytes as f64),
+            format!("{:.0} %", 100.0 * self.share_of_peak_flops),
+            format!("{:.0} %", 100.0 * self.share_of_peak_bytes),
+            speed_up.unwrap_or_default(),
+        ]
+    }
+}
+
+/// What a terminal shows of a measurement; `spread` is from quartile to quartile, as a share of the median.
+const HEADER: [&str; 8] = [
+    "", "ms", "spread", "FLOPs", "bytes", "product", "copy", "speed",
+];
+
 impl Report {
-    /// What a terminal shows.
+    /// What a terminal shows: a table for each number format, batch and size, at most 80 columns wide.
     pub fn table(&self) -> String {
-        let cells: Vec<Vec<String>> = self
+        let mut models: Vec<&str> = self.rows.iter().map(|row| row.model.as_str()).collect();
+        models.sort_unstable();
+        models.dedup();
+        let tables = self
             .rows
-            .iter()
-            .map(|row| {
-                let t = &row.time;
-                let speed_up = row
-                    .speed_up
-                    .map_or_else(String::new, |s| format!("{s:.2}x"));
-                vec![
-                    row.model.clone(),
-                    row.what.clone(),
-                    row.dtype.clone(),
-                    row.batch.to_string(),
-                    format!("{} + {}", row.image_tokens, row.text_tokens),
-                    format!("{:.3}", 1e3 * t.median),
-                    format!("{:.3} to {:.3}", 1e3 * t.low, 1e3 * t.high),
-                    ui::flops(row.flops as f64),
-                    ui::bytes(row.bytes as f64),
-                    format!("{:.0} %", 100.0 * row.share_of_peak_flops),
-                    format!("{:.0} %", 100.0 * row.share_of_peak_bytes),
-                    speed_up,
-                ]
-            })
-            .collect();
-        let header = [
-            "model",
-            "what",
-            "dtype",
-            "batch",
-            "tokens",
-            "ms",
-            "quartiles",
-            "FLOPs",
-            "bytes",
-            "of product",
-            "of copy",
-            "speed",
-        ];
-        ui::table(&header, &cells, &[3, 4, 5, 6, 7, 8, 9, 10, 11])
+            .chunk_by(|a, b| a.heading() == b.heading())
+            .map(|rows| {
+                let heading = rows.first().map(Row::heading).unwrap_or_default();
+                let cells: Vec<_> = rows.iter().map(|row| row.cells(models.len())).collect();
+                let table = ui::table(&HEADER, &cells, &[1, 2, 3, 4, 5, 6, 7]);
+                format!("{}, {heading}\n{table}", models.join(" and "))
+            });
+        tables.collect::<Vec<_>>().join("\n\n")
     }
 }

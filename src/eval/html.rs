@@ -93,7 +93,7 @@ fn subtitle(report: &Report) -> String {
     let s = &report.settings;
     format!(
         "{} prompts ({}), {}×{} pixels, {} steps, guidance {}, the same noise for every model; {}",
-        s.pictures, s.prompts, s.width, s.height, s.steps, s.guidance, s.runtime
+        s.images, s.prompts, s.width, s.height, s.steps, s.guidance, s.runtime
     )
 }
 
@@ -178,13 +178,13 @@ fn made(report: &Report) -> String {
             format!("{processor}, {}, {} threads", m.system, m.threads),
         ),
         ("computed on", s.runtime.clone()),
-        ("prompts", format!("{}, {}", s.pictures, s.prompts)),
+        ("prompts", format!("{}, {}", s.images, s.prompts)),
         (
             "noise",
             format!(
                 "seeds {} to {}",
                 s.seed,
-                s.seed.wrapping_add(s.pictures.saturating_sub(1) as u64)
+                s.seed.wrapping_add(s.images.saturating_sub(1) as u64)
             ),
         ),
         (

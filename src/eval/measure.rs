@@ -210,7 +210,7 @@ pub fn check_family(baseline: &Pipeline, model: &Pipeline) -> Result<()> {
     }
     ensure!(
         a.in_channels == a.out_channels,
-        "`{}` takes {} input channels but predicts {}: models that take a picture as input (Fill, Canny, Depth) cannot draw from a prompt alone",
+        "`{}` takes {} input channels but predicts {}: models that take an image as input (Fill, Canny, Depth) cannot draw from a prompt alone",
         baseline.name,
         a.in_channels,
         a.out_channels

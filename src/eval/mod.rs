@@ -123,7 +123,7 @@ pub fn run(
             bytes: pipeline.transformer.bytes(),
             flops_per_step: cost::model(config, options.size.tokens(), text_tokens).flops(),
             step: measured.step,
-            picture_seconds: options.steps as f64 * measured.step.median + decode_seconds,
+            image_seconds: options.steps as f64 * measured.step.median + decode_seconds,
             speed_up: (i > 0).then(|| before.step.median / measured.step.median),
             peak_memory: measured.memory,
             against_baseline: against.transpose()?,
@@ -136,7 +136,7 @@ pub fn run(
         tool: record::software(),
         settings: Settings {
             prompts: options.prompts_from.clone(),
-            pictures: options.prompts.len(),
+            images: options.prompts.len(),
             seed: options.seed,
             steps: options.steps,
             guidance: options.guidance,

@@ -39,17 +39,17 @@ pub struct Report {
 pub struct Settings {
     /// Where the prompts are from.
     pub prompts: String,
-    /// Number of pictures each model drew.
-    pub pictures: usize,
-    /// Picture i starts from the noise of `seed` + i.
+    /// Number of images each model drew.
+    pub images: usize,
+    /// Image i starts from the noise of `seed` + i.
     pub seed: u64,
     /// Sampling steps.
     pub steps: usize,
     /// Guidance scale.
     pub guidance: f64,
-    /// Picture width in pixels.
+    /// Image width in pixels.
     pub width: usize,
-    /// Picture height in pixels.
+    /// Image height in pixels.
     pub height: usize,
     /// Image tokens.
     pub image_tokens: usize,
@@ -79,12 +79,12 @@ pub struct ModelReport {
     pub parameters: usize,
     /// Size of its tensors in the file, in bytes.
     pub bytes: usize,
-    /// Floating-point operations of one step of one picture.
+    /// Floating-point operations of one step of one image.
     pub flops_per_step: u64,
-    /// One transformer step of one picture, in seconds.
+    /// One transformer step of one image, in seconds.
     pub step: Timing,
-    /// A picture without its text encoding, in seconds: all steps, and decoding.
-    pub picture_seconds: f64,
+    /// An image without its text encoding, in seconds: all steps, and decoding.
+    pub image_seconds: f64,
     /// Step time of the baseline by that of this model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub speed_up: Option<f64>,
@@ -93,10 +93,10 @@ pub struct ModelReport {
     /// Against the baseline; `None` for the baseline itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub against_baseline: Option<Distances>,
-    /// How well pictures match captions of the bundled model's grammar; `None` where there are no such captions.
+    /// How well images match captions of the bundled model's grammar; `None` where there are no such captions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_following: Option<PromptFollowing>,
-    /// CLIP score: 100 · cosine of picture and prompt; `None` where no CLIP model was named.
+    /// CLIP score: 100 · cosine of image and prompt; `None` where no CLIP model was named.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_score: Option<Summary>,
     /// The recipe in the checkpoint.
@@ -116,7 +116,7 @@ pub struct Memory {
 /// How far a model is from the baseline.
 #[derive(Clone, Debug, Serialize)]
 pub struct Distances {
-    /// Of the velocity, on the baseline's pictures noised anew.
+    /// Of the velocity, on the baseline's images noised again.
     pub velocity: VelocityError,
     /// Mean squared difference of the final latents.
     pub latent_mse: Summary,
@@ -128,7 +128,7 @@ pub struct Distances {
     pub worst: Vec<usize>,
 }
 
-/// Shares of pictures that meet a criterion of their caption.
+/// Shares of images that meet a criterion of their caption.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct PromptFollowing {
     /// Background.
@@ -172,17 +172,17 @@ pub struct Pair {
     pub prompt: String,
     /// Seed of its noise.
     pub seed: u64,
-    /// What the baseline's picture shows, where the prompt is a caption of the grammar.
+    /// What the baseline's image shows, where the prompt is a caption of the grammar.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub baseline: Option<Verdict>,
-    /// CLIP score of the baseline's picture.
+    /// CLIP score of the baseline's image.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub baseline_clip: Option<f64>,
     /// One for each model.
     pub models: Vec<PairOfModel>,
 }
 
-/// One model's picture beside the baseline's.
+/// One model's image next to the baseline's.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct PairOfModel {
     /// Mean squared difference of the final latents.
@@ -191,7 +191,7 @@ pub struct PairOfModel {
     pub psnr: f64,
     /// Structural similarity.
     pub ssim: f64,
-    /// What the picture shows, where the prompt is a caption of the grammar.
+    /// What the image shows, where the prompt is a caption of the grammar.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Verdict>,
     /// CLIP score.
@@ -239,45 +239,29 @@ impl Report {
         order
     }
 
-    /// What a terminal shows.
+    /// What a terminal shows: at most 80 columns if names are short.
     pub fn table(&self) -> String {
-        // the last column only where there is something in it
+        let number = |value: Option<f64>, digits: usize| {
+            value.map_or_else(|| "-".to_owned(), |v| format!("{v:.digits$}"))
+        };
+        // the last column only if there is something in it
         let columns = if self.settings.clip.is_some() { 9 } else { 8 };
-        let rows: Vec<Vec<String>> = std::iter::once(&self.baseline)
-            .chain(&self.models)
+        let models = std::iter::once(&self.baseline).chain(&self.models);
+        let rows: Vec<Vec<String>> = models
             .map(|m| {
                 let against = m.against_baseline.as_ref();
-                let number = |value: Option<f64>, digits: usize| {
-                    value.map_or_else(|| "-".to_owned(), |v| format!("{v:.digits$}"))
-                };
-                let score = m.prompt_following.map(|p| p.ok);
-                vec![
+                let speed_up = m.speed_up.map(|s| format!("{s:.2}x"));
+                let mut row = vec![
                     m.name.clone(),
                     ui::count(m.parameters as f64),
-                    format!("{:.2} ms", 1e3 * m.step.median),
-                    m.speed_up
-                        .map_or_else(|| "-".to_owned(), |s| format!("{s:.2}x")),
+                    format!("{:.2}", 1e3 * m.step.median),
+                    speed_up.unwrap_or_else(|| "-".to_owned()),
                     number(against.map(|a| a.velocity.error), 5),
                     number(against.map(|a| a.psnr.mean), 2),
                     number(against.map(|a| a.ssim.mean), 4),
-                    score.map_or_else(
-                        || "-".to_owned(),
-                        |s| {
-                            format!(
-                                "{:.1} ({:.1} to {:.1})",
-                                100.0 * s.share,
-                                100.0 * s.low,
-                                100.0 * s.high
-                            )
-                        },
-                    ),
-                    m.clip_score.as_ref().map_or_else(
-                        || "-".to_owned(),
-                        |s| format!("{:.2} ± {:.2}", s.mean, s.deviation),
-                    ),
-                ]
-            })
-            .map(|mut row: Vec<String>| {
+                    number(m.prompt_following.map(|p| 100.0 * p.ok.share), 1),
+                    number(m.clip_score.as_ref().map(|s| s.mean), 2),
+                ];
                 row.truncate(columns);
                 row
             })
@@ -285,24 +269,27 @@ impl Report {
         let header = [
             "model",
             "parameters",
-            "step",
-            "speed-up",
+            "step, ms",
+            "speed",
             "velocity error",
-            "PSNR, dB",
+            "PSNR",
             "SSIM",
-            "prompts followed, %",
-            "CLIP score",
+            "followed",
+            "CLIP",
         ];
         let mut out = ui::table(&header[..columns], &rows, &[1, 2, 3, 4, 5, 6, 7, 8]);
-        for (model, index) in self.models.iter().zip(0..) {
-            let worst = model
-                .against_baseline
-                .iter()
-                .flat_map(|a| a.worst.iter().take(3));
+        if let Some(score) = self.models.iter().find_map(|m| m.prompt_following) {
+            out.push_str(&format!(
+                "\nfollowed: share of {} prompts in %, 95 % interval in report.html",
+                score.ok.count
+            ));
+        }
+        for (index, model) in self.models.iter().enumerate() {
+            let worst = model.against_baseline.iter().flat_map(|a| &a.worst).take(3);
             for pair in worst.filter_map(|i| self.pairs.get(*i)) {
-                let psnr = pair.models.get::<usize>(index).map_or(0.0, |m| m.psnr);
+                let psnr = pair.models.get(index).map_or(0.0, |m| m.psnr);
                 out.push_str(&format!(
-                    "\nworst of {}: {psnr:.1} dB, seed {}, {}",
+                    "\nworst of {}: {psnr:.1} dB, seed {}\n  {}",
                     model.name, pair.seed, pair.prompt
                 ));
             }

@@ -234,12 +234,11 @@ struct Chart<'a> {
 impl<'a> Chart<'a> {
     fn new(area: &Area<'a>, x: Axis, y: Axis) -> Result<Self, Box<dyn Error>> {
         let below = if x.name.is_empty() { 24 } else { 40 };
-        let left = if y.name.is_empty() { 52 } else { 64 };
         let mut context = ChartBuilder::on(area)
             .margin(8)
             .margin_right(14)
             .x_label_area_size(below)
-            .y_label_area_size(left)
+            .y_label_area_size(64)
             .build_cartesian_2d(x.clone(), y.clone())?;
         context
             .configure_mesh()

@@ -1,4 +1,4 @@
-//! What is trained on: the model's own images noised anew, drawn from a seed and a number alone, so that a resumed run
+//! What is trained on: the model's own images noised again, drawn from a seed and a number alone, so that a resumed run
 //! sees what an uninterrupted one would have seen.
 
 use anyhow::{Result, ensure};

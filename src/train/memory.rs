@@ -194,9 +194,9 @@ pub fn estimate(
     MemoryEstimate {
         trainables,
         weights: weights + widened,
-        // on the CPU the best values so far are beside them
+        // on the CPU the best values so far are next to them
         optimiser: if s.cpu { 20.0 } else { 16.0 } * trainables,
-        // beside the graph: the sample (input and target) and gradients of the widest tensor
+        // next to the graph: the sample (input and target) and gradients of the widest tensor
         activations: kept + attention + 6.0 * input,
         samples: (held_out + waiting) * s.sample(config) + more * input,
     }

@@ -64,9 +64,9 @@ impl TrainReport {
                 ]
             })
             .collect();
-        let header = ["trained", "steps", "values", "held out before", "after", ""];
+        let header = ["trained", "steps", "values", "before", "after", ""];
         format!(
-            "{}\n\nthe velocity of the pruned model is off by {:.4} instead of {:.4}\n(relative MSE, held-out states)",
+            "held-out loss before and after each phase\n{}\n\nthe velocity of the pruned model is off by {:.4} instead of {:.4}\n(relative MSE, held-out states)",
             ui::table(&header, &rows, &[1, 2, 3, 4]),
             self.velocity_error.after,
             self.velocity_error.before
@@ -145,33 +145,33 @@ impl DryRunReport {
                      memory: m,
                  }| {
                     let sizes = [m.weights, m.optimiser, m.activations, m.samples, m.bytes()];
-                    let mut row = vec![phase.clone(), steps.to_string(), ui::count(m.trainables)];
+                    let name = format!("{phase} ({steps})");
+                    let mut row = vec![name, ui::count(m.trainables)];
                     row.extend(sizes.map(ui::bytes));
                     row
                 },
             )
             .collect();
         let header = [
-            "trained",
-            "steps",
+            "phase (steps)",
             "values",
             "weights",
-            "trainables",
+            "AdamW",
             "activations",
             "batches",
             "all",
         ];
         let loads = if self.offload {
             format!(
-                "a block that is read serves {} of them; ",
+                "a block that is read serves {} of them\n",
                 self.batches_per_load
             )
         } else {
             String::new()
         };
         format!(
-            "{}\n\n{} images, {} states of {} tokens in a forward; {loads}peak on the device: {}",
-            ui::table(&header, &rows, &[1, 2, 3, 4, 5, 6, 7]),
+            "{}\n\n{} images, {} states of {} tokens in a forward\n{loads}peak on the device: {}",
+            ui::table(&header, &rows, &[1, 2, 3, 4, 5, 6]),
             self.images,
             self.batch,
             self.tokens,

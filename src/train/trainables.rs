@@ -1,4 +1,4 @@
-//! What training moves: the layers of replaced blocks in full, LoRA factors beside the projections of unpruned blocks.
+//! What training moves: the layers of replaced blocks in full, LoRA factors next to the projections of unpruned blocks.
 //! An ordered list with names that stay; how they move is `adamw`'s business.
 
 use std::{collections::BTreeMap, ops::Range};

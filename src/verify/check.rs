@@ -325,7 +325,7 @@ impl Check<'_> {
         drawn.map_or(Ok(()), |drawn| self.pictures(&vae, &drawn))
     }
 
-    /// The whole pipeline, from prompt and noise to the picture.
+    /// The whole pipeline, from prompt and noise to the image.
     fn pictures(&mut self, vae: &Vae, drawn: &Drawn) -> Result<()> {
         let reference = self.reference;
         if reference.has("pipeline.final_latents") {

@@ -127,7 +127,7 @@ impl Reference {
             .with_context(|| format!("`{}`: its metadata lacks `{key}`", self.tensors.name))
     }
 
-    /// Of the pictures that the whole pipeline draws.
+    /// Of the images that the whole pipeline draws.
     pub(super) fn size(&self) -> Result<LatentSize> {
         let side = |key| self.within(key, ImageSize::STEP..=MAX_SIDE);
         let size = ImageSize {

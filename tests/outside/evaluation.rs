@@ -23,7 +23,7 @@ fn number(value: &Value, path: &str) -> f64 {
 /// Numbers that do not depend on the clock or on memory.
 fn without_timings(mut report: Value) -> Value {
     let strip = |model: &mut Value| {
-        for key in ["step", "picture_seconds", "speed_up", "peak_memory"] {
+        for key in ["step", "image_seconds", "speed_up", "peak_memory"] {
             model.as_object_mut().unwrap().remove(key);
         }
     };
@@ -72,7 +72,7 @@ fn a_worse_model_has_worse_numbers_and_the_report_is_complete() {
     assert!(of(0, "parameters") < number(&report, "/baseline/parameters"));
     for i in [0, 1] {
         assert!(of(i, "step/median") > 0.0 && of(i, "speed_up") > 0.0);
-        assert!(of(i, "picture_seconds") > of(i, "step/median"));
+        assert!(of(i, "image_seconds") > of(i, "step/median"));
         let times = report["models"][i]["against_baseline"]["velocity"]["by_time"].as_array();
         assert_eq!(times.unwrap().len(), 10);
         let score = &report["models"][i]["prompt_following"]["ok"];

@@ -15,6 +15,7 @@ mod calibration;
 mod common;
 mod evaluation;
 mod formats;
+mod help;
 mod memory;
 mod old_files;
 mod outputs;

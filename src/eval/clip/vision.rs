@@ -1,4 +1,4 @@
-//! CLIP's vision model. Preparing pictures is `pixels`' business, comparing embeddings the parent's.
+//! CLIP's vision model. Preparing images is `pixels`' business, comparing embeddings the parent's.
 //!
 //! Source: transformers `models/clip/modeling_clip.py` (`CLIPVisionModel`).
 
@@ -91,7 +91,7 @@ impl Vision {
         self.side
     }
 
-    /// Prepared pictures (b, 3, side, side) → the class token after the last layer, (b, hidden).
+    /// Prepared images (b, 3, side, side) → the class token after the last layer, (b, hidden).
     pub(super) fn pooled(&self, pixels: &Tensor) -> Result<Tensor> {
         let (b, p, d) = (pixels.dim(0)?, self.patch, self.patches.dim(0)?);
         let across = self.side / p;

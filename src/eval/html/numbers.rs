@@ -134,7 +134,7 @@ pub(super) fn numbers(report: &Report) -> String {
         Some(text)
     });
     row("time per image", &|m| {
-        Some(format!("{:.3} s", m.picture_seconds))
+        Some(format!("{:.3} s", m.image_seconds))
     });
     row("speed-up", &|m| m.speed_up.map(|s| format!("{s:.2}×")));
     row("peak memory", &|m| {
