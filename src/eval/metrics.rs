@@ -1,11 +1,11 @@
-//! Distances between two pictures or latents, and what many of them amount to. Reading scenes is `detect`'s business.
+//! Distances between two images or latents, and what many of them amount to. Reading scenes is `detect`'s business.
 
 use anyhow::{Result, ensure};
 use serde::Serialize;
 
 use crate::sample::png::Image;
 
-/// What equal pictures count as, in dB; no two 8-bit pictures of less than 10 megapixels that differ get this far.
+/// What equal images count as, in dB; no two 8-bit images of less than 10 megapixels that differ get this far.
 pub const EQUAL: f64 = 120.0;
 
 /// Mean squared difference of 8-bit values.
@@ -23,7 +23,7 @@ fn mean_square(a: &Image, b: &Image) -> Result<f64> {
 fn same_size(a: &Image, b: &Image) -> Result<()> {
     ensure!(
         (a.width, a.height) == (b.width, b.height) && !a.rgb.is_empty(),
-        "cannot compare a picture of {}×{} with one of {}×{}",
+        "cannot compare an image of {}×{} with one of {}×{}",
         a.width,
         a.height,
         b.width,
@@ -32,10 +32,10 @@ fn same_size(a: &Image, b: &Image) -> Result<()> {
     Ok(())
 }
 
-/// Peak signal-to-noise ratio in dB; [`EQUAL`] for equal pictures.
+/// Peak signal-to-noise ratio in dB; [`EQUAL`] for equal images.
 ///
 /// # Errors
-/// When the pictures differ in size or are empty.
+/// When the images differ in size or are empty.
 pub fn psnr(a: &Image, b: &Image) -> Result<f64> {
     let error = mean_square(a, b)?;
     Ok((10.0 * (255.0 * 255.0 / error).log10()).min(EQUAL))
@@ -50,13 +50,13 @@ const REACH: usize = 5;
 /// (Wang et al. 2004, DOI 10.1109/TIP.2003.819861). Windows that reach over the edge are left out, as in scikit-image.
 ///
 /// # Errors
-/// When the pictures differ in size, or a side is shorter than the window.
+/// When the images differ in size, or a side is shorter than the window.
 pub fn ssim(a: &Image, b: &Image) -> Result<f64> {
     same_size(a, b)?;
     let (w, h) = (a.width as usize, a.height as usize);
     ensure!(
         w.min(h) > 2 * REACH,
-        "SSIM takes pictures of at least {0}×{0} pixels",
+        "SSIM takes images of at least {0}×{0} pixels",
         2 * REACH + 1
     );
     let weights: Vec<f64> = (0..=2 * REACH)
@@ -192,12 +192,12 @@ mod tests {
         let all = image::read(&path).unwrap();
         let side = all.width;
         let parts = all.rgb.chunks_exact(3 * (side * side) as usize);
-        let picture = |rgb: &[u8]| Image {
+        let image = |rgb: &[u8]| Image {
             width: side,
             height: side,
             rgb: rgb.to_vec(),
         };
-        parts.map(picture).collect()
+        parts.map(image).collect()
     }
 
     #[test]
@@ -211,9 +211,9 @@ mod tests {
             (22, 26, 23.93081880388561, 0.9050418562166461),
             (25, 29, 32.77335568441413, 0.9612005923363084),
         ];
-        let pictures = golden();
+        let images = golden();
         for (i, j, their_psnr, their_ssim) in recorded {
-            let (a, b) = (&pictures[i], &pictures[j]);
+            let (a, b) = (&images[i], &images[j]);
             let (psnr, ssim) = (psnr(a, b).unwrap(), ssim(a, b).unwrap());
             assert!((psnr - their_psnr).abs() < 1e-9, "{i} {j}: {psnr}");
             assert!((ssim - their_ssim).abs() < 1e-9, "{i} {j}: {ssim}");
@@ -221,23 +221,23 @@ mod tests {
     }
 
     #[test]
-    fn equal_pictures_are_as_near_as_can_be() {
-        let picture = &golden()[0];
-        assert!((psnr(picture, picture).unwrap() - EQUAL).abs() < 1e-12);
-        assert!((ssim(picture, picture).unwrap() - 1.0).abs() < 1e-12);
+    fn equal_images_are_as_near_as_can_be() {
+        let image = &golden()[0];
+        assert!((psnr(image, image).unwrap() - EQUAL).abs() < 1e-12);
+        assert!((ssim(image, image).unwrap() - 1.0).abs() < 1e-12);
         let small = Image {
             width: 10,
             height: 64,
             rgb: vec![0; 3 * 640],
         };
         assert!(ssim(&small, &small).is_err());
-        assert!(psnr(&small, picture).is_err());
+        assert!(psnr(&small, image).is_err());
     }
 
     #[test]
-    fn an_oblong_picture_is_compared_along_the_right_axes() {
+    fn an_oblong_image_is_compared_along_the_right_axes() {
         // a step along x alone: turned by a quarter it must give the same number
-        let picture = |width: u32, height: u32, at: &dyn Fn(u32, u32) -> u8| Image {
+        let image = |width: u32, height: u32, at: &dyn Fn(u32, u32) -> u8| Image {
             width,
             height,
             rgb: (0..height)
@@ -245,12 +245,12 @@ mod tests {
                 .collect(),
         };
         let (a, b) = (
-            picture(30, 17, &|x, _| if x < 11 { 0 } else { 200 }),
-            picture(30, 17, &|x, _| if x < 14 { 0 } else { 180 }),
+            image(30, 17, &|x, _| if x < 11 { 0 } else { 200 }),
+            image(30, 17, &|x, _| if x < 14 { 0 } else { 180 }),
         );
         let (c, d) = (
-            picture(17, 30, &|_, y| if y < 11 { 0 } else { 200 }),
-            picture(17, 30, &|_, y| if y < 14 { 0 } else { 180 }),
+            image(17, 30, &|_, y| if y < 11 { 0 } else { 200 }),
+            image(17, 30, &|_, y| if y < 14 { 0 } else { 180 }),
         );
         let (along, across) = (ssim(&a, &b).unwrap(), ssim(&c, &d).unwrap());
         assert!((along - across).abs() < 1e-12 && along < 0.95);

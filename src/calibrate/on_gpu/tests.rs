@@ -53,9 +53,9 @@ fn sums_are_those_of_the_cpu() -> Result<()> {
     for limit in [None, Some(30)] {
         let got = gathered(&gpu, limit)?;
         let want = gathered(&Device::Cpu, limit)?;
-        assert_eq!(got.rows, want.rows);
+        assert!((got.rows - want.rows).abs() < 0.5);
         for (got, want) in got.buckets.iter().zip(&want.buckets) {
-            assert_eq!(got.tokens, want.tokens);
+            assert!((got.tokens - want.tokens).abs() < 0.5);
             for (got, want) in [
                 (got.input_sq, want.input_sq),
                 (got.change_sq, want.change_sq),

@@ -14,7 +14,7 @@ use crate::{
     sample::{png::Image, text::ClipText},
 };
 
-/// Pictures in one forward.
+/// Images in one forward.
 const AT_ONCE: usize = 16;
 
 /// Both halves of a CLIP model.
@@ -83,16 +83,16 @@ impl ClipModel {
         Ok(Tensor::cat(&out, 0)?)
     }
 
-    /// Embeddings of pictures, (pictures, embedding), of length 1.
+    /// Embeddings of images, (images, embedding), of length 1.
     ///
     /// # Errors
-    /// When a picture is empty, or memory is short.
-    pub fn pictures(&self, pictures: &[Image]) -> Result<Tensor> {
+    /// When an image is empty, or memory is short.
+    pub fn images(&self, images: &[Image]) -> Result<Tensor> {
         let mut out = Vec::new();
-        for pictures in pictures.chunks(AT_ONCE) {
-            let pixels = pictures
+        for images in images.chunks(AT_ONCE) {
+            let pixels = images
                 .iter()
-                .map(|picture| self.preparation.pixels(picture, self.vision.side()));
+                .map(|image| self.preparation.pixels(image, self.vision.side()));
             let pixels = Tensor::stack(&pixels.collect::<Result<Vec<_>>>()?, 0)?;
             let pooled = self.vision.pooled(&pixels.to_device(&self.device)?)?;
             out.push(unit(&pooled.matmul(&self.visual_projection.t()?)?)?);
@@ -100,12 +100,12 @@ impl ClipModel {
         Ok(Tensor::cat(&out, 0)?)
     }
 
-    /// 100 · cosine of each picture and the prompt in the same row of `texts`.
+    /// 100 · cosine of each image and the prompt in the same row of `texts`.
     ///
     /// # Errors
     /// When there are as many of one as of the other.
-    pub fn scores(&self, texts: &Tensor, pictures: &[Image]) -> Result<Vec<f64>> {
-        let cosines = (self.pictures(pictures)? * texts)?.sum(D::Minus1)?;
+    pub fn scores(&self, texts: &Tensor, images: &[Image]) -> Result<Vec<f64>> {
+        let cosines = (self.images(images)? * texts)?.sum(D::Minus1)?;
         let cosines: Vec<f32> = cosines.to_vec1()?;
         Ok(cosines.into_iter().map(|c| 100.0 * f64::from(c)).collect())
     }
@@ -126,15 +126,15 @@ mod tests {
         (files, recorded)
     }
 
-    fn recorded_pictures(recorded: &Checkpoint) -> Vec<Image> {
+    fn recorded_images(recorded: &Checkpoint) -> Vec<Image> {
         let names = (0..).map(|i| format!("picture.{i}"));
         let found = names.map_while(|name| recorded.get(&name));
-        let picture = |source: &crate::checkpoint::Source| Image {
+        let image = |source: &crate::checkpoint::Source| Image {
             height: source.shape()[0] as u32,
             width: source.shape()[1] as u32,
             rgb: source.bytes().unwrap().into_owned(),
         };
-        found.map(picture).collect()
+        found.map(image).collect()
     }
 
     fn far(a: &Tensor, b: &Tensor) -> f32 {
@@ -144,18 +144,18 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_prepared_as_pillow_does() {
+    fn images_are_prepared_as_pillow_does() {
         let (files, recorded) = golden();
         let model = ClipModel::open(&files, &Device::Cpu).unwrap();
         let want = recorded.expect("pixels").unwrap();
         let want = want.tensor(&Device::Cpu).unwrap();
-        let pictures = recorded_pictures(&recorded);
-        assert_eq!(pictures.len(), 4);
-        for (i, picture) in pictures.iter().enumerate() {
-            let got = model.preparation.pixels(picture, 48).unwrap();
+        let images = recorded_images(&recorded);
+        assert_eq!(images.len(), 4);
+        for (i, image) in images.iter().enumerate() {
+            let got = model.preparation.pixels(image, 48).unwrap();
             // one step of 255 would be 0.014
             let far = far(&got, &want.get(i).unwrap());
-            assert!(far <= 1e-6, "picture {i}: {far}");
+            assert!(far <= 1e-6, "image {i}: {far}");
         }
     }
 
@@ -167,10 +167,10 @@ mod tests {
         let prompts: Vec<String> = serde_json::from_str(&recorded.metadata["prompts"]).unwrap();
         let texts = model.texts(&prompts).unwrap();
         assert!(far(&texts, &get("text")) <= 1e-5);
-        let pictures = recorded_pictures(&recorded);
-        let image = model.pictures(&pictures).unwrap();
+        let images = recorded_images(&recorded);
+        let image = model.images(&images).unwrap();
         assert!(far(&image, &get("image")) <= 1e-5);
-        let scores = model.scores(&texts, &pictures[..3]).unwrap();
+        let scores = model.scores(&texts, &images[..3]).unwrap();
         let want = (get("image").narrow(0, 0, 3).unwrap() * get("text")).unwrap();
         let want: Vec<f32> = want.sum(1).unwrap().to_vec1().unwrap();
         for (score, want) in scores.iter().zip(want) {

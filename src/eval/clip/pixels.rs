@@ -1,4 +1,4 @@
-//! Pictures as CLIP's vision model is given them: Pillow's bicubic scaling to the bit, the middle cut out, normalised.
+//! Images as CLIP's vision model is given them: Pillow's bicubic scaling to the bit, the middle cut out, normalised.
 //!
 //! Sources: Pillow `src/libImaging/Resample.c`; transformers `CLIPImageProcessorPil`.
 
@@ -33,16 +33,16 @@ impl Default for Preparation {
 
 impl Preparation {
     /// (3, side, side) on the CPU: the shorter side scaled to `side`, the middle of the longer one.
-    pub(super) fn pixels(&self, picture: &Image, side: usize) -> Result<Tensor> {
-        let (width, height) = (picture.width as usize, picture.height as usize);
-        ensure!(width * height > 0, "an empty picture");
+    pub(super) fn pixels(&self, image: &Image, side: usize) -> Result<Tensor> {
+        let (width, height) = (image.width as usize, image.height as usize);
+        ensure!(width * height > 0, "an empty image");
         let scaled = |long: usize, short: usize| side * long / short;
         let (new_width, new_height) = if width <= height {
             (side, scaled(height, width))
         } else {
             (scaled(width, height), side)
         };
-        let rgb = scale_across(&picture.rgb, width, new_width);
+        let rgb = scale_across(&image.rgb, width, new_width);
         let rgb = scale_down(&rgb, new_width, height, new_height);
         let (left, top) = ((new_width - side) / 2, (new_height - side) / 2);
         let mut values = Vec::with_capacity(3 * side * side);

@@ -7,11 +7,11 @@ use crate::sample::png::Image;
 
 /// Distance from the background, over red, green and blue, beyond which a pixel belongs to an object.
 const FOREGROUND: i32 = 80;
-/// Connected pixels that are fewer than this share of the picture are specks.
+/// Connected pixels that are fewer than this share of the image are specks.
 const SPECK: f64 = 0.008;
 /// Overlap (intersection over union) with the best shape above which an object is that shape.
 const OVERLAP: f64 = 0.7;
-/// Pictures smaller than this have no edge to read the background from.
+/// Images smaller than this have no edge to read the background from.
 const SMALLEST: usize = 16;
 
 /// An object that was seen.
@@ -31,19 +31,19 @@ pub struct Seen {
     pub r: f64,
 }
 
-/// Background and objects of a square picture.
+/// Background and objects of a square image.
 ///
 /// # Errors
 /// When it is not square, or too small.
-pub fn detect(picture: &Image) -> Result<(Background, Vec<Seen>)> {
-    let side = picture.width as usize;
+pub fn detect(image: &Image) -> Result<(Background, Vec<Seen>)> {
+    let side = image.width as usize;
     ensure!(
-        picture.width == picture.height && side >= SMALLEST,
-        "scenes are read off square pictures of at least {SMALLEST} pixels, not {}×{}",
-        picture.width,
-        picture.height
+        image.width == image.height && side >= SMALLEST,
+        "scenes are read off square images of at least {SMALLEST} pixels, not {}×{}",
+        image.width,
+        image.height
     );
-    let pixels = picture.rgb.as_chunks::<3>().0;
+    let pixels = image.rgb.as_chunks::<3>().0;
     let background = background(pixels, side);
     let behind = background.rgb();
     let foreground: Vec<bool> = pixels

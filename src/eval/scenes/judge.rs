@@ -38,8 +38,8 @@ pub struct Verdict {
 ///
 /// # Errors
 /// When the image is not square, or too small.
-pub fn judge(scene: &Scene, picture: &Image) -> Result<Verdict> {
-    let (background, seen) = detect(picture)?;
+pub fn judge(scene: &Scene, image: &Image) -> Result<Verdict> {
+    let (background, seen) = detect(image)?;
     let wanted = scene.objects();
     let mut matched: Vec<usize> = Vec::new();
     for object in &wanted {

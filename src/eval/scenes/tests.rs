@@ -5,21 +5,21 @@ use serde_json::Value;
 use super::*;
 use crate::sample::{image, png::Image};
 
-/// Pictures of `scripts/scenes.py` and what it says of them.
+/// Images of `scripts/scenes.py` and what it says of them.
 fn golden() -> Vec<(Image, Value)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let all = image::read(&folder.join("scenes.png")).unwrap();
     let text = std::fs::read(folder.join("scenes.json")).unwrap();
     let rows: Vec<Value> = serde_json::from_slice(&text).unwrap();
     let side = all.width;
-    let pictures = all.rgb.chunks_exact(3 * (side * side) as usize);
-    assert_eq!(pictures.len(), rows.len());
-    let picture = |rgb: &[u8]| Image {
+    let images = all.rgb.chunks_exact(3 * (side * side) as usize);
+    assert_eq!(images.len(), rows.len());
+    let image = |rgb: &[u8]| Image {
         width: side,
         height: side,
         rgb: rgb.to_vec(),
     };
-    pictures.map(picture).zip(rows).collect()
+    images.map(image).zip(rows).collect()
 }
 
 fn named<T: Copy>(all: &[T], word: fn(T) -> &'static str, json: &Value) -> Option<T> {
@@ -28,9 +28,9 @@ fn named<T: Copy>(all: &[T], word: fn(T) -> &'static str, json: &Value) -> Optio
 }
 
 #[test]
-fn the_same_is_read_off_a_picture_as_in_python() {
-    for (picture, row) in golden() {
-        let (background, seen) = detect(&picture).unwrap();
+fn the_same_is_read_off_a_image_as_in_python() {
+    for (image, row) in golden() {
+        let (background, seen) = detect(&image).unwrap();
         assert_eq!(background.word(), row["background"], "{row}");
         let theirs = row["seen"].as_array().unwrap();
         assert_eq!(seen.len(), theirs.len(), "{row}");
@@ -52,7 +52,7 @@ fn the_same_is_read_off_a_picture_as_in_python() {
             }
         }
         let scene = Scene::parse(row["caption"].as_str().unwrap()).unwrap();
-        let verdict = judge(&scene, &picture).unwrap();
+        let verdict = judge(&scene, &image).unwrap();
         assert_eq!(
             serde_json::to_value(verdict).unwrap(),
             row["verdict"],
@@ -77,7 +77,7 @@ fn the_recorded_verdicts_tell_right_from_wrong() {
 #[test]
 fn scenes_are_drawn_as_in_python() {
     let mut drawn = 0;
-    for (picture, row) in golden() {
+    for (image, row) in golden() {
         let Some(objects) = row["objects"].as_array() else {
             continue;
         };
@@ -95,8 +95,8 @@ fn scenes_are_drawn_as_in_python() {
             })
             .collect();
         let background = named(Background::ALL, Background::word, &row["background"]);
-        let ours = render(background.unwrap(), &objects, picture.width as usize);
-        assert!(ours == picture, "{row}");
+        let ours = render(background.unwrap(), &objects, image.width as usize);
+        assert!(ours == image, "{row}");
         drawn += 1;
     }
     assert_eq!(drawn, 10);
@@ -105,9 +105,9 @@ fn scenes_are_drawn_as_in_python() {
 #[test]
 fn every_scene_drawn_exactly_is_right_at_any_size_and_a_changed_caption_is_wrong() {
     for scene in Scene::draw(60, 5) {
-        let picture = |side| render(scene.background, &scene.placed(), side);
+        let image = |side| render(scene.background, &scene.placed(), side);
         for side in [48, 64, 160] {
-            let verdict = judge(&scene, &picture(side)).unwrap();
+            let verdict = judge(&scene, &image(side)).unwrap();
             assert!(verdict.ok, "{scene} at {side}: {verdict:?}");
         }
         let mut other = scene;
@@ -119,13 +119,13 @@ fn every_scene_drawn_exactly_is_right_at_any_size_and_a_changed_caption_is_wrong
                 };
             }
         }
-        let verdict = judge(&other, &picture(64)).unwrap();
+        let verdict = judge(&other, &image(64)).unwrap();
         assert!(!verdict.ok && !verdict.bound && verdict.background && verdict.count);
     }
 }
 
 #[test]
-fn empty_and_oblong_pictures_are_no_panic() {
+fn empty_and_oblong_images_are_no_panic() {
     let of = |width, height| Image {
         width,
         height,
