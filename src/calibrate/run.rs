@@ -26,6 +26,7 @@ use crate::{
     checkpoint::{advise, record},
     layout::{BlockId, FluxConfig},
     model::{Block, ReplacementBlock, memory::BATCHES_PER_LOAD},
+    pipeline::load,
     ui,
 };
 
@@ -131,6 +132,7 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
         (false, _) => format!("sampled {} images", calibrator.settings.prompts.len()),
     };
     ui::done(&progress, what);
+    load::check_kernels(calibrator.runtime);
     if options.sums && out.header.is_complete() {
         warn_of_few_rows(&out.stats, config);
     }

@@ -1,6 +1,6 @@
 //! Loads the components of a pipeline onto the device, with progress and errors that name files.
 
-use std::sync::Once;
+use std::sync::{Mutex, Once, PoisonError};
 
 use anyhow::{Context, Result};
 use candle::{Device, Tensor};
@@ -27,21 +27,27 @@ pub fn flux(pipeline: &Pipeline, runtime: &Runtime) -> Result<Flux> {
         .with_context(|| format!("cannot load the transformer of `{}`", pipeline.name))
 }
 
-/// Says once if a GPU or its kernels are not used: results are the same, slower.
+/// Says once if a GPU or its kernels are not used: results are the same, slower. To be asked again after work whose kernels
+/// are compiled when they are first needed.
 pub fn check_kernels(runtime: &Runtime) {
     static ASKED: Once = Once::new();
+    static SAID: Mutex<Option<String>> = Mutex::new(None);
     ASKED.call_once(|| {
         if let Some(why) = device::unused_gpu() {
             ui::warn(format!(
                 "computing on the CPU, as the GPU cannot be used: {why}\nhint: see `nvidia-smi`; --device cpu says that this is wanted"
             ));
         }
-        if let Some(why) = ops::trouble(&runtime.device) {
-            ui::warn(format!(
-                "slower than it could be, without our CUDA kernels: {why}"
-            ));
-        }
     });
+    let why = ops::trouble(&runtime.device);
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    if why.is_some() && *said != why {
+        ui::warn(format!(
+            "slower than it could be, without our CUDA kernels: {}",
+            why.as_deref().unwrap_or_default()
+        ));
+        *said = why;
+    }
 }
 
 /// The scheduler.
