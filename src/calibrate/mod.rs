@@ -38,6 +38,7 @@ pub mod run;
 mod sampling;
 pub mod stats;
 pub mod subsample;
+mod sums;
 mod token_sums;
 
 pub use behind::gather_behind;

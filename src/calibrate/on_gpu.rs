@@ -4,7 +4,7 @@
 use anyhow::{Context, Result};
 use candle::{DType, Tensor};
 
-use super::stats::StreamStats;
+use super::sums::StreamStats;
 use crate::{fit::gram::Gram, layout::BlockId, model::ops};
 
 /// What the GPU has of one forward.

@@ -124,17 +124,6 @@ const MAY_IMPORT: [(&str, &[&str]); 18] = [
 const TESTS_MAY_IMPORT: [(&str, &[&str]); 1] =
     [("checkpoint", &["model", "pipeline", "fit", "prune"])];
 
-/// Files that still import each other.
-const CIRCLES: [&str; 5] = [
-    "model::modulation",
-    "model::ops::cuda",
-    "model::ops::heads",
-    "model::ops::residual",
-    "model::stream",
-];
-/// Files that are still too long.
-const LONG: [&str; 1] = ["model/ops/cuda/launch"];
-
 /// No file is longer: when it needs an "and" in its first line, it is split.
 const MAX_LINES: usize = 400;
 /// A command: options → stage → report → write.
@@ -334,7 +323,7 @@ fn no_files_import_each_other() {
             circles.push(start.join("::"));
         }
     }
-    assert_eq!(circles, CIRCLES, "these files import each other");
+    assert_eq!(circles, [] as [&str; 0], "these files import each other");
 }
 
 #[test]
@@ -358,7 +347,7 @@ fn files_are_short_enough_to_be_read() {
             long.push(module.join("/"));
         }
     }
-    assert_eq!(long, LONG, "these files are too long");
+    assert_eq!(long, [] as [&str; 0], "these files are too long");
 }
 
 #[test]
