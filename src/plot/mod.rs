@@ -202,8 +202,11 @@ fn log_marks(low: f64, high: f64) -> Vec<f64> {
     all.filter(|mark| (low..=high).contains(mark)).collect()
 }
 
-/// Four to nine multiples of 1, 2 or 5 times a power of ten.
+/// Four to nine multiples of 1, 2 or 5 times a power of ten; none of an empty range.
 fn linear_marks(low: f64, high: f64) -> Vec<f64> {
+    if high <= low {
+        return Vec::new();
+    }
     let rough = ((high - low) / 6.0).max(f64::MIN_POSITIVE);
     let power = 10f64.powf(rough.log10().floor());
     let steps = [1.0, 2.0, 5.0, 10.0].map(|step| step * power);
