@@ -168,7 +168,7 @@ pub struct DryRunArgs {
     pub dry_run: bool,
 }
 
-/// What is written. Commands set value name, default and help of `--output` with [`written`].
+/// What is written. Commands set value name, default and help of `--output` with `written`.
 #[derive(Args, Clone, Debug, Default)]
 #[expect(missing_docs, reason = "flattened arguments")]
 #[command(next_help_heading = "Output")]
