@@ -133,14 +133,14 @@ impl ResolvedOptions {
         let size = pipeline.image_size(recipe.width, recipe.height)?;
         (recipe.width, recipe.height) = (Some(size.width), Some(size.height));
         let drawing_steps = recipe.steps.unwrap_or(pipeline.default_steps());
-        let usual = match recipe.source {
+        let default = match recipe.source {
             StateSource::Trajectory => pipeline.default_steps(),
             _ => pipeline.default_steps_of_data(),
         };
-        let steps = *recipe.steps.get_or_insert(usual);
+        let steps = *recipe.steps.get_or_insert(default);
         recipe.guidance.get_or_insert(pipeline.default_guidance());
-        let usual = size.default_held_out();
-        let held_out = held_out.unwrap_or(usual);
+        let default = size.default_held_out();
+        let held_out = held_out.unwrap_or(default);
         let draws = match recipe.source {
             StateSource::Latents => steps as f64 / 5.0,
             StateSource::Trajectory => steps as f64,
@@ -150,12 +150,12 @@ impl ResolvedOptions {
         let held_out_prompts = held_out.div_ceil(DRAWS_HELD_OUT);
         let (samples, total) = match given {
             None => {
-                let usual = if size.is_large() {
+                let default = if size.is_large() {
                     SAMPLES_LARGE
                 } else {
                     SAMPLES
                 };
-                let samples = recipe.samples.unwrap_or(usual);
+                let samples = recipe.samples.unwrap_or(default);
                 (samples, samples + held_out_prompts)
             }
             // an eighth of the images is kept for comparing
@@ -171,8 +171,8 @@ impl ResolvedOptions {
         };
         recipe.samples = Some(samples);
         let text_tokens = pipeline.default_text_length()?;
-        let usual = (TOKENS_PER_FORWARD / (size.tokens() + text_tokens)).max(1);
-        let batch = *recipe.batch.get_or_insert(usual);
+        let default = (TOKENS_PER_FORWARD / (size.tokens() + text_tokens)).max(1);
+        let batch = *recipe.batch.get_or_insert(default);
         Ok(Self {
             recipe,
             size,
@@ -193,13 +193,13 @@ impl ResolvedOptions {
         let recipe = &header.recipe;
         let size = pipeline.image_size(recipe.width, recipe.height)?;
         let kept = (header.prompts.len() - header.samples) * DRAWS_HELD_OUT;
-        let usual = size.default_held_out();
+        let default = size.default_held_out();
         Ok(Self {
             recipe: recipe.clone(),
             size,
             prompts: header.prompts.clone(),
             samples: header.samples,
-            held_out: held_out.unwrap_or(usual).min(kept),
+            held_out: held_out.unwrap_or(default).min(kept),
             drawing_steps: pipeline.default_steps(),
             batch: recipe.batch.context("the statistics name no batch")?,
             text_tokens: pipeline.default_text_length()?,

@@ -68,22 +68,22 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
     }
     let mut header = header(calibrator, pass.units())?;
     let mut out = if path.exists() {
-        let anew = "delete the file to start anew";
-        let (_, before) = advise(file::open(path), anew)?;
+        let restart = "delete the file to start again";
+        let (_, before) = advise(file::open(path), restart)?;
         header.products.clone_from(&before.products); // chosen by the run that began
         if let Some(difference) = header.difference(&before)? {
             bail!(
-                "`{}` is unfinished work with other settings ({difference})\nhint: give the same settings to go on, or delete the file to start anew",
+                "`{}` is unfinished work with other settings ({difference})\nhint: give the same settings to go on, or delete the file to start again",
                 path.display()
             );
         }
         if before.products.is_empty() == options.sums {
             bail!(
-                "`{}` is unfinished work of another kind\nhint: delete the file to start anew",
+                "`{}` is unfinished work of another kind\nhint: delete the file to start again",
                 path.display()
             );
         }
-        let read = advise(Calibration::read(path, &calibrator.runtime.device), anew)?;
+        let read = advise(Calibration::read(path, &calibrator.runtime.device), restart)?;
         ui::note(format!(
             "going on from `{}`: {} of {} units are done",
             path.display(),

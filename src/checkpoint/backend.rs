@@ -23,7 +23,7 @@ pub(super) fn packed(source: &Source) -> Option<QuantType> {
 }
 
 /// [`Checkpoint`] as candle's source of weights. Quantized matrices are served in full under their own names, and as bytes
-/// and scales under those that `formats` gives them.
+/// and scales under those that `quant` gives them.
 pub(super) struct Backend {
     checkpoint: Checkpoint,
     /// Files that a GPU reads directly.

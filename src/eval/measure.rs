@@ -109,9 +109,9 @@ impl Task<'_> {
         };
         let mut memory = MemoryWatch::start(free());
         let tokens = self.size.tokens() + self.encoded.txt.dim(1)?;
-        let usual = TOKENS_PER_FORWARD / tokens;
+        let default = TOKENS_PER_FORWARD / tokens;
         let budget = self.budget.clone().of(pipeline);
-        let batch = budget.batch(&pipeline.config, tokens, usual);
+        let batch = budget.batch(&pipeline.config, tokens, default);
         let activity = Activity {
             batch,
             tokens,

@@ -61,8 +61,8 @@ pub fn latents(
         bail!("nothing to generate")
     };
     let tokens = size.tokens() + encoded.txt.dim(1)?;
-    let usual = TOKENS_PER_FORWARD / tokens;
-    let batch = budget.batch(&pipeline.config, tokens, usual.min(jobs.len()));
+    let default = TOKENS_PER_FORWARD / tokens;
+    let batch = budget.batch(&pipeline.config, tokens, default.min(jobs.len()));
     let need = Activity {
         batch,
         tokens,

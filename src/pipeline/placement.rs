@@ -17,7 +17,7 @@ use crate::{
 
 /// Bytes of freed memory that stay with the process under `--offload`: enough for the blocks on their way.
 const KEPT_IF_OFFLOADED: u64 = 4 << 30;
-/// Share of the memory that is free at the start that counts as usable: allocators and kernels take some beside.
+/// Share of the memory that is free at the start that counts as usable: allocators and kernels take the rest.
 const USABLE: f64 = 0.92;
 
 /// How much of the device the user allows.
@@ -118,21 +118,21 @@ impl MemoryBudget {
         memory::waiting(config, batch, tokens, self.format(config))
     }
 
-    /// `usual` states in a forward, or as few as fit.
-    pub fn batch(&self, config: &FluxConfig, tokens: usize, usual: usize) -> usize {
+    /// `default` states in a forward, or as few as fit.
+    pub fn batch(&self, config: &FluxConfig, tokens: usize, default: usize) -> usize {
         let format = self.format(config);
         let least = OffloadPlan::none(config, format).bytes;
         let fits = |batch: usize| {
             let at_work = memory::activations(config, batch, tokens, format);
             self.limit.is_none_or(|limit| least + at_work <= limit)
         };
-        let mut batch = usual.max(1);
+        let mut batch = default.max(1);
         while batch > 1 && !fits(batch) {
             batch = batch.div_ceil(2);
         }
-        if batch < usual {
+        if batch < default {
             ui::note(format!(
-                "{batch} states in a forward instead of {usual}, so that they fit into {}",
+                "{batch} states in a forward instead of {default}, so that they fit into {}",
                 ui::bytes(self.limit.unwrap_or_default() as f64)
             ));
         }

@@ -45,8 +45,8 @@ pub(super) static CHANGE: Program = Program::new(
 );
 /// The oldest GPUs with bfloat16. For newer ones the driver finishes the compilation.
 const ARCHITECTURE: &str = "compute_80";
-/// Bytes that a device keeps of the memory that it was given, for the tensors that come next: all, as long as nobody says
-/// otherwise. By itself it keeps none whenever it is waited for, and every step would have its memory mapped again.
+/// Bytes that a device keeps of the memory that it was given, for the tensors that come next: all, unless it is limited.
+/// By itself it keeps none whenever it is waited for, and every step would have its memory mapped again.
 static KEPT: AtomicU64 = AtomicU64::new(u64::MAX);
 
 /// Sets the most bytes that devices keep, with what is in use: the rest of what is freed goes back whenever one is waited
