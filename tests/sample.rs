@@ -30,7 +30,7 @@ fn relative(a: &Tensor, b: &Tensor) -> Result<f64> {
 
 fn encoders(name: &str, length: Option<usize>) -> Result<TextEncoders> {
     let files = Files::folder(path("tests/golden").join(name).join("pipe"));
-    TextEncoders::load(&files, length, 512, DType::F32, &Device::Cpu)
+    TextEncoders::load(&files.into(), None, length, 512, DType::F32, &Device::Cpu)
 }
 
 fn prompts() -> Result<Vec<String>> {
@@ -42,7 +42,14 @@ fn prompts() -> Result<Vec<String>> {
 
 #[test]
 fn prompts_that_are_too_long_are_counted() -> Result<()> {
-    let encoders = TextEncoders::load(&Files::bundled(), None, 12, DType::F32, &Device::Cpu)?;
+    let encoders = TextEncoders::load(
+        &Files::bundled().into(),
+        None,
+        None,
+        12,
+        DType::F32,
+        &Device::Cpu,
+    )?;
     let cut = |prompts: &[String]| -> Result<[usize; 2]> {
         Ok(encoders.cut(prompts)?.map(|cut| cut.prompts))
     };
@@ -114,8 +121,11 @@ fn text_encoders_give_transformers_numbers() -> Result<()> {
         );
         let errors = (relative(&txt, t5)?, relative(&vec, clip)?);
         assert!(errors.0 <= 1e-5 && errors.1 <= 1e-5, "{name}: {errors:?}");
-        assert!(encoders.check_widths(t5.dim(2)?, clip.dim(1)?).is_ok());
-        let error = encoders.check_widths(4096, 768).unwrap_err().to_string();
+        let files = Files::folder(path("tests/golden").join(name).join("pipe")).into();
+        TextEncoders::check(&files, [t5.dim(2)?, clip.dim(1)?])?;
+        let error = TextEncoders::check(&files, [4096, 768])
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("--text-encoders"), "{error}");
     }
     Ok(())
@@ -195,7 +205,8 @@ fn text_encoders_as_single_files_need_no_config_and_no_tokenizer() -> Result<()>
 
     let load = || {
         TextEncoders::load(
-            &Files::folder(folder.path()),
+            &Files::folder(folder.path()).into(),
+            None,
             None,
             256,
             DType::F32,
@@ -277,13 +288,8 @@ fn a_vae_with_original_names_is_the_same_vae() -> Result<()> {
     let copy = tempfile::tempdir()?;
     candle::safetensors::save(&original, copy.path().join("ae.safetensors"))?;
     let file = copy.path().join("ae.safetensors");
-    let error = Vae::load_file(
-        "ae.safetensors",
-        &Blob::map(&file)?,
-        DType::F32,
-        &Device::Cpu,
-    )
-    .unwrap_err();
+    let whole = Checkpoint::from_blob("ae.safetensors", &Blob::map(&file)?)?;
+    let error = Vae::load_weights(&whole, DType::F32, &Device::Cpu).unwrap_err();
     assert!(
         format!("{error:#}").contains("config.json"),
         "channels of 8 do not go with FLUX.1's 32 groups: {error:#}"

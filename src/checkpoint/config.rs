@@ -6,7 +6,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::{
-    Checkpoint, keys,
+    Checkpoint, identify, keys,
+    part::Part,
     record::Record,
     rotary::{FLUX1_AXES, FLUX1_THETA, are_axes, is_theta},
     shapes,
@@ -42,20 +43,17 @@ impl ConfigFile {
 /// # Errors
 /// When the tensors are not those of a FLUX transformer; the message says what was found and what was missing.
 pub fn canonical(checkpoint: &Checkpoint) -> Result<Checkpoint> {
-    let checkpoint = &super::scales::attached(checkpoint)?;
-    if super::diffusers::is_diffusers(checkpoint) {
-        return super::diffusers::to_original(checkpoint);
+    if let Some(other) = identify::transformer(checkpoint) {
+        bail!("`{}` {other}", checkpoint.name);
+    }
+    if Part::Transformer.is_in(checkpoint) {
+        let transformer = Part::Transformer.take(checkpoint, "")?;
+        if super::diffusers::is_diffusers(&transformer) {
+            return super::diffusers::to_original(&transformer);
+        }
+        return transformer.rename(|name| Some(keys::canonical(name)));
     }
     let names: Vec<&str> = checkpoint.names().collect();
-    if let Some(lora) = keys::lora(names.iter().copied()) {
-        bail!(
-            "`{}` is a LoRA (it holds `{lora}`), not a FLUX transformer\nhint: merge it into its model with another tool, and name the result with --model",
-            checkpoint.name
-        )
-    }
-    if let Some(prefix) = keys::common_prefix(names.iter().copied()) {
-        return checkpoint.rename(|name| keys::canonical(name, prefix));
-    }
     let found: Vec<String> = names
         .iter()
         .take(3)
@@ -66,8 +64,12 @@ pub fn canonical(checkpoint: &Checkpoint) -> Result<Checkpoint> {
     } else {
         format!("{} tensors such as {}", names.len(), found.join(", "))
     };
+    let architecture = match &checkpoint.architecture {
+        Some(name) => format!(", and its architecture is `{name}`"),
+        None => String::new(),
+    };
     bail!(
-        "`{}` is not a FLUX transformer: found {found}; missing `img_in.weight` and `double_blocks.*` (original names) or `x_embedder.weight` and `transformer_blocks.*` (diffusers names)",
+        "`{}` is not a FLUX transformer: found {found}; missing `img_in.weight` and `double_blocks.*` (original names) or `x_embedder.weight` and `transformer_blocks.*` (diffusers names){architecture}",
         checkpoint.name
     )
 }
@@ -85,6 +87,7 @@ pub fn infer(
     record: Option<&Record>,
     configs: &[ConfigFile],
 ) -> Result<FluxConfig> {
+    check_embedders(checkpoint)?;
     let [hidden_size, in_channels] = checkpoint.dims("img_in.weight")?;
     let [_, context_in_dim] = checkpoint.dims("txt_in.weight")?;
     let [_, vec_in_dim] = checkpoint.dims("vector_in.in_layer.weight")?;
@@ -98,13 +101,11 @@ pub fn infer(
     for (name, smallest) in sizes {
         ensure!(
             smallest > 0,
-            "`{}`: tensor `{name}` is empty (shape {:?})\nhint: fetch the file again, or name another with --model",
+            "`{}`: tensor `{name}` is empty (shape {:?})\nhint: name another file with --model",
             checkpoint.name,
             checkpoint.expect(name)?.shape()
         );
     }
-    checkpoint.expect("time_in.in_layer.weight")?;
-    checkpoint.expect("final_layer.adaLN_modulation.1.weight")?;
     let layout = layout(checkpoint, record)?;
     let Some((head_dim, mlp_size)) = block_sizes(checkpoint, hidden_size)? else {
         bail!(
@@ -154,6 +155,44 @@ pub fn infer(
     Ok(config)
 }
 
+/// Every FLUX has these outside of its blocks.
+const EMBEDDERS: [&str; 6] = [
+    "img_in.weight",
+    "txt_in.weight",
+    "vector_in.in_layer.weight",
+    "time_in.in_layer.weight",
+    "final_layer.linear.weight",
+    "final_layer.adaLN_modulation.1.weight",
+];
+
+/// Fails where tensors outside of the blocks are missing, or do not fit their biases.
+fn check_embedders(checkpoint: &Checkpoint) -> Result<()> {
+    let missing: Vec<String> = EMBEDDERS
+        .iter()
+        .filter(|name| !checkpoint.contains(name))
+        .map(|name| format!("`{name}`"))
+        .collect();
+    ensure!(
+        missing.is_empty(),
+        "`{}` holds blocks of a FLUX transformer but lacks {}: the file is incomplete\nhint: use a file of the whole transformer",
+        checkpoint.name,
+        missing.join(", ")
+    );
+    for name in EMBEDDERS {
+        let [rows, columns] = checkpoint.dims(name)?;
+        let bias = checkpoint.get(&name.replace(".weight", ".bias"));
+        if let Some(&[said]) = bias.map(super::Source::shape) {
+            ensure!(
+                said == rows || said == 0 || !(rows * columns).is_multiple_of(said),
+                "`{}`: the values of tensor `{name}` are rearranged: its shape is [{rows}, {columns}], and its bias says [{said}, {}]\nhint: a GGUF file of such a tensor names its shape in `comfy.gguf.orig_shape.{name}`; use a file that does, or convert it again",
+                checkpoint.name,
+                rows * columns / said
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Fails at a tensor that no model of this layout has: it would be copied, and be part of nothing.
 fn known_only(checkpoint: &Checkpoint, tensors: &[(String, Vec<usize>)]) -> Result<()> {
     if checkpoint.len() == tensors.len() {
@@ -162,7 +201,7 @@ fn known_only(checkpoint: &Checkpoint, tensors: &[(String, Vec<usize>)]) -> Resu
     let known: BTreeSet<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
     if let Some(other) = checkpoint.names().find(|name| !known.contains(name)) {
         bail!(
-            "`{}` holds the tensor `{other}`, which is not part of a FLUX transformer of this layout\nhint: fetch the file again, or take that tensor out of it",
+            "`{}` holds the tensor `{other}`, which is not part of a FLUX transformer of this layout\nhint: take that tensor out of the file, if it is of no use",
             checkpoint.name
         );
     }

@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Checkpoint, Source, keys};
+use super::{Checkpoint, Source, keys, part::transformer_name};
 use crate::layout::BlockKind;
 
 /// Modules outside the blocks: (original, diffusers).
@@ -121,9 +121,13 @@ pub fn modules(
 
 /// Whether the tensor names are those of diffusers' `FluxTransformer2DModel`.
 pub fn is_diffusers(checkpoint: &Checkpoint) -> bool {
-    let has = |prefix: &str| checkpoint.names().any(|name| name.starts_with(prefix));
-    checkpoint.contains("x_embedder.weight")
-        && (has("transformer_blocks.") || has("single_transformer_blocks."))
+    let mut names = checkpoint.names().filter_map(transformer_name);
+    names.any(|name| {
+        let first = name.split('.').next();
+        [BlockKind::Double, BlockKind::Single]
+            .map(block_prefix)
+            .contains(&first.unwrap_or_default())
+    })
 }
 
 /// The same tensors under the original names.

@@ -22,6 +22,7 @@ impl From<Dtype> for StorageDType {
     fn from(dtype: Dtype) -> Self {
         match dtype {
             Dtype::F8_E4M3 => Self::Quantized(QuantType::F8E4M3),
+            Dtype::F8_E5M2 => Self::Quantized(QuantType::F8E5M2),
             dtype => Self::Plain(dtype),
         }
     }
@@ -42,6 +43,7 @@ impl StorageDType {
         match self {
             Self::Plain(dtype) => Some(dtype),
             Self::Quantized(QuantType::F8E4M3) => Some(Dtype::F8_E4M3),
+            Self::Quantized(QuantType::F8E5M2) => Some(Dtype::F8_E5M2),
             Self::Quantized(QuantType::Blocks(_)) => None,
         }
     }

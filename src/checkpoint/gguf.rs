@@ -15,8 +15,6 @@ use crate::{files::Blob, quant::QuantType};
 pub(super) const MAGIC: &[u8] = b"GGUF";
 /// Under which key a file that fastflux wrote has its record.
 pub(super) const RECORD: &str = "fastflux.record";
-/// Names that FLUX's architecture is given: ComfyUI-GGUF's, and one that other tools write.
-const ARCHITECTURES: [&str; 2] = ["flux", "pig"];
 /// Where each tensor's shape stands when GGUF could not hold it (ComfyUI-GGUF).
 const ORIGINAL_SHAPE: &str = "comfy.gguf.orig_shape.";
 /// Dimensions of a tensor (`GGML_MAX_DIMS`).
@@ -56,11 +54,39 @@ fn formats() -> impl Iterator<Item = StorageDType> {
         .filter(|f| number(*f).is_some())
 }
 
+/// What ggml calls a type that is not read (`ggml_type`).
+fn name_of(kind: u32) -> String {
+    let name = match kind {
+        9 => "Q8_1",
+        15 => "Q8_K",
+        16 => "IQ2_XXS",
+        17 => "IQ2_XS",
+        18 => "IQ3_XXS",
+        19 => "IQ1_S",
+        20 => "IQ4_NL",
+        21 => "IQ3_S",
+        22 => "IQ2_S",
+        23 => "IQ4_XS",
+        24 => "I8",
+        25 => "I16",
+        26 => "I32",
+        27 => "I64",
+        28 => "F64",
+        29 => "IQ1_M",
+        34 => "TQ1_0",
+        35 => "TQ2_0",
+        39 => "MXFP4",
+        40 => "NVFP4",
+        _ => return kind.to_string(),
+    };
+    name.to_owned()
+}
+
 /// Reads the header of a GGUF file.
 ///
 /// # Errors
-/// When the file is cut off, lies about a length or an offset, is of another architecture than FLUX, or has a tensor in a
-/// format that is not read; the message names the file, and the tensor where it is one's.
+/// When the file is cut off, lies about a length or an offset, or has tensors that overlap or are in a format that is not
+/// read; the message names the file, and the tensor where it is one's. Whose architecture it is its tensors tell.
 pub(super) fn read(name: &str, blob: &Blob) -> Result<Checkpoint> {
     header(name, blob).with_context(|| format!("`{name}` cannot be read as GGUF"))
 }
@@ -83,12 +109,6 @@ fn header(name: &str, blob: &Blob) -> Result<Checkpoint> {
             .read(&key, &mut cursor)
             .with_context(|| format!("metadata `{key}`"))?;
     }
-    if let Some(architecture) = &metadata.architecture {
-        ensure!(
-            ARCHITECTURES.contains(&architecture.as_str()),
-            "it holds a model of architecture `{architecture}`, not `flux`"
-        );
-    }
     let mut infos = Vec::new();
     for _ in 0..tensors {
         let name = cursor.string().context("a tensor's name")?;
@@ -104,31 +124,51 @@ fn header(name: &str, blob: &Blob) -> Result<Checkpoint> {
     let mut out = Checkpoint {
         name: name.to_owned(),
         metadata: metadata.texts,
+        architecture: metadata.architecture,
         ..Checkpoint::default()
     };
+    let size = |info: &Info| info.offset.checked_add(info.bytes as u64);
+    let end = infos
+        .iter()
+        .filter_map(|(_, info)| size(info))
+        .max()
+        .unwrap_or(0);
+    let missing = (data as u64)
+        .saturating_add(end)
+        .saturating_sub(blob.len() as u64);
+    ensure!(
+        missing == 0,
+        "it is cut off, {missing} of {} bytes are missing\nhint: fetch the file again",
+        (data as u64).saturating_add(end)
+    );
+    infos.sort_by_key(|(_, info)| (info.offset, info.bytes));
+    let mut before: Option<(&str, u64)> = None;
+    for (tensor, info) in &infos {
+        if let Some((other, end)) = before.filter(|(_, end)| *end > info.offset && info.bytes > 0) {
+            bail!(
+                "the tensors `{other}` and `{tensor}` overlap: the first ends at {end}, the other begins at {}",
+                info.offset
+            );
+        }
+        if info.bytes > 0 {
+            before = size(info).map(|end| (tensor.as_str(), end));
+        }
+    }
     for (tensor, info) in infos {
-        let shape = metadata.shapes.get(&tensor).unwrap_or(&info.shape);
-        let values = |shape: &[usize]| shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
-        ensure!(
-            values(shape) == values(&info.shape),
-            "tensor `{tensor}` has shape {:?}, and `{ORIGINAL_SHAPE}{tensor}` says {shape:?}",
-            info.shape
-        );
-        let end = usize::try_from(info.offset)
-            .ok()
-            .and_then(|offset| data.checked_add(offset)?.checked_add(info.bytes));
-        let end = end.filter(|end| *end <= blob.len()).with_context(|| {
-            format!(
-                "tensor `{tensor}` has {} bytes at offset {}, beyond the end of the file: it is cut off\nhint: fetch the file again",
-                info.bytes, info.offset
-            )
-        })?;
         ensure!(
             info.offset.is_multiple_of(alignment),
             "tensor `{tensor}` lies at offset {}, no multiple of {alignment}",
             info.offset
         );
-        let source = Source::mapped(blob, end - info.bytes..end, info.format, shape.clone());
+        // checked above: all of it lies in the file
+        let start = data + info.offset as usize;
+        let stored = Source::mapped(blob, start..start + info.bytes, info.format, info.shape);
+        let source = match metadata.shapes.get(&tensor) {
+            Some(shape) => stored.rearranged(shape).with_context(|| {
+                format!("tensor `{tensor}`, of which `{ORIGINAL_SHAPE}{tensor}` speaks")
+            })?,
+            None => stored,
+        };
         ensure!(!out.contains(&tensor), "it holds two tensors `{tensor}`");
         out.insert(tensor, source);
     }
@@ -161,7 +201,8 @@ impl Info {
             .with_context(|| {
                 let known: Vec<String> = formats().map(|f| f.to_string()).collect();
                 format!(
-                    "its GGML type {kind} is not supported\nhint: these are: {}",
+                    "its GGML type {} is not supported\nhint: these are: {}",
+                    name_of(kind),
                     known.join(", ")
                 )
             })?;
@@ -206,11 +247,8 @@ impl Metadata {
             }
             (key, ARRAY) if key.starts_with(ORIGINAL_SHAPE) => {
                 let (kind, count) = (cursor.u32()?, cursor.u64()?);
-                ensure!(
-                    kind == 5 && count <= 8,
-                    "expected up to eight 32-bit integers"
-                );
-                let shape = (0..count).map(|_| Ok(cursor.u32()? as usize));
+                ensure!(count <= 8, "expected up to eight integers");
+                let shape = (0..count).map(|_| cursor.size(kind));
                 let tensor = key.trim_start_matches(ORIGINAL_SHAPE).to_owned();
                 self.shapes
                     .insert(tensor, shape.collect::<Result<Vec<_>>>()?);
@@ -254,6 +292,20 @@ impl Cursor<'_> {
 
     fn u64(&mut self) -> Result<u64> {
         self.array().map(u64::from_le_bytes)
+    }
+
+    /// An integer of any width that counts something.
+    fn size(&mut self, kind: u32) -> Result<usize> {
+        let bytes = match kind {
+            0 | 1 => 1,
+            2 | 3 => 2,
+            4 | 5 => 4,
+            10 | 11 => 8,
+            _ => bail!("expected integers, found values of type {kind}"),
+        };
+        let mut value = [0; 8];
+        value[..bytes].copy_from_slice(self.take(bytes as u64)?);
+        Ok(usize::try_from(u64::from_le_bytes(value))?)
     }
 
     fn string(&mut self) -> Result<String> {

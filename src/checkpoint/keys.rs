@@ -4,13 +4,43 @@
 
 use crate::layout::BlockKind;
 
-/// Prefixes that other tools put before the original names.
-const PREFIXES: [&str; 4] = [
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "transformer.",
-    "model.",
+/// First components of original names.
+const TOPS: [&str; 11] = [
+    "img_in",
+    "txt_in",
+    "time_in",
+    "vector_in",
+    "guidance_in",
+    "double_blocks",
+    "single_blocks",
+    "final_layer",
+    "double_stream_modulation_img",
+    "double_stream_modulation_txt",
+    "single_stream_modulation",
 ];
+
+/// First components of diffusers' names.
+const DIFFUSERS_TOPS: [&str; 8] = [
+    "x_embedder",
+    "context_embedder",
+    "time_text_embed",
+    "time_guidance_embed",
+    "transformer_blocks",
+    "single_transformer_blocks",
+    "norm_out",
+    "proj_out",
+];
+
+/// Whether a transformer's names begin with this component, in either naming.
+pub(super) fn is_top(component: &str) -> bool {
+    TOPS.contains(&component) || DIFFUSERS_TOPS.contains(&component)
+}
+
+/// Whether a transformer's name, in either naming, is that of a block's tensor.
+pub(super) fn is_of_block(name: &str) -> bool {
+    let first = name.split('.').next().unwrap_or_default();
+    first.ends_with("_blocks") && is_top(first)
+}
 
 /// A tensor name that belongs to a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,81 +70,18 @@ pub fn parse(name: &str) -> Option<BlockKey<'_>> {
     Some(BlockKey { kind, slot, tail })
 }
 
-/// The canonical form of an original name as found in a file, or `None` when it is no FLUX tensor's.
-///
-/// `prefix` is what [`common_prefix`] found.
-pub fn canonical(name: &str, prefix: &str) -> Option<String> {
-    let name = name.strip_prefix(prefix)?;
-    let top = name.split('.').next()?;
-    const TOPS: [&str; 8] = [
-        "img_in",
-        "txt_in",
-        "time_in",
-        "vector_in",
-        "guidance_in",
-        "double_blocks",
-        "single_blocks",
-        "final_layer",
-    ];
-    if !TOPS.contains(&top) {
-        return None;
-    }
-    // newer exports call the norms' scale `weight`
-    let norm = name
-        .strip_suffix("query_norm.weight")
-        .map(|stem| (stem, "query_norm.scale"));
-    let norm = norm.or_else(|| {
-        name.strip_suffix("key_norm.weight")
-            .map(|stem| (stem, "key_norm.scale"))
+/// The canonical form of an original name without prefix: newer exports call the norms' scale `weight`.
+pub(super) fn canonical(name: &str) -> String {
+    let norm = ["query_norm", "key_norm"].iter().find_map(|norm| {
+        let stem = name.strip_suffix(".weight")?;
+        stem.ends_with(norm).then(|| format!("{stem}.scale"))
     });
-    Some(norm.map_or_else(|| name.to_owned(), |(stem, tail)| format!("{stem}{tail}")))
-}
-
-/// The prefix under which a file holds original FLUX names (`""` when none), or `None` when it holds none.
-pub fn common_prefix<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Option<&'static str> {
-    let mut prefixes = std::iter::once("").chain(PREFIXES);
-    prefixes.find(|prefix| {
-        let has = |wanted: &str| {
-            names.clone().any(|name| {
-                name.strip_prefix(prefix)
-                    .is_some_and(|rest| rest.starts_with(wanted))
-            })
-        };
-        has("img_in.") && (has("double_blocks.") || has("single_blocks."))
-    })
-}
-
-/// A tensor that shows a file to be a LoRA, one without the weights that it goes with.
-pub fn lora<'a>(mut names: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
-    const PARTS: [&str; 6] = [
-        "lora_A.",
-        "lora_B.",
-        "lora_up.",
-        "lora_down.",
-        ".lora.",
-        ".lokr_",
-    ];
-    let is_base =
-        |name: &str| name.ends_with("img_in.weight") || name.ends_with("x_embedder.weight");
-    if names.clone().any(is_base) {
-        return None;
-    }
-    names.find(|name| PARTS.iter().any(|part| name.contains(part)))
+    norm.unwrap_or_else(|| name.to_owned())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_lora_is_known_by_its_names_and_by_what_it_lacks() {
-        let kohya = ["lora_unet_double_blocks_0_img_attn_proj.lora_up.weight"];
-        assert_eq!(lora(kohya.into_iter()), Some(kohya[0]));
-        let peft = "transformer.x_embedder.lora_A.weight";
-        assert_eq!(lora([peft].into_iter()), Some(peft));
-        assert_eq!(lora([peft, "x_embedder.weight"].into_iter()), None);
-        assert_eq!(lora(["img_in.bias"].into_iter()), None);
-    }
 
     #[test]
     fn block_names_split_into_kind_slot_and_tail() {
@@ -131,19 +98,22 @@ mod tests {
     }
 
     #[test]
-    fn prefixes_and_norm_names_become_canonical() {
-        let names = [
-            "model.diffusion_model.img_in.weight",
-            "model.diffusion_model.single_blocks.0.norm.query_norm.weight",
-            "vae.decoder.conv_in.weight",
-        ];
-        let prefix = common_prefix(names.into_iter()).unwrap();
-        assert_eq!(prefix, "model.diffusion_model.");
-        assert_eq!(
-            canonical(names[1], prefix).unwrap(),
-            "single_blocks.0.norm.query_norm.scale"
+    fn norm_names_become_canonical() {
+        for (name, expected) in [
+            (
+                "single_blocks.0.norm.query_norm.weight",
+                "single_blocks.0.norm.query_norm.scale",
+            ),
+            (
+                "double_blocks.0.img_attn.norm.key_norm.scale",
+                "double_blocks.0.img_attn.norm.key_norm.scale",
+            ),
+            ("img_in.weight", "img_in.weight"),
+        ] {
+            assert_eq!(canonical(name), expected);
+        }
+        assert!(
+            is_of_block("transformer_blocks.0.attn.to_q.weight") && !is_of_block("img_in.weight")
         );
-        assert_eq!(canonical(names[2], prefix), None);
-        assert_eq!(common_prefix(["encoder.weight"].into_iter()), None);
     }
 }

@@ -7,7 +7,7 @@ use candle::{DType, Device, Tensor};
 use safetensors::Dtype;
 
 use super::{dtype::StorageDType, random::Random, to_f32};
-use crate::{files::Blob, quant::QuantType};
+use crate::files::Blob;
 
 mod rows;
 mod sum;
@@ -24,7 +24,7 @@ pub struct Source {
     format: StorageDType,
     shape: Vec<usize>,
     data: Data,
-    /// What float8 values are multiplied by: one number, or one for each row.
+    /// What stored values are multiplied by: one number, or one for each row.
     scale: Option<Arc<[f32]>>,
 }
 
@@ -39,6 +39,8 @@ enum Data {
     Converted(Box<Source>),
     /// Others of f64, added up while they are read.
     Sum(Vec<Source>),
+    /// Others of this number format and without scales, one below another.
+    Rows(Vec<Source>),
 }
 
 #[derive(Clone, Debug)]
@@ -134,14 +136,15 @@ impl Source {
         }
     }
 
-    /// Sets what float8 values are multiplied by: one number, or one for each row.
+    /// The values multiplied by one number, or by one for each row. float8 keeps its bytes; any other format becomes
+    /// float32, computed when it is read.
     ///
     /// # Errors
-    /// When the values are no float8, or there is another number of scales.
+    /// When the values are no floats, a scale is NaN or infinite, or there is another number of scales than rows.
     pub fn with_scale(mut self, scale: Vec<f32>) -> Result<Self> {
         ensure!(
-            self.format == StorageDType::Quantized(QuantType::F8E4M3),
-            "a tensor of {} has a scale beside it, which only F8_E4M3 may have",
+            self.format.is_float(),
+            "a tensor of {} has a scale next to it, which only floats may have",
             self.format
         );
         let rows = self.shape.first().copied().unwrap_or(1);
@@ -155,11 +158,35 @@ impl Source {
             scale.iter().all(|s| s.is_finite()),
             "a scale is NaN or infinite"
         );
+        let float8 =
+            matches!(self.format, StorageDType::Quantized(quant) if quant.table().is_some());
+        if !float8 && scale.iter().all(|s| *s == 1.0) {
+            return Ok(self);
+        }
         self.scale = Some(scale.into());
+        Ok(if float8 {
+            self
+        } else {
+            self.converted(StorageDType::Plain(Dtype::F32), None)
+        })
+    }
+
+    /// The same bytes read as another format of as many bits.
+    ///
+    /// # Errors
+    /// When the formats differ in size, or the bytes do not lie in files.
+    pub(super) fn reinterpreted(mut self, format: StorageDType) -> Result<Self> {
+        ensure!(
+            matches!(self.data, Data::Pieces(_))
+                && format.bytes(self.elements()) == self.byte_len(),
+            "bytes of {} cannot be read as {format}",
+            self.format
+        );
+        self.format = format;
         Ok(self)
     }
 
-    /// What float8 values are multiplied by: one number, or one for each row.
+    /// What stored values are multiplied by: one number, or one for each row.
     pub fn scale(&self) -> Option<&[f32]> {
         self.scale.as_deref()
     }
@@ -232,6 +259,7 @@ impl Source {
             Data::Pieces(pieces) => Ok(pieces.iter().try_for_each(|piece| piece.write_to(out))?),
             Data::Converted(_) => self.write_converted(out),
             Data::Sum(_) => self.write_sum(out),
+            Data::Rows(parts) => parts.iter().try_for_each(|part| part.write_to(out)),
             Data::Dense(tensor) => {
                 // candle copies a whole tensor from a GPU for every part of it that is asked for
                 let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
@@ -257,7 +285,7 @@ impl Source {
                 blobs.flatten().collect()
             }
             Data::Converted(from) => from.blobs(),
-            Data::Sum(parts) => parts.iter().flat_map(Self::blobs).collect(),
+            Data::Sum(parts) | Data::Rows(parts) => parts.iter().flat_map(Self::blobs).collect(),
             Data::Dense(_) => vec![],
         }
     }
@@ -310,7 +338,7 @@ impl Source {
         }
         match &self.data {
             Data::Dense(tensor) => Ok(tensor.to_dtype(dtype)?.to_device(device)?),
-            Data::Pieces(_) | Data::Converted(_) | Data::Sum(_) => {
+            Data::Pieces(_) | Data::Converted(_) | Data::Sum(_) | Data::Rows(_) => {
                 Tensor::from_raw_buffer(&self.bytes()?, dtype, &self.shape, device)
                     .context("cannot load the tensor")
             }
@@ -360,5 +388,5 @@ fn candle_dtype(format: StorageDType) -> Result<DType> {
         StorageDType::Plain(dtype) => DType::try_from(dtype).ok(),
         StorageDType::Quantized(_) => None,
     };
-    dtype.with_context(|| format!("tensors of dtype {format} are not supported\nhint: use a float32, float16, bfloat16, F8_E4M3 or GGUF file"))
+    dtype.with_context(|| format!("tensors of dtype {format} are not supported\nhint: use a float32, float16, bfloat16, float8 or GGUF file"))
 }

@@ -26,7 +26,7 @@ pub struct ConfigArgs {
 #[expect(missing_docs, reason = "flattened arguments")]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// The model: a folder (diffusers layout or fastflux output), a .safetensors file, or a hub id
+    /// The model: a folder (diffusers layout or fastflux output), a .safetensors or .gguf file, or a hub id
     /// (`owner/name` or `owner/name@revision`). Default: the bundled tiny model.
     #[arg(long, value_name = "PATH|ID")]
     pub model: Option<String>,
@@ -38,8 +38,8 @@ pub struct ModelArgs {
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Model")]
 pub struct PartsArgs {
-    /// Folder with text encoders and tokenizers, if the model comes without.
-    #[arg(long, value_name = "DIR")]
+    /// Folder with text encoders and tokenizers, or their files with commas between, if the model comes without.
+    #[arg(long, value_name = "DIR|FILES")]
     pub text_encoders: Option<PathBuf>,
     /// VAE file (ae.safetensors or diffusers names) or folder, if the model comes without.
     #[arg(long, value_name = "FILE|DIR")]

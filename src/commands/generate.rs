@@ -44,12 +44,13 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     for job in &jobs {
         target::check_file(&job.path, args.output.force)?;
     }
-    create_folders(&jobs)?;
+    pipeline.check_parts(true)?;
     let vae_files = pipeline.vae_files()?;
     let steps = jobs.first().map_or(1, |job| job.steps);
     load::schedule(&pipeline)?
         .sigmas(steps, size.tokens())
         .with_context(|| pipeline.scheduler_name.clone())?;
+    create_folders(&jobs)?;
     let encoded = load::encode_prompts(
         &pipeline,
         &prompts,

@@ -51,7 +51,7 @@ impl Weight {
         let Some(format) = formats.find(|f| vb.contains_tensor(&f.name_of_bytes(NAME))) else {
             return vb.get((output, input), NAME).map(Self::Dense);
         };
-        let blocks = !vb.device().is_cpu() && format != QuantType::F8E4M3;
+        let blocks = !vb.device().is_cpu() && format.table().is_none();
         let from = if blocks {
             vb.clone().set_device(Device::Cpu)
         } else {
@@ -67,7 +67,9 @@ impl Weight {
         }
         let scale = match format {
             QuantType::Blocks(_) => None,
-            QuantType::F8E4M3 => Some(vb.get_unchecked_dtype(&name_of_scale(NAME), DType::F32)?),
+            QuantType::F8E4M3 | QuantType::F8E5M2 => {
+                Some(vb.get_unchecked_dtype(&name_of_scale(NAME), DType::F32)?)
+            }
         };
         let bytes = Bytes::on(vb.device(), rows, format, (output, input))?;
         Ok(Self::Quantized(Box::new(QuantizedWeight {
@@ -217,6 +219,8 @@ mod tests {
             let x = random("x", (2, 5, 256))?.to_dtype(dtype)?;
             for (format, scale) in [
                 (QuantType::F8E4M3, None),
+                (QuantType::F8E5M2, None),
+                (QuantType::F8E5M2, Some(&rows[..])),
                 (QuantType::F8E4M3, Some(&[0.3][..])),
                 (QuantType::F8E4M3, Some(&rows[..])),
                 (QuantType::Blocks(GgmlDType::Q8_0), None),

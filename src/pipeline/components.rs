@@ -1,13 +1,17 @@
 //! Where text encoders and VAE of a model are: named by flags, in the model's own folder, or with its base model.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{ModelChoice, Pipeline, locate::locate};
 use crate::{
-    checkpoint::record::RecordedParts,
+    checkpoint::{Checkpoint, advise, part::Part, record::RecordedParts},
     files::{Blob, Files},
+    sample::{
+        text::TextFiles,
+        vae::{Vae, VaeConfig},
+    },
 };
 
 /// Where text encoders and VAE of a bare FLUX.1 transformer come from: the same files as FLUX.1-dev's, under Apache-2.0.
@@ -18,8 +22,26 @@ const FLUX1_PARTS: &str = "black-forest-labs/FLUX.1-schnell";
 pub enum VaeFiles {
     /// A folder in diffusers layout (`config.json` and weights).
     Folder(Files),
-    /// One file, with diffusers or original names, and its name for messages.
-    File(String, Blob),
+    /// One file, with diffusers or original names, of a VAE alone or of a whole pipeline.
+    Weights(Checkpoint),
+}
+
+impl VaeFiles {
+    /// The sizes of the VAE, from headers alone.
+    ///
+    /// # Errors
+    /// When it is none like FLUX.1's; the message names the file.
+    pub fn sizes(&self) -> Result<VaeConfig> {
+        match self {
+            Self::Folder(files) => Vae::sizes(Ok(files)),
+            Self::Weights(file) => Vae::sizes(Err(file)),
+        }
+    }
+
+    /// Whether looking into it means to download it.
+    pub(super) fn is_remote(&self) -> bool {
+        matches!(self, Self::Folder(files) if files.resolved().is_some())
+    }
 }
 
 /// Where to look for text encoders and VAE, in this order: flags, the model's own folder, its base model.
@@ -27,6 +49,8 @@ pub enum VaeFiles {
 pub(super) struct Components {
     pub(super) choice: ModelChoice,
     pub(super) own: Option<Files>,
+    /// The model's file, if other parts lie in it.
+    pub(super) inside: Option<Checkpoint>,
     pub(super) base: Option<String>,
     pub(super) flux1: bool,
 }
@@ -56,20 +80,32 @@ impl Pipeline {
         }
     }
 
-    /// The folder with text encoders and tokenizers.
+    /// Where text encoders and tokenizers are.
     ///
     /// # Errors
-    /// When there is none; the message names the flag.
-    pub fn text_files(&self) -> Result<Files> {
-        if let Some(dir) = &self.components.choice.text_encoders {
-            ensure!(
-                dir.is_dir(),
-                "--text-encoders: `{}` is not a folder",
-                dir.display()
-            );
-            return Ok(Files::folder(dir));
+    /// When there are none; the message names the flag.
+    pub fn text_files(&self) -> Result<TextFiles> {
+        if let Some(named) = &self.components.choice.text_encoders {
+            return text_files(named).context("--text-encoders");
         }
-        self.part_of("text_encoder", "the text encoders", "--text-encoders DIR")
+        const WHAT: [&str; 3] = ["text_encoder", "the text encoders", "--text-encoders DIR"];
+        let folder = || self.part_of(WHAT[0], WHAT[1], WHAT[2]);
+        let Some(inside) = &self.components.inside else {
+            return folder().map(TextFiles::from);
+        };
+        let holds = [Part::Clip, Part::T5].map(|part| part.is_in(inside));
+        if holds == [false, false] {
+            return folder().map(TextFiles::from);
+        }
+        let own = self.components.own.clone();
+        Ok(TextFiles {
+            folder: if holds == [true, true] {
+                own
+            } else {
+                Some(folder()?)
+            },
+            weights: vec![inside.clone()],
+        })
     }
 
     /// Where the VAE is.
@@ -87,13 +123,23 @@ impl Pipeline {
                     nested
                 }));
             }
-            return Ok(VaeFiles::File(
-                path.display().to_string(),
-                Blob::map(path).context("--vae")?,
-            ));
+            let opened = open_file(path, "--vae FILE");
+            return opened.map(VaeFiles::Weights).context("--vae");
+        }
+        if let Some(inside) = &self.components.inside
+            && Part::Vae.is_in(inside)
+        {
+            return Ok(VaeFiles::Weights(inside.clone()));
         }
         let files = self.part_of("vae", "the VAE", "--vae FILE")?;
         Ok(VaeFiles::Folder(files.sub("vae")))
+    }
+
+    /// Whether the text encoders or the VAE would come from FLUX.1's repository on the hub.
+    pub(super) fn takes_from_hub(&self, part: &str) -> bool {
+        let own = self.components.own.as_ref();
+        let has = own.is_some_and(|own| own.sub(part).list().is_ok_and(|names| !names.is_empty()));
+        !has && self.components.base.is_none() && self.components.flux1
     }
 
     /// The pipeline folder that has the sub-folder `part`.
@@ -129,4 +175,39 @@ impl Pipeline {
             self.name
         )
     }
+}
+
+/// What `--text-encoders` names: a folder, a file, or several of them with commas between.
+fn text_files(named: &Path) -> Result<TextFiles> {
+    let text = named.to_string_lossy();
+    let parts: Vec<&Path> = if named.exists() {
+        vec![named]
+    } else {
+        text.split(',').map(|part| Path::new(part.trim())).collect()
+    };
+    let mut out = TextFiles::default();
+    for path in parts {
+        if path.is_dir() {
+            ensure!(
+                out.folder.is_none(),
+                "`{}` names two folders\nhint: give one folder, and files next to it",
+                named.display()
+            );
+            out.folder = Some(Files::folder(path));
+        } else {
+            out.weights.push(open_file(path, "--text-encoders")?);
+        }
+    }
+    Ok(out)
+}
+
+/// One file of weights, whatever it holds.
+fn open_file(path: &Path, flag: &str) -> Result<Checkpoint> {
+    let name = path.display().to_string();
+    ensure!(
+        path.exists(),
+        "`{name}` does not exist\nhint: name a folder or a file with {flag}"
+    );
+    let opened = Blob::map(path).and_then(|blob| Checkpoint::from_blob(&name, &blob));
+    advise(opened, &format!("name another with {flag}"))
 }

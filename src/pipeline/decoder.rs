@@ -41,7 +41,7 @@ pub fn decode(
         let image = image.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
         ensure!(
             is_finite(&image)?,
-            "the VAE `{}` gives pixels that are NaN or infinite, its weights are damaged\nhint: fetch the file again, or name another with --vae",
+            "the VAE `{}` gives pixels that are NaN or infinite, its weights are damaged\nhint: name another with --vae",
             vae.name()
         );
         images.push(image);

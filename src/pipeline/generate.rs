@@ -80,13 +80,7 @@ pub fn latents(
         size: size.latent(),
     };
     let channels = pipeline.config.out_channels / 4;
-    ensure!(
-        pipeline.config.in_channels == pipeline.config.out_channels,
-        "`{}` takes {} input channels but predicts {}: models that take an image as input (Fill, Canny, Depth) cannot generate from a prompt alone",
-        pipeline.name,
-        pipeline.config.in_channels,
-        pipeline.config.out_channels
-    );
+    pipeline.check_inputs()?;
     // diffusers draws the noise of all images of a prompt from one generator
     let images = jobs
         .iter()

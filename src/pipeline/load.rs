@@ -8,9 +8,13 @@ use candle::{Device, Tensor};
 use super::{Pipeline, VaeFiles};
 use crate::{
     device::{self, Runtime},
-    files::Files,
     model::{Flux, ops},
-    sample::{denoise::Encoded, schedule::Schedule, text::TextEncoders, vae::Vae},
+    sample::{
+        denoise::Encoded,
+        schedule::Schedule,
+        text::{TextEncoders, TextFiles},
+        vae::Vae,
+    },
     ui,
 };
 
@@ -59,21 +63,20 @@ pub fn schedule(pipeline: &Pipeline) -> Result<Schedule> {
 /// Both text encoders and their tokenizers; `length` is the T5 length, by default the model's.
 pub fn text_encoders(
     pipeline: &Pipeline,
-    files: &Files,
+    files: &TextFiles,
     length: Option<usize>,
     runtime: &Runtime,
 ) -> Result<TextEncoders> {
     // what is drawn with the prompts needs it, and encoding them takes a while
     schedule(pipeline)?;
-    let encoders = TextEncoders::load(
+    TextEncoders::load(
         files,
+        Some([pipeline.config.context_in_dim, pipeline.config.vec_in_dim]),
         length,
         pipeline.default_text_length()?,
         runtime.dtype,
         &runtime.device,
-    )?;
-    encoders.check_widths(pipeline.config.context_in_dim, pipeline.config.vec_in_dim)?;
-    Ok(encoders)
+    )
 }
 
 /// Encodes prompts, a bounded number at a time; on the CPU, as those of a calibration are half a gigabyte.
@@ -127,6 +130,6 @@ pub fn encode_prompts(
 pub fn vae(files: &VaeFiles, runtime: &Runtime) -> Result<Vae> {
     match files {
         VaeFiles::Folder(folder) => Vae::load_folder(folder, runtime.dtype, &runtime.device),
-        VaeFiles::File(name, blob) => Vae::load_file(name, blob, runtime.dtype, &runtime.device),
+        VaeFiles::Weights(file) => Vae::load_weights(file, runtime.dtype, &runtime.device),
     }
 }

@@ -9,7 +9,9 @@ use crate::{
     checkpoint::{
         Checkpoint, advise,
         config::ConfigFile,
+        is_weights,
         output::{DIFFUSERS_STEM, ORIGINAL_STEM},
+        part::Part,
     },
     files::{BUNDLED, Blob, Files, parse_id},
 };
@@ -25,10 +27,9 @@ pub(super) struct Found {
 }
 
 /// What `--model` takes.
-const NAME_ONE: &str =
-    "name a folder, a .safetensors or .gguf file, or a hub id such as black-forest-labs/FLUX.1-dev";
-/// What to do about a file that is damaged.
-pub(super) const DAMAGED: &str = "fetch the file again, or name another with --model";
+const NAME_ONE: &str = "name a folder, a .safetensors, .sft or .gguf file, or a hub id such as black-forest-labs/FLUX.1-dev";
+/// What to do about a file that is of no use.
+pub(super) const DAMAGED: &str = "name another with --model";
 
 /// Finds the transformer that a `--model` value names.
 pub(super) fn locate(model: Option<&str>) -> Result<Found> {
@@ -69,24 +70,34 @@ fn in_folder(path: &Path) -> Result<Found> {
     if let Some(found) = in_pipeline_or_bare(&files)? {
         return Ok(found);
     }
-    let is_weights = |name: &String| {
-        Path::new(name)
-            .extension()
-            .is_some_and(|e| e == "safetensors" || e == "gguf")
-    };
-    let weights: Vec<String> = files.list()?.into_iter().filter(is_weights).collect();
+    let names = files.list()?;
+    let weights: Vec<String> = names.into_iter().filter(|name| is_weights(name)).collect();
     match weights.as_slice() {
         [one] => in_file(&path.join(one)),
         [] => bail!(
-            "`{}` holds no FLUX model: there is no transformer/ folder and no .safetensors or .gguf file",
+            "`{}` holds no FLUX model: there is no transformer/ folder and no .safetensors, .sft or .gguf file",
             path.display()
         ),
-        many => bail!(
-            "`{}` holds several .safetensors or .gguf files ({}); name one of them",
-            path.display(),
-            many.join(", ")
-        ),
+        many => match only_transformer(path, many) {
+            Some(one) => in_file(&path.join(one)),
+            None => bail!(
+                "`{}` holds several .safetensors, .sft or .gguf files ({}); name one of them",
+                path.display(),
+                many.join(", ")
+            ),
+        },
     }
+}
+
+/// The one file of several that holds a FLUX transformer.
+fn only_transformer<'a>(folder: &Path, names: &'a [String]) -> Option<&'a String> {
+    let holds = |name: &&String| {
+        let blob = Blob::map(&folder.join(name));
+        let file = blob.and_then(|blob| Checkpoint::from_blob(name, &blob));
+        file.is_ok_and(|file| Part::Transformer.is_in(&file))
+    };
+    let mut found = names.iter().filter(holds);
+    found.next().filter(|_| found.next().is_none())
 }
 
 /// A whole pipeline, or a bare transformer folder; `None` when it is neither.

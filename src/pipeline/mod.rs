@@ -11,6 +11,7 @@ use crate::{
     checkpoint::{
         Checkpoint, advise,
         config::{self, ConfigFile},
+        part::Part,
         record::{self, Record},
     },
     files::{BUNDLED, Files},
@@ -26,6 +27,7 @@ pub mod inspect;
 pub mod load;
 mod locate;
 pub mod placement;
+pub mod preflight;
 pub mod prompts;
 mod scheduler;
 
@@ -41,7 +43,7 @@ pub struct ModelChoice {
     pub model: Option<String>,
     /// `--config`: JSON that says what tensors cannot.
     pub config: Option<PathBuf>,
-    /// `--text-encoders`: a folder with text encoders and tokenizers.
+    /// `--text-encoders`: a folder with text encoders and tokenizers, or files with commas between.
     pub text_encoders: Option<PathBuf>,
     /// `--vae`: a VAE file or folder.
     pub vae: Option<PathBuf>,
@@ -135,6 +137,7 @@ impl Pipeline {
             defaults,
             components: Components {
                 choice,
+                inside: holds_more(&found.raw).then(|| found.raw.clone()),
                 own: found.pipeline,
                 base: record.as_ref().map(|r| r.base.clone()),
                 flux1,
@@ -227,6 +230,13 @@ impl Pipeline {
         let bytes = self.transformer.bytes_loaded(dtype) as f64;
         bytes / self.transformer.parameters().max(1) as f64
     }
+}
+
+/// Whether a file holds other parts than the transformer.
+fn holds_more(raw: &Checkpoint) -> bool {
+    [Part::Clip, Part::T5, Part::Vae]
+        .into_iter()
+        .any(|part| part.is_in(raw))
 }
 
 /// The `config` that some tools store in a file's metadata.

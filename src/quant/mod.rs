@@ -9,10 +9,12 @@ use candle::{
     quantized::{GgmlDType, QTensor},
 };
 
-pub use float8::{F8_MAX, decode_table};
+pub use float8::F8_MAX;
 
 /// Numbers up to this one are nearest to float8's largest.
 const F8_MAX_ROUNDED: f32 = 464.0;
+/// The same of e5m2.
+const E5M2_MAX_ROUNDED: f32 = 61_440.0;
 /// The largest scale of a block, a float16: numbers up to it fit into every format.
 const MAX_SCALE: f32 = 65_504.0;
 /// Numbers that no format's scales reach.
@@ -23,14 +25,17 @@ const BEYOND_SCALES: f32 = 1e9;
 pub enum QuantType {
     /// float8 with 4 bits of exponent and 3 of mantissa, no infinities (`torch.float8_e4m3fn`).
     F8E4M3,
+    /// float8 with 5 bits of exponent and 2 of mantissa (`torch.float8_e5m2`).
+    F8E5M2,
     /// Blocks of 32 or 256 values with scales of their own, as llama.cpp's GGML lays them out.
     Blocks(GgmlDType),
 }
 
 impl QuantType {
     /// Every format that is read.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::F8E4M3,
+        Self::F8E5M2,
         Self::Blocks(GgmlDType::Q8_0),
         Self::Blocks(GgmlDType::Q4K),
         Self::Blocks(GgmlDType::Q4_0),
@@ -47,6 +52,7 @@ impl QuantType {
     pub fn name(self) -> &'static str {
         match self {
             Self::F8E4M3 => "F8_E4M3",
+            Self::F8E5M2 => "F8_E5M2",
             Self::Blocks(dtype) => match dtype {
                 GgmlDType::F32 => "F32",
                 GgmlDType::F16 => "F16",
@@ -73,10 +79,19 @@ impl QuantType {
         format!("{tensor}@{}", self.name())
     }
 
+    /// What each byte stands for, in the formats of one byte a value.
+    pub fn table(self) -> Option<&'static [f32; 256]> {
+        match self {
+            Self::F8E4M3 => Some(float8::e4m3_table()),
+            Self::F8E5M2 => Some(float8::e5m2_table()),
+            Self::Blocks(_) => None,
+        }
+    }
+
     /// Values in a block: rows are whole blocks.
     pub fn block(self) -> usize {
         match self {
-            Self::F8E4M3 => 1,
+            Self::F8E4M3 | Self::F8E5M2 => 1,
             Self::Blocks(dtype) => dtype.block_size(),
         }
     }
@@ -84,7 +99,7 @@ impl QuantType {
     /// Bytes of `values` values, a multiple of the block.
     pub fn bytes(self, values: usize) -> usize {
         match self {
-            Self::F8E4M3 => values,
+            Self::F8E4M3 | Self::F8E5M2 => values,
             Self::Blocks(dtype) => values / dtype.block_size() * dtype.type_size(),
         }
     }
@@ -97,13 +112,13 @@ impl QuantType {
         if !out.len().is_multiple_of(self.block()) || bytes.len() != self.bytes(out.len()) {
             candle::bail!("{} bytes of {self} for {} values", bytes.len(), out.len());
         }
-        match self {
-            Self::F8E4M3 => {
-                let table = decode_table();
-                for (value, byte) in out.iter_mut().zip(bytes) {
-                    *value = table[usize::from(*byte)];
-                }
+        if let Some(table) = self.table() {
+            for (value, byte) in out.iter_mut().zip(bytes) {
+                *value = table[usize::from(*byte)];
             }
+        }
+        match self {
+            Self::F8E4M3 | Self::F8E5M2 => {}
             Self::Blocks(dtype) => {
                 let bytes = aligned(bytes)?;
                 let blocks = dtype.from_data(bytes);
@@ -116,14 +131,23 @@ impl QuantType {
         Ok(())
     }
 
+    /// The largest number that float8 holds.
+    fn largest(self) -> f32 {
+        match self {
+            Self::F8E5M2 => float8::E5M2_MAX,
+            _ => F8_MAX,
+        }
+    }
+
     /// The nearest bytes to `values`, whole blocks.
     ///
     /// # Errors
     /// When there are not whole blocks, or a number is beyond what the format holds.
     pub fn quantize(self, values: &[f32]) -> Result<Vec<u8>> {
         let beyond = |v: f32| match self {
-            Self::F8E4M3 => candle::bail!(
-                "{self} without a scale holds numbers up to {F8_MAX}, not {v:e}\nhint: leave --no-scale away, or use bf16"
+            Self::F8E4M3 | Self::F8E5M2 => candle::bail!(
+                "{self} without a scale holds numbers up to {}, not {v:e}\nhint: leave --no-scale away, or use bf16",
+                self.largest()
             ),
             Self::Blocks(_) => {
                 candle::bail!("the scales of {self} cannot hold {v:e}\nhint: use bf16")
@@ -133,6 +157,8 @@ impl QuantType {
         match self {
             Self::F8E4M3 if most > F8_MAX_ROUNDED => beyond(most),
             Self::F8E4M3 => Ok(values.iter().map(|v| float8::encode(*v)).collect()),
+            Self::F8E5M2 if most > E5M2_MAX_ROUNDED => beyond(most),
+            Self::F8E5M2 => Ok(values.iter().map(|v| float8::encode_e5m2(*v)).collect()),
             Self::Blocks(_) if most > BEYOND_SCALES => beyond(most),
             Self::Blocks(dtype) => {
                 let tensor = Tensor::from_slice(values, values.len(), &Device::Cpu)?;
@@ -202,6 +228,7 @@ mod tests {
         let values = normal(1 << 14);
         for (format, most) in [
             (QuantType::F8E4M3, 0.03),
+            (QuantType::F8E5M2, 0.06),
             (QuantType::Blocks(GgmlDType::Q8_0), 0.008),
             (QuantType::Blocks(GgmlDType::Q6K), 0.03),
             (QuantType::Blocks(GgmlDType::Q5K), 0.05),
@@ -245,7 +272,7 @@ mod tests {
 
     #[test]
     fn parts_of_blocks_are_refused() {
-        for format in QuantType::ALL.into_iter().skip(1) {
+        for format in QuantType::ALL.into_iter().skip(2) {
             let block = format.block();
             assert!(format.dequantize(&[0; 3], &mut vec![0.0; block]).is_err());
             assert!(

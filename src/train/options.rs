@@ -49,6 +49,7 @@ impl TrainOptions {
         save_every: usize,
     ) -> Result<Self> {
         recipe.validate(teacher.config.hidden_size)?;
+        teacher.check_parts(false)?;
         let size = teacher.image_size(recipe.data.width, recipe.data.height)?;
         let d = &mut recipe.data;
         (d.width, d.height) = (Some(size.width), Some(size.height));

@@ -5,7 +5,10 @@ use std::ops::Range;
 use anyhow::{Result, bail, ensure};
 use candle::{Device, Tensor};
 
+use safetensors::Dtype;
+
 use super::{Data, Piece, Source};
+use crate::checkpoint::dtype::StorageDType;
 
 impl Source {
     /// The rows `rows` (of the outermost dimension).
@@ -39,10 +42,30 @@ impl Source {
             _ => scale[rows.clone()].into(),
         });
         let data = match &self.data {
-            Data::Converted(from) => Data::Converted(Box::new(from.rows(rows)?)),
+            Data::Converted(from) if from.shape == self.shape => {
+                Data::Converted(Box::new(from.rows(rows)?))
+            }
+            // rearranged: the same values in other rows
+            Data::Converted(from) => {
+                let flat = from.reshape(&[from.elements()])?;
+                let values = flat.rows(rows.start * width..rows.end * width)?;
+                Data::Converted(Box::new(values))
+            }
             Data::Sum(parts) => {
                 let parts = parts.iter().map(|part| part.rows(rows.clone()));
                 Data::Sum(parts.collect::<Result<_>>()?)
+            }
+            Data::Rows(parts) => {
+                let (mut at, mut out) = (0, Vec::new());
+                for part in parts {
+                    let end = at + part.shape[0];
+                    let (from, to) = (rows.start.max(at), rows.end.min(end));
+                    if from < to {
+                        out.push(part.rows(from - at..to - at)?);
+                    }
+                    at = end;
+                }
+                Data::Rows(out)
             }
             Data::Dense(t) => Data::Dense(t.narrow(0, rows.start, rows.len())?),
             Data::Pieces(pieces) => {
@@ -58,10 +81,11 @@ impl Source {
         })
     }
 
-    /// The tensors one below another; all but the outermost dimension and the number formats agree.
+    /// The tensors one below another; all but the outermost dimension agrees. Parts in different number formats become
+    /// float32, computed when they are read.
     ///
     /// # Errors
-    /// When they do not, or when there are none.
+    /// When the shapes do not fit, a part holds no floats, or there are none.
     pub fn stack_rows(parts: &[Self]) -> Result<Self> {
         let Some(first) = parts.first() else {
             bail!("nothing to concatenate")
@@ -71,11 +95,10 @@ impl Source {
             "is a single number, expected rows"
         );
         let mut shape = first.shape.clone();
-        let mut pieces = Vec::new();
         shape[0] = 0;
         for part in parts {
             ensure!(
-                part.format == first.format && part.shape[1..] == first.shape[1..],
+                part.shape[1..] == first.shape[1..],
                 "cannot fuse {} {:?} with {} {:?}",
                 first.format,
                 first.shape,
@@ -83,17 +106,20 @@ impl Source {
                 part.shape
             );
             shape[0] += part.shape[0];
-            match &part.data {
-                Data::Pieces(p) => pieces.extend(p.iter().cloned()),
-                Data::Dense(_) | Data::Converted(_) | Data::Sum(_) => {
-                    let tensors = parts
-                        .iter()
-                        .map(|p| p.tensor(&Device::Cpu))
-                        .collect::<Result<Vec<_>>>()?;
-                    return Self::dense(&Tensor::cat(&tensors, 0)?);
-                }
-            }
         }
+        if parts.iter().any(|part| matches!(part.data, Data::Dense(_)))
+            && parts.iter().all(|part| part.format == first.format)
+        {
+            let tensors = parts.iter().map(|p| p.tensor(&Device::Cpu));
+            return Self::dense(&Tensor::cat(&tensors.collect::<Result<Vec<_>>>()?, 0)?);
+        }
+        let pieces = |part: &Self| match &part.data {
+            Data::Pieces(pieces) if part.format == first.format => Some(pieces.clone()),
+            _ => None,
+        };
+        let Some(pieces) = parts.iter().map(pieces).collect::<Option<Vec<_>>>() else {
+            return Self::stack_lazily(parts, shape);
+        };
         let scaled = parts.iter().any(|part| part.scale.is_some());
         let scale = scaled.then(|| {
             let each = parts.iter().flat_map(|part| {
@@ -110,9 +136,54 @@ impl Source {
         Ok(Self {
             format: first.format,
             shape,
-            data: Data::Pieces(pieces),
+            data: Data::Pieces(pieces.concat()),
             scale,
         })
+    }
+
+    fn stack_lazily(parts: &[Self], shape: Vec<usize>) -> Result<Self> {
+        let first = parts[0].format;
+        let is_plain = |part: &Self| part.format == first && part.scale.is_none();
+        let format = match first {
+            StorageDType::Plain(_) if parts.iter().all(is_plain) => first,
+            _ => StorageDType::Plain(Dtype::F32),
+        };
+        let part = |part: &Self| {
+            ensure!(
+                part.format.is_float(),
+                "a part is stored as {}, which holds no weights",
+                part.format
+            );
+            Ok(part.converted(format, None))
+        };
+        let parts: Vec<Self> = parts.iter().map(part).collect::<Result<_>>()?;
+        Ok(Self {
+            format,
+            shape,
+            data: Data::Rows(parts),
+            scale: None,
+        })
+    }
+
+    /// The same values under another shape; blocks that are not whole rows there become float32, computed when they are
+    /// read.
+    ///
+    /// # Errors
+    /// When the sizes differ.
+    pub(in crate::checkpoint) fn rearranged(&self, shape: &[usize]) -> Result<Self> {
+        let values = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
+        ensure!(
+            values == Some(self.elements()),
+            "has shape {:?}, which cannot be {shape:?}",
+            self.shape
+        );
+        let width = shape.last().copied().unwrap_or(1);
+        if width.is_multiple_of(self.format.block()) {
+            return self.reshape(shape);
+        }
+        let mut out = self.converted(StorageDType::Plain(Dtype::F32), None);
+        out.shape = shape.to_vec();
+        Ok(out)
     }
 
     /// The same bytes under another shape of the same size.
@@ -127,7 +198,12 @@ impl Source {
         );
         let data = match &self.data {
             Data::Dense(t) => Data::Dense(t.reshape(shape)?),
-            same => same.clone(),
+            Data::Converted(from) if from.scale.as_ref().is_none_or(|s| s.len() == 1) => {
+                Data::Converted(Box::new(from.reshape(shape)?))
+            }
+            Data::Converted(from) => Data::Converted(from.clone()),
+            same @ Data::Pieces(_) => same.clone(),
+            Data::Sum(_) | Data::Rows(_) => bail!("a tensor made of others keeps its shape"),
         };
         ensure!(
             self.scale().is_none_or(|scale| scale.len() == 1),

@@ -38,6 +38,18 @@ impl Source {
                 let sums = self.doubles(range)?.into_iter();
                 Ok(sums.map(|x| x as f32).collect())
             }
+            Data::Rows(parts) => {
+                let (mut at, mut out) = (0, Vec::with_capacity(range.len()));
+                for part in parts {
+                    let end = at + part.elements();
+                    let (from, to) = (range.start.max(at), range.end.min(end));
+                    if from < to {
+                        out.extend(part.values(from - at..to - at)?);
+                    }
+                    at = end;
+                }
+                Ok(out)
+            }
             Data::Pieces(pieces) => {
                 let bytes = |at: usize| self.format.bytes(at);
                 let pieces = cut(pieces, bytes(range.start)..bytes(range.end));

@@ -4,7 +4,7 @@ use candle::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{Element, Operand, by_dtype};
-use crate::quant::{QuantType, decode_table};
+use crate::quant::QuantType;
 
 /// Values that one task dequantizes, in whole rows: they pass through f32 in the cache.
 const PART: usize = 1 << 14;
@@ -25,15 +25,20 @@ pub fn dequantize(
         };
         return out.to_dtype(dtype);
     }
-    if format != QuantType::F8E4M3 {
+    let Some(table) = format.table() else {
         candle::bail!("bytes of {format} are dequantized on the CPU only");
-    }
-    by_table(rows, scale, dtype)
+    };
+    by_table(rows, table, scale, dtype)
 }
 
 /// [`dequantize`] for float8 on any device.
-fn by_table(rows: &Tensor, scale: Option<&Tensor>, dtype: DType) -> Result<Tensor> {
-    let table = Tensor::new(&decode_table()[..], rows.device())?;
+fn by_table(
+    rows: &Tensor,
+    table: &[f32; 256],
+    scale: Option<&Tensor>,
+    dtype: DType,
+) -> Result<Tensor> {
+    let table = Tensor::new(&table[..], rows.device())?;
     let of_rows = |table: Tensor| {
         let values = table.index_select(&rows.flatten_all()?, 0)?;
         values.reshape(rows.shape())
@@ -94,7 +99,8 @@ mod tests {
             let scale = scale.map(|s| Tensor::new(s, &Device::Cpu)).transpose()?;
             for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
                 let want = dequantize(&rows, QuantType::F8E4M3, scale.as_ref(), dtype)?;
-                let got = by_table(&rows, scale.as_ref(), dtype)?;
+                let table = QuantType::F8E4M3.table().unwrap();
+                let got = by_table(&rows, table, scale.as_ref(), dtype)?;
                 assert_eq!(got.dtype(), dtype);
                 let numbers = |x: Tensor| x.to_dtype(DType::F64)?.to_vec2::<f64>();
                 assert_eq!(numbers(got)?, numbers(want)?, "{scale:?} {dtype:?}");

@@ -5,10 +5,12 @@ use candle::{DType, Tensor};
 
 use super::{is_finite, tokenize::PromptTokenizer};
 use clip::Clip;
+pub use files::TextFiles;
 pub use open::token_count;
 use t5::T5;
 
 pub(crate) mod clip;
+mod files;
 mod open;
 mod ops;
 mod t5;
@@ -109,7 +111,7 @@ impl TextEncoders {
         };
         ensure!(
             is_finite(output)?,
-            "the {encoder} text encoder `{name}` gives NaN or infinite values, its weights are damaged\nhint: {narrow}fetch the file again, or name others with --text-encoders"
+            "the {encoder} text encoder `{name}` gives NaN or infinite values, its weights are damaged\nhint: {narrow}name others with --text-encoders"
         );
         Ok(())
     }
@@ -151,22 +153,5 @@ impl TextEncoders {
     /// Number of T5 tokens that every prompt is given.
     pub fn text_length(&self) -> usize {
         self.text_length
-    }
-
-    /// Checks that a transformer of these text widths can take what the encoders give.
-    ///
-    /// # Errors
-    /// When it cannot.
-    pub fn check_widths(&self, t5: usize, clip: usize) -> Result<()> {
-        for (name, found, expected) in [
-            ("T5", self.t5.width(), t5),
-            ("CLIP", self.clip.width(), clip),
-        ] {
-            ensure!(
-                found == expected,
-                "the {name} text encoder is {found} wide, but the transformer takes {expected}\nhint: name the model's own text encoders with --text-encoders DIR"
-            );
-        }
-        Ok(())
     }
 }

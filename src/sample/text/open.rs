@@ -1,16 +1,16 @@
-//! Where text encoders and tokenizers are, and what sizes they have: diffusers folders, or single files as ComfyUI keeps them.
-//! `mod.rs` computes with them.
+//! What sizes text encoders have, and their tokenizers. `files.rs` finds the encoders, `mod.rs` computes with them.
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use candle::{DType, Device};
 
 use super::clip::{Clip, ClipConfig};
+use super::files::{Encoder, OTHERS, TextFiles};
 use super::ops::Activation;
 use super::t5::T5;
 use super::t5_config::{FeedForward, T5Config};
 use super::{ClipText, TextEncoders};
 use crate::checkpoint::{Checkpoint, advise};
-use crate::files::{Blob, Files};
+use crate::files::Files;
 use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
 
 /// FLUX.1's own tokenizers, for text encoders that come without.
@@ -45,57 +45,99 @@ const FLUX1_T5: TokenizerFiles = TokenizerFiles {
     )),
 };
 
-/// What to do about a file that is damaged.
-const DAMAGED: &str = "fetch the file again, or name others with --text-encoders";
-
 /// Rows of the embeddings that belong to FLUX.1's tokenizers.
 const FLUX1_CLIP_ROWS: usize = 49408;
 const FLUX1_T5_ROWS: usize = 32128;
 
+/// Both encoders as their headers and small files describe them; no weight is read.
+struct Opened {
+    clip: Checkpoint,
+    clip_config: ClipConfig,
+    clip_tokenizer: PromptTokenizer,
+    t5: Checkpoint,
+    t5_config: T5Config,
+    t5_tokenizer: PromptTokenizer,
+}
+
+/// Opens and checks both encoders; `widths` are those of T5's and CLIP's outputs that are wanted.
+fn open(files: &TextFiles, widths: Option<[usize; 2]>) -> Result<Opened> {
+    let clip = files.encoder(Family::Clip, widths.map(|[_, clip]| clip))?;
+    let t5 = files.encoder(Family::T5, widths.map(|[t5, _]| t5))?;
+    let named = |name: &str| format!("`{name}`");
+    let clip_config = match &clip.config {
+        Some((name, blob)) => advise(clip_from_json(blob), OTHERS).with_context(|| named(name))?,
+        None => infer_clip(&clip.weights)?,
+    };
+    let t5_config = match &t5.config {
+        Some((name, blob)) => advise(t5_from_json(blob), OTHERS).with_context(|| named(name))?,
+        None => infer_t5(&t5.weights)?,
+    };
+    let (Encoder { weights: clip, .. }, Encoder { weights: t5, .. }) = (clip, t5);
+    check(&clip, &clip_config.tensors())?;
+    check(&t5, &t5_config.tensors())?;
+    if let Some([of_t5, of_clip]) = widths {
+        check_width("T5", &t5.name, t5_config.d_model, of_t5)?;
+        check_width("CLIP", &clip.name, clip_config.hidden_size, of_clip)?;
+    }
+    Ok(Opened {
+        clip_tokenizer: tokenizer(files, Family::Clip, clip_config.vocab_size)?,
+        t5_tokenizer: tokenizer(files, Family::T5, t5_config.vocab_size)?,
+        clip,
+        clip_config,
+        t5,
+        t5_config,
+    })
+}
+
+/// Fails where a transformer cannot take what an encoder gives.
+fn check_width(encoder: &str, name: &str, found: usize, expected: usize) -> Result<()> {
+    ensure!(
+        found == expected,
+        "the {encoder} text encoder `{name}` is {found} wide, but the transformer takes {expected}\nhint: name the model's own text encoders with --text-encoders"
+    );
+    Ok(())
+}
+
 impl TextEncoders {
-    /// Opens the text encoders in a pipeline's folder (`text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2`), or the files
-    /// `…clip….safetensors` and `…t5….safetensors` in the folder itself, and checks every tensor's shape.
+    /// Opens the text encoders in a pipeline's folder (`text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2`), or in
+    /// files of any name, and checks every tensor's shape. `widths` are those of T5's hidden states and of CLIP's pooled
+    /// output that the transformer takes; of several encoders those that have them are opened.
     ///
     /// Prompts are given `length` T5 tokens, by default `default_length` or the tokenizer's own limit where that is smaller.
     ///
     /// # Errors
-    /// When files are missing or damaged, or a tensor has another shape than its config says; the message names it.
+    /// When files are missing or damaged, a tensor has another shape than its config says, or a width is another one; the
+    /// message names it.
     pub fn load(
-        files: &Files,
+        files: &TextFiles,
+        widths: Option<[usize; 2]>,
         length: Option<usize>,
         default_length: usize,
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let (clip, clip_config) = open(files, Family::Clip)?;
-        let (t5, t5_config) = open(files, Family::T5)?;
-        let clip_config = match clip_config {
-            Some(blob) => advise(clip_from_json(&blob), DAMAGED)
-                .with_context(|| describe(files, Family::Clip))?,
-            None => infer_clip(&clip)?,
-        };
-        let t5_config = match t5_config {
-            Some(blob) => {
-                advise(t5_from_json(&blob), DAMAGED).with_context(|| describe(files, Family::T5))?
-            }
-            None => infer_t5(&t5)?,
-        };
-        check(&clip, &clip_config.tensors())?;
-        check(&t5, &t5_config.tensors())?;
-
-        let t5_tokenizer = tokenizer(files, Family::T5, t5_config.vocab_size)?;
-        let limit = t5_tokenizer.model_max_length().unwrap_or(usize::MAX);
+        let opened = open(files, widths)?;
+        let limit = opened.t5_tokenizer.model_max_length().unwrap_or(usize::MAX);
         // half-precision products on the CPU are made of float32 ones
         let weights = if device.is_cpu() { DType::F32 } else { dtype };
+        let Opened { clip, t5, .. } = opened;
         Ok(Self {
-            clip_tokenizer: tokenizer(files, Family::Clip, clip_config.vocab_size)?,
-            t5_tokenizer,
-            clip: Clip::new(&clip_config, &clip.var_builder(weights, device))?,
-            t5: T5::new(t5_config, t5.var_builder(weights, device)),
+            clip_tokenizer: opened.clip_tokenizer,
+            t5_tokenizer: opened.t5_tokenizer,
+            clip: Clip::new(&opened.clip_config, &clip.var_builder(weights, device))?,
+            t5: T5::new(opened.t5_config, t5.var_builder(weights, device)),
             names: [clip.name, t5.name],
             text_length: length.unwrap_or(default_length.min(limit)),
             dtype,
         })
+    }
+
+    /// The checks of [`Self::load`], from headers and small files alone.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn check(files: &TextFiles, widths: [usize; 2]) -> Result<()> {
+        open(files, Some(widths)).map(drop)
     }
 }
 
@@ -137,78 +179,6 @@ fn clip_defaults() -> serde_json::Value {
         "num_attention_heads": 8,
         "max_position_embeddings": 77,
     })
-}
-
-/// What a text encoder is called in a pipeline, in a single file's name, and by which tensor it is known.
-fn names(family: Family) -> (&'static str, &'static str, &'static str) {
-    match family {
-        Family::Clip => ("text_encoder", "clip", "embeddings.token_embedding.weight"),
-        Family::T5 => (
-            "text_encoder_2",
-            "t5",
-            "encoder.block.0.layer.0.SelfAttention.q.weight",
-        ),
-    }
-}
-
-fn describe(files: &Files, family: Family) -> String {
-    format!("`{}`", files.sub(names(family).0).describe("config.json"))
-}
-
-/// The weights under the names that the encoders read, and their config where there is one.
-fn open(files: &Files, family: Family) -> Result<(Checkpoint, Option<Blob>)> {
-    let (folder, word, known) = names(family);
-    let sub = files.sub(folder);
-    let (raw, config) = match advise(Checkpoint::open_if_present(&sub, "model"), DAMAGED)? {
-        Some(raw) => (raw, sub.get("config.json")?),
-        None => (single_file(files, word, folder)?, None),
-    };
-    let prefix = raw
-        .names()
-        .find_map(|name| name.strip_suffix(known))
-        .map(str::to_owned);
-    let prefix = prefix.with_context(|| {
-        format!(
-            "`{}` is no {family:?} text encoder: there is no tensor `…{known}`",
-            raw.name
-        )
-    })?;
-    ensure!(
-        !raw.contains(&format!("{prefix}scaled_fp8")) && !raw.contains("scaled_fp8"),
-        "`{}` holds scaled 8-bit weights, which are not supported\nhint: use the 16-bit file",
-        raw.name
-    );
-    let shared = raw.contains(&format!("{prefix}shared.weight"));
-    let renamed = raw.rename(|name| match name.strip_prefix(&prefix)? {
-        // the same table under two names
-        "encoder.embed_tokens.weight" => (!shared).then(|| "shared.weight".to_owned()),
-        name => Some(name.to_owned()),
-    })?;
-    Ok((renamed, config))
-}
-
-/// The one file of the folder that is named after the encoder.
-fn single_file(files: &Files, word: &str, folder: &str) -> Result<Checkpoint> {
-    let named = |name: &String| {
-        let lower = name.to_lowercase();
-        lower.contains(word) && lower.ends_with(".safetensors") && !lower.contains("vision")
-    };
-    let found: Vec<String> = files.list()?.into_iter().filter(named).collect();
-    match found.as_slice() {
-        [one] => advise(
-            Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
-            DAMAGED,
-        ),
-        [] => bail!(
-            "`{}` holds no folder `{folder}` with a model.safetensors in it, and no `…{word}….safetensors`\nhint: fetch it, or name a folder with both text encoders with --text-encoders",
-            files.locator()
-        ),
-        many => bail!(
-            "`{}` holds several {word} text encoders ({}); leave one of them there",
-            files.locator(),
-            many.join(", ")
-        ),
-    }
 }
 
 /// Every tensor is there with the shape that the config says.
@@ -313,19 +283,36 @@ fn infer_t5(checkpoint: &Checkpoint) -> Result<T5Config> {
 ///
 /// # Errors
 /// When the tokenizer is damaged.
-pub fn token_count(files: &Files, prompt: &str) -> Result<usize> {
+pub fn token_count(files: &TextFiles, prompt: &str) -> Result<usize> {
     tokenizer(files, Family::T5, FLUX1_T5_ROWS)?.token_count(prompt)
 }
 
 /// The tokenizer in the pipeline's folder, or FLUX.1's where there is none and the embedding has FLUX.1's size.
-fn tokenizer(files: &Files, family: Family, rows: usize) -> Result<PromptTokenizer> {
+fn tokenizer(files: &TextFiles, family: Family, rows: usize) -> Result<PromptTokenizer> {
     let folder = match family {
         Family::Clip => "tokenizer",
         Family::T5 => "tokenizer_2",
     };
+    let Some(files) = files.tokenizers() else {
+        let words = "no folder with tokenizers is named (--text-encoders takes one next to files)";
+        return flux1_tokenizer(family, rows, words);
+    };
     let index = files.json("model_index.json")?;
     let class = index.as_ref().and_then(|index| index[folder][1].as_str());
     tokenizer_in(&files.sub(folder), class, family, rows)
+}
+
+/// FLUX.1's own tokenizer, for an embedding of its size; `missing` says why the model's own is not there.
+fn flux1_tokenizer(family: Family, rows: usize, missing: &str) -> Result<PromptTokenizer> {
+    let (flux1, flux1_rows) = match family {
+        Family::Clip => (FLUX1_CLIP, FLUX1_CLIP_ROWS),
+        Family::T5 => (FLUX1_T5, FLUX1_T5_ROWS),
+    };
+    ensure!(
+        rows == flux1_rows,
+        "{missing}, and FLUX.1's own tokenizer does not fit {rows} tokens"
+    );
+    PromptTokenizer::new(family, &flux1).context("FLUX.1's own tokenizer")
 }
 
 /// The tokenizer in the folder `sub`, of the transformers class `class` where something says so.
@@ -335,22 +322,14 @@ fn tokenizer_in(
     family: Family,
     rows: usize,
 ) -> Result<PromptTokenizer> {
-    let (flux1, flux1_rows) = match family {
-        Family::Clip => (FLUX1_CLIP, FLUX1_CLIP_ROWS),
-        Family::T5 => (FLUX1_T5, FLUX1_T5_ROWS),
-    };
     let (json, vocab, merges) = (
         sub.get("tokenizer.json")?,
         sub.get("vocab.json")?,
         sub.get("merges.txt")?,
     );
     if json.is_none() && vocab.is_none() {
-        ensure!(
-            rows == flux1_rows,
-            "`{}` does not exist, and FLUX.1's own tokenizer does not fit {rows} tokens",
-            sub.describe("tokenizer.json")
-        );
-        return PromptTokenizer::new(family, &flux1).context("FLUX.1's own tokenizer");
+        let missing = format!("`{}` does not exist", sub.describe("tokenizer.json"));
+        return flux1_tokenizer(family, rows, &missing);
     }
     let (config, map) = (
         sub.get("tokenizer_config.json")?,

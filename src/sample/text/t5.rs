@@ -26,11 +26,6 @@ impl T5 {
         Self { config, vb }
     }
 
-    /// Width of the hidden states.
-    pub(super) fn width(&self) -> usize {
-        self.config.d_model
-    }
-
     /// Token ids, all rows of one length → last hidden states (b, n, d_model), float32.
     pub(super) fn hidden(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
         let (c, vb) = (&self.config, &self.vb);

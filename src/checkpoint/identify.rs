@@ -1,0 +1,529 @@
+//! "Names like these → this": what a file is that is not what was asked for. Asked before any generic message.
+
+use std::fmt;
+
+use super::{Checkpoint, part::Part};
+
+/// What a file is, and what to do about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    what: &'static str,
+    hint: &'static str,
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}\nhint: {}", self.what, self.hint)
+    }
+}
+
+/// Evidence: every group has a pattern that some tensor's name matches. A pattern is a part of a name; `$` ends it at the
+/// name's end, `^` begins it at the name's beginning or after a dot.
+struct Kind {
+    evidence: &'static [&'static [&'static str]],
+    what: &'static str,
+    hint: &'static str,
+}
+
+const UNQUANTIZED: &str = "use a file in bf16, float8 or GGUF";
+const OF_FLUX1: &str = "fastflux opens FLUX.1 and models cut from it; name one with --model";
+const MERGE: &str = "name the model that it changes with --model; a LoRA is merged into its model, or given in addition to it";
+
+/// Files whose weights are those of a FLUX transformer in a format that is not read, or that change one.
+const OF_FLUX: [Kind; 20] = [
+    Kind {
+        evidence: &[
+            &[".qweight$"],
+            &[".wscales$", ".smooth_factor$", ".smooth$"],
+        ],
+        what: "is quantized by SVDQuant (Nunchaku)",
+        hint: UNQUANTIZED,
+    },
+    Kind {
+        evidence: &[&[".qweight$"], &[".qzeros$", ".g_idx$"]],
+        what: "is quantized by GPTQ or AWQ",
+        hint: UNQUANTIZED,
+    },
+    Kind {
+        evidence: &[&[".weight._data$", ".weight_qtype$", ".weight._scale$"]],
+        what: "is quantized by optimum-quanto",
+        hint: UNQUANTIZED,
+    },
+    Kind {
+        evidence: &[&["bitsandbytes__fp4"]],
+        what: "is quantized to FP4 by bitsandbytes",
+        hint: UNQUANTIZED,
+    },
+    Kind {
+        evidence: &[&["bitsandbytes__nf4", ".weight.quant_map$", ".weight.absmax$"]],
+        what: "is quantized to NF4 by bitsandbytes",
+        hint: UNQUANTIZED,
+    },
+    Kind {
+        evidence: &[&[".SCB$", ".weight_format$"]],
+        what: "is quantized to int8 by bitsandbytes",
+        hint: UNQUANTIZED,
+    },
+    Kind {
+        evidence: &[&[".weight_scale_2$", ".weight_scale_inv$"]],
+        what: "is quantized in blocks (nvfp4, mxfp8 or block-scaled float8)",
+        hint: UNQUANTIZED,
+    },
+    Kind {
+        evidence: &[&[".W_q$"]],
+        what: "is quantized by HQQ",
+        hint: UNQUANTIZED,
+    },
+    Kind {
+        evidence: &[&["_weight_qdata$", ".weight:qdata$", ".weight._packed_weight"]],
+        what: "is quantized by torchao",
+        hint: UNQUANTIZED,
+    },
+    Kind {
+        evidence: &[&["distilled_guidance_layer."]],
+        what: "is a Chroma model, which has one small network in the place of FLUX's modulations",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&[
+            "^content_mode_blocks.",
+            "^early_stream_modulations.",
+            "^txt_mode_blocks.",
+        ]],
+        what: "is a FLUX.3 model",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&["^redux_up.", "^redux_down."]],
+        what: "is FLUX.1 Redux, an adapter that makes text embeddings of an image",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&[
+            "^controlnet_blocks.",
+            "^controlnet_single_blocks.",
+            "^controlnet_x_embedder.",
+            "^controlnet_double_blocks.",
+            "^input_hint_block.",
+            "^controlnet_mode_embedder.",
+            "^control_model.",
+        ]],
+        what: "is a ControlNet",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&[
+            "ip_adapter",
+            "^image_proj.",
+            "^pulid_encoder.",
+            "^pulid_ca.",
+        ]],
+        what: "is an IP-Adapter or PuLID, which adds an image to the prompt",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[
+            &[".processor.", ".qkv_lora", ".proj_lora"],
+            &["_lora1.", "_lora2.", "_lora."],
+        ],
+        what: "is a LoRA (XLabs)",
+        hint: MERGE,
+    },
+    Kind {
+        evidence: &[&[".hada_w1", ".hada_w2", ".hada_t1"]],
+        what: "is a LoRA (LoHa of LyCORIS)",
+        hint: MERGE,
+    },
+    Kind {
+        evidence: &[&[".lokr_w1", ".lokr_w2"]],
+        what: "is a LoRA (LoKr of LyCORIS)",
+        hint: MERGE,
+    },
+    Kind {
+        evidence: &[&["oft_blocks", ".oft_diag", ".oft_R.", "^oft_unet_", ".boft_"]],
+        what: "is a LoRA (OFT)",
+        hint: MERGE,
+    },
+    Kind {
+        evidence: &[&[
+            "lora_A.",
+            "lora_B.",
+            ".lora_up.",
+            ".lora_down.",
+            ".lora.up.",
+            ".lora.down.",
+            "lora_unet_",
+            "lora_transformer_",
+            ".lora_linear_layer.",
+            ".dora_scale",
+        ]],
+        what: "is a LoRA",
+        hint: MERGE,
+    },
+    Kind {
+        evidence: &[&[".diff$", ".diff_b$", ".set_weight$"]],
+        what: "is a LoRA of whole differences (`.diff`)",
+        hint: MERGE,
+    },
+];
+
+/// Models of another kind.
+const OTHER: [Kind; 16] = [
+    Kind {
+        evidence: &[
+            &["^double_stream_modulation_img."],
+            &["^single_stream_modulation."],
+        ],
+        what: "is a FLUX.2 model",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&["^single_stream_modulation."]],
+        what: "is a FLUX.2 model",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&["^joint_blocks."]],
+        what: "is Stable Diffusion 3",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[
+            &["^pos_embed.proj."],
+            &["^transformer_blocks.0.attn.add_k_proj."],
+        ],
+        what: "is Stable Diffusion 3",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[
+            &["^transformer_blocks.0.img_mlp."],
+            &["^txt_norm.", "^img_in."],
+        ],
+        what: "is Qwen-Image",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&["^txt_in.individual_token_refiner."]],
+        what: "is HunyuanVideo",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&["^cap_embedder.", "^noise_refiner.", "^context_refiner."]],
+        what: "is Z-Image or Lumina",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&["^double_stream_blocks.", "^caption_projection."]],
+        what: "is HiDream or PixArt",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&["^double_layers.", "^single_layers."]],
+        what: "is AuraFlow",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&["^patch_embedding."], &["^blocks.0."]],
+        what: "is Wan",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&["^patchify_proj.", "^scale_shift_table"]],
+        what: "is LTX-Video or PixArt",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[
+            &["^input_blocks.", "^down_blocks."],
+            &["^middle_block.", "^mid_block."],
+            &[".attn2.", "time_embed", "^output_blocks."],
+        ],
+        what: "is Stable Diffusion 1, 2 or XL",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&[
+            "^blk.0.attn_q.",
+            "^blk.0.attn_qkv.",
+            "^model.layers.0.self_attn.",
+        ]],
+        what: "is a language model",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&["^enc.blk.0.", "^encoder.block.0.layer."]],
+        what: "is a T5 text encoder",
+        hint: "name the transformer with --model, and this file with --text-encoders",
+    },
+    Kind {
+        evidence: &[&[
+            "^text_model.embeddings.",
+            "^transformer.resblocks.",
+            "^embeddings.token_embedding.",
+        ]],
+        what: "is a CLIP text encoder",
+        hint: "name the transformer with --model, and this file with --text-encoders",
+    },
+    Kind {
+        evidence: &[&["^decoder.conv_in."]],
+        what: "is a VAE",
+        hint: "name the transformer with --model, and this file with --vae",
+    },
+];
+
+fn matches(pattern: &str, name: &str) -> bool {
+    let (pattern, to_end) = match pattern.strip_suffix('$') {
+        Some(pattern) => (pattern, true),
+        None => (pattern, false),
+    };
+    match pattern.strip_prefix('^') {
+        Some(start) => {
+            let mut places = name.match_indices(start);
+            places.any(|(at, _)| at == 0 || name.as_bytes()[at - 1] == b'.')
+        }
+        None if to_end => name.ends_with(pattern),
+        None => name.contains(pattern),
+    }
+}
+
+fn find(kinds: &[Kind], checkpoint: &Checkpoint) -> Option<Identity> {
+    let has = |group: &&[&str]| {
+        let mut names = checkpoint.names();
+        names.any(|name| group.iter().any(|pattern| matches(pattern, name)))
+    };
+    let kind = kinds.iter().find(|kind| kind.evidence.iter().all(has))?;
+    Some(Identity {
+        what: kind.what,
+        hint: kind.hint,
+    })
+}
+
+/// What a file is that was to hold a FLUX transformer; `None` if it may hold one, or nothing is known about it.
+pub(super) fn transformer(checkpoint: &Checkpoint) -> Option<Identity> {
+    if let Some(mlx) = mlx(checkpoint) {
+        return Some(mlx);
+    }
+    let is_base = |name: &str| {
+        name.ends_with("img_in.weight")
+            || name.ends_with("x_embedder.weight")
+            || name.ends_with("img_in.weight._data")
+    };
+    let whole = checkpoint.names().any(is_base);
+    let is_lora = |identity: &Identity| identity.hint == MERGE;
+    // a model with a LoRA next to it is a model with tensors that are of no use
+    if let Some(found) = find(&OF_FLUX, checkpoint).filter(|found| !(whole && is_lora(found))) {
+        return Some(found);
+    }
+    let is_flux = Part::Transformer.is_in(checkpoint)
+        && (whole
+            || checkpoint
+                .names()
+                .any(|name| name.contains("double_blocks.")));
+    let other = find(&OTHER, checkpoint);
+    other.filter(|other| {
+        !is_flux
+            || other.what.contains("FLUX.2")
+            || other.what.contains("Hunyuan")
+            || other.what.contains("Qwen")
+    })
+}
+
+/// MLX keeps weights as u32 with `scales` and `biases` next to them.
+fn mlx(checkpoint: &Checkpoint) -> Option<Identity> {
+    let packed = |name: &str| {
+        let layer = name.strip_suffix(".weight")?;
+        let u32s = checkpoint.get(name)?.format().to_string() == "U32";
+        (u32s && checkpoint.contains(&format!("{layer}.scales"))).then_some(())
+    };
+    let of_mlx = checkpoint.metadata.contains_key("quantization_level")
+        || checkpoint.names().find_map(packed).is_some();
+    of_mlx.then_some(Identity {
+        what: "is quantized for MLX",
+        hint: UNQUANTIZED,
+    })
+}
+
+/// What a file is by its first bytes, where it is neither safetensors nor GGUF.
+pub(super) fn by_bytes(bytes: &[u8]) -> Option<Identity> {
+    let start = &bytes[..bytes.len().min(1024)];
+    let text = String::from_utf8_lossy(start).trim_start().to_lowercase();
+    let pickle = "convert it to safetensors first: loading it would run code that it holds";
+    let kinds = [
+        (
+            text.starts_with("version https://git-lfs"),
+            "is a Git LFS pointer, not the file itself",
+            "fetch the file: `git lfs pull`, or the hub's download",
+        ),
+        (
+            text.starts_with("<!doctype") || text.starts_with("<html") || text.starts_with("<?xml"),
+            "is an HTML page, not the file itself",
+            "open it in a browser to see what the server says, and download the file again",
+        ),
+        (
+            start.starts_with(b"PK\x03\x04"),
+            "is a PyTorch checkpoint (.pt, .ckpt, .bin) or another zip archive, not safetensors",
+            pickle,
+        ),
+        (
+            start.starts_with(&[0x80, 2]) || start.starts_with(&[0x80, 4]),
+            "is a PyTorch checkpoint (pickle), not safetensors",
+            pickle,
+        ),
+        (
+            start.starts_with(&[0x1f, 0x8b]) || start.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]),
+            "is compressed (gzip or zstd)",
+            "unpack it first",
+        ),
+        (
+            text.starts_with('{'),
+            "is a JSON text, not safetensors",
+            "name the file with the weights, or the folder that holds them",
+        ),
+        (
+            start.starts_with(b"ggjt") || start.starts_with(b"lmgg") || start.starts_with(b"fmgg"),
+            "is a GGML file from before GGUF",
+            "use a .gguf or .safetensors file",
+        ),
+    ];
+    let found = kinds.into_iter().find(|(is, ..)| *is);
+    found.map(|(_, what, hint)| Identity { what, hint })
+}
+
+#[cfg(test)]
+mod tests {
+    use candle::{DType, Device, Tensor};
+
+    use super::*;
+    use crate::checkpoint::Source;
+
+    fn file(names: &[&str]) -> Checkpoint {
+        let mut file = Checkpoint::default();
+        for name in names {
+            let one = Tensor::ones(1, DType::F32, &Device::Cpu).unwrap();
+            file.insert(*name, Source::dense(&one).unwrap());
+        }
+        file
+    }
+
+    #[test]
+    fn names_tell_what_a_file_is() {
+        for (names, word) in [
+            (
+                &[
+                    "img_in.weight._data",
+                    "double_blocks.0.img_mod.lin.weight._data",
+                ][..],
+                "optimum-quanto",
+            ),
+            (
+                &["double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4"],
+                "NF4",
+            ),
+            (
+                &["x_embedder.weight", "transformer_blocks.0.attn.to_q.SCB"],
+                "int8",
+            ),
+            (
+                &[
+                    "single_transformer_blocks.0.qkv_proj.qweight",
+                    "single_transformer_blocks.0.qkv_proj.wscales",
+                ],
+                "SVDQuant",
+            ),
+            (
+                &[
+                    "model.diffusion_model.distilled_guidance_layer.in_proj.weight",
+                    "model.diffusion_model.img_in.weight",
+                ],
+                "Chroma",
+            ),
+            (
+                &[
+                    "single_stream_modulation.lin.weight",
+                    "double_blocks.0.img_attn.qkv.weight",
+                    "img_in.weight",
+                ],
+                "FLUX.2",
+            ),
+            (&["content_mode_blocks.image.0.q_proj.weight"], "FLUX.3"),
+            (&["redux_up.weight"], "Redux"),
+            (
+                &[
+                    "controlnet_x_embedder.weight",
+                    "transformer_blocks.0.attn.to_q.weight",
+                ],
+                "ControlNet",
+            ),
+            (
+                &["model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight"],
+                "Stable Diffusion 3",
+            ),
+            (
+                &[
+                    "transformer_blocks.0.img_mlp.net.0.proj.weight",
+                    "txt_norm.weight",
+                ],
+                "Qwen-Image",
+            ),
+            (
+                &["lora_unet_double_blocks_0_img_attn_proj.lora_up.weight"],
+                "LoRA",
+            ),
+            (&["transformer.x_embedder.lora_A.weight"], "LoRA"),
+            (
+                &["lora_unet_double_blocks_0_img_attn_proj.hada_w1_a"],
+                "LoHa",
+            ),
+            (&["diffusion_model.double_blocks.0.img_mlp.0.diff"], "LoRA"),
+            (&["enc.blk.0.attn_q.weight"], "T5"),
+            (&["decoder.conv_in.weight"], "VAE"),
+        ] {
+            let found = transformer(&file(names)).map(|found| found.to_string());
+            let found = found.unwrap_or_default();
+            assert!(found.contains(word), "{names:?}: {found}");
+        }
+    }
+
+    #[test]
+    fn a_flux_transformer_is_nothing_else() {
+        for names in [
+            &["img_in.weight", "double_blocks.0.img_attn.qkv.weight"][..],
+            &[
+                "x_embedder.weight",
+                "transformer_blocks.0.attn.add_k_proj.weight",
+            ],
+            &[
+                "m.img_in.weight",
+                "m.double_blocks.0.a.weight",
+                "vae.decoder.conv_in.weight",
+                "t5.encoder.block.0.layer.0.a",
+            ],
+            &["double_blocks.0.img_attn.qkv.weight"],
+            &[
+                "img_in.weight",
+                "double_blocks.0.x.weight",
+                "double_blocks.0.x.lora_A.weight",
+            ],
+        ] {
+            assert_eq!(transformer(&file(names)), None, "{names:?}");
+        }
+    }
+
+    #[test]
+    fn first_bytes_tell_what_a_file_is() {
+        for (bytes, word) in [
+            (
+                &b"version https://git-lfs.github.com/spec/v1\noid sha256:0"[..],
+                "LFS",
+            ),
+            (b"\n<!DOCTYPE html><html>", "HTML"),
+            (b"PK\x03\x04archive/data.pkl", "PyTorch"),
+            (b"{\"a\": 1}", "JSON"),
+        ] {
+            assert!(by_bytes(bytes).unwrap().what.contains(word));
+        }
+        assert_eq!(by_bytes(b"\x10\0\0\0\0\0\0\0{}"), None);
+        assert_eq!(by_bytes(b""), None);
+    }
+}
