@@ -210,7 +210,7 @@ def arguments():
                         "once, in a fraction of the time")
     parser.add_argument("--train", action="store_true", help="time a step of training one sandwich too")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement, about")
-    parser.add_argument("--size", type=int, default=1024, help="side of the picture in pixels")
+    parser.add_argument("--size", type=int, default=1024, help="side of the image in pixels")
     parser.add_argument("--text-tokens", type=int, default=512)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try this script out")

@@ -130,7 +130,7 @@ pub fn out_of_memory(error: &anyhow::Error) -> Option<&'static str> {
             .any(|words| text.contains(words))
     });
     ran_out.then_some(
-        "the device ran out of memory\nhint: --offload keeps no block on the device, --max-vram SIZE as many as fit; smaller pictures (--width, --height), batches and --dtype bf16 take less too",
+        "the device ran out of memory\nhint: --offload keeps no block on the device, --max-vram SIZE as many as fit; smaller images (--width, --height), batches and --dtype bf16 take less too",
     )
 }
 

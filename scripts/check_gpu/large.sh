@@ -144,7 +144,7 @@ parts() {
     for ((i = 0; i < 8; i++)); do echo "a red circle at the left, number $i"; done >"$work/prompts.txt"
     model=(--model "$checkpoint" --text-encoders "$work/parts" --vae "$work/parts/vae")
     format=(--device cuda --dtype bf16)
-    picture=(--width "$side" --height "$side")
+    image=(--width "$side" --height "$side")
 }
 
 step_full() {
@@ -160,27 +160,27 @@ step_full() {
     draw() {
         name=$1
         shift
-        attempt "$name" 60 "$binary" generate "${model[@]}" "${format[@]}" "${picture[@]}" --prompt 'a red circle' --output "$work/$name.png" --force "$@"
+        attempt "$name" 60 "$binary" generate "${model[@]}" "${format[@]}" "${image[@]}" --prompt 'a red circle' --output "$work/$name.png" --force "$@"
     }
     draw generate-1 --steps 1
     local first
-    first=$(calc "$(when generate-1 'drew 1 picture') - $(when generate-1 'encoded 1 prompt')")
+    first=$(calc "$(when generate-1 'drew 1 image') - $(when generate-1 'encoded 1 prompt')")
     figure full 'from the file to the first step' "$first" s
     figure full 'that over reading the file' "$(calc "$first / $reading")" times '<= 1.3'
     draw generate-plain --steps 28
-    plain_step=$(calc "$(told generate-plain 'drew 1 picture') / 28")
+    plain_step=$(calc "$(told generate-plain 'drew 1 image') / 28")
     figure full 'a step of generate' "$plain_step" s '' "$([[ -n ${full_ms:-} ]] && calc "$full_ms / 1000")"
     figure full 'generate: peak on the GPU' "$peak" MiB
     for most in "${limits[@]}"; do
         draw "generate-$most" --steps $steps --max-vram "$most"
         of=$(calc "$(sed 's/GiB/* 1024/; s/MiB//' <<<"$most")")
-        figure full "a step within $most" "$(calc "$(told "generate-$most" 'drew 1 picture') / $steps")" s
+        figure full "a step within $most" "$(calc "$(told "generate-$most" 'drew 1 image') / $steps")" s
         figure full "generate within $most: peak on the GPU" "$peak" MiB "${peak:+<= $of}"
         grep -o '[0-9]* of [0-9]* blocks stay.*' "$output/logs/generate-$most.err" | head -n 1 >>"$notes"
     done
     draw generate-offload --steps $steps --offload
     local offload copy slower
-    offload=$(calc "$(told generate-offload 'drew 1 picture') / $steps")
+    offload=$(calc "$(told generate-offload 'drew 1 image') / $steps")
     copy=$(calc "$(stat -c %s "$checkpoint") / ${pinned:-0}")
     slower=$(awk -v a="${copy:-0}" -v b="${plain_step:-0}" 'BEGIN { print (a > b ? a : b) }')
     figure full 'a step with --offload' "$offload" s '' "$slower"
@@ -202,19 +202,19 @@ step_whole() {
     wait_for_checkpoint
     parts whole || return
     local at samples fewer
-    echo '{"score": {"held-out": 8}}' >"$work/prune-recipe.json" # of one picture
+    echo '{"score": {"held-out": 8}}' >"$work/prune-recipe.json" # of one image
     samples=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --samples 4 --steps 8)
     fewer=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --samples 2 --steps 2)
-    attempt generate-4 60 "$binary" generate "${model[@]}" "${format[@]}" "${picture[@]}" --prompt-file <(head -n 4 "$work/prompts.txt") --steps 8 --output "$work/four" --force
-    attempt calibrate-forecast 20 "$binary" calibrate "${model[@]}" "${format[@]}" "${picture[@]}" "${samples[@]}" --dry-run --json
+    attempt generate-4 60 "$binary" generate "${model[@]}" "${format[@]}" "${image[@]}" --prompt-file <(head -n 4 "$work/prompts.txt") --steps 8 --output "$work/four" --force
+    attempt calibrate-forecast 20 "$binary" calibrate "${model[@]}" "${format[@]}" "${image[@]}" "${samples[@]}" --dry-run --json
     local stats
     stats=$(room $((gigabytes - 5)))/stats.safetensors
-    attempt calibrate 90 "$binary" calibrate "${model[@]}" "${format[@]}" "${picture[@]}" "${samples[@]}" --output "$stats" --force --json
+    attempt calibrate 90 "$binary" calibrate "${model[@]}" "${format[@]}" "${image[@]}" "${samples[@]}" --output "$stats" --force --json
     rm -f "$stats" # 17 GB
     figure whole 'calibrate of 4 prompts × 8 steps: peak on the GPU' "$peak" MiB '' "$(mib "$(value calibrate-forecast device)")"
     local sampling gathering
-    # calibration samples held-out pictures too
-    sampling=$(calc "$(told generate-4 'drew 4 pictures') * $(value calibrate-forecast prompts) / 4")
+    # calibration samples held-out images too
+    sampling=$(calc "$(told generate-4 'drew 4 images') * $(value calibrate-forecast prompts) / 4")
     gathering=$(grep -o '([0-9.]* s)$' "$output/logs/calibrate.err" 2>/dev/null | tr -d '()s' | awk '{ sum += $1 } END { if (NR) print sum }')
     figure whole 'sampling the same' "$sampling" s
     figure whole 'calibrating' "$gathering" s
@@ -223,12 +223,12 @@ step_whole() {
     # eleven neighbours: one layer in their place, and one sandwich to train
     at=$(room $((gigabytes - 2)))
     echo "{\"replace\": [{\"replaces\": [$(printf '"single.%02d", ' {14..24} | sed 's/, $//')], \"form\": \"linear\"}]}" >"$work/plan.json"
-    attempt prune-forecast 20 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${picture[@]}" --dry-run --json
-    attempt prune 90 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${picture[@]}" --output "$at/pruned" --force --json
+    attempt prune-forecast 20 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${image[@]}" --dry-run --json
+    attempt prune 90 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${image[@]}" --output "$at/pruned" --force --json
     figure whole 'prune --plan of 11 blocks' "$seconds" s
     figure whole 'prune --plan: peak on the GPU' "$peak" MiB '' "$(mib "$(value prune-forecast device)")"
     echo '{"data": {"samples": 2, "steps": 2, "held-out": 1}}' >"$work/train.json"
-    local train=(train-sandwich --model "$at/pruned" "${format[@]}" --recipe "$work/train.json" --prompts "$work/prompts.txt" --batch 1 "${picture[@]}"
+    local train=(train-sandwich --model "$at/pruned" "${format[@]}" --recipe "$work/train.json" --prompts "$work/prompts.txt" --batch 1 "${image[@]}"
         --steps 5 --finish 3 --max-vram "$train_limit" --json)
     local trained
     trained=$(room $((gigabytes - 2)))/trained
@@ -243,8 +243,8 @@ step_whole() {
     [[ -z ${peer_train:-} ]] || figure whole "that over PyTorch's" "$(calc "1000 * $each / $peer_train")" times '<= 1.1'
     figure whole 'train-sandwich: a step of the finish' "$(grep finish "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 2)" s
     [[ -d $trained ]] || trained=$at/pruned
-    attempt generate-trained 60 "$binary" generate --model "$trained" "${format[@]}" "${picture[@]}" --prompt 'a red circle' --steps 8 --output "$work/trained.png" --force
-    figure whole 'the result draws: a step' "$(calc "$(told generate-trained 'drew 1 picture') / 8")" s
-    attempt eval 60 "$binary" eval --model "$trained" "${format[@]}" "${picture[@]}" --prompts "$work/prompts.txt" --num 1 --steps 2 --output "$work/eval" --force --json
+    attempt generate-trained 60 "$binary" generate --model "$trained" "${format[@]}" "${image[@]}" --prompt 'a red circle' --steps 8 --output "$work/trained.png" --force
+    figure whole 'the result draws: a step' "$(calc "$(told generate-trained 'drew 1 image') / 8")" s
+    attempt eval 60 "$binary" eval --model "$trained" "${format[@]}" "${image[@]}" --prompts "$work/prompts.txt" --num 1 --steps 2 --output "$work/eval" --force --json
     figure whole 'eval ends well' "$code" '' '= 0'
 }

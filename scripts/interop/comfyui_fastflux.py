@@ -76,7 +76,7 @@ class ReplacedDouble(Replaced):
 
 
 class ReplacedSingle(Replaced):
-    """In the place of a single block, whose tokens are those of the text and then those of the picture."""
+    """In the place of a single block, whose tokens are those of the text and then those of the image."""
 
     def forward(self, x, vec, transformer_options, **_):
         text = transformer_options["img_slice"][0]

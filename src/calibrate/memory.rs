@@ -94,7 +94,7 @@ pub struct Bytes {
     /// The widest moment of a forward, and the products next to the sums.
     pub activations: u64,
     /// Latents of all images.
-    pub pictures: u64,
+    pub images: u64,
     /// The statistics file.
     pub file: u64,
     /// Fitted layers and the solver.
@@ -210,7 +210,7 @@ impl CalibrationEstimate {
         // one stream of one block in f32 (f64 on the CPU), its change, and the fresh products next to the sums
         let wide = if on_cpu { 8 } else { 4 };
         let activations = forward + (batch * tokens) as u64 * 2 * d * wide + bytes_of_sums(config);
-        let pictures = (prompts * image_tokens * config.in_channels * 4) as u64;
+        let images = (prompts * image_tokens * config.in_channels * 4) as u64;
         // a layer for each stream of every block with sums, f32, and a few matrices of the solver's in f64
         let (solving, streams) = if fitting {
             let layers = kept as u64 * 2 * d * (d + 1) * 4;
@@ -246,12 +246,12 @@ impl CalibrationEstimate {
                 weights,
                 statistics: sums,
                 activations,
-                pictures,
-                file: sums + pictures,
+                images,
+                file: sums + images,
                 solving,
                 streams,
                 device: weights + if on_cpu { work } else { sums + activations },
-                host: pictures
+                host: images
                     + if on_cpu {
                         weights + work
                     } else {

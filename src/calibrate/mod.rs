@@ -146,11 +146,11 @@ impl<'a> Calibrator<'a> {
     /// # Errors
     /// When the calibration is not complete.
     pub fn states(&self, calibration: &Calibration) -> Result<AllStates> {
-        let pictures = calibration.all_pictures()?;
+        let images = calibration.all_images()?;
         let denoise = self.denoise(&self.flux)?;
         let seed = self.settings.recipe.seed;
         let noised = |range: std::ops::Range<usize>, draws, seed| -> Result<States> {
-            let part: Tensor = pictures.narrow(0, range.start, range.len())?;
+            let part: Tensor = images.narrow(0, range.start, range.len())?;
             let prompts = self.encoded.range(range)?;
             States::noised(part, prompts, denoise.size, denoise.guidance, draws, seed)
         };

@@ -17,7 +17,7 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct States {
     /// Clean packed latents, (images, image tokens, channels), f32.
-    pictures: Tensor,
+    images: Tensor,
     prompts: Encoded,
     size: LatentSize,
     guidance: f64,
@@ -74,7 +74,7 @@ impl States {
     /// # Errors
     /// When images and prompts differ in number.
     pub fn noised(
-        pictures: Tensor,
+        images: Tensor,
         prompts: Encoded,
         size: LatentSize,
         guidance: f64,
@@ -87,7 +87,7 @@ impl States {
             of,
             states: of * draws,
         };
-        Self::share(pictures, prompts, share, size, guidance, seed)
+        Self::share(images, prompts, share, size, guidance, seed)
     }
 
     /// The states of a share of the images: those that [`States::noised`] of all would have of them.
@@ -95,38 +95,38 @@ impl States {
     /// # Errors
     /// When images and prompts differ in number.
     pub fn share(
-        pictures: Tensor,
+        images: Tensor,
         prompts: Encoded,
         share: Share,
         size: LatentSize,
         guidance: f64,
         seed: u64,
     ) -> Result<Self> {
-        let count = pictures.dim(0)?;
+        let count = images.dim(0)?;
         ensure!(
             count == prompts.len(),
-            "{count} pictures of {} prompts",
+            "{count} images of {} prompts",
             prompts.len()
         );
-        let pictures_of_share = share.first..share.first + count;
+        let images_of_share = share.first..share.first + count;
         let items = (0..share.states).filter_map(|i| {
             // images take turns, so that every stretch of states has all times and many prompts
-            let picture = i % share.of;
-            if !pictures_of_share.contains(&picture) {
+            let image = i % share.of;
+            if !images_of_share.contains(&image) {
                 return None;
             }
             let even = (i as f64 + 0.5) * GOLDEN % 1.0;
             let t = MARGIN + (1.0 - 2.0 * MARGIN) * even;
             let seed = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
             Some((
-                (picture - share.first) as u32,
+                (image - share.first) as u32,
                 t as f32,
                 seed.wrapping_add(i as u64),
             ))
         });
         Ok(Self {
             items: items.collect(),
-            pictures,
+            images,
             prompts,
             size,
             guidance,
@@ -167,18 +167,18 @@ impl States {
         dtype: DType,
     ) -> Result<Batch> {
         let items = self.items.get(range).context("states out of range")?;
-        let (_, tokens, channels) = self.pictures.dims3()?;
+        let (_, tokens, channels) = self.images.dims3()?;
         let mut noises = Vec::with_capacity(items.len());
         for (_, _, seed) in items {
             noises.push(noise::Generator::new(*seed).randn((tokens, channels), &Device::Cpu)?);
         }
         let noise = Tensor::stack(&noises, 0)?;
-        let which: Vec<u32> = items.iter().map(|(picture, _, _)| *picture).collect();
+        let which: Vec<u32> = items.iter().map(|(image, _, _)| *image).collect();
         let which = Tensor::new(which, &Device::Cpu)?;
         let times: Vec<f32> = items.iter().map(|(_, t, _)| *t).collect();
         let t = Tensor::new(times, &Device::Cpu)?.reshape((items.len(), 1, 1))?;
         let clean = self
-            .pictures
+            .images
             .to_device(&Device::Cpu)?
             .index_select(&which, 0)?;
         let img = (clean.broadcast_mul(&t.affine(-1.0, 1.0)?)? + noise.broadcast_mul(&t)?)?;
@@ -203,9 +203,9 @@ impl States {
     }
 
     /// The image that each of the states `range` is made of (fewer where there are fewer).
-    pub fn pictures(&self, range: std::ops::Range<usize>) -> Vec<u32> {
+    pub fn images(&self, range: std::ops::Range<usize>) -> Vec<u32> {
         let items = self.items.get(range).unwrap_or_default();
-        items.iter().map(|(picture, _, _)| *picture).collect()
+        items.iter().map(|(image, _, _)| *image).collect()
     }
 
     /// The ranges of all batches of at most `size` states.

@@ -164,7 +164,7 @@ impl ResolvedOptions {
                 let samples = samples.min(recipe.samples.unwrap_or(samples));
                 ensure!(
                     samples > 0,
-                    "--images: at least two pictures are needed, one to fit on and one to compare by"
+                    "--images: at least two images are needed, one to fit on and one to compare by"
                 );
                 (samples, given.min(samples + held_out_prompts))
             }

@@ -101,7 +101,7 @@ impl Pass<'_> {
         // every forward has a number of its own, whoever runs it: they are counted from here
         stats.start_forward((unit as u64) << 20);
         let prompts = self.prompts.range(range.clone())?;
-        let pictures = match self.images {
+        let images = match self.images {
             Some(images) => images.narrow(0, range.start, range.len())?,
             None => {
                 let along = gather && self.source == StateSource::Trajectory;
@@ -117,7 +117,7 @@ impl Pass<'_> {
             };
             let (size, guidance) = (self.denoise.size, self.denoise.guidance);
             let seed = self.seed.wrapping_add(1);
-            let states = States::share(pictures.clone(), prompts, share, size, guidance, seed)?;
+            let states = States::share(images.clone(), prompts, share, size, guidance, seed)?;
             for range in states.batches(self.batch) {
                 let batch = states.batch(range, self.denoise.device, self.denoise.dtype)?;
                 trunk_only(self.denoise.flux, &batch.inputs(), stats)?;
@@ -125,7 +125,7 @@ impl Pass<'_> {
             }
         }
         stats.settle()?;
-        Ok(pictures)
+        Ok(images)
     }
 
     /// Samples prompts; image i starts from the noise of seed `seed + i`, whatever the unit.

@@ -106,8 +106,8 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
     let begun = Instant::now();
     let (mut last, mut cost) = (Instant::now(), Duration::ZERO);
     for (position, unit) in todo.iter().enumerate() {
-        let pictures = pass.run(*unit, &mut out.stats, &progress)?;
-        out.pictures.insert(*unit, pictures);
+        let images = pass.run(*unit, &mut out.stats, &progress)?;
+        out.images.insert(*unit, images);
         out.header.done.insert(*unit);
         let due = last.elapsed() >= options.save_every.max(cost * SAVING_SHARE);
         let last_one = position + 1 == todo.len();
@@ -172,7 +172,7 @@ fn warn_of_few_rows(stats: &CalibrationStats, config: &FluxConfig) {
 }
 
 /// Images that the first, cheap choice of candidates looks at.
-const CHEAP_PICTURES: usize = 4;
+const CHEAP_IMAGES: usize = 4;
 
 /// The blocks whose sums are kept: all where they fit, otherwise those whose removal changes the velocity least.
 fn products(calibrator: &Calibrator) -> Result<Vec<BlockId>> {
@@ -206,9 +206,9 @@ fn products(calibrator: &Calibrator) -> Result<Vec<BlockId>> {
 /// The velocity error of removing each block alone, on a few noised images: half a forward for each block and state.
 fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
     let pass = calibrator.pass()?;
-    let count = CHEAP_PICTURES.min(calibrator.settings.samples);
+    let count = CHEAP_IMAGES.min(calibrator.settings.samples);
     let prompts = pass.prompts.range(0..count)?;
-    let pictures: Tensor = match pass.images {
+    let images: Tensor = match pass.images {
         Some(images) => images.narrow(0, 0, count)?,
         None => {
             let progress =
@@ -231,7 +231,7 @@ fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
         states: count,
     };
     let (size, guidance) = (pass.denoise.size, pass.denoise.guidance);
-    let states = States::share(pictures, prompts, share, size, guidance, pass.seed)?;
+    let states = States::share(images, prompts, share, size, guidance, pass.seed)?;
     let runtime = calibrator.runtime;
     let held_out = HeldOut::new(
         &calibrator.flux,
@@ -297,7 +297,7 @@ impl Calibrator<'_> {
         };
         let calibration = advise(Calibration::open(path), AGAIN).context("--stats")?;
         let channels = self.pipeline.config.out_channels;
-        for images in calibration.pictures.values() {
+        for images in calibration.images.values() {
             let found = images.dims().last().copied().unwrap_or(0);
             ensure!(
                 found == channels,

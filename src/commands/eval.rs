@@ -39,7 +39,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let report = &evaluation.report;
     super::show(args.output.print, report, || report.table())?;
     ui::note(format!(
-        "wrote `{}`: report.html, report.json, pictures.png",
+        "wrote `{}`: report.html, report.json, images.png",
         args.output.path.display()
     ));
     Ok(())

@@ -59,9 +59,9 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     let latents = generate::latents(&pipeline, &budget, &jobs, &encoded, size)?;
     let decoder = budget.decoder(&vae_files, size.latent(), args.decode.vae_tile)?;
     for (i, job) in jobs.iter().enumerate() {
-        let picture = decoder.pictures(&latents.narrow(0, i, 1)?)?;
-        let picture = picture.first().context("the VAE gave no image")?;
-        write(job, picture, &pipeline)?;
+        let image = decoder.images(&latents.narrow(0, i, 1)?)?;
+        let image = image.first().context("the VAE gave no image")?;
+        write(job, image, &pipeline)?;
         if !args.output.print.json {
             ui::data(job.path.display().to_string())?;
         }
@@ -133,7 +133,7 @@ fn create_folders(jobs: &[ImageJob]) -> Result<()> {
     Ok(())
 }
 
-fn write(job: &ImageJob, picture: &Image, pipeline: &Pipeline) -> Result<()> {
+fn write(job: &ImageJob, image: &Image, pipeline: &Pipeline) -> Result<()> {
     let size = format!("{}x{}", job.width, job.height);
     let text = [
         ("prompt", job.prompt.as_str()),
@@ -145,5 +145,5 @@ fn write(job: &ImageJob, picture: &Image, pipeline: &Pipeline) -> Result<()> {
         ("model", &pipeline.locator),
         ("Software", &record::software()),
     ];
-    picture.save(&job.path, &text)
+    image.save(&job.path, &text)
 }

@@ -168,7 +168,7 @@ fn decode(
 ) -> Result<(Vec<Vec<Image>>, f64)> {
     let one = measured[0].latents.narrow(0, 0, 1)?;
     let work = &mut || {
-        decoder.pictures(&one)?;
+        decoder.images(&one)?;
         Ok(())
     };
     let device = &budget.runtime().device;
@@ -177,7 +177,7 @@ fn decode(
     let progress = ui::progress(measured.len() * count, "decoding");
     let mut images = Vec::new();
     for measured in measured {
-        images.push(decoder.pictures(&measured.latents)?);
+        images.push(decoder.images(&measured.latents)?);
         progress.inc(count as u64);
     }
     ui::done(

@@ -80,7 +80,7 @@ pub struct Decoder<'a> {
 
 impl Decoder<'_> {
     /// Packed latents (b, tokens, 4c) → images.
-    pub fn pictures(&self, packed: &Tensor) -> Result<Vec<Image>> {
+    pub fn images(&self, packed: &Tensor) -> Result<Vec<Image>> {
         let bands = self.bands.as_ref();
         let images = decode_packed(&self.vae, packed, self.size, bands, self.runtime)?;
         (0..images.dim(0)?)

@@ -109,7 +109,7 @@ impl Pipeline {
         let size = size.map_or(1024, |size| size as usize);
         ensure!(
             (MIN_SIDE..=MAX_SIDE).contains(&size),
-            "`{}`: `sample_size` is {size}: pictures are between {MIN_SIDE} and {MAX_SIDE} pixels wide and high\nhint: correct it, or name a size with --width and --height",
+            "`{}`: `sample_size` is {size}: images are between {MIN_SIDE} and {MAX_SIDE} pixels wide and high\nhint: correct it, or name a size with --width and --height",
             vae.describe("config.json")
         );
         Ok(size)

@@ -252,7 +252,7 @@ fn warn_of_kept_lora(record: &Record, folder: Option<&Files>, name: &str) -> Res
     let beside = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
     if recorded.map_or_else(beside, Ok)? {
         crate::ui::warn(format!(
-            "`{name}` was trained together with a LoRA, `{LORA_FILE}`, that is not in its weights and is not applied here: pictures and numbers are those without it\nhint: `fastflux train-sandwich` without --keep-lora merges it; diffusers applies it with `load_lora_weights`"
+            "`{name}` was trained together with a LoRA, `{LORA_FILE}`, that is not in its weights and is not applied here: images and numbers are those without it\nhint: `fastflux train-sandwich` without --keep-lora merges it; diffusers applies it with `load_lora_weights`"
         ));
     }
     Ok(())

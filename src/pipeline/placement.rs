@@ -185,7 +185,7 @@ impl MemoryBudget {
                 ""
             };
             bail!(
-                "--max-vram: {text}\nhint: allow {}, or draw smaller pictures (--width, --height){fewer}, or take --dtype bf16",
+                "--max-vram: {text}\nhint: allow {}, or draw smaller images (--width, --height){fewer}, or take --dtype bf16",
                 size(least.bytes + at_work)
             );
         }

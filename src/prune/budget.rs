@@ -130,7 +130,7 @@ impl Budget<'_> {
                 best.parameters
             ),
             Goal::Memory(wanted) => bail!(
-                "--budget-vram of {}: with all {count} blocks replaced that may go, drawing still takes {}\nhint: draw smaller pictures (--width, --height)",
+                "--budget-vram of {}: with all {count} blocks replaced that may go, drawing still takes {}\nhint: draw smaller images (--width, --height)",
                 binary(wanted),
                 binary(best.memory_bytes)
             ),

@@ -48,7 +48,7 @@ pub struct PruneReport {
     /// Scores of every block; `None` if the plan was given.
     pub blocks: Option<Vec<BlockScore>>,
     /// The image before and after, if there is a VAE.
-    pub picture: Option<String>,
+    pub image: Option<String>,
     /// What was asked for, nothing left open.
     pub recipe: PruneRecipe,
     /// Every block of the model, for the table.
@@ -135,7 +135,7 @@ impl PruneReport {
             after: size(&pruned.config, written),
             layers: pruned.plan.replace.iter().map(layer).collect(),
             blocks: None,
-            picture: None,
+            image: None,
             recipe: recipe.clone(),
             all: pipeline.config.kept_ids(),
             total: pipeline.config.original_ids().count(),

@@ -166,7 +166,7 @@ fn write(
     drop((pruned, selection));
     let tile = options.vae_tile;
     let drawn = before_and_after(calibrator, flux, &title, budget, tile, folder)?;
-    report.picture = drawn.then(|| IMAGE.to_owned());
+    report.image = drawn.then(|| IMAGE.to_owned());
     output.finish()?;
     Ok(report)
 }
@@ -198,7 +198,7 @@ fn before_and_after(
     let prompts = prompts.join("\n");
     drop((calibrator, pruned));
     let decoder = budget.decoder(&files, size.latent(), vae_tile)?;
-    let rows: Result<Vec<_>> = latents.iter().map(|x| decoder.pictures(x)).collect();
+    let rows: Result<Vec<_>> = latents.iter().map(|x| decoder.images(x)).collect();
     let text = [
         ("Title", title),
         ("prompts", &prompts),

@@ -129,8 +129,8 @@ impl<'a> SequentialFit<'a> {
         let mut offload_device = runtime.device.clone();
         for (index, range) in states.batches(fitting.batch).enumerate() {
             let (mut fit, mut left_out) = (Vec::new(), Vec::new());
-            for (sample, picture) in (0u32..).zip(states.pictures(range.clone())) {
-                let part = if picture % LEFT_OUT == LEFT_OUT - 1 {
+            for (sample, image) in (0u32..).zip(states.images(range.clone())) {
+                let part = if image % LEFT_OUT == LEFT_OUT - 1 {
                     &mut left_out
                 } else {
                     &mut fit

@@ -214,8 +214,8 @@ fn bad_arguments_are_refused_before_any_work() {
     );
     refused(
         w,
-        &["generate", "--prompt", "x", "--output", "picture.jpg"],
-        &["picture.jpg"],
+        &["generate", "--prompt", "x", "--output", "image.jpg"],
+        &["image.jpg"],
     );
     #[cfg(not(feature = "cuda"))]
     refused(

@@ -339,7 +339,7 @@ fn plans_that_make_no_sense_are_refused() {
 }
 
 #[test]
-fn pictures_with_captions_serve_as_well() {
+fn images_with_captions_serve_as_well() {
     let work = folder();
     let w = work.path();
     let drawn = [
@@ -373,7 +373,7 @@ fn pictures_with_captions_serve_as_well() {
     let stats = json(w, &args);
     assert_eq!(stats["recipe"]["source"], "images");
     assert_eq!(stats["recipe"]["samples"], 8);
-    // 8 pictures, 4 states of each, 16 tokens
+    // 8 images, 4 states of each, 16 tokens
     assert_eq!(stats["blocks"][0]["tokens"]["img"], 512.0);
     fs::create_dir(w.join("none")).unwrap();
     refused(

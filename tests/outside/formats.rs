@@ -145,7 +145,7 @@ fn packed_models_are_pruned_and_pruned_models_packed() {
 }
 
 #[test]
-fn packed_models_draw_the_same_picture_wherever_their_blocks_are() {
+fn packed_models_draw_the_same_image_wherever_their_blocks_are() {
     let work = folder();
     let w = work.path();
     let prompt = "a red circle left of a blue square on a white background";

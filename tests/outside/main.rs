@@ -253,7 +253,7 @@ fn kept_tensors_are_copied_byte_for_byte() {
 }
 
 #[test]
-fn pictures_depend_on_the_seed_alone_and_carry_their_settings() {
+fn images_depend_on_the_seed_alone_and_carry_their_settings() {
     let work = folder();
     let prompt = "a green cross in the center on a black background";
     let draw = |name: &str, seed: &str| {

@@ -8,7 +8,7 @@ use crate::common::*;
 const WHOLE: u64 = 22_500_000;
 
 #[test]
-fn pictures_are_the_same_wherever_the_blocks_are() {
+fn images_are_the_same_wherever_the_blocks_are() {
     let work = folder();
     let w = work.path();
     let draw = |output: &str, more: &[&str]| {
@@ -55,7 +55,7 @@ fn pixels(path: &std::path::Path) -> Vec<u8> {
 }
 
 #[test]
-fn a_picture_decoded_in_bands_is_the_picture() {
+fn a_image_decoded_in_bands_is_the_image() {
     let work = folder();
     let w = work.path();
     let draw = |output: &str, tile: &str| {

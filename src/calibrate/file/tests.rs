@@ -29,8 +29,8 @@ fn calibration() -> Calibration {
     };
     let mut out = Calibration::new(header, &unpruned(1, 0));
     for (unit, prompts) in [(0, 2), (1, 1)] {
-        let pictures = Tensor::zeros((prompts, 4, 64), DType::F32, &Device::Cpu);
-        out.pictures.insert(unit, pictures.unwrap());
+        let images = Tensor::zeros((prompts, 4, 64), DType::F32, &Device::Cpu);
+        out.images.insert(unit, images.unwrap());
     }
     out
 }
@@ -46,7 +46,7 @@ fn read(change: impl FnOnce(&mut Calibration)) -> Result<Calibration> {
 
 #[test]
 fn a_header_that_contradicts_itself_is_refused_with_file_and_field() {
-    assert_eq!(read(|_| ()).unwrap().pictures.len(), 2);
+    assert_eq!(read(|_| ()).unwrap().images.len(), 2);
     let refused = |change: fn(&mut Header), words: &str| {
         let error = read(|c| change(&mut c.header)).unwrap_err();
         let text = format!("{error:#}");
@@ -63,7 +63,7 @@ fn a_header_that_contradicts_itself_is_refused_with_file_and_field() {
     refused(|h| h.recipe.guidance = Some(-1.0), "guidance");
     refused(|h| h.samples = 3, "`samples` is 3 of 3");
     refused(|h| h.units = 3, "`units` is 3");
-    refused(|h| h.recipe.width = Some(64), "pictures.000000");
+    refused(|h| h.recipe.width = Some(64), "images.000000");
 }
 
 #[test]
@@ -78,15 +78,15 @@ fn tensors_that_do_not_fit_or_are_not_numbers_are_refused_by_name() {
     let nan = |c: &mut Calibration| c.stats.blocks[0].img.buckets[3].cosine = f64::NAN;
     refused(nan, "double.00.img.moments");
     let narrow = |c: &mut Calibration| {
-        let pictures = Tensor::zeros((1, 4, 32), DType::F32, &Device::Cpu);
-        c.pictures.insert(1, pictures.unwrap());
+        let images = Tensor::zeros((1, 4, 32), DType::F32, &Device::Cpu);
+        c.images.insert(1, images.unwrap());
     };
-    refused(narrow, "pictures.000001");
+    refused(narrow, "images.000001");
     let infinite = |c: &mut Calibration| {
-        let pictures = Tensor::full(f32::INFINITY, (1, 4, 64), &Device::Cpu);
-        c.pictures.insert(1, pictures.unwrap());
+        let images = Tensor::full(f32::INFINITY, (1, 4, 64), &Device::Cpu);
+        c.images.insert(1, images.unwrap());
     };
-    refused(infinite, "pictures.000001");
+    refused(infinite, "images.000001");
     // a block whose sums were gathered lacks them
     refused(
         |c| c.header.products = vec![BlockId::double(0)],

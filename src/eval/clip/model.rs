@@ -127,7 +127,7 @@ mod tests {
     }
 
     fn recorded_images(recorded: &Checkpoint) -> Vec<Image> {
-        let names = (0..).map(|i| format!("picture.{i}"));
+        let names = (0..).map(|i| format!("image.{i}"));
         let found = names.map_while(|name| recorded.get(&name));
         let image = |source: &crate::checkpoint::Source| Image {
             height: source.shape()[0] as u32,
