@@ -15,7 +15,7 @@ work=${1:-ablation-prune}
 num=${NUM:-96}
 mkdir -p "$work"
 stats="$work/stats.safetensors"
-printf '{"fit": {"refit": "none"}}\n' >"$work/none.json"
+printf '{"fit": {"refit-projections": "none"}}\n' >"$work/none.json"
 
 # made OUTPUT COMMAND...: unless it is there
 made() {

@@ -201,19 +201,19 @@ mib() { calc "$1 / 1048576"; }
 step_whole() {
     wait_for_checkpoint
     parts whole || return
-    local at samples fewer
+    local at prompts fewer
     echo '{"score": {"held-out": 8}}' >"$work/prune-recipe.json" # of one image
-    samples=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --samples 4 --steps 8)
-    fewer=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --samples 2 --steps 2)
+    prompts=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --num-prompts 4 --steps 8)
+    fewer=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --num-prompts 2 --steps 2)
     attempt generate-4 60 "$binary" generate "${model[@]}" "${format[@]}" "${image[@]}" --prompt-file <(head -n 4 "$work/prompts.txt") --steps 8 --output "$work/four" --force
-    attempt calibrate-forecast 20 "$binary" calibrate "${model[@]}" "${format[@]}" "${image[@]}" "${samples[@]}" --dry-run --json
+    attempt calibrate-forecast 20 "$binary" calibrate "${model[@]}" "${format[@]}" "${image[@]}" "${prompts[@]}" --dry-run --json
     local stats
     stats=$(room $((gigabytes - 5)))/stats.safetensors
-    attempt calibrate 90 "$binary" calibrate "${model[@]}" "${format[@]}" "${image[@]}" "${samples[@]}" --output "$stats" --force --json
+    attempt calibrate 90 "$binary" calibrate "${model[@]}" "${format[@]}" "${image[@]}" "${prompts[@]}" --output "$stats" --force --json
     rm -f "$stats" # 17 GB
     figure whole 'calibrate of 4 prompts × 8 steps: peak on the GPU' "$peak" MiB '' "$(mib "$(value calibrate-forecast device)")"
     local sampling gathering
-    # calibration samples held-out images too
+    # calibration draws held-out images too
     sampling=$(calc "$(told generate-4 'drew 4 images') * $(value calibrate-forecast prompts) / 4")
     gathering=$(grep -o '([0-9.]* s)$' "$output/logs/calibrate.err" 2>/dev/null | tr -d '()s' | awk '{ sum += $1 } END { if (NR) print sum }')
     figure whole 'sampling the same' "$sampling" s
@@ -227,9 +227,9 @@ step_whole() {
     attempt prune 90 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${image[@]}" --output "$at/pruned" --force --json
     figure whole 'prune --plan of 11 blocks' "$seconds" s
     figure whole 'prune --plan: peak on the GPU' "$peak" MiB '' "$(mib "$(value prune-forecast device)")"
-    echo '{"data": {"samples": 2, "steps": 2, "held-out": 1}}' >"$work/train.json"
+    echo '{"data": {"num-prompts": 2, "steps": 2, "held-out": 1}}' >"$work/train.json"
     local train=(train-sandwich --model "$at/pruned" "${format[@]}" --recipe "$work/train.json" --prompts "$work/prompts.txt" --batch 1 "${image[@]}"
-        --steps 5 --finish 3 --max-vram "$train_limit" --json)
+        --steps 5 --finetune 3 --max-vram "$train_limit" --json)
     local trained
     trained=$(room $((gigabytes - 2)))/trained
     attempt train-forecast 30 "$binary" "${train[@]}" --output "$trained" --dry-run
@@ -245,6 +245,6 @@ step_whole() {
     [[ -d $trained ]] || trained=$at/pruned
     attempt generate-trained 60 "$binary" generate --model "$trained" "${format[@]}" "${image[@]}" --prompt 'a red circle' --steps 8 --output "$work/trained.png" --force
     figure whole 'the result draws: a step' "$(calc "$(told generate-trained 'drew 1 image') / 8")" s
-    attempt eval 60 "$binary" eval --model "$trained" "${format[@]}" "${image[@]}" --prompts "$work/prompts.txt" --num 1 --steps 2 --output "$work/eval" --force --json
+    attempt eval 60 "$binary" eval --model "$trained" "${format[@]}" "${image[@]}" --prompts "$work/prompts.txt" --num-prompts 1 --steps 2 --output "$work/eval" --force --json
     figure whole 'eval ends well' "$code" '' '= 0'
 }

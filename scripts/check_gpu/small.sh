@@ -109,9 +109,9 @@ step_bundled() {
     local losses=()
     mkdir -p "$at"
     for device in cuda cpu; do
-        attempt "bundled-prune-$device" 60 "$binary" prune --device "$device" --dtype f32 --ratio 0.2 --samples 16 --steps 2 --output "$at/pruned-$device" --json
+        attempt "bundled-prune-$device" 60 "$binary" prune --device "$device" --dtype f32 --ratio 0.2 --num-prompts 16 --steps 2 --output "$at/pruned-$device" --json
         # both devices train what the CPU's rounding has no part in: the same pruned model
-        attempt "bundled-train-$device" 60 "$binary" train-sandwich --device "$device" --dtype f32 --model "$at/pruned-cuda" --samples 16 --steps 3 --finish 3 \
+        attempt "bundled-train-$device" 60 "$binary" train-sandwich --device "$device" --dtype f32 --model "$at/pruned-cuda" --num-prompts 16 --steps 3 --finetune 3 \
             --log "$output/logs/losses-$device.jsonl" --output "$at/trained-$device" --json
         for dtype in f32 bf16; do
             attempt "bundled-generate-$device-$dtype" 40 "$binary" generate --device "$device" --dtype "$dtype" --prompt "$prompt" --seed 3 --steps 12 \

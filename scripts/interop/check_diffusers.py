@@ -67,7 +67,7 @@ def open_folder(folder, form):
 
 def check(args, work, blocks, form, joint):
     recipe = work / "recipe.json"
-    recipe.write_text(json.dumps({"calibration": {"samples": 32}, "fit": {"joint": joint}}))
+    recipe.write_text(json.dumps({"calibration": {"num-prompts": 32}, "fit": {"joint": joint}}))
     pruned = work / "pruned"
     command = ["prune", "--model", args.model, "--blocks", blocks, "--form", form, "--recipe", recipe, "--layout", "diffusers", "--output", pruned]
     if fastflux(args, *command).returncode != 0:

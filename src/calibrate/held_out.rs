@@ -6,10 +6,10 @@ use anyhow::{Result, ensure};
 use candle::{DType, Device, Tensor};
 use indicatif::ProgressBar;
 
-use super::noised::{Batch, States};
+use super::noised::{Batch, NoisedLatents};
 use crate::model::{Block, Flux, Stream, Trunk, memory::BATCHES_PER_LOAD};
 
-/// Held-out states with the unpruned model's velocity on them.
+/// Held-out noised latents with the unpruned model's velocity on them.
 pub struct HeldOut {
     batches: Vec<(Batch, Tensor)>,
     /// Σ ‖v‖² of the unpruned model.
@@ -17,21 +17,21 @@ pub struct HeldOut {
 }
 
 impl HeldOut {
-    /// Runs the unpruned model on `states`.
+    /// Runs the unpruned model on `noised`.
     ///
     /// # Errors
     /// When a forward fails or its result is not finite.
     pub fn new(
         flux: &Flux,
-        states: &States,
+        noised: &NoisedLatents,
         batch: usize,
         device: &Device,
         dtype: DType,
     ) -> Result<Self> {
         let mut batches = Vec::new();
         let mut norm_sq = 0.0;
-        for range in states.batches(batch) {
-            let batch = states.batch(range, device, dtype)?;
+        for range in noised.batches(batch) {
+            let batch = noised.batch(range, device, dtype)?;
             let velocity = flux
                 .forward(&batch.inputs(), &mut ())?
                 .to_dtype(DType::F32)?;

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use super::{options::ResolvedOptions, pass::Shard, recipe::StateSource};
+use super::{options::ResolvedOptions, pass::Shard, recipe::LatentSource};
 use crate::{
     layout::FluxConfig,
     model::cost,
@@ -123,7 +123,7 @@ pub struct CalibrationEstimate {
     /// Text tokens.
     pub text_tokens: usize,
     /// Noised latents in one forward.
-    #[serde(rename = "states_in_a_forward")]
+    #[serde(rename = "noised_latents_per_forward")]
     pub batch: usize,
     /// Forwards, of this shard.
     pub forwards: Forwards,
@@ -173,28 +173,34 @@ impl CalibrationEstimate {
         let runtime = budget.runtime();
         let config = &pipeline.config;
         let steps = settings.recipe.steps.context("steps are resolved")?;
-        let draws = settings.recipe.draws.context("draws are resolved")?;
-        let (samples, prompts, batch) = (settings.samples, settings.prompts.len(), settings.batch);
+        let noise_levels_per_image = settings
+            .recipe
+            .noise_levels_per_image
+            .context("noise_levels_per_image are resolved")?;
+        let (num_prompts, prompts, batch) =
+            (settings.num_prompts, settings.prompts.len(), settings.batch);
         let sampling = match settings.recipe.source {
-            StateSource::Images => 0,
-            StateSource::Latents | StateSource::Trajectory => prompts * steps,
+            LatentSource::Images => 0,
+            LatentSource::Latents | LatentSource::Trajectory => prompts * steps,
         };
         let gathered = match settings.recipe.source {
-            StateSource::Trajectory => 0,
-            StateSource::Latents | StateSource::Images => (samples as f64 * draws).ceil() as usize,
+            LatentSource::Trajectory => 0,
+            LatentSource::Latents | LatentSource::Images => {
+                (num_prompts as f64 * noise_levels_per_image).ceil() as usize
+            }
         };
-        let of_shard = |states: usize| states.div_ceil(shard.of);
+        let of_shard = |count: usize| count.div_ceil(shard.of);
         let image_tokens = settings.size.tokens();
         let tokens = image_tokens + settings.text_tokens;
-        let per_state = cost::model(config, image_tokens, settings.text_tokens);
-        let flops = |states: usize| of_shard(states) as f64 * per_state.flops() as f64;
+        let per_latent = cost::model(config, image_tokens, settings.text_tokens);
+        let flops = |count: usize| of_shard(count) as f64 * per_latent.flops() as f64;
         let (activity, room) = self::activity(pipeline, budget, settings, stats_memory);
         let kept = blocks_within(config, room);
         let residence = budget.residence(config, activity)?;
         let d = config.hidden_size as u64;
         let noised = match settings.recipe.source {
-            StateSource::Trajectory => samples * steps,
-            StateSource::Latents | StateSource::Images => gathered,
+            LatentSource::Trajectory => num_prompts * steps,
+            LatentSource::Latents | LatentSource::Images => gathered,
         };
         let rows = match settings.recipe.tokens_per_forward {
             None => noised * tokens,
@@ -215,7 +221,7 @@ impl CalibrationEstimate {
         let (solving, streams) = if fitting {
             let layers = kept as u64 * 2 * d * (d + 1) * 4;
             let solver = 6 * (d + 1) * (d + 1) * 8;
-            let held = (samples * settings.draws_later() * tokens) as u64;
+            let held = (num_prompts * settings.noise_levels_later() * tokens) as u64;
             (layers + solver, 2 * held * d * element)
         } else {
             (0, 0)
@@ -289,7 +295,7 @@ impl CalibrationEstimate {
                 ui::flops(self.flops.sampling)
             ),
             format!(
-                "statistics  {} states, {} forwards more: {} and {} for the sums",
+                "statistics  {} noised latents, {} forwards more: {} and {} for the sums",
                 d.noised,
                 self.forwards.statistics,
                 ui::flops(self.flops.statistics),

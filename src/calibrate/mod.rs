@@ -6,8 +6,8 @@ use candle::Tensor;
 use self::{
     file::Calibration,
     held_out::HeldOut,
-    noised::States,
-    options::{DRAWS_HELD_OUT, ResolvedOptions},
+    noised::NoisedLatents,
+    options::{HELD_OUT_NOISE_LEVELS, ResolvedOptions},
     pass::Pass,
     sampling::FiniteCheck,
 };
@@ -117,9 +117,11 @@ impl<'a> Calibrator<'a> {
         Ok(Pass {
             denoise: self.denoise(&self.flux)?,
             prompts: &self.encoded,
-            samples: self.settings.samples,
+            num_prompts: self.settings.num_prompts,
             source: recipe.source,
-            draws: recipe.draws.context("draws are resolved")?,
+            noise_levels_per_image: recipe
+                .noise_levels_per_image
+                .context("noise_levels_per_image are resolved")?,
             batch: self.settings.batch,
             channels: self.channels(),
             seed: recipe.seed,
@@ -145,37 +147,47 @@ impl<'a> Calibrator<'a> {
     ///
     /// # Errors
     /// When the calibration is not complete.
-    pub fn states(&self, calibration: &Calibration) -> Result<AllStates> {
+    pub fn noised(&self, calibration: &Calibration) -> Result<NoisedSplit> {
         let images = calibration.all_images()?;
         let denoise = self.denoise(&self.flux)?;
         let seed = self.settings.recipe.seed;
-        let noised = |range: std::ops::Range<usize>, draws, seed| -> Result<States> {
+        let noised = |range: std::ops::Range<usize>,
+                      noise_levels_per_image,
+                      seed|
+         -> Result<NoisedLatents> {
             let part: Tensor = images.narrow(0, range.start, range.len())?;
             let prompts = self.encoded.range(range)?;
-            States::noised(part, prompts, denoise.size, denoise.guidance, draws, seed)
+            NoisedLatents::new(
+                part,
+                prompts,
+                denoise.size,
+                denoise.guidance,
+                noise_levels_per_image,
+                seed,
+            )
         };
-        let samples = self.settings.samples;
+        let num_prompts = self.settings.num_prompts;
         let held_out = noised(
-            samples..self.encoded.len(),
-            DRAWS_HELD_OUT,
+            num_prompts..self.encoded.len(),
+            HELD_OUT_NOISE_LEVELS,
             seed.wrapping_add(2),
         )?;
-        let later = self.settings.draws_later();
-        Ok(AllStates {
-            fit: noised(0..samples, later, seed.wrapping_add(1))?,
+        let later = self.settings.noise_levels_later();
+        Ok(NoisedSplit {
+            fit: noised(0..num_prompts, later, seed.wrapping_add(1))?,
             held_out: held_out.first(self.settings.held_out),
         })
     }
 
-    /// The held-out part of `states` with the unpruned model's velocity on it.
+    /// The held-out part of `noised` with the unpruned model's velocity on it.
     ///
     /// # Errors
     /// When a forward fails or its result is not finite.
-    pub fn held_out(&self, states: &AllStates) -> Result<HeldOut> {
+    pub fn held_out(&self, noised: &NoisedSplit) -> Result<HeldOut> {
         let Runtime { device, dtype } = self.runtime;
         HeldOut::new(
             &self.flux,
-            &states.held_out,
+            &noised.held_out,
             self.settings.batch,
             device,
             *dtype,
@@ -222,9 +234,9 @@ impl<'a> Calibrator<'a> {
 }
 
 /// The calibration's images, noised again.
-pub struct AllStates {
+pub struct NoisedSplit {
     /// To fit on.
-    pub fit: States,
+    pub fit: NoisedLatents,
     /// To compare by; of other prompts.
-    pub held_out: States,
+    pub held_out: NoisedLatents,
 }

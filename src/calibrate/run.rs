@@ -16,7 +16,7 @@ use super::{
     header::Header,
     held_out::HeldOut,
     memory::{blocks_within, bytes_of_sums},
-    noised::{Share, States},
+    noised::{NoisedLatents, Share},
     options::{AGAIN, ResolvedOptions},
     pass::Shard,
     sampling,
@@ -64,7 +64,7 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
     let path = &options.partial;
     let mut pass = calibrator.pass()?;
     if !options.sums {
-        pass.draws = 0.0;
+        pass.noise_levels_per_image = 0.0;
     }
     let mut header = header(calibrator, pass.units())?;
     let mut out = if path.exists() {
@@ -128,7 +128,10 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
             let done = out.header.done.len();
             format!("calibrated {done} of {} units", out.header.units)
         }
-        (true, source) => format!("calibrated on {} states ({source})", pass.states()),
+        (true, source) => format!(
+            "calibrated on {} noised latents ({source})",
+            pass.num_noised()
+        ),
         (false, _) => format!("sampled {} images", calibrator.settings.prompts.len()),
     };
     ui::done(&progress, what);
@@ -143,7 +146,7 @@ fn header(calibrator: &Calibrator, units: usize) -> Result<Header> {
     let ResolvedOptions {
         recipe,
         prompts,
-        samples,
+        num_prompts,
         ..
     } = &calibrator.settings;
     Ok(Header {
@@ -153,7 +156,7 @@ fn header(calibrator: &Calibrator, units: usize) -> Result<Header> {
         runtime: calibrator.runtime.to_string(),
         recipe: recipe.clone(),
         prompts: prompts.clone(),
-        samples: *samples,
+        num_prompts: *num_prompts,
         products: Vec::new(),
         units,
         done: BTreeSet::new(),
@@ -206,7 +209,7 @@ fn products(calibrator: &Calibrator) -> Result<Vec<BlockId>> {
 /// The velocity error of removing each block alone, on a few noised images: half a forward for each block and state.
 fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
     let pass = calibrator.pass()?;
-    let count = CHEAP_IMAGES.min(calibrator.settings.samples);
+    let count = CHEAP_IMAGES.min(calibrator.settings.num_prompts);
     let prompts = pass.prompts.range(0..count)?;
     let images: Tensor = match pass.images {
         Some(images) => images.narrow(0, 0, count)?,
@@ -228,14 +231,14 @@ fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
     let share = Share {
         first: 0,
         of: count,
-        states: count,
+        num_noised: count,
     };
     let (size, guidance) = (pass.denoise.size, pass.denoise.guidance);
-    let states = States::share(images, prompts, share, size, guidance, pass.seed)?;
+    let noised = NoisedLatents::share(images, prompts, share, size, guidance, pass.seed)?;
     let runtime = calibrator.runtime;
     let held_out = HeldOut::new(
         &calibrator.flux,
-        &states,
+        &noised,
         pass.batch,
         &runtime.device,
         runtime.dtype,

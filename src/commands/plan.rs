@@ -48,11 +48,11 @@ pub(super) fn run(args: &PlanArgs) -> Result<()> {
                 let calibrator = Calibrator::open(&pipeline, &budget, settings, memory)?;
                 let run = RunOptions::for_output(output, calibration.save_every);
                 let calibration = calibrator.load_or_run(&run)?;
-                let states = calibrator.states(&calibration)?;
-                let held_out = calibrator.held_out(&states)?;
+                let noised = calibrator.noised(&calibration)?;
+                let held_out = calibrator.held_out(&noised)?;
                 let (stats, r) = (calibration.stats, &recipe);
                 let (selection, plan) =
-                    select::by_model(&calibrator, r, stats, &states, &held_out, &goal, &protect)?;
+                    select::by_model(&calibrator, r, stats, &noised, &held_out, &goal, &protect)?;
                 run.remove_partial()?;
                 RankedPlan {
                     plan,

@@ -328,7 +328,7 @@ mod tests {
         };
         let pairs: Vec<Pair> = [30.0, 10.0, 20.0].map(pair).into();
         let velocity = VelocityError {
-            states: 0,
+            noised_latents: 0,
             error: 0.0,
             by_time: vec![],
         };

@@ -45,7 +45,7 @@ pub struct MemoryBudget {
 /// What is on the device while a transformer runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Activity {
-    /// States in a forward.
+    /// Noised latents in a forward.
     pub batch: usize,
     /// Image and text tokens of a state.
     pub tokens: usize,
@@ -118,7 +118,7 @@ impl MemoryBudget {
         memory::waiting(config, batch, tokens, self.format(config))
     }
 
-    /// `default` states in a forward, or as few as fit.
+    /// `default` noised latents in a forward, or as few as fit.
     pub fn batch(&self, config: &FluxConfig, tokens: usize, default: usize) -> usize {
         let format = self.format(config);
         let least = OffloadPlan::none(config, format).bytes;
@@ -132,7 +132,7 @@ impl MemoryBudget {
         }
         if batch < default {
             ui::note(format!(
-                "{batch} states in a forward instead of {default}, so that they fit into {}",
+                "{batch} noised latents in a forward instead of {default}, so that they fit into {}",
                 ui::bytes(self.limit.unwrap_or_default() as f64)
             ));
         }
@@ -180,7 +180,7 @@ impl MemoryBudget {
         if self.asked {
             // what is drawn goes one by one before this; what is gathered keeps its batch
             let fewer = if activity.batch > 1 {
-                ", or fewer states in a forward (`calibration.batch` in the recipe)"
+                ", or fewer noised latents in a forward (`calibration.batch` in the recipe)"
             } else {
                 ""
             };

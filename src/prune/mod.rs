@@ -11,7 +11,7 @@ use self::{
     sequential::{Fits, Fitting},
 };
 use crate::{
-    calibrate::{AllStates, Calibrator, memory::bytes_of_kept},
+    calibrate::{Calibrator, NoisedSplit, memory::bytes_of_kept},
     checkpoint::{Checkpoint, record::Record},
     layout::FluxConfig,
     model::Flux,
@@ -51,7 +51,7 @@ pub struct Pruned {
     pub record: Record,
 }
 
-/// Carries out `plan`: fits its layers on `states`, and what is kept behind them as `recipe` says.
+/// Carries out `plan`: fits its layers on `noised`, and what is kept behind them as `recipe` says.
 ///
 /// # Errors
 /// When the plan does not fit the model, a forward fails, or activations are NaN or infinite.
@@ -59,27 +59,27 @@ pub fn prune(
     calibrator: &Calibrator,
     recipe: &PruneRecipe,
     plan: PruningPlan,
-    states: &AllStates,
+    noised: &NoisedSplit,
 ) -> Result<Pruned> {
     let (pipeline, settings) = (calibrator.pipeline, &calibrator.settings);
     let f = &recipe.fit;
-    let refit = f.refit.context("what to refit is resolved")?;
+    let refit_projections = f.refit_projections.context("what to refit is resolved")?;
     let fitting = Fitting {
         ridge: f.ridge,
         sequential: f.sequential,
-        refit,
+        refit_projections,
         batch: settings.batch,
         tokens: settings.recipe.tokens_per_forward,
         // there were sums of calibration, which are gone now
         on_device: bytes_of_kept(&pipeline.config, calibrator.stats_memory),
     };
     let flux = &calibrator.flux;
-    let batches = states.fit.batches(settings.batch).len();
-    let steps = sequential::steps(&flux.trunk, batches, &plan.replace, refit);
+    let batches = noised.fit.batches(settings.batch).len();
+    let steps = sequential::steps(&flux.trunk, batches, &plan.replace, refit_projections);
     let progress = ui::progress(steps, "fitting");
     let fits = sequential::fit_layers(
         flux,
-        &states.fit,
+        &noised.fit,
         &plan.replace,
         fitting,
         calibrator.runtime,

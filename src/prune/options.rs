@@ -34,9 +34,11 @@ impl PruneRecipe {
         self.calibration = settings.recipe.clone();
         self.score.held_out = Some(settings.held_out);
         let width = pipeline.config.hidden_size;
-        self.score.refit.get_or_insert(width <= NARROW);
+        self.score
+            .refit_between_rounds
+            .get_or_insert(width <= NARROW);
         let default = RefitProjections::for_width(width);
-        self.fit.refit.get_or_insert(default);
+        self.fit.refit_projections.get_or_insert(default);
     }
 }
 

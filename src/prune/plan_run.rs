@@ -63,8 +63,8 @@ impl PlanRun {
             sums: false,
             ..RunOptions::for_output(output, options.save_every)
         };
-        let states = calibrator.states(&calibrator.run(&run)?)?;
-        let pruned = prune(&calibrator, &self.recipe, self.plan, &states)
+        let noised = calibrator.noised(&calibrator.run(&run)?)?;
+        let pruned = prune(&calibrator, &self.recipe, self.plan, &noised)
             .with_context(|| format!("`{}`", self.name))?;
         run.remove_partial()?;
         let mut out = base.clone();

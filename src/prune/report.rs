@@ -187,7 +187,7 @@ impl PruneReport {
             ),
         ];
         format!(
-            "{}\n\n{}\n\n{} of {} blocks replaced\nthe pruned velocity is off by {:.4} (relative MSE, held-out states)",
+            "{}\n\n{}\n\n{} of {} blocks replaced\nthe pruned velocity is off by {:.4} (relative MSE, held-out noised latents)",
             ui::table(&header, &rows, &[1, 2]),
             ui::table(&["", "before", "after", ""], &totals, &[1, 2, 3]),
             self.replaced.len(),

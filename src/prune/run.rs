@@ -87,8 +87,8 @@ fn find(
     calibration: Calibration,
     target: PruneTarget,
 ) -> Result<Found> {
-    let states = calibrator.states(&calibration)?;
-    let held_out = calibrator.held_out(&states)?;
+    let noised = calibrator.noised(&calibration)?;
+    let held_out = calibrator.held_out(&noised)?;
     let (selection, plan): (Option<GreedySelection>, PruningPlan) = match target {
         PruneTarget::Plan(plan) => (None, plan),
         PruneTarget::Goal { goal, protect } => {
@@ -97,12 +97,12 @@ fn find(
             let budget = goal::budget(pipeline, workload, recipe, goal, &protect)?;
             let stats = calibration.stats;
             let (selection, plan) = select::by_model(
-                calibrator, recipe, stats, &states, &held_out, &budget, &protect,
+                calibrator, recipe, stats, &noised, &held_out, &budget, &protect,
             )?;
             (Some(selection), plan)
         }
     };
-    let pruned = prune(calibrator, recipe, plan, &states)?;
+    let pruned = prune(calibrator, recipe, plan, &noised)?;
     let flux = pruned.flux(calibrator)?;
     let velocity_error = held_out.error(&flux, &flux.trunk)?;
     ensure!(

@@ -16,7 +16,7 @@ use super::{
     trunk::{pieces, resident, runs},
 };
 use crate::{
-    calibrate::{noised::States, subsample},
+    calibrate::{noised::NoisedLatents, subsample},
     device::Runtime,
     fit::layers::LayerMap,
     layout::Replacement,
@@ -26,13 +26,13 @@ use crate::{
 /// How to fit.
 #[derive(Clone, Copy, Debug)]
 pub struct Fitting {
-    /// Relative to the mean diagonal; `None`: chosen by the residual on states left out.
+    /// Relative to the mean diagonal; `None`: chosen by the residual on noised latents left out.
     pub ridge: Option<f64>,
     /// On the activations of the already pruned prefix.
     pub sequential: bool,
     /// Output projections of what is kept that are refitted.
-    pub refit: RefitProjections,
-    /// States in one forward.
+    pub refit_projections: RefitProjections,
+    /// Noised latents in one forward.
     pub batch: usize,
     /// Tokens of each stream in one forward that sums are made of, evenly spread; `None`: all.
     pub tokens: Option<usize>,
@@ -49,7 +49,7 @@ pub struct Fits {
     pub outputs: Outputs,
 }
 
-/// The states of one image in eight are left out of the fit to choose the ridge, and used after that.
+/// The noised latents of one image in eight are left out of the fit to choose the ridge, and used after that.
 const LEFT_OUT: u32 = 8;
 /// Bytes of token streams that may stay on a device of its own memory in any case; more are held in the host's and visit
 /// the device a batch at a time.
@@ -69,13 +69,13 @@ struct SequentialFit<'a> {
     progress: &'a ProgressBar,
 }
 
-/// Fits `replace` on `states`, and the outputs of what is kept as `fitting` says. Without replacements nothing is.
+/// Fits `replace` on `noised`, and the outputs of what is kept as `fitting` says. Without replacements nothing is.
 ///
 /// # Errors
 /// When a replacement's blocks are not neighbours, activations are NaN or infinite, or a forward fails.
 pub fn fit_layers(
     flux: &Flux,
-    states: &States,
+    noised: &NoisedLatents,
     replace: &[Replacement],
     fitting: Fitting,
     runtime: &Runtime,
@@ -85,12 +85,12 @@ pub fn fit_layers(
     if runs.is_empty() {
         return Ok(Fits::default());
     }
-    let mut walk = SequentialFit::new(flux, states, fitting, runtime, progress)?;
+    let mut walk = SequentialFit::new(flux, noised, fitting, runtime, progress)?;
     for (first, replacement) in runs {
         walk.to(first)?;
         walk.replace(replacement)?;
     }
-    if fitting.refit != RefitProjections::None {
+    if fitting.refit_projections != RefitProjections::None {
         walk.to(flux.trunk.len())?;
         walk.head()?;
     }
@@ -120,16 +120,16 @@ pub fn steps(
 impl<'a> SequentialFit<'a> {
     fn new(
         flux: &'a Flux,
-        states: &States,
+        noised: &NoisedLatents,
         fitting: Fitting,
         runtime: &'a Runtime,
         progress: &'a ProgressBar,
     ) -> Result<Self> {
         let mut batches = Vec::new();
         let mut offload_device = runtime.device.clone();
-        for (index, range) in states.batches(fitting.batch).enumerate() {
+        for (index, range) in noised.batches(fitting.batch).enumerate() {
             let (mut fit, mut left_out) = (Vec::new(), Vec::new());
-            for (sample, image) in (0u32..).zip(states.images(range.clone())) {
+            for (sample, image) in (0u32..).zip(noised.images(range.clone())) {
                 let part = if image % LEFT_OUT == LEFT_OUT - 1 {
                     &mut left_out
                 } else {
@@ -151,11 +151,11 @@ impl<'a> SequentialFit<'a> {
                 batch: index,
                 limit: fitting.tokens,
             };
-            let batch = states.batch(range, &runtime.device, runtime.dtype)?;
+            let batch = noised.batch(range, &runtime.device, runtime.dtype)?;
             let (stream, conditioning) = flux.embed(&batch.inputs())?;
             if index == 0 {
                 let bytes = stream.tokens.elem_count() * stream.tokens.dtype().size_in_bytes();
-                let all = 2 * bytes * states.batches(fitting.batch).len();
+                let all = 2 * bytes * noised.batches(fitting.batch).len();
                 if all as u64 > fitting.on_device.max(ON_DEVICE) {
                     offload_device = Device::Cpu;
                 }
@@ -182,7 +182,7 @@ impl<'a> SequentialFit<'a> {
 
     /// Up to the trunk entry `index`, which is ahead.
     fn to(&mut self, index: usize) -> Result<()> {
-        if self.fitting.refit == RefitProjections::All && !self.out.layers.is_empty() {
+        if self.fitting.refit_projections == RefitProjections::All && !self.out.layers.is_empty() {
             for kept in self.at..index {
                 self.kept(kept)?;
             }

@@ -25,7 +25,7 @@ pub mod moments;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Metric {
-    /// Relative MSE of the final velocity on held-out states with the block replaced by its linear fit: the default,
+    /// Relative MSE of the final velocity on held-out noised latents with the block replaced by its linear fit: the default,
     /// as it chose best by far (README, "Which blocks").
     #[default]
     Ablation,

@@ -40,7 +40,7 @@ pub struct Workload {
     pub cpu: bool,
     /// Whether the backward pass of attention holds matrices of scores: see `ops::holds_scores_backward`.
     pub scores: bool,
-    /// States in a forward.
+    /// Noised latents in a forward.
     pub batch: usize,
     /// Text and image tokens of a state.
     pub tokens: (usize, usize),

@@ -50,10 +50,10 @@ pub struct Training<'a> {
     pub images: Images,
     /// What the held-out loss is taken on.
     pub held_out: Images,
-    /// States in a forward.
+    /// Noised latents in a forward.
     pub batch: usize,
-    /// Held-out states.
-    pub held_out_states: usize,
+    /// Held-out noised latents.
+    pub num_held_out: usize,
     /// The recipe.
     pub recipe: &'a SandwichRecipe,
     /// Steps after which a run is saved.
@@ -90,7 +90,7 @@ impl Training<'_> {
         Ok(saved)
     }
 
-    /// Relative mean squared error of the velocity on held-out states.
+    /// Relative mean squared error of the velocity on held-out noised latents.
     ///
     /// # Errors
     /// When a forward fails.

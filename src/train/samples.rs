@@ -29,13 +29,13 @@ impl Training<'_> {
         }
     }
 
-    /// The held-out states at the entry of `phase`.
+    /// The held-out noised latents at the entry of `phase`.
     pub(super) fn held_out_samples(&self, phase: &Phase) -> Result<Vec<Sample>> {
-        let states = self.held_out_states;
-        let starts = (0..states).step_by(self.batch);
+        let count = self.num_held_out;
+        let starts = (0..count).step_by(self.batch);
         let batches: Vec<(u64, usize)> = starts
             .enumerate()
-            .map(|(index, start)| (index as u64, self.batch.min(states - start)))
+            .map(|(index, start)| (index as u64, self.batch.min(count - start)))
             .collect();
         let mut out = Vec::new();
         for some in batches.chunks(self.batches_at_once(phase)) {

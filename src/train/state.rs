@@ -201,10 +201,15 @@ fn is_ours(name: &str) -> bool {
 
 /// Gives keys of a recipe that an earlier version wrote the names of today.
 fn rename_old(recipe: &mut Value) {
-    if let Some(recipe) = recipe.as_object_mut()
-        && let Some(finetune) = recipe.shift_remove("finish")
+    rename(recipe, "finish", "finetune");
+    rename(&mut recipe["data"], "samples", "num-prompts");
+}
+
+fn rename(object: &mut Value, old: &str, new: &str) {
+    if let Some(object) = object.as_object_mut()
+        && let Some(value) = object.shift_remove(old)
     {
-        recipe.insert("finetune".to_owned(), finetune);
+        object.insert(new.to_owned(), value);
     }
 }
 

@@ -20,7 +20,7 @@ pub struct Trained {
     pub student: Flux,
     /// The trained values, and what became of every phase.
     pub saved: Saved,
-    /// Relative mean squared error of the velocity on held-out states.
+    /// Relative mean squared error of the velocity on held-out noised latents.
     pub velocity_error: BeforeAfter,
     /// How long training took.
     pub seconds: f64,
@@ -51,7 +51,7 @@ pub fn train(
         images,
         held_out,
         batch: options.batch,
-        held_out_states: options.held_out,
+        num_held_out: options.held_out,
         recipe: &options.recipe,
         save_every: options.save_every,
         gradient_checkpointing: strategy.gradient_checkpointing,

@@ -241,7 +241,15 @@ fn models_pruned_from_packed_ones_are_trained() {
                     "--recipe",
                     "recipe.json",
                 ];
-                let few = ["--samples", "8", "--batch", "8", "--rank", "4", "--json"];
+                let few = [
+                    "--num-prompts",
+                    "8",
+                    "--batch",
+                    "8",
+                    "--rank",
+                    "4",
+                    "--json",
+                ];
                 let all = [&args[..], &few, &["--output", output], teacher, more].concat();
                 let report = json(w, &all);
                 let error = report["velocity_error"]["before"].as_f64().unwrap();

@@ -125,12 +125,12 @@ fn pruning_gives_the_same_bytes_without_a_block_on_the_device() {
     assert!(weights(&few) < WHOLE / 3, "{}", weights(&few));
 }
 
-/// States that share a forward are part of what a calibration is: little memory takes blocks away, never states.
+/// Noised latents that share a forward are part of what a calibration is: little memory takes blocks away, never noised latents.
 #[test]
 fn statistics_are_the_same_bytes_in_little_memory() {
     let work = folder();
     let w = work.path();
-    let recipe = r#"{"calibration": {"samples": 12, "steps": 2, "draws": 1, "batch": 6}, "score": {"held-out": 8}}"#;
+    let recipe = r#"{"calibration": {"num-prompts": 12, "steps": 2, "noise-levels-per-image": 1, "batch": 6}, "score": {"held-out": 8}}"#;
     fs::write(w.join("recipe.json"), recipe).unwrap();
     let calibrate = |output: &str, more: &[&str]| {
         let args = ["calibrate", "--recipe", "recipe.json", "--output", output];
@@ -157,7 +157,7 @@ fn statistics_are_the_same_bytes_in_little_memory() {
     refused(
         w,
         &[args.as_slice(), &few].concat(),
-        &["--max-vram", "6 states of", "calibration.batch"],
+        &["--max-vram", "6 noised latents of", "calibration.batch"],
     );
 }
 

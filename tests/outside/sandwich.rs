@@ -40,7 +40,7 @@ fn prepared() -> &'static Path {
             "prune",
             "--blocks",
             blocks,
-            "--samples",
+            "--num-prompts",
             "16",
             "--steps",
             "2",

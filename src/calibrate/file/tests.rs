@@ -6,8 +6,8 @@ use crate::{calibrate::recipe::CalibrationRecipe, layout::unpruned};
 /// Two units of 4 tokens' images, one held out.
 fn calibration() -> Calibration {
     let recipe = CalibrationRecipe {
-        samples: Some(2),
-        draws: Some(1.0),
+        num_prompts: Some(2),
+        noise_levels_per_image: Some(1.0),
         steps: Some(1),
         guidance: Some(3.5),
         width: Some(32),
@@ -22,7 +22,7 @@ fn calibration() -> Calibration {
         runtime: String::new(),
         recipe,
         prompts: vec![String::new(); 3],
-        samples: 2,
+        num_prompts: 2,
         products: Vec::new(),
         units: 2,
         done: BTreeSet::from([0, 1]),
@@ -56,12 +56,15 @@ fn a_header_that_contradicts_itself_is_refused_with_file_and_field() {
         );
     };
     refused(|h| h.recipe.batch = Some(0), "batch");
-    refused(|h| h.recipe.draws = Some(-1.0), "draws");
+    refused(
+        |h| h.recipe.noise_levels_per_image = Some(-1.0),
+        "noise_levels_per_image",
+    );
     refused(|h| h.recipe.steps = Some(0), "--steps 0");
     refused(|h| h.recipe.steps = None, "`recipe.steps` is missing");
     refused(|h| h.recipe.guidance = None, "`recipe.guidance`");
     refused(|h| h.recipe.guidance = Some(-1.0), "guidance");
-    refused(|h| h.samples = 3, "`samples` is 3 of 3");
+    refused(|h| h.num_prompts = 3, "`num_prompts` is 3 of 3");
     refused(|h| h.units = 3, "`units` is 3");
     refused(|h| h.recipe.width = Some(64), "images.000000");
 }
