@@ -268,13 +268,13 @@ fn least_squares(report: &Report) -> Result<()> {
         report(
             &format!("products of {} rows, width {width}", 3 * width),
             &mut || {
-                sums = Some(Gram::of(&features, &target)?);
+                sums = Some(Gram::from_rows(&features, &target)?);
                 Ok(())
             },
         )?;
         let sums = match sums {
             Some(sums) => sums,
-            None => Gram::of(&features, &target)?,
+            None => Gram::from_rows(&features, &target)?,
         };
         report(&format!("least squares, width {width}"), &mut || {
             ridge::solve(&sums, 1e-4)?;

@@ -88,7 +88,7 @@ impl HeldOut {
                 let last = group.last().copied().unwrap_or(start);
                 // what came out of the candidates so far, on its way to the end
                 let mut under_way: Vec<(usize, Stream)> = Vec::new();
-                trunk.walk(start..trunk.len(), &mut |index, _, block| {
+                trunk.visit(start..trunk.len(), &mut |index, _, block| {
                     for (_, stream) in &mut under_way {
                         *stream = block.forward(stream, &conditioning)?;
                     }

@@ -42,7 +42,7 @@ pub(super) struct Known {
 
 impl Share {
     /// The scalars of the tokens `x` → `y`, both (batch, tokens, d). Nothing where another way has to be taken.
-    pub(super) fn of(x: &Tensor, y: &Tensor) -> Result<Option<Self>> {
+    pub(super) fn new(x: &Tensor, y: &Tensor) -> Result<Option<Self>> {
         let Some(each) = ops::token_sums(x, y)? else {
             return Ok(None);
         };
@@ -68,7 +68,7 @@ impl Share {
                 let rows = Tensor::new(rows, x.device())?;
                 let pick = |t: &Tensor| t.flatten_to(1)?.index_select(&rows, 0)?.unsqueeze(0);
                 let (x, y) = (pick(x)?, pick(y)?);
-                let Some(share) = Self::of(&x, &y)? else {
+                let Some(share) = Self::new(&x, &y)? else {
                     return Ok(false);
                 };
                 (x, y, share.sums.narrow(1, 1, 1)?)

@@ -14,7 +14,7 @@ use super::{
     recipe::{CalibrationRecipe, LatentSource},
 };
 use crate::{
-    checkpoint::{advise, record},
+    checkpoint::{record, with_hint},
     pipeline::{Pipeline, prompts},
     sample::size::{ImageSize, TOKENS_PER_FORWARD},
 };
@@ -224,7 +224,7 @@ impl ResolvedOptions {
 /// The header of a complete calibration of this model.
 fn read_header(pipeline: &Pipeline, path: &Path) -> Result<Header> {
     let name = path.display();
-    let (_, header) = advise(file::open(path), AGAIN).context("--stats")?;
+    let (_, header) = with_hint(file::open(path), AGAIN).context("--stats")?;
     let found = record::fingerprint(&pipeline.transformer)?;
     anyhow::ensure!(
         header.model == found,

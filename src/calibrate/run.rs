@@ -23,7 +23,7 @@ use super::{
     stats::CalibrationStats,
 };
 use crate::{
-    checkpoint::{advise, record},
+    checkpoint::{record, with_hint},
     layout::{BlockId, FluxConfig},
     model::{Block, ReplacementBlock, memory::BATCHES_PER_LOAD},
     pipeline::load,
@@ -69,11 +69,11 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
     let mut header = header(calibrator, pass.units())?;
     let mut out = if path.exists() {
         let restart = "delete the file to start again";
-        let (_, before) = advise(file::open(path), restart)?;
+        let (_, before) = with_hint(file::open(path), restart)?;
         header.products.clone_from(&before.products); // chosen by the run that began
         if let Some(difference) = header.difference(&before)? {
             bail!(
-                "`{}` is unfinished work with other settings ({difference})\nhint: give the same settings to go on, or delete the file to start again",
+                "`{}` is unfinished work with other options ({difference})\nhint: give the same options to go on, or delete the file to start again",
                 path.display()
             );
         }
@@ -83,7 +83,7 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
                 path.display()
             );
         }
-        let read = advise(Calibration::read(path, &calibrator.runtime.device), restart)?;
+        let read = with_hint(Calibration::read(path, &calibrator.runtime.device), restart)?;
         ui::note(format!(
             "going on from `{}`: {} of {} units are done",
             path.display(),
@@ -119,7 +119,7 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
         }
     }
     let seen = out.stats.blocks.iter().any(|b| b.moments().tokens > 0.0);
-    let what = match (options.sums, calibrator.settings.recipe.source) {
+    let what = match (options.sums, calibrator.options.recipe.source) {
         _ if todo.is_empty() => "nothing was left to calibrate".to_owned(),
         (true, _) if !seen => {
             "this shard holds only held-out images; nothing to accumulate".to_owned()
@@ -132,7 +132,7 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
             "calibrated on {} noised latents ({source})",
             pass.num_noised()
         ),
-        (false, _) => format!("sampled {} images", calibrator.settings.prompts.len()),
+        (false, _) => format!("sampled {} images", calibrator.options.prompts.len()),
     };
     ui::done(&progress, what);
     load::check_kernels(calibrator.runtime);
@@ -148,7 +148,7 @@ fn header(calibrator: &Calibrator, units: usize) -> Result<Header> {
         prompts,
         num_prompts,
         ..
-    } = &calibrator.settings;
+    } = &calibrator.options;
     Ok(Header {
         version: Header::VERSION,
         model: record::fingerprint(&calibrator.pipeline.transformer)?,
@@ -209,7 +209,7 @@ fn products(calibrator: &Calibrator) -> Result<Vec<BlockId>> {
 /// The velocity error of removing each block alone, on a few noised images: half a forward for each block and state.
 fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
     let pass = calibrator.pass()?;
-    let count = CHEAP_IMAGES.min(calibrator.settings.num_prompts);
+    let count = CHEAP_IMAGES.min(calibrator.options.num_prompts);
     let prompts = pass.prompts.range(0..count)?;
     let images: Tensor = match pass.images {
         Some(images) => images.narrow(0, 0, count)?,
@@ -282,7 +282,7 @@ impl RunOptions {
 }
 
 impl Calibrator<'_> {
-    /// Calibrates: what an earlier, killed run of the same settings saved is not done again.
+    /// Calibrates: what an earlier, killed run of the same options saved is not done again.
     ///
     /// # Errors
     /// When unfinished work of another kind is in the way, a forward fails, or a disk is full.
@@ -290,15 +290,15 @@ impl Calibrator<'_> {
         run(self, options)
     }
 
-    /// The calibration that was made before, if the settings name one, otherwise one made now.
+    /// The calibration that was made before, if the options name one, otherwise one made now.
     ///
     /// # Errors
     /// As [`Self::run`]; when the file is damaged or holds images of another model.
     pub fn load_or_run(&self, options: &RunOptions) -> Result<Calibration> {
-        let Some(path) = &self.settings.stats else {
+        let Some(path) = &self.options.stats else {
             return self.run(options);
         };
-        let calibration = advise(Calibration::open(path), AGAIN).context("--stats")?;
+        let calibration = with_hint(Calibration::open(path), AGAIN).context("--stats")?;
         let channels = self.pipeline.config.out_channels;
         for images in calibration.images.values() {
             let found = images.dims().last().copied().unwrap_or(0);

@@ -121,7 +121,7 @@ impl CalibrationStats {
         y: &Tensor,
         timestep: &Tensor,
     ) -> Result<bool> {
-        let Some(mut share) = Share::of(x, y)? else {
+        let Some(mut share) = Share::new(x, y)? else {
             return Ok(false);
         };
         let Some(block) = self.blocks.iter_mut().find(|b| b.id == place.id) else {
@@ -133,7 +133,7 @@ impl CalibrationStats {
             &mut block.img
         };
         if self.products.contains(&place.id) {
-            let chosen = self.rows.of(x.dim(0)? * x.dim(1)?);
+            let chosen = self.rows.indices(x.dim(0)? * x.dim(1)?);
             if !share.multiply(stream, x, y, chosen)? {
                 return Ok(false);
             }

@@ -170,7 +170,7 @@ impl StreamStats {
         let width = x.dim(candle::D::Minus1)?;
         let product = product_dtype(x.device());
         let (x, y) = (x.reshape(((), width))?, y.reshape(((), width))?);
-        let (x, y) = match choice.of(x.dim(0)?) {
+        let (x, y) = match choice.indices(x.dim(0)?) {
             None => (x, y),
             Some(rows) => {
                 let rows = Tensor::new(rows, x.device())?;
@@ -179,6 +179,6 @@ impl StreamStats {
         };
         self.rows += x.dim(0)? as f64;
         let (x, y) = (x.to_dtype(product)?, y.to_dtype(product)?);
-        Gram::of(&with_ones(&x)?, &(y - &x)?)?.add_to(&mut self.gram)
+        Gram::from_rows(&with_ones(&x)?, &(y - &x)?)?.add_to(&mut self.gram)
     }
 }

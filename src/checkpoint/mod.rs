@@ -328,7 +328,7 @@ fn damaged(file: &str, blob: &[u8], error: &safetensors::SafeTensorError) -> any
 ///
 /// # Errors
 /// Those of `result`.
-pub fn advise<T>(result: Result<T>, hint: &str) -> Result<T> {
+pub fn with_hint<T>(result: Result<T>, hint: &str) -> Result<T> {
     result.map_err(|error| {
         let text = format!("{error:#}");
         if text.contains("\nhint:") {

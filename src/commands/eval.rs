@@ -29,7 +29,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let options = options(args, &baseline)?;
     target::check_writable(&args.output.path)?;
     for plan in plans {
-        let budget = budget.clone().of(&baseline);
+        let budget = budget.clone().for_pipeline(&baseline);
         models.push(plan.carry_out(&baseline, &budget, &args.output.path)?);
     }
     let evaluation = eval::run(&baseline, &models, &options, clip.as_ref(), &budget)?;

@@ -71,7 +71,7 @@ pub(super) fn open_within(
 ) -> Result<(Pipeline, MemoryBudget)> {
     let runtime = runtime(run)?;
     let pipeline = open(&model_choice(pipeline))?;
-    let budget = MemoryBudget::new(memory(memory_args), &runtime).of(&pipeline);
+    let budget = MemoryBudget::new(memory(memory_args), &runtime).for_pipeline(&pipeline);
     Ok((pipeline, budget))
 }
 

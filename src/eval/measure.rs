@@ -110,7 +110,7 @@ impl Task<'_> {
         let mut memory = MemoryWatch::start(free());
         let tokens = self.size.tokens() + self.encoded.txt.dim(1)?;
         let default = TOKENS_PER_FORWARD / tokens;
-        let budget = self.budget.clone().of(pipeline);
+        let budget = self.budget.clone().for_pipeline(pipeline);
         let batch = budget.batch(&pipeline.config, tokens, default);
         let activity = Activity {
             batch,
@@ -147,7 +147,7 @@ impl Task<'_> {
         memory.sample(free());
         let noised = noised(&latents)?.context("no noised latents to compare on")?;
         let progress = ui::progress(noised.batches(batch).len(), "comparing");
-        let velocities = Velocities::of(&flux, &noised, batch, runtime, &progress)
+        let velocities = Velocities::new(&flux, &noised, batch, runtime, &progress)
             .with_context(|| format!("`{}`", pipeline.name))?;
         progress.finish_and_clear();
         memory.sample(free());

@@ -128,7 +128,9 @@ pub fn run(
             peak_memory: measured.memory,
             against_baseline: against.transpose()?,
             prompt_following: PromptFollowing::from_verdicts(&verdicts),
-            clip_score: clip_scores.as_ref().map(|all| Summary::of(&all[i])),
+            clip_score: clip_scores
+                .as_ref()
+                .map(|all| Summary::from_values(&all[i])),
             recipe: pipeline.record.as_ref().map(|r| r.recipe.clone()),
         });
     }

@@ -222,9 +222,9 @@ impl Distances {
         worst.truncate(WORST);
         Self {
             velocity,
-            latent_mse: Summary::of(&values(|p| p.latent_mse)),
-            ssim: Summary::of(&values(|p| p.ssim)),
-            psnr: Summary::of(&psnr),
+            latent_mse: Summary::from_values(&values(|p| p.latent_mse)),
+            ssim: Summary::from_values(&values(|p| p.ssim)),
+            psnr: Summary::from_values(&psnr),
             worst,
         }
     }

@@ -52,7 +52,7 @@ impl Velocities {
     ///
     /// # Errors
     /// When a forward fails or its result is not finite.
-    pub fn of(
+    pub fn new(
         flux: &Flux,
         noised: &NoisedLatents,
         batch: usize,

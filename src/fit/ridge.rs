@@ -189,7 +189,7 @@ mod tests {
     }
 
     fn gram(x: &Tensor, target: &Tensor) -> Gram {
-        Gram::of(&with_ones(x).unwrap(), target).unwrap()
+        Gram::from_rows(&with_ones(x).unwrap(), target).unwrap()
     }
 
     #[test]

@@ -64,7 +64,7 @@ impl Flux {
         reason = "every model on candle is built from a `VarBuilder` by value"
     )]
     pub fn new(config: &FluxConfig, vb: VarBuilder) -> Result<Self> {
-        Self::of(config, Trunk::load(config, &vb), &vb)
+        Self::from_trunk(config, Trunk::load(config, &vb), &vb)
     }
 
     /// The same with blocks that are read from `vb` whenever they are run, except those for which `resident` says yes.
@@ -75,10 +75,10 @@ impl Flux {
         vb: &VarBuilder<'static>,
         resident: &dyn Fn(usize) -> bool,
     ) -> Result<Self> {
-        Self::of(config, Trunk::offloaded(config, vb, resident), vb)
+        Self::from_trunk(config, Trunk::offloaded(config, vb, resident), vb)
     }
 
-    fn of(config: &FluxConfig, trunk: Result<Trunk>, vb: &VarBuilder) -> Result<Self> {
+    fn from_trunk(config: &FluxConfig, trunk: Result<Trunk>, vb: &VarBuilder) -> Result<Self> {
         let head_dim = config.axes_dims.iter().sum::<usize>();
         if config.num_heads * head_dim != config.hidden_size {
             candle::bail!(

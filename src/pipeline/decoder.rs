@@ -141,7 +141,7 @@ impl MemoryBudget {
     }
 
     /// Bytes for what is decoded; no bound where nobody says.
-    fn room_beside(&self, config: &VaeConfig, element: u64) -> u64 {
+    fn room_to_decode(&self, config: &VaeConfig, element: u64) -> u64 {
         let weights = config.decoder_parameters() * element;
         self.limit
             .map_or(u64::MAX, |limit| limit.saturating_sub(weights))
@@ -161,8 +161,8 @@ impl MemoryBudget {
         element: u64,
     ) -> Device {
         let take = self.decoding(config, size, Some(rows), element);
-        let room = self.room_beside(config, element);
-        if take.work + take.parked <= room {
+        let room = self.room_to_decode(config, element);
+        if take.work + take.offloaded <= room {
             self.runtime.device.clone()
         } else {
             Device::Cpu
@@ -171,7 +171,7 @@ impl MemoryBudget {
 
     /// The widest bands that fit; `None` where the whole image does.
     fn bands(&self, config: &VaeConfig, size: LatentSize, element: u64) -> Option<InBands> {
-        let room = self.room_beside(config, element);
+        let room = self.room_to_decode(config, element);
         let whole = self.decoding(config, size, None, element);
         if whole.work <= room && self.counts(whole) {
             return None;
@@ -181,8 +181,8 @@ impl MemoryBudget {
         let fitting = |with_parked: bool| {
             choices.iter().copied().find(|rows| {
                 let take = self.decoding(config, size, Some(*rows), element);
-                let parked = if with_parked { take.parked } else { 0 };
-                take.work + parked <= room && self.counts(take)
+                let offloaded = if with_parked { take.offloaded } else { 0 };
+                take.work + offloaded <= room && self.counts(take)
             })
         };
         let least = choices.last().copied().unwrap_or(MIN_ROWS);

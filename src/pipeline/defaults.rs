@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::{Pipeline, locate::DAMAGED};
 pub use crate::sample::size::{MAX_SIDE, MIN_SIDE};
 use crate::{
-    checkpoint::{advise, record::Record},
+    checkpoint::{record::Record, with_hint},
     files::Files,
     sample::size::ImageSize,
     ui,
@@ -184,7 +184,7 @@ pub(super) fn of_model(
         anyhow::Ok(defaults)
     };
     if let Some(record) = record {
-        return advise(read(record.defaults.clone()), DAMAGED)
+        return with_hint(read(record.defaults.clone()), DAMAGED)
             .with_context(|| format!("`{name}`: the defaults in its fastflux metadata"));
     }
     let Some(files) = pipeline else {
@@ -193,7 +193,7 @@ pub(super) fn of_model(
     let Some(json) = files.json(DEFAULTS_FILE)? else {
         return Ok(Defaults::default());
     };
-    advise(read(json), "correct it, or take it out")
+    with_hint(read(json), "correct it, or take it out")
         .with_context(|| format!("`{}`", files.describe(DEFAULTS_FILE)))
 }
 

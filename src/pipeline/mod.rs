@@ -9,9 +9,10 @@ use serde_json::Value;
 
 use crate::{
     checkpoint::{
-        Checkpoint, advise,
+        Checkpoint,
         config::{self, ConfigFile},
         record::{self, Record},
+        with_hint,
     },
     files::{BUNDLED, Files},
     layout::{BlockKind, FluxConfig},
@@ -53,7 +54,7 @@ pub struct Pipeline {
     /// How messages and tables name the model.
     pub name: String,
     /// The `--model` value that opens it again from anywhere.
-    pub locator: String,
+    pub model_ref: String,
     /// The transformer under the original names.
     pub transformer: Checkpoint,
     /// Whether the file had diffusers' names.
@@ -86,17 +87,17 @@ impl Pipeline {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_original(choice: &ModelChoice, of: Option<&Record>) -> Result<Self> {
-        let found = locate(choice.model.as_deref())?;
-        let record = Record::read(&found.raw.name, &found.raw.metadata);
-        let record = advise(record, DAMAGED)?;
-        let diffusers = crate::checkpoint::diffusers::is_diffusers(&found.raw);
-        let transformer = advise(config::canonical(&found.raw), DAMAGED)?;
+        let located = locate(choice.model.as_deref())?;
+        let record = Record::read(&located.raw.name, &located.raw.metadata);
+        let record = with_hint(record, DAMAGED)?;
+        let diffusers = crate::checkpoint::diffusers::is_diffusers(&located.raw);
+        let transformer = with_hint(config::canonical(&located.raw), DAMAGED)?;
         let mut configs = Vec::new();
         if let Some(path) = &choice.config {
             configs.push(ConfigFile::read(path).context("--config")?);
         }
-        configs.extend(found.configs);
-        configs.extend(metadata_config(&found.raw));
+        configs.extend(located.configs);
+        configs.extend(metadata_config(&located.raw));
         let known = match (&record, of) {
             (None, Some(of)) if record::fingerprint(&transformer)? == of.base_fingerprint => {
                 configs.push(ConfigFile {
@@ -112,21 +113,24 @@ impl Pipeline {
             config.head_dim() == 128 && config.context_in_dim == 4096 && config.vec_in_dim == 768;
         let (scheduler, scheduler_name) = scheduler::of_model(
             &configs,
-            found.pipeline.as_ref(),
+            located.pipeline.as_ref(),
             known,
             &config,
-            &found.raw.name,
+            &located.raw.name,
         )?;
-        let defaults =
-            defaults::of_model(found.pipeline.as_ref(), record.as_ref(), &found.raw.name)?;
+        let defaults = defaults::of_model(
+            located.pipeline.as_ref(),
+            record.as_ref(),
+            &located.raw.name,
+        )?;
         if let Some(record) = &record {
-            warn_of_kept_lora(record, found.pipeline.as_ref(), &found.raw.name)?;
+            warn_of_kept_lora(record, located.pipeline.as_ref(), &located.raw.name)?;
         }
         let mut choice = choice.clone();
-        choice.take_parts(known.map(|r| &r.parts));
+        choice.fill_from_record(known.map(|r| &r.parts));
         Ok(Self {
             name: choice.model.clone().unwrap_or_else(|| BUNDLED.to_owned()),
-            locator: found.locator,
+            model_ref: located.model_ref,
             transformer,
             diffusers,
             config,
@@ -135,7 +139,7 @@ impl Pipeline {
             defaults,
             components: Components {
                 choice,
-                own: found.pipeline,
+                own: located.pipeline,
                 base: record.as_ref().map(|r| r.base.clone()),
                 flux1,
             },
@@ -165,10 +169,10 @@ impl Pipeline {
         };
         let base = Self::open_original(&choice, Some(record))
             .with_context(|| format!("`{}` was pruned from `{}`", self.name, record.base))?;
-        let found = record::fingerprint(&base.transformer)?;
+        let fingerprint = record::fingerprint(&base.transformer)?;
         ensure!(
-            found == record.base_fingerprint,
-            "`{}` is not the model that `{}` was pruned from (fingerprint {found}, expected {})",
+            fingerprint == record.base_fingerprint,
+            "`{}` is not the model that `{}` was pruned from (fingerprint {fingerprint}, expected {})",
             record.base,
             self.name,
             record.base_fingerprint
@@ -185,7 +189,7 @@ impl Pipeline {
         Ok(Record {
             version: record::VERSION,
             tool: record::software(),
-            base: before.map_or_else(|| self.locator.clone(), |r| r.base.clone()),
+            base: before.map_or_else(|| self.model_ref.clone(), |r| r.base.clone()),
             base_fingerprint: match before {
                 Some(before) => before.base_fingerprint.clone(),
                 None => record::fingerprint(&self.transformer)?,

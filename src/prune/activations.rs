@@ -35,7 +35,7 @@ impl FitSplit {
 
     /// The tokens of `x` (b, n, …) that sums are made of; all where `None`.
     pub(super) fn tokens(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        subsample::of_samples(x.dim(0)?, x.dim(1)?, self.limit, self.batch, x.device())
+        subsample::from_samples(x.dim(0)?, x.dim(1)?, self.limit, self.batch, x.device())
     }
 }
 

@@ -81,13 +81,13 @@ impl RefitCandidates<'_> {
         let calibrator = self.calibrator;
         let width = calibrator.pipeline.config.hidden_size;
         let fewest = calibrator
-            .settings
+            .options
             .size
             .tokens()
-            .min(calibrator.settings.text_tokens);
+            .min(calibrator.options.text_tokens);
         let rows = ROWS_PER_CHANNEL * width;
         let noised = self.noised.fit.first(rows.div_ceil(fewest.max(1)));
-        let batch = calibrator.settings.batch;
+        let batch = calibrator.options.batch;
         let progress = ui::progress(noised.batches(batch).len(), "calibrating");
         let stats = calibrate::gather_behind(
             &calibrator.flux,

@@ -42,7 +42,7 @@ pub struct ModelCost {
 
 impl ModelCost {
     /// Of a model as it is.
-    pub fn of(config: &FluxConfig, workload: Workload) -> Self {
+    pub fn for_config(config: &FluxConfig, workload: Workload) -> Self {
         let Workload {
             image_tokens,
             text_tokens,
@@ -72,7 +72,7 @@ impl ModelCost {
             layout: plan.layout(config),
             ..config.clone()
         };
-        Self::of(&pruned, workload)
+        Self::for_config(&pruned, workload)
     }
 
     /// How many times faster than `before` a step is, by its arithmetic alone.

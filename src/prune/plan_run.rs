@@ -56,9 +56,9 @@ impl PlanRun {
             held_out: self.recipe.score.held_out,
             ..CalibrationOptions::default()
         };
-        let settings = ResolvedOptions::new(base, &options)?;
-        self.recipe.resolve(base, &settings);
-        let calibrator = Calibrator::open(base, budget, settings, Some(0))?;
+        let resolved = ResolvedOptions::new(base, &options)?;
+        self.recipe.resolve(base, &resolved);
+        let calibrator = Calibrator::open(base, budget, resolved, Some(0))?;
         let run = RunOptions {
             sums: false,
             ..RunOptions::for_output(output, options.save_every)

@@ -102,8 +102,8 @@ impl PruneReport {
         output: &Path,
     ) -> Self {
         let pipeline = calibrator.pipeline;
-        let settings = &calibrator.settings;
-        let (image, text) = (settings.size.tokens(), settings.text_tokens);
+        let resolved = &calibrator.options;
+        let (image, text) = (resolved.size.tokens(), resolved.text_tokens);
         let size = |config: &FluxConfig, checkpoint: &Checkpoint| Size {
             parameters: checkpoint.parameters(),
             bytes: checkpoint.bytes(),
@@ -236,7 +236,7 @@ impl PlanReport {
     /// Of a plan for `pipeline` that was written to `output`.
     pub fn new(pipeline: &Pipeline, ranked: RankedPlan, workload: Workload, output: &Path) -> Self {
         let config = &pipeline.config;
-        let before = ModelCost::of(config, workload);
+        let before = ModelCost::for_config(config, workload);
         let after = ModelCost::of_plan(config, &ranked.plan, workload);
         let importance = ranked.importance.iter();
         Self {

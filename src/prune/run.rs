@@ -47,10 +47,10 @@ pub fn run(
 ) -> Result<PruneReport> {
     let mut recipe = options.recipe.clone();
     let target = PruneTarget::new(&options.goal, &recipe, pipeline)?;
-    let settings = ResolvedOptions::new(pipeline, &options.calibration)?;
-    recipe.resolve(pipeline, &settings);
+    let resolved = ResolvedOptions::new(pipeline, &options.calibration)?;
+    recipe.resolve(pipeline, &resolved);
     if let PruneTarget::Goal { goal, protect } = &target {
-        let workload = goal::workload(pipeline, budget.runtime(), &settings);
+        let workload = goal::workload(pipeline, budget.runtime(), &resolved);
         goal::budget(pipeline, workload, &recipe, *goal, protect)?; // before the long part
     }
     target::check_writable(&options.output)?;
@@ -61,7 +61,7 @@ pub fn run(
     } else {
         Some(0)
     };
-    let calibrator = Calibrator::open(pipeline, budget, settings, stats_memory)?;
+    let calibrator = Calibrator::open(pipeline, budget, resolved, stats_memory)?;
     let calibration = calibrator.load_or_run(&run)?;
     let found = find(&calibrator, &recipe, calibration, target)?;
     let report = write(calibrator, &recipe, found, budget, options)?;
@@ -93,7 +93,7 @@ fn find(
         PruneTarget::Plan(plan) => (None, plan),
         PruneTarget::Goal { goal, protect } => {
             let pipeline = calibrator.pipeline;
-            let workload = goal::workload(pipeline, calibrator.runtime, &calibrator.settings);
+            let workload = goal::workload(pipeline, calibrator.runtime, &calibrator.options);
             let budget = goal::budget(pipeline, workload, recipe, goal, &protect)?;
             let stats = calibration.stats;
             let (selection, plan) = select::by_model(
@@ -188,7 +188,7 @@ fn before_and_after(
             return Ok(false);
         }
     };
-    let size = calibrator.settings.size;
+    let size = calibrator.options.size;
     let count = if size.is_large() {
         IMAGES_LARGE
     } else {

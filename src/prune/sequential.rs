@@ -11,7 +11,7 @@ use indicatif::ProgressBar;
 
 use super::{
     activations::{FitSplit, PairedActivations, moved},
-    projections::{self, OutputSums, Outputs, RefitProjections},
+    projections::{self, OutputProjectionSums, OutputProjections, RefitProjections},
     replacement::Sums,
     trunk::{pieces, resident, runs},
 };
@@ -46,7 +46,7 @@ pub struct Fits {
     /// What stands for the replaced blocks.
     pub layers: LayerMap,
     /// New output projections of what is kept.
-    pub outputs: Outputs,
+    pub output_projections: OutputProjections,
 }
 
 /// The noised latents of one image in eight are left out of the fit to choose the ridge, and used after that.
@@ -85,16 +85,16 @@ pub fn fit_layers(
     if runs.is_empty() {
         return Ok(Fits::default());
     }
-    let mut walk = SequentialFit::new(flux, noised, fitting, runtime, progress)?;
+    let mut fit = SequentialFit::new(flux, noised, fitting, runtime, progress)?;
     for (first, replacement) in runs {
-        walk.to(first)?;
-        walk.replace(replacement)?;
+        fit.to(first)?;
+        fit.replace(replacement)?;
     }
     if fitting.refit_projections != RefitProjections::None {
-        walk.to(flux.trunk.len())?;
-        walk.head()?;
+        fit.to(flux.trunk.len())?;
+        fit.head()?;
     }
-    Ok(walk.out)
+    Ok(fit.out)
 }
 
 /// Steps of `progress` that [`fit_layers`] takes.
@@ -261,7 +261,7 @@ impl<'a> SequentialFit<'a> {
     fn kept(&mut self, index: usize) -> Result<()> {
         let mut block = self.block(index)?.resident()?;
         let id = self.flux.trunk.entries()[index].0.id();
-        let mut projections: Vec<(&'static str, Linear, OutputSums)> = Vec::new();
+        let mut projections: Vec<(&'static str, Linear, OutputProjectionSums)> = Vec::new();
         for batch in &mut self.batches {
             let (before, pruned) = batch.load(&self.runtime.device)?;
             let conditioning = &batch.conditioning;
@@ -275,7 +275,7 @@ impl<'a> SequentialFit<'a> {
                         .into_iter()
                         .find(|(name, _)| *name == step.name)
                         .with_context(|| format!("block {id} has no `{}`", step.name))?;
-                    projections.push((step.name, linear.clone(), OutputSums::default()));
+                    projections.push((step.name, linear.clone(), OutputProjectionSums::default()));
                 }
                 let (_, linear, sums) = &mut projections[place];
                 let tokens = step.x.dim(1)?;
@@ -301,7 +301,9 @@ impl<'a> SequentialFit<'a> {
                 .solve(&linear, self.fitting.ridge)
                 .with_context(|| format!("block {id}, `{name}`"))?;
             block.exchange(name, projection.linear(self.runtime)?)?;
-            self.out.outputs.insert((Some(id), name), projection);
+            self.out
+                .output_projections
+                .insert((Some(id), name), projection);
         }
         self.pass(&block)
     }
@@ -310,7 +312,7 @@ impl<'a> SequentialFit<'a> {
     fn head(&mut self) -> Result<()> {
         let mut flux = self.flux.clone();
         let linear = flux.head_linear_mut().clone();
-        let mut sums = OutputSums::default();
+        let mut sums = OutputProjectionSums::default();
         for batch in &self.batches {
             let (original, pruned) = batch.load(&self.runtime.device)?;
             let wide = |t: Tensor| t.to_dtype(DType::F32);
@@ -327,7 +329,7 @@ impl<'a> SequentialFit<'a> {
         }
         let projection = sums.solve(&linear, self.fitting.ridge).context("head")?;
         self.out
-            .outputs
+            .output_projections
             .insert((None, projections::HEAD), projection);
         Ok(())
     }

@@ -46,7 +46,7 @@ struct Moments {
 }
 
 impl Moments {
-    fn of(parts: &[Tensor]) -> Result<Self> {
+    fn new(parts: &[Tensor]) -> Result<Self> {
         let rows: Vec<Tensor> = parts
             .iter()
             .map(|t| t.flatten_to(1)?.to_dtype(DType::F32))
@@ -89,7 +89,7 @@ impl Loss {
     ) -> Result<Self> {
         let parts = |part: fn(&Stream) -> candle::Result<Tensor>| -> Result<Moments> {
             let parts: Vec<Tensor> = targets.iter().map(part).collect::<candle::Result<_>>()?;
-            Moments::of(&parts)
+            Moments::new(&parts)
         };
         let (txt, img) = (parts(Stream::txt)?, parts(Stream::img)?);
         for moments in [&txt, &img] {

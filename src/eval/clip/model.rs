@@ -44,7 +44,7 @@ impl ClipModel {
             )
         })?;
         let checkpoint = Checkpoint::open(files, "model")?;
-        let name = || format!("`{}`", files.locator());
+        let name = || format!("`{}`", files.model_ref());
         let vision: VisionConfig =
             serde_json::from_value(config.get("vision_config").cloned().unwrap_or_default())
                 .with_context(|| files.describe("config.json"))?;

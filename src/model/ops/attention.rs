@@ -93,7 +93,7 @@ fn as_f32<'a, T: Element>(x: &'a [T], scratch: &'a mut Vec<f32>) -> &'a [f32] {
         return x;
     }
     scratch.clear();
-    scratch.extend(x.iter().map(|x| x.widen()));
+    scratch.extend(x.iter().map(|x| x.to_f32()));
     scratch
 }
 

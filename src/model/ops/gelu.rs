@@ -127,12 +127,12 @@ fn fused<T: Element>(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>)
                 match bias {
                     Some(bias) => {
                         for ((out, x), bias) in out.iter_mut().zip(x).zip(bias.row(b, n)) {
-                            *out = T::narrow(gelu_of(x.widen() + bias.widen()));
+                            *out = T::narrow(gelu_of(x.to_f32() + bias.to_f32()));
                         }
                     }
                     None => {
                         for (out, x) in out.iter_mut().zip(x) {
-                            *out = T::narrow(gelu_of(x.widen()));
+                            *out = T::narrow(gelu_of(x.to_f32()));
                         }
                     }
                 }

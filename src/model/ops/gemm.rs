@@ -175,7 +175,10 @@ fn in_panels<T: Vector>(
                         (None, None) => {
                             let widened = room(&mut scratch.widened, GROUP * deep);
                             for (n, widened) in widened.chunks_exact_mut(deep).enumerate() {
-                                widen(&weight[column(n) * inner + start..][..units_here], widened);
+                                slice_to_f32(
+                                    &weight[column(n) * inner + start..][..units_here],
+                                    widened,
+                                );
                             }
                             Columns::Apart(widened, std::array::from_fn(|n| n * deep))
                         }
@@ -217,7 +220,7 @@ fn in_panels<T: Vector>(
 #[inline(always)]
 fn gelu_of_columns<T: Vector>(sums: &mut [f32], lanes: usize, bias: Option<&[T]>) {
     for (column, sums) in sums.chunks_exact_mut(lanes).enumerate() {
-        let bias = bias.map_or(0.0, |bias| bias[column].widen());
+        let bias = bias.map_or(0.0, |bias| bias[column].to_f32());
         for sums in sums.as_chunks_mut::<LANES>().0 {
             for x in sums {
                 *x = gelu_of(*x + bias);
@@ -227,12 +230,12 @@ fn gelu_of_columns<T: Vector>(sums: &mut [f32], lanes: usize, bias: Option<&[T]>
 }
 
 /// `x` as f32.
-pub(super) fn widen<T: Vector>(x: &[T], out: &mut [f32]) {
+pub(super) fn slice_to_f32<T: Vector>(x: &[T], out: &mut [f32]) {
     vectorized(
         #[inline(always)]
         || {
             for (out, x) in out.iter_mut().zip(x) {
-                *out = x.widen();
+                *out = x.to_f32();
             }
         },
     );
@@ -257,7 +260,7 @@ fn portable<T: Vector>(
             None => {
                 let wide = room(&mut scratch.panels, rows * inner);
                 if left == 0 {
-                    widen(x, wide);
+                    slice_to_f32(x, wide);
                 }
                 wide
             }
@@ -266,7 +269,7 @@ fn portable<T: Vector>(
             Some(weight) => weight,
             None => {
                 let wide = room(&mut scratch.widened, columns * inner);
-                widen(weight, wide);
+                slice_to_f32(weight, wide);
                 wide
             }
         };
@@ -285,9 +288,9 @@ fn portable<T: Vector>(
             for (column, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
                 let x = match then {
                     Then::Put => *sum,
-                    Then::Add(add) => add[(row, column)].widen() + sum,
+                    Then::Add(add) => add[(row, column)].to_f32() + sum,
                     Then::Gelu(None) => gelu_of(*sum),
-                    Then::Gelu(Some(bias)) => gelu_of(sum + bias[column].widen()),
+                    Then::Gelu(Some(bias)) => gelu_of(sum + bias[column].to_f32()),
                 };
                 *out = T::narrow(x);
             }

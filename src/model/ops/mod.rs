@@ -25,7 +25,7 @@ mod attention_simd;
 #[cfg_attr(not(target_arch = "x86_64"), path = "avx512_stub.rs")]
 mod avx512;
 mod cpu;
-#[cfg_attr(not(feature = "cuda"), path = "cuda/absent.rs")]
+#[cfg_attr(not(feature = "cuda"), path = "cuda/stub.rs")]
 mod cuda;
 mod custom_op;
 mod dequantize;
@@ -41,11 +41,11 @@ mod swiglu;
 mod types;
 mod uninit;
 
-pub use attend::{attend, attend_beside_gelu, holds_scores_backward};
+pub use attend::{attend, attend_with_gelu, holds_scores_backward};
 pub(super) use attention::MAX_SCORES;
 pub use attention::holds_scores;
 pub use cuda::{add_products, limit_kept_memory, token_sums, trouble};
-pub use fused_linear::{attend_beside_gelu_of_product, gelu_of_product};
+pub use fused_linear::{attend_with_gelu_of_product, gelu_of_product};
 pub use gelu::gelu;
 pub use norm::norm_modulate;
 
@@ -58,7 +58,7 @@ pub use types::{Branch, Norms, Projected};
 
 use candle::{D, Result, Tensor};
 
-/// The sum of all numbers, a scalar; differentiable. Rows first, except on the CPU: candle's GPU kernel gives each result
+/// The sum of all numbers, a scalar; differentiable. RowView first, except on the CPU: candle's GPU kernel gives each result
 /// one block of threads, and so the sum of a whole tensor to one of a hundred processors.
 pub fn total(x: &Tensor) -> Result<Tensor> {
     if x.device().is_cpu() || x.rank() < 2 {

@@ -62,7 +62,7 @@ fn fit(
     let bar = ui::progress(1, "");
     let fits = fit_layers(flux, noised, replace, fitting, &runtime(), &bar).unwrap();
     let mut out = pruned(flux, replace, &fits.layers, &runtime()).unwrap();
-    projections::put(&mut out, &fits.outputs, &runtime()).unwrap();
+    projections::put(&mut out, &fits.output_projections, &runtime()).unwrap();
     out
 }
 

@@ -17,21 +17,21 @@ pub(super) struct Bands {
     /// Where they are computed with.
     device: Device,
     /// Where they are kept.
-    park: Device,
+    offload_device: Device,
 }
 
 impl Bands {
     /// Cuts `x` (b, c, h, w) into bands of `rows` rows, the last one perhaps smaller.
-    pub(super) fn cut(x: &Tensor, rows: usize, park: &Device) -> Result<Self> {
+    pub(super) fn cut(x: &Tensor, rows: usize, offload_device: &Device) -> Result<Self> {
         let (height, rows) = (x.dim(2)?, rows.max(1));
         let parts = (0..height).step_by(rows).map(|first| {
             let band = x.narrow(2, first, rows.min(height - first))?;
-            band.contiguous()?.to_device(park)
+            band.contiguous()?.to_device(offload_device)
         });
         Ok(Self {
             parts: parts.collect::<Result<_>>()?,
             device: x.device().clone(),
-            park: park.clone(),
+            offload_device: offload_device.clone(),
         })
     }
 
@@ -94,7 +94,7 @@ impl Bands {
         };
         let parts = (0..self.parts.len()).map(|i| {
             self.convolved(i, norm.as_ref(), conv)?
-                .to_device(&self.park)
+                .to_device(&self.offload_device)
         });
         Ok(Self {
             parts: parts.collect::<Result<_>>()?,
@@ -107,13 +107,13 @@ impl Bands {
         let mut inner = Self {
             parts: Vec::new(),
             device: self.device.clone(),
-            park: self.park.clone(),
+            offload_device: self.offload_device.clone(),
         };
         let mut statistics = Statistics::default();
         for i in 0..self.parts.len() {
             let y = self.convolved(i, Some(&norm1), &resnet.conv1)?;
             statistics = statistics.join(resnet.norm2.statistics(&y)?);
-            inner.parts.push(y.to_device(&self.park)?);
+            inner.parts.push(y.to_device(&self.offload_device)?);
         }
         let norm2 = resnet.norm2.knowing(statistics);
         for i in 0..self.parts.len() {
@@ -124,7 +124,7 @@ impl Bands {
                 None => x,
             };
             // nobody needs the band before the one above any more, nor this one of the input
-            self.parts[i] = (x + y)?.to_device(&self.park)?;
+            self.parts[i] = (x + y)?.to_device(&self.offload_device)?;
             if i > 0 {
                 inner.parts[i - 1] = inner.last_rows(i - 1, resnet.conv2.halo())?;
             }

@@ -9,7 +9,7 @@ use candle::{CudaDevice, DType, Device, Result, Tensor};
 
 use super::super::plain;
 use super::super::types::Heads;
-use super::launch::{ATTENTION_BACKWARD, AttentionBackward, Module, Rows, address_of};
+use super::launch::{ATTENTION_BACKWARD, AttentionBackward, Module, RowView, address_of};
 
 /// The size of a head that the kernels are made for.
 const HEAD: usize = 128;
@@ -24,7 +24,7 @@ const KEYS: &str = "attention_backward_keys";
 /// Two tiles of each of two operands, and of both sums.
 const SHARED: usize = 4 * TILE * (HEAD * 2 + 4);
 /// The largest second and third size of a grid.
-const MOST_BLOCKS: usize = 65_535;
+const MAX_BLOCKS: usize = 65_535;
 /// How far results may be from those of the twin: weights and gradients of scores are rounded before they are
 /// multiplied, the results once more.
 const TOLERANCES: [(DType, f64); 2] = [(DType::F16, 7e-4), (DType::BF16, 5e-3)];
@@ -41,7 +41,7 @@ fn loaded(device: &CudaDevice) -> Arc<Loaded> {
 }
 
 fn load(device: &CudaDevice) -> Loaded {
-    let module = Module::of(&ATTENTION_BACKWARD, device, &[QUERIES, KEYS])?;
+    let module = Module::from_program(&ATTENTION_BACKWARD, device, &[QUERIES, KEYS])?;
     match check(&module) {
         Ok(()) => Ok(module),
         Err(why) => {
@@ -92,7 +92,7 @@ pub(in super::super) fn attention_backward(heads: &Heads, grad: &Tensor) -> Resu
 fn call(module: &Module, Heads { q, k, v }: &Heads, grad: &Tensor) -> Result<Option<Tensor>> {
     let (dtype, (batch, heads, tokens, size)) = (q.dtype(), q.dims4()?);
     let padded = tokens.next_multiple_of(KEPT);
-    let Some(rows) = Rows::of(grad)? else {
+    let Some(rows) = RowView::new(grad)? else {
         return Ok(None);
     };
     let operands = [q, k, v];
@@ -110,7 +110,7 @@ fn call(module: &Module, Heads { q, k, v }: &Heads, grad: &Tensor) -> Result<Opt
             .any(|x| x.dims() != q.dims() || !x.is_contiguous())
         || grad.dims() != [batch, tokens, heads * size]
         || !aligned
-        || heads.max(batch) > MOST_BLOCKS
+        || heads.max(batch) > MAX_BLOCKS
         || i32::try_from(padded).is_err()
     {
         return Ok(None);

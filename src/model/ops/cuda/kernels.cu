@@ -11,7 +11,7 @@
 const int HELD = 4;
 
 struct NormModulate {
-    Rows x, shift, scale;
+    RowView x, shift, scale;
     void *out;
     int width, whole;
     float eps;
@@ -62,7 +62,7 @@ __device__ void norm_modulate(const NormModulate &p) {
 // --- softmax(x) of rows in f32, rounded: a block of threads for each row, which is held in registers -----------------
 
 struct Softmax {
-    Rows x;  // (rows, width), f32
+    RowView x;  // (rows, width), f32
     void *out;
     int width, whole;
 };
@@ -110,7 +110,7 @@ __device__ void softmax(const Softmax &p) {
 // --- x + gate · (y + bias): a thread for a column of pieces, of every gridDim.y-th token -----------------------------
 
 struct GatedResidual {
-    Rows x, y, bias, gate;  // bias and gate may have no data: 0 and 1
+    RowView x, y, bias, gate;  // bias and gate may have no data: 0 and 1
     void *out;              // (batch, total, width), written from token `first` on
     int tokens, width, first, total, whole;
 };
@@ -142,7 +142,7 @@ __device__ void gated_residual(const GatedResidual &p) {
 // --- bias, RMS norm, rotation and layout: a block for each token, blockDim.x threads for each query, key or value ----
 
 struct Heads {
-    Rows qkv, bias, query, key;  // bias may have no data
+    RowView qkv, bias, query, key;  // bias may have no data
     const float *cos, *sin;      // (total, size): cosines twice each, sines negated for the first of a pair
     void *out;                   // (3, batch, heads, total, size), written from token `first` on
     int number, size, first, total, whole;  // number of heads, and their size
@@ -200,7 +200,7 @@ __device__ void heads(const Heads &p) {
 // --- beside ‖ gelu(x + bias): a thread for a column of pieces, of every gridDim.y-th token ---------------------------
 
 struct Gelu {
-    Rows x, bias, beside;  // bias and beside may have no data
+    RowView x, bias, beside;  // bias and beside may have no data
     void *out;             // (batch, tokens, front + width)
     int tokens, front, width, whole;
 };
@@ -226,7 +226,7 @@ __device__ void gelu(const Gelu &p) {
         Piece<F> piece = load<F>(row<F>(copied ? p.beside : p.x, batch, token) + at, left, p.whole);
         if (!copied) {
             float x[N];
-            F::widen(piece, x);
+            F::to_float(piece, x);
             #pragma unroll
             for (int j = 0; j < N; j++) x[j] = gelu_of(x[j] + bias[j]);
             F::narrow(x, piece);

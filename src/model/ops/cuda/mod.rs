@@ -69,7 +69,7 @@ impl Kernels {
     }
 
     /// Those of a device, made when they are first asked for.
-    fn of(device: &CudaDevice) -> Arc<Self> {
+    fn for_device(device: &CudaDevice) -> Arc<Self> {
         static DEVICES: LazyLock<Mutex<HashMap<DeviceId, Arc<Kernels>>>> =
             LazyLock::new(Mutex::default);
         let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
@@ -90,7 +90,7 @@ pub fn trouble(device: &Device) -> Option<String> {
     let Device::Cuda(device) = device else {
         return None;
     };
-    let kernels = Kernels::of(device);
+    let kernels = Kernels::for_device(device);
     if let Err(why) = &kernels.module {
         return Some(why.clone());
     }
@@ -123,7 +123,7 @@ fn with<T>(
     if first.track_op() || operands.any(|x| x.track_op() || !alike(x)) {
         return Ok(None);
     }
-    match Kernels::of(device).module(kernel) {
+    match Kernels::for_device(device).module(kernel) {
         Some(module) => call(module),
         None => Ok(None),
     }
@@ -178,7 +178,7 @@ pub(super) fn flash(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Op
     if !has_flash(q.device(), q.dtype(), q.dim(3)?) || [q, k, v].iter().any(|x| x.track_op()) {
         return Ok(None);
     }
-    let flash = Kernels::of(q.device().as_cuda_device()?).flash;
+    let flash = Kernels::for_device(q.device().as_cuda_device()?).flash;
     let attended = flash.map(|flash| flash.attention(q, k, v, scale as f32));
     attended.transpose()
 }
@@ -186,7 +186,9 @@ pub(super) fn flash(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Op
 /// Whether [`flash`] computes attention with heads of this size in this format.
 pub(super) fn has_flash(device: &Device, dtype: DType, head: usize) -> bool {
     match device {
-        Device::Cuda(device) => flash::fits(dtype, head) && Kernels::of(device).flash.is_some(),
+        Device::Cuda(device) => {
+            flash::fits(dtype, head) && Kernels::for_device(device).flash.is_some()
+        }
         _ => false,
     }
 }
