@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "diffusers>=0.35"]
 # ///
-"""FLUX.1-dev's transformer in diffusers on a GPU: the time of a step, beside what the card reaches at most; prints JSON.
+"""FLUX.1-dev's transformer in diffusers on a GPU: the time of a step, next to what the card reaches at most; prints JSON.
 
     python scripts/bench_gpu_peers.py                       # eager, full and with 11 of 57 blocks as linear layers
     python scripts/bench_gpu_peers.py --compile whole --train # torch.compile too, and a step of training
@@ -57,7 +57,7 @@ class Replacement(torch.nn.Module):
 
 
 class Lora(torch.nn.Module):
-    """A frozen layer and a low-rank product beside it."""
+    """A frozen layer and a low-rank product added to it."""
 
     def __init__(self, layer, rank, **place):
         super().__init__()

@@ -7,7 +7,7 @@
 #   formats   what float8 and GGUF cost (1 minute)
 #   pruning   what each choice of pruning is worth: ablation_prune.sh (20 minutes)
 #   training  what each choice of training is worth: ablation_sandwich.sh (1 hour)
-#   speed     a forward beside candle-transformers and diffusers: bench_peers.py (needs diffusers; 10 minutes to compile)
+#   speed     a forward next to candle-transformers and diffusers: bench_peers.py (needs diffusers; 10 minutes to compile)
 #
 # Environment: FASTFLUX, the program (default: target/release/fastflux); RATIOS, shares of blocks to replace; NUM, images
 # that each model draws; TRAIN, flags for train-sandwich (a quick look: TRAIN="--steps 20 --finetune 20").

@@ -110,7 +110,7 @@ impl Runtime {
         !self.device.is_cpu() && !cfg!(feature = "cudnn")
     }
 
-    /// Memory of the device that is free right now, in bytes; `None` where nobody says.
+    /// Memory of the device that is free right now, in bytes; `None` if unknown.
     pub fn free_memory(&self) -> Option<u64> {
         match &self.device {
             Device::Cpu => free_host_memory(),
@@ -184,7 +184,7 @@ impl fmt::Display for Runtime {
 /// Why a GPU was passed over.
 static UNUSED: OnceLock<String> = OnceLock::new();
 
-/// Why no GPU is used where nobody said which device to take, although there seems to be one.
+/// Why no GPU is used if no flag names a device, although there seems to be one.
 pub fn unused_gpu() -> Option<&'static str> {
     UNUSED.get().map(String::as_str)
 }

@@ -16,7 +16,7 @@ pub fn set_quiet(quiet: bool) {
     QUIET.store(quiet, Ordering::Relaxed);
 }
 
-/// A line on stderr. Whether anybody hears it (a terminal that has gone, a full disk behind it) is no matter of the work.
+/// A line on stderr. Ignores write errors: a closed stderr must not abort the run.
 fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }

@@ -31,7 +31,7 @@ figure() {
 stamp() { while IFS= read -r line; do printf '%s %s\n' "$EPOCHREALTIME" "$line"; done; }
 
 # attempt NAME SECONDS COMMAND…: stdout to logs/NAME.out, stderr with times to logs/NAME.err. Sets code, seconds, peak (MiB on
-# the GPU beyond the least that was used meanwhile, as the one before may still be leaving; empty where nobody says).
+# the GPU beyond the least that was used meanwhile, as the one before may still be leaving; empty if unknown).
 attempt() {
     local name=$1 most=$2 before base rest
     shift 2
@@ -73,7 +73,7 @@ row() {
         /^    }/ { if (here) { print found; exit } here = 0; found = "" }' "$output/logs/$1.out" 2>/dev/null
 }
 
-# A folder with room for so many gigabytes beside what is there: in memory where possible.
+# A folder with room for so many gigabytes in addition to what is there: in memory where possible.
 room() {
     local free
     free=$(df --output=avail -B1000000000 "$shm" 2>/dev/null | tail -n 1)

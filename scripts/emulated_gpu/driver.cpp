@@ -203,7 +203,7 @@ static std::map<Address, size_t> allocations;
 static size_t used, most;
 static long launches;
 
-// What is still done where memory is only counted: fastflux compares its kernels with their twins at such sizes.
+// What is still done where memory is only counted: fastflux compares its kernels with their reference implementations at such sizes.
 constexpr size_t SMALL_COPY = 2 << 20;
 constexpr double SMALL_LAUNCH = 3e5;
 

@@ -150,7 +150,7 @@ def load(path, **options):
         setattr(model.diffusion_model, f"{kind}_blocks", stack)
         # what ComfyUI names the blocks of a LoRA by
         model.model_config.unet_config[depth] = len(stack)
-    patcher.size = 0  # counted anew
+    patcher.size = 0  # counted again
     patcher.cached_patcher_init = (load, (path,))
     return patcher
 

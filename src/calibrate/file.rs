@@ -1,5 +1,5 @@
 //! A calibration as a file: the sums of every block, the images they were gathered of, and what made them. Files of
-//! shards add up to that of one run. Gathering is `pass`' business.
+//! shards add up to that of one run. `pass` gathers.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -261,7 +261,7 @@ impl Reader<'_> {
     fn ensure_finite(&self, what: &str, sum: f64) -> Result<()> {
         ensure!(
             sum.is_finite(),
-            "`{}`: tensor `{}.{what}` holds NaN or infinite numbers\nhint: `fastflux calibrate` makes the file anew",
+            "`{}`: tensor `{}.{what}` holds NaN or infinite numbers\nhint: `fastflux calibrate` makes the file again",
             self.name,
             self.prefix
         );
@@ -308,7 +308,7 @@ pub fn open(path: &Path) -> Result<(Checkpoint, Header)> {
         .with_context(|| format!("`{name}`: its statistics header is damaged"))?;
     header.validate().with_context(|| {
         format!(
-            "`{name}`: its statistics header is damaged\nhint: `fastflux calibrate` makes the file anew"
+            "`{name}`: its statistics header is damaged\nhint: `fastflux calibrate` makes the file again"
         )
     })?;
     Ok((file, header))

@@ -12,7 +12,7 @@ use crate::{
     ui,
 };
 
-/// The images of a folder in the order of their names, with the captions beside them.
+/// The images of a folder in the order of their names, with the captions next to them.
 pub(super) fn captioned(folder: &Path) -> Result<(Vec<String>, Vec<PathBuf>)> {
     let name = folder.display();
     let entries =

@@ -1,4 +1,4 @@
-//! Statistics on a GPU that multiplies 16-bit numbers: nobody waits for it before a forward is through. Scalars stay on the
+//! Statistics on a GPU that multiplies 16-bit numbers: the host waits for it only at the end of a forward. Scalars stay on the
 //! device until then; products add up there.
 
 use anyhow::{Context, Result};

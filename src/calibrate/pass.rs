@@ -209,7 +209,7 @@ impl std::str::FromStr for Shard {
     }
 }
 
-/// All blocks, without the head: nobody asks for the velocity.
+/// All blocks, without the head: the velocity is not used.
 fn trunk_only(
     flux: &Flux,
     inputs: &crate::model::Inputs,

@@ -52,7 +52,7 @@ pub struct RunOptions {
 
 /// Where unfinished work on `output` is kept: `stats.safetensors.partial`.
 fn partial(output: &Path) -> PathBuf {
-    // by its components: `pruned/` too is saved beside the folder, not in it
+    // by its components: `pruned/` too is saved next to the folder, not in it
     let mut name = output.components().as_path().as_os_str().to_owned();
     name.push(".partial");
     name.into()

@@ -115,7 +115,7 @@ impl Checkpoint {
                 .with_context(|| format!("`{name}`: the shard of `{tensor}` is not a file name"))?;
             ensure!(
                 !shard.contains(['/', '\\']) && shard != "..",
-                "`{name}` names the shard `{shard}`, which is not a file beside it"
+                "`{name}` names the shard `{shard}`, which is not a file next to it"
             );
             if !shards.contains(&shard) {
                 shards.push(shard);

@@ -141,7 +141,7 @@ impl Source {
     pub fn with_scale(mut self, scale: Vec<f32>) -> Result<Self> {
         ensure!(
             self.format == StorageDType::Quantized(QuantType::F8E4M3),
-            "a tensor of {} has a scale beside it, which only F8_E4M3 may have",
+            "a tensor of {} has a scale next to it, which only F8_E4M3 may have",
             self.format
         );
         let rows = self.shape.first().copied().unwrap_or(1);

@@ -187,7 +187,7 @@ fn copy(parts: &[&[u8]], mut to: u64, device: &CudaDevice) -> Result<()> {
     for (turn, chunk) in chunks.enumerate() {
         let buffer = &buffers[turn % BUFFERS];
         buffer.read.synchronize().w()?;
-        // SAFETY: `BUFFER` bytes, which the GPU has read, and which nobody else sees while `held` is locked
+        // SAFETY: `BUFFER` bytes, which the GPU has read, and which no other thread sees while `held` is locked
         let room = unsafe { std::slice::from_raw_parts_mut(buffer.data, chunk.len()) };
         let tasks = room.par_chunks_mut(TASK).zip(chunk.par_chunks(TASK));
         tasks.for_each(|(to, from)| to.copy_from_slice(from));

@@ -1,4 +1,4 @@
-//! Distances between two images or latents, and what many of them amount to. Reading scenes is `detect`'s business.
+//! Distances between two images or latents, and what many of them amount to. `detect` reads scenes.
 
 use anyhow::{Result, ensure};
 use serde::Serialize;

@@ -24,7 +24,7 @@ pub enum Activation {
     SwiGlu,
 }
 
-/// What differs between the families of FLUX besides sizes. The code of the model is one for all.
+/// What differs between the families of FLUX in addition to sizes. The code of the model is one for all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Family {
     /// Whether projections have biases. Layers that replace blocks always have one.

@@ -27,7 +27,7 @@ pub enum Block {
     Offloaded(Box<Offloaded>),
 }
 
-/// A block whose weights are not on the device, and the LoRA beside them, which is.
+/// A block whose weights are not on the device, and the LoRA next to them, which is.
 #[derive(Clone)]
 pub struct Offloaded {
     config: Arc<FluxConfig>,

@@ -140,7 +140,7 @@ impl MemoryBudget {
         config.decode_memory(size, rows, element, self.runtime.unfolds_convolutions())
     }
 
-    /// Bytes for what is decoded; no bound where nobody says.
+    /// Bytes for what is decoded; no bound if unknown.
     fn room_to_decode(&self, config: &VaeConfig, element: u64) -> u64 {
         let weights = config.decoder_parameters() * element;
         self.limit

@@ -1,4 +1,4 @@
-//! What a model's makers recommend for `generate`, and the bounds of what anybody may ask for.
+//! What a model's makers recommend for `generate`, and the bounds of what flags and recipes may ask for.
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};

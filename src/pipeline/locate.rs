@@ -19,7 +19,7 @@ use crate::{
 pub(super) struct Located {
     pub(super) raw: Checkpoint,
     pub(super) model_ref: String,
-    /// Config files beside the weights.
+    /// Config files next to the weights.
     pub(super) configs: Vec<ConfigFile>,
     /// The folder of the whole pipeline, when there is one.
     pub(super) pipeline: Option<Files>,
@@ -158,7 +158,7 @@ fn check_whole(path: &Path, files: &Files, name: &str) -> Result<()> {
     let (path, place) = (path.display(), files.describe(&index));
     ensure!(
         files.get(&index)?.is_some(),
-        "`{path}` is only shard {shard} of a model\nhint: put all shards and their index `{index}` beside it, and name the index with --model"
+        "`{path}` is only shard {shard} of a model\nhint: put all shards and their index `{index}` next to it, and name the index with --model"
     );
     bail!("`{path}` is only shard {shard} of a model\nhint: name their index: --model {place}")
 }
@@ -171,7 +171,7 @@ fn shard(name: &str) -> Option<(&str, String)> {
     (count > 1).then(|| (stem, format!("{number} of {count}")))
 }
 
-/// A JSON file beside the weights, when it is there and speaks of a FLUX transformer.
+/// A JSON file next to the weights, when it is there and speaks of a FLUX transformer.
 fn config_file(files: &Files, name: &str) -> Result<Vec<ConfigFile>> {
     let json = files.json(name)?.filter(speaks_of_flux);
     Ok(json

@@ -155,7 +155,7 @@ impl Pipeline {
         self.base_with(&ModelChoice::default())
     }
 
-    /// The same with flags for what lies beside the transformer; `choice.model` counts for nothing.
+    /// The same with flags for what lies next to the transformer; `choice.model` counts for nothing.
     ///
     /// # Errors
     /// As [`Self::base`].
@@ -243,7 +243,7 @@ fn metadata_config(raw: &Checkpoint) -> Option<ConfigFile> {
     })
 }
 
-/// The LoRA that `train-sandwich --keep-lora` writes beside the checkpoint.
+/// The LoRA that `train-sandwich --keep-lora` writes next to the checkpoint.
 pub const LORA_FILE: &str = "lora.safetensors";
 
 /// Says that a model was trained with a LoRA that is not in its weights.
@@ -253,8 +253,8 @@ fn warn_of_kept_lora(record: &Record, folder: Option<&Files>, name: &str) -> Res
     };
     let recorded = training["kept-lora"].as_bool();
     // earlier versions did not record it
-    let beside = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
-    if recorded.map_or_else(beside, Ok)? {
+    let in_folder = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
+    if recorded.map_or_else(in_folder, Ok)? {
         crate::ui::warn(format!(
             "`{name}` was trained together with a LoRA, `{LORA_FILE}`, that is not in its weights and is not applied here: images and numbers are those without it\nhint: `fastflux train-sandwich` without --keep-lora merges it; diffusers applies it with `load_lora_weights`"
         ));

@@ -49,7 +49,7 @@ impl Candidates for RefitCandidates<'_> {
         }
         let blocks = self.blocks(trunk, &fits, chosen)?;
         if first {
-            stats.forget_products(); // gigabytes for a wide model, and nobody needs them any more
+            stats.forget_products(); // gigabytes for a wide model, and not needed any more
             self.first = Some((stats, fits));
         }
         Ok(blocks)

@@ -36,7 +36,7 @@ pub struct ModelCost {
     /// Floating-point operations of one step at batch 1.
     pub flops: u64,
     /// Device memory while drawing one image: the transformer's weights and the widest moment of a block. Text
-    /// encoders and VAE come before and after it, not beside it.
+    /// encoders and VAE come before and after it, never at the same time.
     pub memory_bytes: u64,
 }
 

@@ -59,7 +59,7 @@ fn force_replaces_neither_inputs_nor_what_others_wrote() {
 
 #[test]
 #[cfg(unix)]
-fn nobody_listening_is_no_reason_to_stop() {
+fn a_closed_stderr_does_not_stop_the_work() {
     let work = folder();
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);

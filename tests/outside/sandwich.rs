@@ -254,7 +254,7 @@ fn a_kept_lora_leaves_the_weights_alone_and_has_the_names_of_peft() {
 #[test]
 fn a_merged_lora_is_the_kept_one_added_to_the_weights() {
     let folder = prepared();
-    ok(folder, &train(&["--output", "beside", "--keep-lora"]));
+    ok(folder, &train(&["--output", "kept-lora", "--keep-lora"]));
     ok(folder, &train(&["--output", "merged"]));
     let load = |path: &str| {
         candle::safetensors::load(folder.join(path), &candle::Device::Cpu)
@@ -264,8 +264,8 @@ fn a_merged_lora_is_the_kept_one_added_to_the_weights() {
             .collect::<std::collections::HashMap<_, _>>()
     };
     let (kept, lora) = (
-        load("beside/flux.safetensors"),
-        load("beside/lora.safetensors"),
+        load("kept-lora/flux.safetensors"),
+        load("kept-lora/lora.safetensors"),
     );
     let merged = load("merged/flux.safetensors");
     for (module, original) in [

@@ -144,7 +144,7 @@ impl Repo {
         }
     }
 
-    /// Why only the cache is asked, when nobody wished it so.
+    /// Why only the cache is asked, if no flag asked for that.
     pub(super) fn note(&self) -> Option<String> {
         let Source::Unreachable(why) = &self.source else {
             return None;

@@ -65,7 +65,7 @@ fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
 }
 
 /// What a single block puts between its two projections, from what the first is applied to, `x` (batch, tokens, hidden):
-/// attention from its first 3·hidden rows beside the GELU of the rest, (batch, tokens, hidden + mlp); nothing where that
+/// attention from its first 3·hidden rows and the GELU of the rest, (batch, tokens, hidden + mlp); nothing where that
 /// has to be composed.
 pub fn attend_with_gelu_of_product(
     x: &Tensor,
@@ -105,10 +105,10 @@ pub fn attend_with_gelu_of_product(
     }
     let weight = part(weight, 3 * hidden)?;
     let bias = bias.map(|bias| part(bias, 3 * hidden)).transpose()?;
-    by_dtype!(dtype, beside(simd, &heads, x, &weight, bias.as_ref())).map(Some)
+    by_dtype!(dtype, with_gelu(simd, &heads, x, &weight, bias.as_ref())).map(Some)
 }
 
-fn beside<T: Vector>(
+fn with_gelu<T: Vector>(
     simd: Avx512,
     heads: &Heads,
     x: &Tensor,

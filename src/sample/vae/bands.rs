@@ -2,7 +2,7 @@
 //!
 //! Tiles that are decoded apart and blended, as diffusers has them, differ from the whole image: each has group norms of
 //! its own. Here all bands go through a layer before any goes through the next, and a norm sees the statistics of all of
-//! them; a convolution sees the rows beside its band. So nothing is approximate and there are no seams.
+//! them; a convolution sees the rows next to its band. So nothing is approximate and there are no seams.
 
 use candle::{Device, Result, Tensor};
 
@@ -123,7 +123,7 @@ impl Bands {
                 Some(shortcut) => shortcut.forward(&x)?,
                 None => x,
             };
-            // nobody needs the band before the one above any more, nor this one of the input
+            // the band before the one above is not needed any more, nor this one of the input
             self.parts[i] = (x + y)?.to_device(&self.offload_device)?;
             if i > 0 {
                 inner.parts[i - 1] = inner.last_rows(i - 1, resnet.conv2.halo())?;

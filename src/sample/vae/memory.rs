@@ -2,7 +2,7 @@
 
 use super::{VaeConfig, conv::MAX_UNFOLDED};
 
-/// Bytes that decoding one image takes beside the weights.
+/// Bytes that decoding one image takes in addition to the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryEstimate {
     /// Of what is computed with.

@@ -1,4 +1,4 @@
-// The backward pass of softmax attention on tensor cores, without matrices of scores in memory. Its slow twin is
+// The backward pass of softmax attention on tensor cores, without matrices of scores in memory. Its reference implementation is
 // `plain::attention_backward`; `attention_backward.rs` compiles it, calls it and compares the two.
 //
 // With S = scale · Q·Kᵀ, P = softmax(S), dP = dO·Vᵀ and D the sum of P ∘ dP over each row:

@@ -292,10 +292,10 @@ pub(super) fn gelu(
     module: &Module,
     x: &Tensor,
     bias: Option<&Tensor>,
-    beside: Option<&Tensor>,
+    prefix: Option<&Tensor>,
 ) -> Result<Option<Tensor>> {
     let (dtype, (batch, tokens, width)) = (x.dtype(), x.dims3()?);
-    let front = beside.map_or(Ok(0), |beside| beside.dim(2))?;
+    let front = prefix.map_or(Ok(0), |prefix| prefix.dim(2))?;
     let mut operands = Operands::new(dtype);
     operands.width(width);
     operands.width(front);
@@ -303,17 +303,17 @@ pub(super) fn gelu(
     let rows = [
         operands.rows(x, &[batch, tokens, width])?,
         operands.some_rows(bias, &[width])?,
-        operands.some_rows(beside, &[batch, tokens, front])?,
+        operands.some_rows(prefix, &[batch, tokens, front])?,
     ];
     if !operands.fits {
         return Ok(None);
     }
     let out = module.blank(dtype, batch * tokens * (front + width))?;
-    let [x, bias, beside] = rows;
+    let [x, bias, prefix] = rows;
     let parameters = Gelu {
         x,
         bias,
-        beside,
+        prefix,
         out: out.address()?,
         tokens: tokens as i32,
         front: front as i32,

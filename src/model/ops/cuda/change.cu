@@ -1,5 +1,5 @@
 // What calibration asks of the tokens x before a block and y behind it. Behind `numbers.cu`; the Rust side and the slow
-// twins are in `change.rs`. Everything is read as it is and summed in f32, over forwards in f64.
+// reference implementations are in `change.rs`. Everything is read as it is and summed in f32, over forwards in f64.
 
 // --- |x|^2, |y - x|^2 and cos(x, y) of each token: 32 threads for each -----------------------------------------------
 

@@ -1,5 +1,5 @@
 //! What calibration asks of the tokens x before a block and y behind it (`change.cu`), in the formats whose products are
-//! exact in f32. Compiled and compared with its slow twins when a device first asks for it: inference has no use for it.
+//! exact in f32. Compiled and compared with its reference implementations when a device first asks for it: inference has no use for it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
@@ -265,7 +265,7 @@ fn check(module: &Module) -> Result<()> {
     Ok(())
 }
 
-/// The twin of [`token_sums`], in the format of the operands.
+/// The reference of [`token_sums`], in the format of the operands.
 fn plain_token_sums(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     let sum = |t: Tensor| t.sum(D::Minus1);
     let (xx, yy, xy) = (sum(x.sqr()?)?, sum(y.sqr()?)?, sum((x * y)?)?);
@@ -273,7 +273,7 @@ fn plain_token_sums(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     Tensor::stack(&[xx, sum((y - x)?.sqr()?)?, cosine], 1)
 }
 
-/// The twin of [`add_products`] without sums, in the format of the operands.
+/// The reference of [`add_products`] without sums, in the format of the operands.
 fn plain_products(x: &Tensor, y: &Tensor) -> Result<(Tensor, Tensor)> {
     let (batch, tokens, width) = x.dims3()?;
     let ones = Tensor::ones((batch * tokens, 1), x.dtype(), x.device())?;

@@ -1,5 +1,5 @@
 //! Flash attention on NVIDIA GPUs: which crate's kernels compute it, where one is built in. They are other people's, and
-//! are compared with the slow twin like our own before they are used.
+//! are compared with the reference implementation like our own before they are used.
 
 use std::sync::LazyLock;
 

@@ -1,4 +1,4 @@
-// What lies between the matrix products, for NVIDIA GPUs. Each kernel has a slow twin of the same name beside the CPU
+// What lies between the matrix products, for NVIDIA GPUs. Each kernel has a reference implementation of the same name next to the CPU
 // kernels, and `check.rs` compares the two. The parameters' Rust side is in `launch.rs`, `calls.rs` says how many threads
 // each kernel gets.
 //
@@ -197,10 +197,10 @@ __device__ void heads(const Heads &p) {
     }
 }
 
-// --- beside ‖ gelu(x + bias): a thread for a column of pieces, of every gridDim.y-th token ---------------------------
+// --- prefix ‖ gelu(x + bias): a thread for a column of pieces, of every gridDim.y-th token ---------------------------
 
 struct Gelu {
-    RowView x, bias, beside;  // bias and beside may have no data
+    RowView x, bias, prefix;  // bias and prefix may have no data
     void *out;             // (batch, tokens, front + width)
     int tokens, front, width, whole;
 };
@@ -223,7 +223,7 @@ __device__ void gelu(const Gelu &p) {
     for (int j = 0; j < N; j++) bias[j] = 0;
     if (p.bias.data && !copied) read<F>(row<F>(p.bias, batch, 0) + at, left, p.whole, bias);
     for (int token = blockIdx.y; token < p.tokens; token += gridDim.y) {
-        Piece<F> piece = load<F>(row<F>(copied ? p.beside : p.x, batch, token) + at, left, p.whole);
+        Piece<F> piece = load<F>(row<F>(copied ? p.prefix : p.x, batch, token) + at, left, p.whole);
         if (!copied) {
             float x[N];
             F::to_float(piece, x);

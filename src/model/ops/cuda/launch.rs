@@ -137,7 +137,7 @@ parameters! {
     "gelu" Gelu {
         x: RowView<'a>,
         bias: RowView<'a>,
-        beside: RowView<'a>,
+        prefix: RowView<'a>,
         out: u64,
         tokens: i32,
         front: i32,
@@ -353,7 +353,7 @@ fn keep_freed_memory(device: &CudaDevice) {
     };
 }
 
-/// Tensors that are made from now on have no events, of which each otherwise makes and destroys two that nobody looks at.
+/// Tensors that are made from now on have no events, of which each otherwise makes and destroys two that are never read.
 fn forget_events(device: &CudaDevice) {
     // SAFETY: candle's device has no stream but every thread's own, for which events are neither recorded nor waited for;
     // threads that hand tensors on wait for the device before they do (`Trunk::visit`)

@@ -1,4 +1,4 @@
-//! The fused kernels on NVIDIA GPUs: whether they run. Each is compiled and compared with its slow twin when a device is
+//! The fused kernels on NVIDIA GPUs: whether they run. Each is compiled and compared with its reference implementation when a device is
 //! first used; one that cannot be compiled or disagrees is not used, and [`trouble`] says so. No run fails for it.
 
 mod attention_backward;
@@ -38,9 +38,9 @@ const SCORES: &str = "scores";
 /// What became of the kernels on one device.
 struct Kernels {
     module: std::result::Result<Module, String>,
-    /// Kernels that disagree with their twins, and in what.
+    /// Kernels that disagree with their reference implementations, and in what.
     refused: Vec<(&'static str, String)>,
-    /// Flash attention of others that agrees with its twin.
+    /// Flash attention of others that agrees with its reference.
     flash: Option<Flash>,
 }
 
@@ -104,7 +104,7 @@ pub fn trouble(device: &Device) -> Option<String> {
 }
 
 /// What `call` makes of a kernel, where it may run: all operands on one GPU, in one number format, none in a gradient
-/// graph. Nothing where the slow twin has to do it.
+/// graph. Nothing where the reference implementation has to do it.
 fn with<T>(
     kernel: &str,
     operands: &[Option<&Tensor>],
@@ -207,9 +207,9 @@ pub(super) fn softmax(scores: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
 pub(super) fn gelu(
     x: &Tensor,
     bias: Option<&Tensor>,
-    beside: Option<&Tensor>,
+    prefix: Option<&Tensor>,
 ) -> Result<Option<Tensor>> {
-    with(Gelu::KERNEL, &[Some(x), bias, beside], |module| {
-        calls::gelu(module, x, bias, beside)
+    with(Gelu::KERNEL, &[Some(x), bias, prefix], |module| {
+        calls::gelu(module, x, bias, prefix)
     })
 }
