@@ -2,7 +2,7 @@
 //! a checkpoint.
 //!
 //! `cargo bench --bench kernels` (a minute), or `cargo bench --bench kernels -- attention` for those whose name holds
-//! a word. Median and quartiles of each, in f32 where nothing else is said, on the CPU; `fastflux bench` times whole steps of a model.
+//! a word. Median and quartiles of each, in f32 if nothing else is said, on the CPU; `fastflux bench` times whole steps of a model.
 #![allow(clippy::print_stdout, reason = "a benchmark prints its result")]
 
 use anyhow::Result;

@@ -172,9 +172,9 @@ def sandwich_step(flux, given, place, width):
     temb = flux.time_text_embed(1000 * given["timestep"], 1000 * given["guidance"], given["pooled_projections"])
     rotary = flux.pos_embed(torch.cat([given["txt_ids"], given["img_ids"]]))
 
-    def run(blocks, hidden, encoder, recompute=False):
+    def run(blocks, hidden, encoder, checkpointing=False):
         for block in blocks:
-            if recompute:
+            if checkpointing:
                 encoder, hidden = checkpoint(block, hidden, encoder, temb, rotary, use_reentrant=False)
             else:
                 encoder, hidden = block(hidden, encoder, temb, rotary)
@@ -195,7 +195,7 @@ def sandwich_step(flux, given, place, width):
             start = run(prefix, flux.x_embedder(noise), flux.context_embedder(given["encoder_hidden_states"]))
             wanted = run(teacher, *start)
         optimiser.zero_grad(set_to_none=True)
-        got = run(student, *start, recompute=True)
+        got = run(student, *start, checkpointing=True)
         loss = sum(((a - b).float() ** 2).mean() for a, b in zip(got, wanted))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

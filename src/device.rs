@@ -140,7 +140,7 @@ pub fn free_host_memory() -> Option<u64> {
     Some(in_container().map_or(machine, |left| left.min(machine)))
 }
 
-/// What is left of the memory that this container may use (cgroup v2); `None` where it has no limit.
+/// What is left of the memory that this container may use (cgroup v2); `None` if it has no limit.
 fn in_container() -> Option<u64> {
     let read = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/memory.{name}")).ok();
     let limit: u64 = read("max")?.trim().parse().ok()?;

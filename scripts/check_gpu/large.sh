@@ -84,12 +84,12 @@ step_bench() {
     [[ -n $quick ]] && return
     attempt bench-pruned 60 "$binary" bench --config "$work/pruned.json" "${sizes[@]}" --seconds "$longest" --step-only --json
     pruned_ms=$(calc "1000 * $(row bench-pruned step median)")
-    local forecast speed_up
-    forecast=$(calc "$(row "bench-$best" step flops) / $(row bench-pruned step flops)")
+    local estimate speed_up
+    estimate=$(calc "$(row "bench-$best" step flops) / $(row bench-pruned step flops)")
     speed_up=$(calc "$full_ms / $pruned_ms")
-    figure bench 'step, 11 of 57 blocks replaced' "$pruned_ms" ms '' "$(calc "$full_ms / $forecast")"
-    figure bench 'speed-up of that' "$speed_up" times '>= 1.2' "$forecast"
-    figure bench 'share of what its FLOPs forecast' "$(calc "$speed_up / $forecast")" '' '>= 0.95'
+    figure bench 'step, 11 of 57 blocks replaced' "$pruned_ms" ms '' "$(calc "$full_ms / $estimate")"
+    figure bench 'speed-up of that' "$speed_up" times '>= 1.2' "$estimate"
+    figure bench 'share of what its FLOPs estimate' "$(calc "$speed_up / $estimate")" '' '>= 0.95'
     attempt bench-blocks 60 "$binary" bench "${subject[@]}" "${sizes[@]}" --seconds 0.5
     note "blocks, attention $best:"
     cat "$output/logs/bench-blocks.out" >>"$notes"
@@ -206,15 +206,15 @@ step_whole() {
     prompts=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --num-prompts 4 --steps 8)
     fewer=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --num-prompts 2 --steps 2)
     attempt generate-4 60 "$binary" generate "${model[@]}" "${format[@]}" "${image[@]}" --prompt-file <(head -n 4 "$work/prompts.txt") --steps 8 --output "$work/four" --force
-    attempt calibrate-forecast 20 "$binary" calibrate "${model[@]}" "${format[@]}" "${image[@]}" "${prompts[@]}" --dry-run --json
+    attempt calibrate-estimate 20 "$binary" calibrate "${model[@]}" "${format[@]}" "${image[@]}" "${prompts[@]}" --dry-run --json
     local stats
     stats=$(room $((gigabytes - 5)))/stats.safetensors
     attempt calibrate 90 "$binary" calibrate "${model[@]}" "${format[@]}" "${image[@]}" "${prompts[@]}" --output "$stats" --force --json
     rm -f "$stats" # 17 GB
-    figure whole 'calibrate of 4 prompts × 8 steps: peak on the GPU' "$peak" MiB '' "$(mib "$(value calibrate-forecast device)")"
+    figure whole 'calibrate of 4 prompts × 8 steps: peak on the GPU' "$peak" MiB '' "$(mib "$(value calibrate-estimate device)")"
     local sampling gathering
     # calibration draws held-out images too
-    sampling=$(calc "$(told generate-4 'drew 4 images') * $(value calibrate-forecast prompts) / 4")
+    sampling=$(calc "$(told generate-4 'drew 4 images') * $(value calibrate-estimate prompts) / 4")
     gathering=$(grep -o '([0-9.]* s)$' "$output/logs/calibrate.err" 2>/dev/null | tr -d '()s' | awk '{ sum += $1 } END { if (NR) print sum }')
     figure whole 'sampling the same' "$sampling" s
     figure whole 'calibrating' "$gathering" s
@@ -223,25 +223,25 @@ step_whole() {
     # eleven neighbours: one layer in their place, and one sandwich to train
     at=$(room $((gigabytes - 2)))
     echo "{\"replace\": [{\"replaces\": [$(printf '"single.%02d", ' {14..24} | sed 's/, $//')], \"form\": \"linear\"}]}" >"$work/plan.json"
-    attempt prune-forecast 20 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${image[@]}" --dry-run --json
+    attempt prune-estimate 20 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${image[@]}" --dry-run --json
     attempt prune 90 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${image[@]}" --output "$at/pruned" --force --json
     figure whole 'prune --plan of 11 blocks' "$seconds" s
-    figure whole 'prune --plan: peak on the GPU' "$peak" MiB '' "$(mib "$(value prune-forecast device)")"
+    figure whole 'prune --plan: peak on the GPU' "$peak" MiB '' "$(mib "$(value prune-estimate device)")"
     echo '{"data": {"num-prompts": 2, "steps": 2, "held-out": 1}}' >"$work/train.json"
     local train=(train-sandwich --model "$at/pruned" "${format[@]}" --recipe "$work/train.json" --prompts "$work/prompts.txt" --batch 1 "${image[@]}"
         --steps 5 --finetune 3 --max-vram "$train_limit" --json)
     local trained
     trained=$(room $((gigabytes - 2)))/trained
-    attempt train-forecast 30 "$binary" "${train[@]}" --output "$trained" --dry-run
+    attempt train-estimate 30 "$binary" "${train[@]}" --output "$trained" --dry-run
     attempt train 120 "$binary" "${train[@]}" --output "$trained" --force --log "$output/logs/losses-full.jsonl"
-    figure whole 'train-sandwich: peak on the GPU' "$peak" MiB "${peak:+<= $(calc "$(sed 's/GiB/* 1024/; s/MiB//' <<<"$train_limit")")}" "$(mib "$(value train-forecast peak_bytes)")"
+    figure whole 'train-sandwich: peak on the GPU' "$peak" MiB "${peak:+<= $(calc "$(sed 's/GiB/* 1024/; s/MiB//' <<<"$train_limit")")}" "$(mib "$(value train-estimate peak_bytes)")"
     figure whole 'train-sandwich, 5 + 3 steps' "$seconds" s
     # the log has tokens per second since a phase began: without its first and its last step, at which more is done
     local tokens=$((side * side / 256 + text)) each
-    each=$(grep -v finish "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 4)
+    each=$(grep -v finetune "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 4)
     figure whole 'train-sandwich: a step of the sandwich' "$each" s '' "${peer_train:+$(calc "$peer_train / 1000")}"
     [[ -z ${peer_train:-} ]] || figure whole "that over PyTorch's" "$(calc "1000 * $each / $peer_train")" times '<= 1.1'
-    figure whole 'train-sandwich: a step of the finish' "$(grep finish "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 2)" s
+    figure whole 'train-sandwich: a step of the finetuning' "$(grep finetune "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 2)" s
     [[ -d $trained ]] || trained=$at/pruned
     attempt generate-trained 60 "$binary" generate --model "$trained" "${format[@]}" "${image[@]}" --prompt 'a red circle' --steps 8 --output "$work/trained.png" --force
     figure whole 'the result draws: a step' "$(calc "$(told generate-trained 'drew 1 image') / 8")" s

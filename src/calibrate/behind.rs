@@ -25,7 +25,7 @@ pub fn gather_behind(
     progress: &ProgressBar,
 ) -> Result<CalibrationStats> {
     for (forward, range) in noised.batches(batch).enumerate() {
-        stats.start_forward(2 * forward as u64); // the first entry, where it is kept, counts one on
+        stats.start_forward(2 * forward as u64); // the first entry, if it is kept, counts one on
         let batch = noised.batch(range, &runtime.device, runtime.dtype)?;
         let (stream, conditioning) = flux.embed(&batch.inputs())?;
         pairs(flux, pruned, stream, &conditioning, &mut stats)?;

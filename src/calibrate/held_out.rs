@@ -62,7 +62,7 @@ impl HeldOut {
 
     /// The error of `trunk` with each of `candidates` (index in the trunk → replacement) exchanged in turn.
     ///
-    /// The trunk is a fold, so the prefix before a block is computed once for all candidates behind it. Where blocks are
+    /// The trunk is a fold, so the prefix before a block is computed once for all candidates behind it. If blocks are
     /// read whenever they are run, several candidates go through each together; the numbers are the same.
     ///
     /// # Errors

@@ -27,7 +27,7 @@ pub(super) fn blocks_within(config: &FluxConfig, memory: Option<u64>) -> usize {
     fit.clamp(1, all.max(1))
 }
 
-/// Bytes of the sums that are kept where there is room for `memory` bytes of them; 0 if the limit is unknown.
+/// Bytes of the sums that are kept if there is room for `memory` bytes of them; 0 if the limit is unknown.
 pub fn bytes_of_kept(config: &FluxConfig, memory: Option<u64>) -> u64 {
     memory.map_or(0, |bytes| {
         blocks_within(config, Some(bytes)) as u64 * bytes_of_sums(config)

@@ -133,7 +133,7 @@ impl NoisedLatents {
         })
     }
 
-    /// The first `len` noised latents, or all where there are fewer.
+    /// The first `len` noised latents, or all if there are fewer.
     #[must_use]
     pub fn first(&self, len: usize) -> Self {
         let mut out = self.clone();
@@ -199,13 +199,13 @@ impl NoisedLatents {
         })
     }
 
-    /// The times of the noised latents `range` (fewer where there are fewer).
+    /// The times of the noised latents `range` (fewer if there are fewer).
     pub fn times(&self, range: std::ops::Range<usize>) -> Vec<f32> {
         let items = self.items.get(range).unwrap_or_default();
         items.iter().map(|(_, t, _)| *t).collect()
     }
 
-    /// The image that each of the noised latents `range` is made of (fewer where there are fewer).
+    /// The image that each of the noised latents `range` is made of (fewer if there are fewer).
     pub fn images(&self, range: std::ops::Range<usize>) -> Vec<u32> {
         let items = self.items.get(range).unwrap_or_default();
         items.iter().map(|(image, _, _)| *image).collect()

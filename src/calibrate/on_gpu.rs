@@ -41,7 +41,7 @@ pub(super) struct Known {
 }
 
 impl Share {
-    /// The scalars of the tokens `x` → `y`, both (batch, tokens, d). Nothing where another way has to be taken.
+    /// The scalars of the tokens `x` → `y`, both (batch, tokens, d). Nothing if another way has to be taken.
     pub(super) fn new(x: &Tensor, y: &Tensor) -> Result<Option<Self>> {
         let Some(each) = ops::token_sums(x, y)? else {
             return Ok(None);
@@ -53,7 +53,7 @@ impl Share {
         }))
     }
 
-    /// Adds the products of the tokens `x` → `y` to `stats`: of all, or of the `chosen` rows. False where another way has
+    /// Adds the products of the tokens `x` → `y` to `stats`: of all, or of the `chosen` rows. False if another way has
     /// to be taken, and nothing was added.
     pub(super) fn multiply(
         &mut self,

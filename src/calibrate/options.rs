@@ -26,7 +26,7 @@ pub const AGAIN: &str = "make it again with `fastflux calibrate`";
 const NUM_PROMPTS: usize = 640;
 /// The same for models whose images have many tokens: each image is thousands of rows.
 const NUM_PROMPTS_LARGE: usize = 96;
-/// Noised latents that later fits look at, of small and of large images, where that is at most as many of a image as
+/// Noised latents that later fits look at, of small and of large images, if that is at most as many of an image as
 /// of a held-out one.
 const LATENTS_LATER: usize = 1280;
 const LATENTS_LATER_LARGE: usize = 256;

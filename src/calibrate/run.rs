@@ -177,7 +177,7 @@ fn warn_of_few_rows(stats: &CalibrationStats, config: &FluxConfig) {
 /// Images that the first, cheap choice of candidates looks at.
 const CHEAP_IMAGES: usize = 4;
 
-/// The blocks whose sums are kept: all where they fit, otherwise those whose removal changes the velocity least.
+/// The blocks whose sums are kept: all if they fit, otherwise those whose removal changes the velocity least.
 fn products(calibrator: &Calibrator) -> Result<Vec<BlockId>> {
     let config = &calibrator.pipeline.config;
     let all = config.kept_ids();

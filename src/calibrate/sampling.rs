@@ -12,7 +12,7 @@ use crate::{
 
 /// Samples one image for each prompt, `batch` at a time; packed latents (prompts, tokens, channels), f32, on the CPU.
 ///
-/// Image i starts from the noise of seed `seed + i`, whatever the batch. Where blocks are read whenever they are run,
+/// Image i starts from the noise of seed `seed + i`, whatever the batch. If blocks are read whenever they are run,
 /// `together` batches share each reading.
 ///
 /// # Errors

@@ -113,7 +113,7 @@ impl CalibrationStats {
         Ok(())
     }
 
-    /// Adds the tokens `x` → `y` of a stream, where a GPU does so without being waited for.
+    /// Adds the tokens `x` → `y` of a stream, if a GPU does so without being waited for.
     fn add_on_gpu(
         &mut self,
         place: Place,
@@ -174,7 +174,7 @@ impl CalibrationStats {
         }
     }
 
-    /// Fewest tokens in the products of any stream of any block, 0 where none were gathered.
+    /// Fewest tokens in the products of any stream of any block, 0 if none were gathered.
     pub fn fewest_rows(&self) -> f64 {
         let blocks = self.blocks.iter().filter(|b| self.products.contains(&b.id));
         let rows = blocks.flat_map(|b| [b.txt.rows, b.img.rows]);

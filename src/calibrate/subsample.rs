@@ -14,7 +14,7 @@ pub(super) struct TokenSubset {
 }
 
 impl TokenSubset {
-    /// `None` where all `n` tokens are taken.
+    /// `None` if all `n` tokens are taken.
     pub(super) fn indices(self, n: usize) -> Option<Vec<u32>> {
         const GOLDEN: f64 = 0.618_033_988_749_894_9;
         let limit = self.limit.filter(|limit| *limit < n)?;
@@ -48,7 +48,7 @@ pub fn from_samples(
     Ok(Some(Tensor::new(chosen, device)?))
 }
 
-/// `x` (b, n, …) at the chosen tokens and samples; all where `None`.
+/// `x` (b, n, …) at the chosen tokens and samples; all if `None`.
 ///
 /// # Errors
 /// When an index is out of range.

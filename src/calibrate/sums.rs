@@ -85,9 +85,9 @@ impl WaitingGram {
 pub struct StreamStats {
     /// Scalar sums over all tokens, by [`bucket`] of their timestep.
     pub buckets: [Moments; BUCKETS],
-    /// Sums for the fit; `None` until tokens were seen, or where only scalars were asked for.
+    /// Sums for the fit; `None` until tokens were seen, or if only scalars were asked for.
     pub gram: Option<Gram>,
-    /// The same where they have not been read from their file.
+    /// The same if they have not been read from their file.
     pub waiting: Option<WaitingGram>,
     /// Tokens in [`Self::gram`]: all, or those that subsampling chose.
     pub rows: f64,
@@ -128,7 +128,7 @@ impl StreamStats {
         self.gram.is_some() || self.waiting.is_some()
     }
 
-    /// The sums for the fit, read from their file where they wait there.
+    /// The sums for the fit, read from their file if they wait there.
     ///
     /// # Errors
     /// When memory is short.

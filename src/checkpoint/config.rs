@@ -287,7 +287,7 @@ fn agree(config: &FluxConfig, file: &ConfigFile, checkpoint: &str) -> Result<()>
     Ok(())
 }
 
-/// Rotary axes and base: the first that says so of config files and record, else FLUX.1's where they fit.
+/// Rotary axes and base: the first that says so of config files and record, else FLUX.1's if they fit.
 fn rotary(
     config: &FluxConfig,
     record: Option<&Record>,

@@ -124,7 +124,7 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Of these numbers; all zero where there are none.
+    /// Of these numbers; all zero if there are none.
     pub fn from_values(values: &[f64]) -> Self {
         let count = values.len();
         if count == 0 {

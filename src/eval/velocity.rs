@@ -32,7 +32,7 @@ pub struct AtTime {
     pub to: f64,
     /// Noised latents between them.
     pub noised_latents: usize,
-    /// Σ ‖v − v₀‖² / Σ ‖v₀‖²; 0 where there is no state.
+    /// Σ ‖v − v₀‖² / Σ ‖v₀‖²; 0 if there is no state.
     pub error: f64,
 }
 

@@ -93,7 +93,7 @@ impl FluxConfig {
         self.family.modulation == ModulationSource::Shared
     }
 
-    /// Each layout entry with the tensor-name prefix of its slot, `None` where it has no tensors.
+    /// Each layout entry with the tensor-name prefix of its slot, `None` if it has no tensors.
     ///
     /// Slots are numbered contiguously per kind, so that loaders which count blocks by name see no gap; the
     /// identity in the original model stays in the entry.

@@ -13,7 +13,7 @@ pub const BATCHES_PER_LOAD: usize = 8;
 pub struct ElementSizes {
     /// Bytes of an activation.
     pub element: u64,
-    /// Bytes of a weight, on average: fewer where weights stay packed.
+    /// Bytes of a weight, on average: fewer if weights stay packed.
     pub weight: f64,
     /// Whether attention holds matrices of scores: see `ops::holds_scores`.
     pub scores: bool,
@@ -91,7 +91,7 @@ impl OffloadPlan {
     }
 
     /// As many blocks as fit into `limit` bytes, spread evenly, so that each of them gives time to read the next one;
-    /// `None` where not even two at a time fit.
+    /// `None` if not even two at a time fit.
     pub fn within(config: &FluxConfig, format: ElementSizes, limit: u64) -> Option<Self> {
         let all = Self::all(config, format);
         if all.bytes <= limit {

@@ -58,7 +58,7 @@ pub struct Flux {
 impl Flux {
     /// Reads the model in the dtype and on the device of `vb`, under the original names (`double_blocks.0.img_attn.qkv`).
     ///
-    /// Fails where a tensor is missing or has another shape than `config` says.
+    /// Fails if a tensor is missing or has another shape than `config` says.
     #[expect(
         clippy::needless_pass_by_value,
         reason = "every model on candle is built from a `VarBuilder` by value"
@@ -97,7 +97,7 @@ impl Flux {
 
     /// The same embeddings with other blocks, and the head read from `vb`: a pruned model that shares what it can.
     ///
-    /// Fails where a tensor of the head is missing or has another shape than `config` says.
+    /// Fails if a tensor of the head is missing or has another shape than `config` says.
     pub fn with_trunk_and_head(
         &self,
         config: &FluxConfig,

@@ -150,7 +150,7 @@ impl Trunk {
                 };
                 let next = entries[at + 1..].iter().find(|(_, b)| b.is_offloaded());
                 if let Some((_, next)) = next.filter(|_| ahead.is_none()) {
-                    // started is not done on a GPU: where it is slower than reading is, the weights of all blocks that it
+                    // started is not done on a GPU: if it is slower than reading is, the weights of all blocks that it
                     // has yet to compute would be on it
                     next.synchronize()?;
                     ahead = Some(scope.spawn(|| next.load_on_thread()));

@@ -21,7 +21,7 @@ const COUNTED: u64 = 1 << 31;
 const MIN_ROWS: usize = 4;
 
 /// Latents (b, c, h, w) → images in about \[-1, 1\], f32 on the CPU, one at a time: decoding takes far more memory
-/// than anything else per image. In `bands` where they are given.
+/// than anything else per image. In `bands` if they are given.
 pub fn decode(
     vae: &Vae,
     latents: &Tensor,
@@ -90,7 +90,7 @@ impl Decoder<'_> {
 }
 
 impl MemoryBudget {
-    /// The VAE, for images of one size: at once where they fit, otherwise in bands.
+    /// The VAE, for images of one size: at once if they fit, otherwise in bands.
     pub fn decoder(
         &self,
         files: &VaeFiles,
@@ -152,7 +152,7 @@ impl MemoryBudget {
         self.on_cpu() || take.largest < COUNTED
     }
 
-    /// Where bands wait: on the device where they fit with what is computed.
+    /// Where bands wait: on the device if they fit with what is computed.
     fn offload_device(
         &self,
         config: &VaeConfig,
@@ -169,7 +169,7 @@ impl MemoryBudget {
         }
     }
 
-    /// The widest bands that fit; `None` where the whole image does.
+    /// The widest bands that fit; `None` if the whole image does.
     fn bands(&self, config: &VaeConfig, size: LatentSize, element: u64) -> Option<InBands> {
         let room = self.room_to_decode(config, element);
         let whole = self.decoding(config, size, None, element);

@@ -141,7 +141,7 @@ impl Pipeline {
     }
 
     /// The longest text the T5 encoder is given by default, in tokens: 512 with guidance embedding (dev), 256 without
-    /// (schnell), or the limit of the model's own tokenizer where that is smaller.
+    /// (schnell), or the limit of the model's own tokenizer if that is smaller.
     ///
     /// # Errors
     /// When the tokenizer's configuration is damaged.

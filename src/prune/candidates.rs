@@ -19,7 +19,7 @@ use crate::{
 const ROWS_PER_CHANNEL: usize = 48;
 
 /// Fits every block in the first round; in later ones again, on the activations of the trunk with the earlier choices
-/// replaced, where the recipe says so.
+/// replaced, if the recipe says so.
 pub(super) struct RefitCandidates<'a> {
     pub(super) calibrator: &'a Calibrator<'a>,
     pub(super) recipe: &'a PruneRecipe,

@@ -20,7 +20,7 @@ pub struct Workload {
     pub text_tokens: usize,
     /// Bytes of one activation: 2 for bf16.
     pub element: usize,
-    /// Bytes of one weight in memory, on average: 2 for bf16, less where weights stay packed.
+    /// Bytes of one weight in memory, on average: 2 for bf16, less if weights stay packed.
     pub weight_bytes: f64,
     /// Bytes of the whole unpruned checkpoint on disk for each parameter.
     pub file_bytes: f64,

@@ -39,7 +39,7 @@ pub enum RefitProjections {
 const NARROW: usize = 1024;
 
 impl RefitProjections {
-    /// What a model `hidden` wide is given where the recipe does not say.
+    /// What a model `hidden` wide is given if the recipe does not say.
     pub fn for_width(hidden: usize) -> Self {
         if hidden <= NARROW {
             Self::All
@@ -50,7 +50,7 @@ impl RefitProjections {
 }
 
 /// Ridges tried for changes, relative to the mean diagonal. Strong ones: the change has as many parameters as the
-/// projection, and is small where the block does its work well already.
+/// projection, and is small if the block does its work well already.
 pub const RIDGES: [f64; 4] = [1e-2, 3e-2, 1e-1, 3e-1];
 
 /// A projection's new values, f32 on the CPU.
@@ -79,7 +79,7 @@ pub struct OutputProjectionSums {
 
 impl OutputProjectionSums {
     /// Adds samples: `z` (b, n, k), the `residual` (b, n, d) that the change is to make up for, the `gate` (b, d), 1
-    /// where `None`. Products are f32.
+    /// if `None`. Products are f32.
     ///
     /// # Errors
     /// When a value is NaN or infinite, or a product fails.

@@ -36,7 +36,7 @@ pub struct Fitting {
     pub batch: usize,
     /// Tokens of each stream in one forward that sums are made of, evenly spread; `None`: all.
     pub tokens: Option<usize>,
-    /// Bytes of token streams that may stay on a device of its own memory, where that is more than 2 GiB.
+    /// Bytes of token streams that may stay on a device of its own memory, if that is more than 2 GiB.
     pub on_device: u64,
 }
 

@@ -88,7 +88,7 @@ pub struct Part {
     pub relative_change: f64,
     /// 1 − mean cosine of x and y.
     pub cosine: f64,
-    /// 1 − R² of the linear fit, where one was made.
+    /// 1 − R² of the linear fit, if one was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fit_error: Option<f64>,
 }

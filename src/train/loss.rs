@@ -12,7 +12,7 @@ use crate::{
     sample::noise::Generator,
 };
 
-/// Share of the mean weight that every direction gets at least, where weights come from the velocity.
+/// Share of the mean weight that every direction gets at least, if weights come from the velocity.
 const FLOOR: f64 = 0.05;
 
 /// A quadratic form over the error of each token.
@@ -77,7 +77,7 @@ fn scalar(t: &Tensor) -> Result<f64> {
 
 impl Loss {
     /// Normalised by what `targets` look like. `last`: nothing but image tokens is read of what comes out here.
-    /// `sensitivity` is what [`sensitivity`] found, where the recipe normalises by the velocity.
+    /// `sensitivity` is what [`sensitivity`] found, if the recipe normalises by the velocity.
     ///
     /// # Errors
     /// When the targets are NaN, infinite or all the same.

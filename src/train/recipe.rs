@@ -281,7 +281,7 @@ impl Default for FinetuneRecipe {
 }
 
 impl LoraRecipe {
-    /// What a LoRA of this recipe is scaled by: alpha / rank; 1 where there is none.
+    /// What a LoRA of this recipe is scaled by: alpha / rank; 1 if there is none.
     pub fn scale(&self) -> f64 {
         match (self.alpha, self.rank) {
             (Some(alpha), Some(rank)) => alpha / rank as f64,

@@ -60,7 +60,7 @@ pub struct Training<'a> {
     pub save_every: usize,
     /// Whether to keep the input of each block only and compute the rest again on the way back.
     pub gradient_checkpointing: bool,
-    /// Batches that pass through a block together where it is read whenever it is run; at least 1. Changes no number.
+    /// Batches that pass through a block together if it is read whenever it is run; at least 1. Changes no number.
     pub batches_per_load: usize,
 }
 

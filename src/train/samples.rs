@@ -1,6 +1,6 @@
 //! Batches at the entry of what is trained: drawn by number, run through the frozen blocks of pruned model and teacher.
 //!
-//! Where those blocks are not on the device, several batches pass through each before the next one is read. A batch
+//! If those blocks are not on the device, several batches pass through each before the next one is read. A batch
 //! depends on seed, phase and number alone, so neither that nor where a run went on after a kill changes any of them.
 
 use std::{borrow::Cow, collections::VecDeque, ops::Range};
@@ -129,7 +129,7 @@ pub(super) struct Samples<'a> {
     training: &'a Training<'a>,
     phase: &'a Phase,
     purpose: u64,
-    /// Those that are used again and again, where that is asked for.
+    /// Those that are used again and again, if that is asked for.
     kept: Vec<Option<Sample>>,
     /// The next ones, and the number of the first of them.
     prefetched: (usize, VecDeque<Sample>),

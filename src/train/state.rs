@@ -86,7 +86,7 @@ impl StateFile {
         }
     }
 
-    /// The saved run; `None` where there is none.
+    /// The saved run; `None` if there is none.
     ///
     /// # Errors
     /// When the file is damaged or of another run; the message names the first setting that differs.

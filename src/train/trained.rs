@@ -26,10 +26,10 @@ pub struct Trained {
     pub seconds: f64,
 }
 
-/// Trains from the start or from where `saved` was; `state` is the folder where the run is kept.
+/// Trains from the start or from where `saved` was; `state` is the folder in which the run is kept.
 ///
 /// # Errors
-/// When the two models differ where they must not, or training fails (see [`Training::run`]).
+/// When the two models differ in what must be equal, or training fails (see [`Training::run`]).
 pub fn train(
     setup: &TrainSetup,
     strategy: MemoryStrategy,

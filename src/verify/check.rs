@@ -171,7 +171,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// The prompt that the whole pipeline draws, where it is recorded and everything for it is there.
+    /// The prompt that the whole pipeline draws, if it is recorded and everything for it is there.
     fn prompts(&mut self) -> Result<Option<Encoded>> {
         let reference = self.reference;
         if !reference.has("pipeline.latents") {

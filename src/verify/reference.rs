@@ -49,7 +49,7 @@ impl Reference {
         })
     }
 
-    /// The same where it has this shape; dimensions that are `None` are as long as they are, but not empty.
+    /// The same if it has this shape; dimensions that are `None` are as long as they are, but not empty.
     pub(super) fn shaped(&self, name: &str, shape: &[Option<usize>]) -> Result<Tensor> {
         let found = self.tensors.expect(name)?.shape();
         let fits = found.len() == shape.len()

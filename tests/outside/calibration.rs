@@ -286,7 +286,7 @@ fn a_plan_made_of_scores_is_carried_out() {
         ],
         &["--target-speedup"],
     );
-    // what was forecast is what is written
+    // what was estimated is what is written
     let args = [
         "prune",
         "--plan",

@@ -209,7 +209,7 @@ fn models_pruned_from_packed_ones_are_trained() {
         w.join("recipe.json"),
         r#"{ "data": { "steps": 2, "held-out": 8, "width": 64, "height": 64 }, "steps": 4,
              "evaluate-every": 2, "optimiser": { "lr": 3e-5, "warmup": 1 },
-             "finish": { "steps": 4, "lr": 3e-5 } }"#,
+             "finetune": { "steps": 4, "lr": 3e-5 } }"#,
     )
     .unwrap();
     for (model, format, kept) in [
@@ -258,7 +258,7 @@ fn models_pruned_from_packed_ones_are_trained() {
                 (trained, report["phases"].clone())
             };
             // without flags: what the bare file does not say, the pruned model remembers
-            let trained = train(&format!("{name}-whole"), &[], &["--recompute"]);
+            let trained = train(&format!("{name}-whole"), &[], &["--gradient-checkpointing"]);
             let offloaded = train(&format!("{name}-offload"), &teacher, &["--offload"]);
             assert!(trained == offloaded, "{name}");
             if own {

@@ -113,14 +113,14 @@ fn pruning_gives_the_same_bytes_without_a_block_on_the_device() {
         let read = |folder: &str| fs::read(w.join(folder).join(file)).unwrap();
         assert!(read("whole") == read("offload"), "{file}");
     }
-    let demand = |more: &[&str]| {
+    let estimate = |more: &[&str]| {
         let args = ["prune", "--dry-run", "--json", "--recipe", "quick.json"];
         json(w, &[&args, more].concat())
     };
-    let (whole, few) = (demand(&[]), demand(&["--offload"]));
+    let (whole, few) = (estimate(&[]), estimate(&["--offload"]));
     assert_eq!(whole["blocks_on_the_device"], 15);
     assert_eq!(few["blocks_on_the_device"], 0);
-    let weights = |demand: &serde_json::Value| demand["bytes"]["weights"].as_u64().unwrap();
+    let weights = |estimate: &serde_json::Value| estimate["bytes"]["weights"].as_u64().unwrap();
     assert!(weights(&whole) > WHOLE - 500_000 && weights(&whole) < WHOLE + 500_000);
     assert!(weights(&few) < WHOLE / 3, "{}", weights(&few));
 }

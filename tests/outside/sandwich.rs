@@ -49,7 +49,7 @@ fn prepared() -> &'static Path {
         fs::write(
             folder.path().join("recipe.json"),
             r#"{ "evaluate-every": 2, "data": { "steps": 2, "held-out": 12 },
-                 "optimiser": { "lr": 3e-5, "warmup": 1 }, "finish": { "lr": 3e-5 } }"#,
+                 "optimiser": { "lr": 3e-5, "warmup": 1 }, "finetune": { "lr": 3e-5 } }"#,
         )
         .unwrap();
         fs::write(folder.path().join("empty.txt"), "\n  \n").unwrap();
@@ -177,7 +177,10 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
 #[test]
 fn blocks_elsewhere_and_activations_computed_again_change_nothing() {
     let folder = prepared();
-    ok(folder, &train(&["--output", "recomputed", "--recompute"]));
+    ok(
+        folder,
+        &train(&["--output", "recomputed", "--gradient-checkpointing"]),
+    );
     ok(folder, &train(&["--output", "offloaded", "--offload"]));
     assert!(bytes(folder, "recomputed") == bytes(folder, "offloaded"));
 }

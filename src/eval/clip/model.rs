@@ -32,7 +32,7 @@ pub struct ClipModel {
 
 impl ClipModel {
     /// Opens a folder or hub repository in transformers layout: `config.json`, `model.safetensors`, the tokenizer's files
-    /// and, where there is one, `preprocessor_config.json`. Computes in f32.
+    /// and, if there is one, `preprocessor_config.json`. Computes in f32.
     ///
     /// # Errors
     /// When files are missing or damaged, or a tensor has another shape than the config says; the message names it.

@@ -28,7 +28,7 @@ pub(super) struct Repo {
     revision: Option<String>,
     /// The commit that the revision names; all files are of this one.
     commit: String,
-    /// Every file with its size, in bytes, where the hub said it.
+    /// Every file with its size, in bytes, if the hub said it.
     files: BTreeMap<String, Option<u64>>,
     cache: Cache,
     source: Source,

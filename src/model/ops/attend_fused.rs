@@ -17,7 +17,7 @@ const ROWS: usize = 128;
 
 /// Gradients of the projections, each of its projection's shape, from that of the result.
 ///
-/// `grad` (batch, tokens, at least hidden). Where a projection is wider than 3·hidden, what is left of `grad` is the
+/// `grad` (batch, tokens, at least hidden). If a projection is wider than 3·hidden, what is left of `grad` is the
 /// gradient of the GELU of its remaining columns, whose bias is `mlp_bias`.
 pub(super) fn backward(
     streams: &[OwnedProjection],

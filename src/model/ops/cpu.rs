@@ -2,7 +2,7 @@
 //! Each kernel stands in the file of its operation; `plain` holds the compositions that they are compared with.
 //!
 //! Kernels are plain loops over slices. [`vectorized`] compiles them once per instruction set and picks at run time,
-//! so a binary built for any x86-64 still uses AVX-512 where the CPU has it; functions called inside must be
+//! so a binary built for any x86-64 still uses AVX-512 if the CPU has it; functions called inside must be
 //! `#[inline(always)]`, otherwise they are compiled for the baseline only.
 
 use std::sync::LazyLock;
@@ -23,11 +23,11 @@ pub(super) const LANES: usize = 16;
 pub(super) trait Element: WithDType {
     fn to_f32(self) -> f32;
     fn narrow(x: f32) -> Self;
-    /// The slice itself where it is f32 already.
+    /// The slice itself if it is f32 already.
     fn as_f32(_: &[Self]) -> Option<&[f32]> {
         None
     }
-    /// The slice itself where it is bf16.
+    /// The slice itself if it is bf16.
     fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
         None
     }
@@ -190,7 +190,7 @@ pub(super) fn vectorized<R>(kernel: impl FnOnce() -> R) -> R {
     ARCH.dispatch(kernel)
 }
 
-/// The rows that `kernel(row index, row)` writes, in parallel where there is enough of it.
+/// The rows that `kernel(row index, row)` writes, in parallel if there is enough of it.
 pub(super) fn for_rows<T: Element>(
     rows: usize,
     width: usize,

@@ -21,7 +21,7 @@ fn joinable(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Option<DType>
 }
 
 /// `gelu(x·weightᵀ + bias)`: `x` (batch, tokens, in), `weight` (out, in), `bias` (out,) to (batch, tokens, out); nothing
-/// where that has to be composed.
+/// if that has to be composed.
 pub fn gelu_of_product(
     x: &Tensor,
     weight: &Tensor,
@@ -65,7 +65,7 @@ fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
 }
 
 /// What a single block puts between its two projections, from what the first is applied to, `x` (batch, tokens, hidden):
-/// attention from its first 3·hidden rows and the GELU of the rest, (batch, tokens, hidden + mlp); nothing where that
+/// attention from its first 3·hidden rows and the GELU of the rest, (batch, tokens, hidden + mlp); nothing if that
 /// has to be composed.
 pub fn attend_with_gelu_of_product(
     x: &Tensor,

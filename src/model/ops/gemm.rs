@@ -1,5 +1,5 @@
 //! Products with rows of weights, cut into tiles that stay in the caches: how work is shared out and in which order the
-//! inner loops of `avx512` run. Where the CPU lacks those, or has them for f32 alone, weights are widened a tile at a
+//! inner loops of `avx512` run. If the CPU lacks those, or has them for f32 alone, weights are converted to f32 a tile at a
 //! time, never as a whole.
 
 use std::cell::RefCell;
@@ -25,7 +25,7 @@ struct Scratch {
     /// Whose they are: the call and its first row.
     packed: Option<(u64, usize)>,
     sums: Vec<f32>,
-    widened: Vec<f32>,
+    as_f32: Vec<f32>,
 }
 
 thread_local! {
@@ -173,14 +173,14 @@ fn in_panels<T: Vector>(
                             std::array::from_fn(|n| column(n) * inner + start),
                         ),
                         (None, None) => {
-                            let widened = room(&mut scratch.widened, GROUP * deep);
-                            for (n, widened) in widened.chunks_exact_mut(deep).enumerate() {
+                            let as_f32 = room(&mut scratch.as_f32, GROUP * deep);
+                            for (n, as_f32) in as_f32.chunks_exact_mut(deep).enumerate() {
                                 slice_to_f32(
                                     &weight[column(n) * inner + start..][..units_here],
-                                    widened,
+                                    as_f32,
                                 );
                             }
-                            Columns::Apart(widened, std::array::from_fn(|n| n * deep))
+                            Columns::Apart(as_f32, std::array::from_fn(|n| n * deep))
                         }
                     };
                     for (row, _, vectors) in of_panels() {
@@ -268,7 +268,7 @@ fn portable<T: Vector>(
         let weight = match T::as_f32(weight) {
             Some(weight) => weight,
             None => {
-                let wide = room(&mut scratch.widened, columns * inner);
+                let wide = room(&mut scratch.as_f32, columns * inner);
                 slice_to_f32(weight, wide);
                 wide
             }

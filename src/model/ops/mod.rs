@@ -2,12 +2,12 @@
 //!
 //! Every operation exists twice: a plain composition of candle operations, which runs on every device, and a fused CPU
 //! kernel that does it in one pass; those between the products have a kernel for NVIDIA GPUs too (`cuda`). The choice is
-//! made by the operands: a kernel runs where all are on one such device, in one number format. Where an operand is tracked for gradients the result becomes one node of candle's graph with a
+//! made by the operands: a kernel runs if all are on one such device, in one number format. If an operand is tracked for gradients the result becomes one node of candle's graph with a
 //! backward pass of its own (`custom_op`), again fused or composed, so that no training flag can be forgotten and no
 //! fused operation drops a gradient.
 //!
 //! On CPUs with AVX-512 products and attention run on inner loops of our own (`avx512`), in bf16 on pairs if the CPU
-//! multiplies them; elsewhere on `faer`. Weights are read as they are stored: none is widened or
+//! multiplies them; elsewhere on `faer`. Weights are read as they are stored: none is converted or
 //! repacked as a whole.
 //!
 //! Computed in f32 whatever the dtype: norm statistics, the rotation of queries and keys, softmax, gate and residual of

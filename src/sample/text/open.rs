@@ -56,7 +56,7 @@ impl TextEncoders {
     /// Opens the text encoders in a pipeline's folder (`text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2`), or the files
     /// `…clip….safetensors` and `…t5….safetensors` in the folder itself, and checks every tensor's shape.
     ///
-    /// Prompts are given `length` T5 tokens, by default `default_length` or the tokenizer's own limit where that is smaller.
+    /// Prompts are given `length` T5 tokens, by default `default_length` or the tokenizer's own limit if that is smaller.
     ///
     /// # Errors
     /// When files are missing or damaged, or a tensor has another shape than its config says; the message names it.
@@ -126,7 +126,7 @@ impl ClipText {
     }
 }
 
-/// What transformers' `CLIPTextConfig` has where a config says nothing.
+/// What transformers' `CLIPTextConfig` has if a config says nothing.
 fn clip_defaults() -> serde_json::Value {
     serde_json::json!({
         "vocab_size": FLUX1_CLIP_ROWS,
@@ -154,7 +154,7 @@ fn describe(files: &Files, family: Family) -> String {
     format!("`{}`", files.sub(names(family).0).describe("config.json"))
 }
 
-/// The weights under the names that the encoders read, and their config where there is one.
+/// The weights under the names that the encoders read, and their config if there is one.
 fn open(files: &Files, family: Family) -> Result<(Checkpoint, Option<Blob>)> {
     let (folder, word, known) = names(family);
     let sub = files.sub(folder);
@@ -316,7 +316,7 @@ pub fn token_count(files: &Files, prompt: &str) -> Result<usize> {
     tokenizer(files, Family::T5, FLUX1_T5_ROWS)?.token_count(prompt)
 }
 
-/// The tokenizer in the pipeline's folder, or FLUX.1's where there is none and the embedding has FLUX.1's size.
+/// The tokenizer in the pipeline's folder, or FLUX.1's if there is none and the embedding has FLUX.1's size.
 fn tokenizer(files: &Files, family: Family, rows: usize) -> Result<PromptTokenizer> {
     let folder = match family {
         Family::Clip => "tokenizer",
@@ -327,7 +327,7 @@ fn tokenizer(files: &Files, family: Family, rows: usize) -> Result<PromptTokeniz
     tokenizer_in(&files.sub(folder), class, family, rows)
 }
 
-/// The tokenizer in the folder `sub`, of the transformers class `class` where something says so.
+/// The tokenizer in the folder `sub`, of the transformers class `class` if something says so.
 fn tokenizer_in(
     sub: &Files,
     class: Option<&str>,

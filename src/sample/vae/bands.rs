@@ -9,7 +9,7 @@ use candle::{Device, Result, Tensor};
 use super::layers::{Conv2d, Level, Norm, Resnet};
 use super::norm::Statistics;
 
-/// A feature map (b, c, h, w) in bands of rows, kept where there is room for all of them.
+/// A feature map (b, c, h, w) in bands of rows, kept if there is room for all of them.
 #[derive(Debug)]
 pub(super) struct Bands {
     /// (b, c, rows, w) each, from top to bottom.

@@ -7,7 +7,7 @@ use super::{VaeConfig, conv::MAX_UNFOLDED};
 pub struct MemoryEstimate {
     /// Of what is computed with.
     pub work: u64,
-    /// Of what waits for its turn, where bands are kept; nothing when the image is decoded at once.
+    /// Of what waits for its turn, if bands are kept; nothing when the image is decoded at once.
     pub offloaded: u64,
     /// Numbers, not bytes, of the largest feature map.
     pub largest: u64,
@@ -40,7 +40,7 @@ impl VaeConfig {
     }
 
     /// What decoding latents of `height`×`width` takes, at once or in bands of `rows` rows of them, in numbers of
-    /// `element` bytes; `unfolded` where convolutions write what their taps see, nine times their input, a strip of
+    /// `element` bytes; `unfolded` if convolutions write what their taps see, nine times their input, a strip of
     /// rows at a time, and norms are composed in f32.
     pub fn decode_memory(
         &self,
@@ -61,7 +61,7 @@ impl VaeConfig {
                 bytes += share * work.wide * 4
                     + (share * work.columns).min(MAX_UNFOLDED as u64) * element;
             }
-            // allocators keep some of what is freed: 3.3 GB were measured at 1024² where 2.7 are alive
+            // allocators keep some of what is freed: 3.3 GB were measured at 1024², of which 2.7 are alive
             out.work = out.work.max(bytes / 4 * 5);
             out.largest = out.largest.max(share * work.largest);
         };

@@ -144,7 +144,7 @@ pub struct Vae {
 }
 
 impl Vae {
-    /// Loads the decoder, and the encoder where the tensors hold one.
+    /// Loads the decoder, and the encoder if the tensors hold one.
     pub fn new(config: &VaeConfig, vb: &VarBuilder) -> Result<Self> {
         let decoder = Decoder::new(config, vb)?;
         let encoder = vb

@@ -19,7 +19,7 @@ __device__ inline unsigned shared_address(const void *at) {
     return address;
 }
 
-// Begins to copy 16 bytes from global to shared memory, or to write as many zeros where `bytes` is 0.
+// Begins to copy 16 bytes from global to shared memory, or to write as many zeros if `bytes` is 0.
 __device__ inline void copy_16_bytes(unsigned to, const void *from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(bytes) : "memory");
 }

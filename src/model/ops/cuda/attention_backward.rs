@@ -73,7 +73,7 @@ pub(in super::super) fn has_attention_backward(device: &Device, dtype: DType, he
 }
 
 /// Gradients of queries, keys and values (each (batch, heads, tokens, head size), contiguous), stacked, from that of the
-/// attended values, (batch, tokens, heads · head size). Nothing where the reference has to do it.
+/// attended values, (batch, tokens, heads · head size). Nothing if the reference has to do it.
 pub(in super::super) fn attention_backward(heads: &Heads, grad: &Tensor) -> Result<Option<Tensor>> {
     let Heads { q, k, v } = heads;
     let alike =

@@ -10,7 +10,7 @@ use crate::model::rope::Rope;
 
 /// Bytes that a thread moves at a time.
 const PIECE: usize = 16;
-/// Threads in a block, where a row does not ask for more.
+/// Threads in a block, if a row does not ask for more.
 const THREADS: usize = 128;
 /// Tokens for which a thread keeps bias and gate.
 const TOKENS: usize = 4;

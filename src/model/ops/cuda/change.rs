@@ -62,7 +62,7 @@ struct Pair<'a> {
 }
 
 impl<'a> Pair<'a> {
-    /// Nothing where the kernels do not take them.
+    /// Nothing if the kernels do not take them.
     fn new(x: &'a Tensor, y: &'a Tensor) -> Result<Option<Self>> {
         let (dtype, (batch, tokens, width)) = (x.dtype(), x.dims3()?);
         let (Some(x_rows), Some(y_rows)) = (RowView::new(x)?, RowView::new(y)?) else {
@@ -161,7 +161,7 @@ impl<'a> Pair<'a> {
     }
 }
 
-/// What `call` makes of the tokens, where the kernels take them.
+/// What `call` makes of the tokens, if the kernels take them.
 fn with<T>(
     x: &Tensor,
     y: &Tensor,
@@ -187,7 +187,7 @@ fn with<T>(
     }
 }
 
-/// ‖x‖², ‖y − x‖² and cos(x, y) of each token of `x`, `y` (batch, tokens, width): (batch, 3, tokens), f32. Nothing where
+/// ‖x‖², ‖y − x‖² and cos(x, y) of each token of `x`, `y` (batch, tokens, width): (batch, 3, tokens), f32. Nothing if
 /// there is no kernel for it.
 ///
 /// # Errors
@@ -197,7 +197,7 @@ pub fn token_sums(x: &Tensor, y: &Tensor) -> Result<Option<Tensor>> {
 }
 
 /// `sums` (or nothing) and ZᵀZ, (width + 1, width + 1), and Zᵀ(y − x), (width + 1, width), for Z = \[x, 1\], over all
-/// tokens of `x`, `y` (batch, tokens, width): f64. Products are exact and summed in f32. Nothing where there is no kernel
+/// tokens of `x`, `y` (batch, tokens, width): f64. Products are exact and summed in f32. Nothing if there is no kernel
 /// for it.
 ///
 /// # Errors

@@ -124,7 +124,7 @@ fn agree(module: &Module, case: Case, dtype: DType, tolerance: f64) -> Result<()
     Ok(())
 }
 
-/// Fails where result `i` is further than `tolerance` from what is wanted, relative, over all its numbers.
+/// Fails if result `i` is further than `tolerance` from what is wanted, relative, over all its numbers.
 pub(super) fn compare(i: usize, got: &Tensor, want: &Tensor, tolerance: f64) -> Result<()> {
     if got.dims() != want.dims() {
         candle::bail!(

@@ -3,7 +3,7 @@
 // each kernel gets.
 //
 // The kernels wait for memory, so a thread moves 16 bytes at a time (a piece) and nothing is read twice. Everything is
-// computed in f32 and rounded once. Where rows do not begin on 16 bytes (`whole` is 0) a piece is moved number by number.
+// computed in f32 and rounded once. If rows do not begin on 16 bytes (`whole` is 0) a piece is moved number by number.
 
 // --- layer_norm(x) · (1 + scale) + shift: a block of threads for each row, which is held in registers ----------------
 

@@ -1,5 +1,5 @@
-//! The one place that hands addresses to a GPU: the kernels' parameters, compiling, launching. What sizes and threads a
-//! kernel gets is `calls`' business.
+//! The one place that hands addresses to a GPU: the kernels' parameters, compiling, launching. `calls` decides which sizes and threads
+//! a kernel gets.
 #![expect(
     unsafe_code,
     reason = "a kernel is given addresses, and writes memory that nothing was in before"
@@ -341,7 +341,7 @@ impl Blank {
     }
 }
 
-/// See [`KEPT`]. Where it cannot be had, everything is slower and nothing else changes.
+/// See [`KEPT`]. If it cannot be had, everything is slower and nothing else changes.
 fn keep_freed_memory(device: &CudaDevice) {
     let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
     let mut bytes = KEPT.load(Ordering::Relaxed);
@@ -382,7 +382,7 @@ fn address(storage: &CudaStorage) -> Result<u64> {
 }
 
 impl<'a> RowView<'a> {
-    /// Nothing where the numbers of a row do not lie side by side.
+    /// Nothing if the numbers of a row do not lie side by side.
     pub(super) fn new(x: &'a Tensor) -> Result<Option<Self>> {
         let (batch, token) = match (x.dims(), x.stride()) {
             ([_, _, w], [b, n, s]) if *s == 1 || *w == 1 => (*b, *n),

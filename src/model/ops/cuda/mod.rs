@@ -85,7 +85,7 @@ impl Kernels {
     }
 }
 
-/// Why kernels of this device are not used; `None` where all are, and on devices that have none.
+/// Why kernels of this device are not used; `None` if all are, and on devices that have none.
 pub fn trouble(device: &Device) -> Option<String> {
     let Device::Cuda(device) = device else {
         return None;
@@ -103,8 +103,8 @@ pub fn trouble(device: &Device) -> Option<String> {
     (!each.is_empty()).then(|| each.join("; "))
 }
 
-/// What `call` makes of a kernel, where it may run: all operands on one GPU, in one number format, none in a gradient
-/// graph. Nothing where the reference implementation has to do it.
+/// What `call` makes of a kernel, if it may run: all operands on one GPU, in one number format, none in a gradient
+/// graph. Nothing if the reference implementation has to do it.
 fn with<T>(
     kernel: &str,
     operands: &[Option<&Tensor>],
@@ -173,7 +173,7 @@ pub(super) fn scores(q: &Tensor, k: &Tensor, scale: f64) -> Result<Option<Tensor
     })
 }
 
-/// Attention by other people's kernels, where one is built in and fits; see `attention::attention`.
+/// Attention by other people's kernels, if one is built in and fits; see `attention::attention`.
 pub(super) fn flash(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Option<Tensor>> {
     if !has_flash(q.device(), q.dtype(), q.dim(3)?) || [q, k, v].iter().any(|x| x.track_op()) {
         return Ok(None);

@@ -90,7 +90,7 @@ struct BF16 {
 
 // --- rows of tensors -------------------------------------------------------------------------------------------------
 
-// A tensor (batch, tokens, width) whose rows lie in one piece each; strides in numbers, 0 where a row is read again.
+// A tensor (batch, tokens, width) whose rows lie in one piece each; strides in numbers, 0 if a row is read again.
 struct RowView {
     const void *data;
     long long batch, token;
@@ -101,7 +101,7 @@ __device__ const typename F::Bits *row(const RowView &rows, int batch, int token
     return (const typename F::Bits *)rows.data + batch * rows.batch + token * rows.token;
 }
 
-// The first `count` numbers of a piece (all that there are, where that is more), then zeros.
+// The first `count` numbers of a piece (all that there are, if that is more), then zeros.
 template <typename F>
 __device__ Piece<F> load(const typename F::Bits *from, int count, int whole) {
     Piece<F> piece;
