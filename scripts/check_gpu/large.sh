@@ -164,23 +164,23 @@ step_full() {
     }
     draw generate-1 --steps 1
     local first
-    first=$(calc "$(when generate-1 'drew 1 image') - $(when generate-1 'encoded 1 prompt')")
+    first=$(calc "$(when generate-1 'generated 1 image') - $(when generate-1 'encoded 1 prompt')")
     figure full 'from the file to the first step' "$first" s
     figure full 'that over reading the file' "$(calc "$first / $reading")" times '<= 1.3'
     draw generate-plain --steps 28
-    plain_step=$(calc "$(told generate-plain 'drew 1 image') / 28")
+    plain_step=$(calc "$(told generate-plain 'generated 1 image') / 28")
     figure full 'a step of generate' "$plain_step" s '' "$([[ -n ${full_ms:-} ]] && calc "$full_ms / 1000")"
     figure full 'generate: peak on the GPU' "$peak" MiB
     for most in "${limits[@]}"; do
         draw "generate-$most" --steps $steps --max-vram "$most"
         of=$(calc "$(sed 's/GiB/* 1024/; s/MiB//' <<<"$most")")
-        figure full "a step within $most" "$(calc "$(told "generate-$most" 'drew 1 image') / $steps")" s
+        figure full "a step within $most" "$(calc "$(told "generate-$most" 'generated 1 image') / $steps")" s
         figure full "generate within $most: peak on the GPU" "$peak" MiB "${peak:+<= $of}"
         grep -o '[0-9]* of [0-9]* blocks stay.*' "$output/logs/generate-$most.err" | head -n 1 >>"$notes"
     done
     draw generate-offload --steps $steps --offload
     local offload copy slower
-    offload=$(calc "$(told generate-offload 'drew 1 image') / $steps")
+    offload=$(calc "$(told generate-offload 'generated 1 image') / $steps")
     copy=$(calc "$(stat -c %s "$checkpoint") / ${pinned:-0}")
     slower=$(awk -v a="${copy:-0}" -v b="${plain_step:-0}" 'BEGIN { print (a > b ? a : b) }')
     figure full 'a step with --offload' "$offload" s '' "$slower"
@@ -214,7 +214,7 @@ step_whole() {
     figure whole 'calibrate of 4 prompts × 8 steps: peak on the GPU' "$peak" MiB '' "$(mib "$(value calibrate-estimate device)")"
     local sampling gathering
     # calibration draws held-out images too
-    sampling=$(calc "$(told generate-4 'drew 4 images') * $(value calibrate-estimate prompts) / 4")
+    sampling=$(calc "$(told generate-4 'generated 4 images') * $(value calibrate-estimate prompts) / 4")
     gathering=$(grep -o '([0-9.]* s)$' "$output/logs/calibrate.err" 2>/dev/null | tr -d '()s' | awk '{ sum += $1 } END { if (NR) print sum }')
     figure whole 'sampling the same' "$sampling" s
     figure whole 'calibrating' "$gathering" s
@@ -244,7 +244,7 @@ step_whole() {
     figure whole 'train-sandwich: a step of the finetuning' "$(grep finetune "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 2)" s
     [[ -d $trained ]] || trained=$at/pruned
     attempt generate-trained 60 "$binary" generate --model "$trained" "${format[@]}" "${image[@]}" --prompt 'a red circle' --steps 8 --output "$work/trained.png" --force
-    figure whole 'the result draws: a step' "$(calc "$(told generate-trained 'drew 1 image') / 8")" s
+    figure whole 'the result draws: a step' "$(calc "$(told generate-trained 'generated 1 image') / 8")" s
     attempt eval 60 "$binary" eval --model "$trained" "${format[@]}" "${image[@]}" --prompts "$work/prompts.txt" --num-prompts 1 --steps 2 --output "$work/eval" --force --json
     figure whole 'eval ends well' "$code" '' '= 0'
 }

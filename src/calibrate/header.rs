@@ -49,9 +49,9 @@ impl Header {
         let recipe = &self.recipe;
         recipe.validate()?;
         for (name, is_there) in [
-            ("num_prompts", recipe.num_prompts.is_some()),
+            ("num-prompts", recipe.num_prompts.is_some()),
             (
-                "noise_levels_per_image",
+                "noise-levels-per-image",
                 recipe.noise_levels_per_image.is_some(),
             ),
             ("steps", recipe.steps.is_some()),
@@ -65,7 +65,7 @@ impl Header {
         let prompts = self.prompts.len();
         ensure!(
             (1..prompts).contains(&self.num_prompts),
-            "`num_prompts` is {} of {prompts} prompts: there must be some of each kind",
+            "`num-prompts` is {} of {prompts} prompts: there must be some of each kind",
             self.num_prompts
         );
         let division = Division {

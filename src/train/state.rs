@@ -107,7 +107,9 @@ impl StateFile {
         let found: Value =
             serde_json::from_str(text).with_context(|| format!("`{name}` is damaged\n{again}"))?;
         let mut found = from_bits(found);
-        rename_old(&mut found["settings"]["recipe"]);
+        if let Some(recipe) = found.pointer_mut("/settings/recipe") {
+            rename_old(recipe);
+        }
         if let Some(what) = difference("", &found["settings"], &self.settings) {
             bail!("`{name}` is of a run with other settings: {what}\n{again}");
         }
@@ -202,7 +204,9 @@ fn is_ours(name: &str) -> bool {
 /// Gives keys of a recipe that an earlier version wrote the names of today.
 fn rename_old(recipe: &mut Value) {
     rename(recipe, "finish", "finetune");
-    rename(&mut recipe["data"], "samples", "num-prompts");
+    if let Some(data) = recipe.get_mut("data") {
+        rename(data, "samples", "num-prompts");
+    }
 }
 
 fn rename(object: &mut Value, old: &str, new: &str) {

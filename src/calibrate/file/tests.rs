@@ -58,13 +58,13 @@ fn a_header_that_contradicts_itself_is_refused_with_file_and_field() {
     refused(|h| h.recipe.batch = Some(0), "batch");
     refused(
         |h| h.recipe.noise_levels_per_image = Some(-1.0),
-        "noise_levels_per_image",
+        "noise-levels-per-image",
     );
     refused(|h| h.recipe.steps = Some(0), "--steps 0");
     refused(|h| h.recipe.steps = None, "`recipe.steps` is missing");
     refused(|h| h.recipe.guidance = None, "`recipe.guidance`");
     refused(|h| h.recipe.guidance = Some(-1.0), "guidance");
-    refused(|h| h.num_prompts = 3, "`num_prompts` is 3 of 3");
+    refused(|h| h.num_prompts = 3, "`num-prompts` is 3 of 3");
     refused(|h| h.units = 3, "`units` is 3");
     refused(|h| h.recipe.width = Some(64), "images.000000");
 }
