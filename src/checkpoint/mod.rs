@@ -195,7 +195,7 @@ impl Checkpoint {
 ///
 /// # Errors
 /// Those of `result`.
-pub fn advise<T>(result: Result<T>, hint: &str) -> Result<T> {
+pub fn with_hint<T>(result: Result<T>, hint: &str) -> Result<T> {
     result.map_err(|error| {
         let text = format!("{error:#}");
         if text.contains("\nhint:") {

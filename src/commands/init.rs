@@ -199,7 +199,7 @@ mod tests {
         let record = crate::checkpoint::record::Record {
             version: 1,
             tool: String::new(),
-            base: bundled.locator.clone(),
+            base: bundled.model_ref.clone(),
             base_fingerprint: String::new(),
             layout: config.layout.clone(),
             axes_dims: config.axes_dims.clone(),

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::{ModelChoice, Pipeline, locate::locate};
 use crate::{
-    checkpoint::{Checkpoint, advise, part::Part, record::RecordedParts},
+    checkpoint::{Checkpoint, part::Part, record::RecordedParts, with_hint},
     files::{Blob, Files},
     sample::{
         text::TextFiles,
@@ -57,7 +57,7 @@ pub(super) struct Components {
 
 impl ModelChoice {
     /// Fills in what flags left open from where it was before, as far as it is still there.
-    pub(super) fn take_parts(&mut self, parts: Option<&RecordedParts>) {
+    pub(super) fn fill_from_record(&mut self, parts: Option<&RecordedParts>) {
         let Some(parts) = parts else {
             return;
         };
@@ -151,13 +151,13 @@ impl Pipeline {
             return Ok(own.clone());
         }
         if let Some(base) = &self.components.base {
-            let found = locate(Some(base)).with_context(|| {
+            let located = locate(Some(base)).with_context(|| {
                 format!(
                     "`{}` takes {what} from its base model `{base}`\nhint: name them with {flag}",
                     self.name
                 )
             })?;
-            if let Some(files) = found.pipeline
+            if let Some(files) = located.pipeline
                 && has(&files)?
             {
                 return Ok(files);
@@ -209,5 +209,5 @@ fn open_file(path: &Path, flag: &str) -> Result<Checkpoint> {
         "`{name}` does not exist\nhint: name a folder or a file with {flag}"
     );
     let opened = Blob::map(path).and_then(|blob| Checkpoint::from_blob(&name, &blob));
-    advise(opened, &format!("name another with {flag}"))
+    with_hint(opened, &format!("name another with {flag}"))
 }

@@ -117,7 +117,7 @@ pub fn latents(
     Ok(latents)
 }
 
-/// The file of one image: a pattern is filled in, a .png name is taken (numbered where there are several), anything
+/// The file of one image: a pattern is filled in, a .png name is taken (numbered if there are several), anything
 /// else is a folder.
 ///
 /// # Errors

@@ -9,7 +9,7 @@ use crate::{
     layout::FluxConfig,
 };
 
-/// The scheduler: `--config`'s `scheduler`, the pipeline's own, the record's, or FLUX.1's where the sizes are FLUX.1's.
+/// The scheduler: `--config`'s `scheduler`, the pipeline's own, the record's, or FLUX.1's if the sizes are FLUX.1's.
 pub(super) fn of_model(
     configs: &[ConfigFile],
     pipeline: Option<&Files>,

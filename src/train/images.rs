@@ -9,7 +9,7 @@ use serde_json::json;
 use super::{data::Images, setup::TrainSetup, state::IMAGES_STEM, strategy::MemoryStrategy};
 use crate::{
     calibrate,
-    checkpoint::{Checkpoint, Source, advise, save},
+    checkpoint::{Checkpoint, Source, save, with_hint},
     files::Files,
     model::Flux,
     pipeline::load,
@@ -62,7 +62,7 @@ pub(super) fn sample_or_load(
     let files = Files::folder(folder);
     let path = folder.join(format!("{IMAGES_STEM}.safetensors"));
     if path.exists()
-        && let Some(found) = advise(
+        && let Some(found) = with_hint(
             Checkpoint::open_if_present(&files, IMAGES_STEM),
             "delete the file to sample the images again, or start over with --restart",
         )?

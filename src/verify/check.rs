@@ -171,7 +171,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// The prompt that the whole pipeline draws, where it is recorded and everything for it is there.
+    /// The prompt that the whole pipeline draws, if it is recorded and everything for it is there.
     fn prompts(&mut self) -> Result<Option<Encoded>> {
         let reference = self.reference;
         if !reference.has("pipeline.latents") {
@@ -322,11 +322,11 @@ impl Check<'_> {
             let image = decoder::decode(&vae, &latents, None, self.runtime)?;
             self.compare("vae.image", &image, true)?;
         }
-        drawn.map_or(Ok(()), |drawn| self.pictures(&vae, &drawn))
+        drawn.map_or(Ok(()), |drawn| self.images(&vae, &drawn))
     }
 
     /// The whole pipeline, from prompt and noise to the image.
-    fn pictures(&mut self, vae: &Vae, drawn: &Drawn) -> Result<()> {
+    fn images(&mut self, vae: &Vae, drawn: &Drawn) -> Result<()> {
         let reference = self.reference;
         if reference.has("pipeline.final_latents") {
             self.compare("pipeline.final_latents", &drawn.latents, true)?;

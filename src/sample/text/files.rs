@@ -4,7 +4,7 @@
 use anyhow::{Result, bail, ensure};
 
 use crate::{
-    checkpoint::{Checkpoint, advise, is_weights, part::Part},
+    checkpoint::{Checkpoint, is_weights, part::Part, with_hint},
     files::{Blob, Files},
     sample::tokenize::Family,
 };
@@ -73,7 +73,7 @@ impl TextFiles {
             );
         };
         let sub = root.sub(folder(family));
-        if let Some(raw) = advise(Checkpoint::open_if_present(&sub, "model"), OTHERS)? {
+        if let Some(raw) = with_hint(Checkpoint::open_if_present(&sub, "model"), OTHERS)? {
             let config = sub.get("config.json")?;
             return Ok(Encoder {
                 weights: choose(family, &[&raw], width)?,
@@ -148,7 +148,7 @@ fn weights_in(files: &Files) -> Result<Vec<Checkpoint>> {
         }
     }
     match first {
-        Some(error) if found.is_empty() => advise(Err(error), OTHERS),
+        Some(error) if found.is_empty() => with_hint(Err(error), OTHERS),
         _ => Ok(found),
     }
 }

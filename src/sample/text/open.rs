@@ -9,7 +9,7 @@ use super::ops::Activation;
 use super::t5::T5;
 use super::t5_config::{FeedForward, T5Config};
 use super::{ClipText, TextEncoders};
-use crate::checkpoint::{Checkpoint, advise};
+use crate::checkpoint::{Checkpoint, with_hint};
 use crate::files::Files;
 use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
 
@@ -65,11 +65,13 @@ fn open(files: &TextFiles, widths: Option<[usize; 2]>) -> Result<Opened> {
     let t5 = files.encoder(Family::T5, widths.map(|[t5, _]| t5))?;
     let named = |name: &str| format!("`{name}`");
     let clip_config = match &clip.config {
-        Some((name, blob)) => advise(clip_from_json(blob), OTHERS).with_context(|| named(name))?,
+        Some((name, blob)) => {
+            with_hint(clip_from_json(blob), OTHERS).with_context(|| named(name))?
+        }
         None => infer_clip(&clip.weights)?,
     };
     let t5_config = match &t5.config {
-        Some((name, blob)) => advise(t5_from_json(blob), OTHERS).with_context(|| named(name))?,
+        Some((name, blob)) => with_hint(t5_from_json(blob), OTHERS).with_context(|| named(name))?,
         None => infer_t5(&t5.weights)?,
     };
     let (Encoder { weights: clip, .. }, Encoder { weights: t5, .. }) = (clip, t5);

@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use candle::{DType, Device};
 
 use super::{Vae, VaeConfig, keys};
-use crate::checkpoint::{Checkpoint, advise, is_weights, part::Part};
+use crate::checkpoint::{Checkpoint, is_weights, part::Part, with_hint};
 use crate::files::Files;
 
 /// What to do about a file that is of no use.
@@ -20,7 +20,7 @@ impl Opened {
     /// `diffusion_pytorch_model.safetensors` with `config.json`, or the only file of weights in a folder.
     fn folder(files: &Files) -> Result<Self> {
         let raw = Checkpoint::open_if_present(files, "diffusion_pytorch_model");
-        let raw = match advise(raw, OTHERS)? {
+        let raw = match with_hint(raw, OTHERS)? {
             Some(raw) => raw,
             None => only_file(files)?,
         };
@@ -121,7 +121,7 @@ fn only_file(files: &Files) -> Result<Checkpoint> {
         let opened = files
             .read(name)
             .and_then(|blob| Checkpoint::from_blob(&files.describe(name), &blob));
-        advise(opened, OTHERS)
+        with_hint(opened, OTHERS)
     };
     if let [one] = weights.as_slice() {
         return open(one);
