@@ -16,9 +16,42 @@ pub fn set_quiet(quiet: bool) {
     QUIET.store(quiet, Ordering::Relaxed);
 }
 
+/// Most characters of one message: names in strangers' files can be megabytes.
+const MAX_MESSAGE: usize = 4000;
+
+/// Text that may hold names from strangers' files, fit for a terminal: control characters, and marks that turn the
+/// direction of writing, are escaped; line breaks stay.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        let turns = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        if (c.is_control() && !matches!(c, '\n' | '\t')) || turns {
+            out.extend(c.escape_unicode());
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+/// The same on one line, at most `most` characters long.
+pub fn printable_name(text: &str, most: usize) -> String {
+    let mut out = printable(text).replace('\n', "\\n");
+    if let Some((end, _)) = out.char_indices().nth(most) {
+        out.truncate(end);
+        out.push('…');
+    }
+    out
+}
+
 /// A line on stderr. Ignores write errors: a closed stderr must not abort the run.
 fn print_line(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
+    let mut text = printable(line);
+    if let Some((end, _)) = text.char_indices().nth(MAX_MESSAGE) {
+        text.truncate(end);
+        text.push('…');
+    }
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Says something to the person at the terminal, on stderr.
@@ -76,8 +109,8 @@ fn is_frame(line: &str) -> bool {
 /// When stdout is full or cannot be written.
 pub fn data(text: impl AsRef<str>) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    let written =
-        writeln!(out, "{}", text.as_ref().trim_end_matches('\n')).and_then(|()| out.flush());
+    let text = printable(text.as_ref().trim_end_matches('\n'));
+    let written = writeln!(out, "{text}").and_then(|()| out.flush());
     match written {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => other.context("cannot write to stdout"),
@@ -215,6 +248,15 @@ mod tests {
             text,
             "block      score\n---------  -----\ndouble.00    1.5\nx          10.25"
         );
+    }
+
+    #[test]
+    fn names_of_strangers_do_nothing_to_a_terminal() {
+        let evil = "a\u{1b}[2J\u{7}\u{202e}b\n";
+        assert_eq!(printable(evil), "a\\u{1b}[2J\\u{7}\\u{202e}b\n");
+        assert_eq!(printable_name("a\nhint: b", 100), "a\\nhint: b");
+        assert_eq!(printable_name("abcdef", 3), "abc…");
+        assert_eq!(printable("größer → 夜"), "größer → 夜");
     }
 
     #[test]

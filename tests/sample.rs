@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use candle::{DType, Device, Tensor};
+use fastflux::checkpoint::Checkpoint;
 use fastflux::files::{Blob, Files};
 use fastflux::sample::noise::Generator;
 use fastflux::sample::text::{Cut, TextEncoders};

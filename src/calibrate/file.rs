@@ -77,6 +77,28 @@ impl Calibration {
         Ok(())
     }
 
+    /// Fails at sums that are NaN or infinite, which would spoil all that they are added to.
+    ///
+    /// # Errors
+    /// The message names the file and the block.
+    pub fn check_sums(&self, path: &Path) -> Result<()> {
+        for block in &self.stats.blocks {
+            for (stream, stats) in [("txt", &block.txt), ("img", &block.img)] {
+                let Some(sums) = &stats.waiting else { continue };
+                for source in [&sums.gram, &sums.cross] {
+                    source.largest().ok().with_context(|| {
+                        format!(
+                            "`{}`: block {}: the sums of {stream} are NaN or infinite\nhint: `fastflux calibrate` makes the file again",
+                            path.display(),
+                            block.id
+                        )
+                    })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Writes it to `path`, which appears whole or not at all; with `again`, over an earlier state of the same.
     ///
     /// # Errors
@@ -84,7 +106,7 @@ impl Calibration {
     pub fn write(&self, path: &Path, again: bool) -> Result<()> {
         let file = self.tensors()?;
         if again {
-            save::write_again(&file, path)
+            save::write(&file, path)
         } else {
             save::write(&file, path)
         }
@@ -180,6 +202,12 @@ impl Calibration {
                 };
                 // a shard may have seen no statistics yet
                 let has_sums = out.header.is_complete() || reader.has("gram");
+                let tokens: f64 = stats.buckets.iter().map(|bucket| bucket.tokens).sum();
+                ensure!(
+                    has_sums || tokens == 0.0 || !wanted.contains(&block.id),
+                    "`{name}` lacks the sums of block {} ({stream}), which saw {tokens} tokens\nhint: `fastflux calibrate` makes the file again",
+                    block.id
+                );
                 if wanted.contains(&block.id) && has_sums {
                     let k = reader.rows("gram")?;
                     let totals = reader.finite("totals", &[2])?.to_vec1::<f64>()?;

@@ -36,13 +36,16 @@ pub(super) fn captioned(folder: &Path) -> Result<(Vec<String>, Vec<PathBuf>)> {
     images.sort();
     let caption = |path: &PathBuf| -> Result<String> {
         let text = path.with_extension("txt");
-        let caption = std::fs::read_to_string(&text).with_context(|| {
+        let caption = crate::files::read_small(&text, 1 << 20).with_context(|| {
             format!(
                 "--images: `{}` has no caption: cannot read `{}`",
                 path.display(),
                 text.display()
             )
         })?;
+        let caption = String::from_utf8(caption)
+            .ok()
+            .with_context(|| format!("--images: `{}` is not UTF-8 text", text.display()))?;
         Ok(caption.trim().to_owned())
     };
     let captions = images.iter().map(caption).collect::<Result<_>>()?;

@@ -9,7 +9,6 @@ use self::{
     noised::NoisedLatents,
     options::{HELD_OUT_NOISE_LEVELS, ResolvedOptions},
     pass::Pass,
-    sampling::FiniteCheck,
 };
 use crate::{
     device::Runtime,
@@ -17,6 +16,7 @@ use crate::{
     pipeline::{Pipeline, load, placement::MemoryBudget},
     sample::{
         denoise::{Denoise, Encoded, starting_noise},
+        finite::FiniteCheck,
         schedule::Schedule,
     },
     ui,

@@ -114,7 +114,10 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
         let finished = last_one && options.more && begun.elapsed() >= options.save_every;
         if finished || due && !last_one {
             let start = Instant::now();
-            out.write(path, true)?;
+            if let Err(error) = out.write(path, true) {
+                // the output may fit all the same, and all that was computed is in memory
+                ui::warn(format!("unfinished work is not saved: {error:#}"));
+            }
             (last, cost) = (Instant::now(), start.elapsed());
         }
     }

@@ -1,14 +1,10 @@
-//! Prompts → images as packed latents, several batches at a time, and a check that names the first damaged block.
+//! Prompts → images as packed latents, several batches at a time.
 
 use anyhow::Result;
 use candle::Tensor;
 use indicatif::ProgressBar;
 
-use crate::{
-    layout::BlockSpec,
-    model::{Conditioning, Observer, Stream, ops},
-    sample::denoise::{Denoise, Encoded, starting_noise},
-};
+use crate::sample::denoise::{Denoise, Encoded, starting_noise};
 
 /// Samples one image for each prompt, `batch` at a time; packed latents (prompts, tokens, channels), f32, on the CPU.
 ///
@@ -46,35 +42,4 @@ pub fn sample(
         }
     }
     Ok(Tensor::cat(&images, 0)?)
-}
-
-/// Fails at the first block whose output is NaN or infinite, and names it.
-#[derive(Debug)]
-pub(super) struct FiniteCheck;
-
-impl Observer for FiniteCheck {
-    fn block(
-        &mut self,
-        _: usize,
-        spec: &BlockSpec,
-        conditioning: &Conditioning,
-        _: &Stream,
-        output: &Stream,
-    ) -> candle::Result<()> {
-        let sum = ops::total(&output.tokens.to_dtype(candle::DType::F32)?)?;
-        if !sum.to_scalar::<f32>()?.is_finite() {
-            let times = conditioning.timestep.to_dtype(candle::DType::F32)?;
-            let t = times.flatten_all()?.to_vec1::<f32>()?;
-            let hint = match output.tokens.dtype() {
-                candle::DType::F32 => "",
-                _ => "try --dtype f32; if that does not help, ",
-            };
-            candle::bail!(
-                "block {}: activations are NaN or infinite at timestep {:.3}\nhint: {hint}fetch the transformer's files again",
-                spec.id(),
-                t.first().copied().unwrap_or_default()
-            );
-        }
-        Ok(())
-    }
 }

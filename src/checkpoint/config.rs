@@ -30,7 +30,7 @@ impl ConfigFile {
     /// When it cannot be read or holds no JSON object.
     pub fn read(path: &Path) -> Result<Self> {
         let name = path.display().to_string();
-        let text = std::fs::read(path).with_context(|| format!("cannot read `{name}`"))?;
+        let text = crate::checkpoint::read_small(path)?;
         let json: Value =
             serde_json::from_slice(&text).with_context(|| format!("`{name}` is not valid JSON"))?;
         ensure!(json.is_object(), "`{name}` is not a JSON object");

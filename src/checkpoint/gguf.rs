@@ -9,7 +9,7 @@ use candle::quantized::GgmlDType;
 use safetensors::Dtype;
 
 use super::{Checkpoint, Source, dtype::StorageDType, record};
-use crate::{files::Blob, quant::QuantType};
+use crate::{files::Blob, quant::QuantType, ui};
 
 /// The first bytes of a file.
 pub(super) const MAGIC: &[u8] = b"GGUF";
@@ -19,6 +19,8 @@ pub(super) const RECORD: &str = "fastflux.record";
 const ORIGINAL_SHAPE: &str = "comfy.gguf.orig_shape.";
 /// Dimensions of a tensor (`GGML_MAX_DIMS`).
 const MAX_DIMENSIONS: u32 = 4;
+/// Bytes of a key or a tensor's name.
+const MAX_NAME: usize = 512;
 /// Nesting of arrays; nothing in use nests them.
 const MAX_NESTING: usize = 4;
 
@@ -104,14 +106,14 @@ fn header(name: &str, blob: &Blob) -> Result<Checkpoint> {
     let (tensors, pairs) = (cursor.u64()?, cursor.u64()?);
     let mut metadata = Metadata::default();
     for _ in 0..pairs {
-        let key = cursor.string().context("a metadata key")?;
+        let key = cursor.name().context("a metadata key")?;
         metadata
             .read(&key, &mut cursor)
             .with_context(|| format!("metadata `{key}`"))?;
     }
     let mut infos = Vec::new();
     for _ in 0..tensors {
-        let name = cursor.string().context("a tensor's name")?;
+        let name = cursor.name().context("a tensor's name")?;
         let info = Info::read(&mut cursor).with_context(|| format!("tensor `{name}`"))?;
         infos.push((name, info));
     }
@@ -240,7 +242,9 @@ impl Metadata {
         const ARRAY: u32 = 9;
         let kind = cursor.u32()?;
         match (key, kind) {
-            ("general.architecture", STRING) => self.architecture = Some(cursor.string()?),
+            ("general.architecture", STRING) => {
+                self.architecture = Some(ui::printable_name(&cursor.string()?, 60));
+            }
             ("general.alignment", 4) => self.alignment = Some(u64::from(cursor.u32()?)),
             (RECORD, STRING) => {
                 self.texts.insert(record::KEY.to_owned(), cursor.string()?);
@@ -312,6 +316,17 @@ impl Cursor<'_> {
         let length = self.u64()?;
         let bytes = self.take(length)?;
         Ok(String::from_utf8_lossy(bytes).into_owned())
+    }
+
+    /// A string that names something: of one line and not longer than anybody reads.
+    fn name(&mut self) -> Result<String> {
+        let text = self.string()?;
+        ensure!(
+            text.len() <= MAX_NAME && !text.chars().any(char::is_control),
+            "`{}` is no name",
+            ui::printable_name(&text, 60)
+        );
+        Ok(text)
     }
 
     /// Passes over a value.

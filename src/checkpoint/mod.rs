@@ -38,6 +38,14 @@ use backend::{Backend, packed};
 pub use crate::files::output as target;
 pub use dtype::StorageDType;
 pub use open::is_weights;
+
+/// The bytes of a JSON file that a person named.
+///
+/// # Errors
+/// When it is no file, cannot be read, or is larger than any such file.
+pub fn read_small(path: &std::path::Path) -> Result<Vec<u8>> {
+    crate::files::read_small(path, crate::files::MAX_SMALL)
+}
 pub use source::{Source, safetensors_dtype};
 
 /// An ordered, lazy map from tensor names to their bytes. Cloning copies names, not data.

@@ -17,6 +17,9 @@ const EXTENSIONS: [&str; 3] = ["safetensors", "sft", "gguf"];
 /// several times as much memory.
 const MAX_HEADER: u64 = 16 << 20;
 
+/// Bytes of a tensor's name.
+const MAX_NAME: usize = 512;
+
 /// Whether a file of this name holds weights that are opened.
 pub fn is_weights(name: &str) -> bool {
     let ending = name
@@ -96,8 +99,11 @@ impl Checkpoint {
                 .as_str()
                 .with_context(|| format!("`{name}`: the shard of `{tensor}` is not a file name"))?;
             ensure!(
-                !shard.contains(['/', '\\']) && shard != "..",
-                "`{name}` names the shard `{shard}`, which is not a file beside it"
+                !shard.contains(['/', '\\'])
+                    && !shard.chars().any(char::is_control)
+                    && shard != "..",
+                "`{name}` names the shard `{}`, which is not a file next to it",
+                ui::printable_name(shard, 200)
             );
             if !shards.contains(&shard) {
                 shards.push(shard);
@@ -143,6 +149,11 @@ impl Checkpoint {
             }
         }
         for (name, info) in parsed.tensors() {
+            ensure!(
+                name.len() <= MAX_NAME && !name.chars().any(char::is_control),
+                "`{file}`: `{}` is no name of a tensor",
+                ui::printable_name(&name, 60)
+            );
             let (start, end) = info.data_offsets;
             let source = Source::mapped(
                 blob,

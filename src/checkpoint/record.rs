@@ -67,6 +67,22 @@ pub struct Record {
     pub recipe: Value,
 }
 
+/// Fails at control characters in texts, which people are shown.
+fn check_text(value: &Value) -> Result<()> {
+    match value {
+        Value::String(text) => ensure!(
+            !text
+                .chars()
+                .any(|c| c.is_control() && c != '\n' && c != '\t'),
+            "it holds control characters"
+        ),
+        Value::Array(values) => values.iter().try_for_each(check_text)?,
+        Value::Object(map) => map.values().try_for_each(check_text)?,
+        _ => {}
+    }
+    Ok(())
+}
+
 impl Record {
     /// The record in a file's metadata, `None` when fastflux did not write the file.
     ///
@@ -91,6 +107,8 @@ impl Record {
             version <= VERSION as u64,
             "`{name}` was written by a newer fastflux (record version {version}, this build reads {VERSION})\nhint: update fastflux"
         );
+        check_text(&value)
+            .with_context(|| format!("`{name}`: its fastflux metadata is damaged"))?;
         let record: Self = serde_json::from_value(value)
             .with_context(|| format!("`{name}`: its fastflux metadata is damaged"))?;
         let empty =

@@ -50,15 +50,6 @@ pub fn write_gguf(
     })
 }
 
-/// As [`write()`], through a temporary sibling of a fixed name: a run that is killed while it saves leaves at most that
-/// one file, which the next save takes over. For files that one run writes again and again.
-///
-/// # Errors
-/// As [`write()`].
-pub fn write_again(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
-    output::rewrite(path, |file| stream(checkpoint, file, &mut |_| ()))
-}
-
 /// The tensors as a safetensors file holds them: wide number formats first (so that all are aligned), then by name.
 ///
 /// The order is that of the safetensors library, so a file that it wrote comes out as it went in.

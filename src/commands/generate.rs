@@ -50,7 +50,6 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     load::schedule(&pipeline)?
         .sigmas(steps, size.tokens())
         .with_context(|| pipeline.scheduler_name.clone())?;
-    create_folders(&jobs)?;
     let encoded = load::encode_prompts(
         &pipeline,
         &prompts,
@@ -58,6 +57,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
         budget.runtime(),
     )?;
     let latents = generate::latents(&pipeline, &budget, &jobs, &encoded, size)?;
+    create_folders(&jobs)?;
     let decoder = budget.decoder(&vae_files, size.latent(), args.decode.vae_tile)?;
     for (i, job) in jobs.iter().enumerate() {
         let image = decoder.images(&latents.narrow(0, i, 1)?)?;

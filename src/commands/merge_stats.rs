@@ -20,12 +20,15 @@ pub(super) fn run(args: &MergeStatsArgs) -> Result<()> {
         .next()
         .context("merge-stats takes at least one file")?;
     // sums stay in the files and are added up a part at a time while the result is written
-    let mut sum = with_hint(Calibration::open(first), AGAIN)?;
+    let open = |path| {
+        let part = with_hint(Calibration::open(path), AGAIN)?;
+        part.check_sums(path).map(|()| part)
+    };
+    let mut sum = open(first)?;
     for path in files {
-        sum.add(with_hint(Calibration::open(path), AGAIN)?)
-            .with_context(|| {
-                format!("`{}` does not add to `{}`", path.display(), first.display())
-            })?;
+        sum.add(open(path)?).with_context(|| {
+            format!("`{}` does not add to `{}`", path.display(), first.display())
+        })?;
     }
     let header = &sum.header;
     if !header.is_complete() {
@@ -33,8 +36,14 @@ pub(super) fn run(args: &MergeStatsArgs) -> Result<()> {
             .filter(|unit| !header.done.contains(unit))
             .map(|unit| unit.to_string())
             .collect();
+        let names: Vec<String> = args
+            .files
+            .iter()
+            .map(|f| format!("`{}`", f.display()))
+            .collect();
         bail!(
-            "{} of {} units are there; missing: {}\nhint: name the statistics files of all shards",
+            "{}: {} of {} units are there; missing: {}\nhint: name the statistics files of all shards",
+            names.join(", "),
             header.done.len(),
             header.units,
             missing.join(", ")

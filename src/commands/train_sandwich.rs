@@ -37,7 +37,12 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     }
     let runtime = super::runtime(args.run)?;
     setup::check_dtype(&runtime)?;
-    if args.restart && !args.dry_run.dry_run && folder.exists() {
+    let _lock = if args.dry_run.dry_run {
+        None
+    } else {
+        Some(state::Lock::new(&folder)?)
+    };
+    if args.restart && !args.dry_run.dry_run {
         state::remove(&folder).context("--restart")?;
     }
     let choice = super::model_choice(&args.pipeline);

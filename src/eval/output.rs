@@ -2,15 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::{
     Evaluation,
     html::{self, Assets, ShownPair},
 };
 use crate::{
-    checkpoint::{output, save},
+    checkpoint::{output, read_small, save},
     pipeline::Pipeline,
+    plot::losses::{self, LossPoint},
     sample::{grid, image, png::Image},
     score::{Scores, chart},
     ui,
@@ -84,6 +85,32 @@ impl Evaluation {
     }
 }
 
+/// The chart of the losses in a `training.json`; `None` if it holds none.
+fn losses_of(path: &Path) -> Result<Option<String>> {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Entry {
+        phase: String,
+        step: usize,
+        loss: Option<f64>,
+        held_out: Option<f64>,
+    }
+    let name = path.display();
+    let mut json: serde_json::Value = serde_json::from_slice(&read_small(path)?)
+        .with_context(|| format!("`{name}` is not valid JSON"))?;
+    let log: Vec<Entry> = serde_json::from_value(json["log"].take()).unwrap_or_default();
+    if log.is_empty() {
+        return Ok(None);
+    }
+    let points = log.iter().map(|entry| LossPoint {
+        phase: &entry.phase,
+        step: entry.step,
+        loss: entry.loss,
+        held_out: entry.held_out,
+    });
+    losses::svg_of(&points.collect::<Vec<_>>()).map(Some)
+}
+
 /// Takes block scores and the chart of losses that lie next to a model. A file that cannot be used is left out.
 fn add_neighbours(model: &Pipeline, assets: &mut Assets) -> Result<()> {
     let path = PathBuf::from(&model.name);
@@ -112,8 +139,14 @@ fn add_neighbours(model: &Pipeline, assets: &mut Assets) -> Result<()> {
             )),
         }
     }
-    if let Ok(svg) = std::fs::read(folder.join("loss.svg")) {
-        assets.losses.push((model.name.clone(), svg));
+    let training = folder.join("training.json");
+    if training.is_file() {
+        // a chart that lies there may be anybody's: it is drawn again from the numbers
+        match losses_of(&training) {
+            Ok(Some(svg)) => assets.losses.push((model.name.clone(), svg.into_bytes())),
+            Ok(None) => {}
+            Err(error) => ui::warn(format!("{error:#}: its losses are left out")),
+        }
     }
     Ok(())
 }

@@ -5,6 +5,23 @@
 /// The page a repository is shown at; people paste its address.
 const SITE: &str = "https://huggingface.co/";
 
+/// Endings of files; no repository is named so.
+const FILE_ENDINGS: [&str; 13] = [
+    ".safetensors",
+    ".sft",
+    ".gguf",
+    ".ckpt",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".onnx",
+    ".msgpack",
+    ".json",
+    ".txt",
+    ".zip",
+    ".git",
+];
+
 /// The longest owner or name the hub allows.
 const LONGEST: usize = 96;
 
@@ -34,9 +51,9 @@ pub fn parse_id(text: &str) -> Option<(String, Option<String>)> {
         },
     };
     let (owner, name) = id.split_once('/')?;
-    let is_file = [".safetensors", ".json", ".git"]
+    let is_file = FILE_ENDINGS
         .iter()
-        .any(|end| name.ends_with(end));
+        .any(|end| name.to_ascii_lowercase().ends_with(end));
     if is_file || !is_part(owner) || !is_part(name) || !revision.is_none_or(is_revision) {
         return None;
     }
@@ -132,6 +149,12 @@ mod tests {
             "C:\\models\\flux",
             "~/flux",
             "o/n.safetensors",
+            "models/flux1-dev-Q4_K_S.gguf",
+            "models/flux1.SFT",
+            "models/flux1.ckpt",
+            "models/flux1.pt",
+            "models/flux1.pth",
+            "models/flux1.bin",
             "o/config.json",
             "o/n.git",
             "o/-n",

@@ -4,6 +4,7 @@
 
 use std::{
     fs::File,
+    io::Read,
     ops::Deref,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, Weak},
@@ -44,6 +45,17 @@ pub fn mapped_below(path: &Path) -> Option<PathBuf> {
         .map(|(file, _)| file.clone())
 }
 
+/// A mapped file that is shorter by now than it was.
+fn mapped_and_cut() -> Option<PathBuf> {
+    // never waited for: the thread that holds the list may be the one that cannot go on
+    let mapped = MAPPED.try_lock().ok()?;
+    let is_cut = |(path, map): &&(PathBuf, Weak<Mmap>)| {
+        let length = map.upgrade().map_or(0, |map| map.len() as u64);
+        std::fs::metadata(path).is_ok_and(|meta| meta.len() < length)
+    };
+    mapped.iter().find(is_cut).map(|(path, _)| path.clone())
+}
+
 impl Blob {
     /// Maps a file.
     ///
@@ -51,6 +63,7 @@ impl Blob {
     /// When the file cannot be opened or mapped; the message names it.
     #[expect(unsafe_code, reason = "mapping is the one way not to hold 24 GB twice")]
     pub fn map(path: &Path) -> Result<Self> {
+        check_file(path)?;
         let file = File::open(path).with_context(|| format!("cannot open `{}`", path.display()))?;
         let meta = file
             .metadata()
@@ -74,6 +87,46 @@ impl Blob {
         }
         Ok(Self::Mapped(map))
     }
+}
+
+/// Bytes of the largest JSON, text or list of prompts that is read.
+pub const MAX_SMALL: u64 = 64 << 20;
+
+/// Fails at what is no file before it is opened: opening a pipe waits for somebody who writes into it.
+fn check_file(path: &Path) -> Result<()> {
+    let meta =
+        std::fs::metadata(path).with_context(|| format!("cannot open `{}`", path.display()))?;
+    // what a shell made of `<(command)`
+    let of_shell = path.starts_with("/dev/fd") || path.starts_with("/proc/self/fd");
+    if !meta.is_file() && !of_shell {
+        let what = if meta.is_dir() {
+            "a folder"
+        } else {
+            "a pipe or a device"
+        };
+        return Err(anyhow!("`{}` is {what}, not a file", path.display()));
+    }
+    Ok(())
+}
+
+/// The bytes of a small file, at most `most` of them.
+///
+/// # Errors
+/// When it is no file, cannot be read, or is larger; the message names it.
+pub fn read_small(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let name = path.display();
+    check_file(path)?;
+    let file = File::open(path).with_context(|| format!("cannot open `{name}`"))?;
+    let mut bytes = Vec::new();
+    let read = file.take(most + 1).read_to_end(&mut bytes);
+    read.with_context(|| format!("cannot read `{name}`"))?;
+    if bytes.len() as u64 > most {
+        return Err(anyhow!(
+            "`{name}` is larger than {} MB, which no such file is",
+            most >> 20
+        ));
+    }
+    Ok(bytes)
 }
 
 impl Deref for Blob {
@@ -223,6 +276,13 @@ impl Files {
         let Some(blob) = self.get(path)? else {
             return Ok(None);
         };
+        if blob.len() as u64 > MAX_SMALL {
+            return Err(anyhow!(
+                "`{}` is larger than {} MB, which no such file is",
+                self.describe(path),
+                MAX_SMALL >> 20
+            ));
+        }
         let value = serde_json::from_slice(&blob)
             .with_context(|| format!("`{}` is not valid JSON", self.describe(path)))?;
         Ok(Some(value))
@@ -263,6 +323,7 @@ impl Files {
 
     /// How to name `path` in a message: a path, `bundled:…` or `owner/name:…`.
     pub fn describe(&self, path: &str) -> String {
+        let path = &crate::ui::printable_name(path, 400);
         let full = format!("{}{path}", self.prefix);
         match &self.root {
             Root::Bundled => format!("bundled:{full}"),

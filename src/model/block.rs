@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use candle::Result;
+use candle::{DType, Result};
 use candle_nn::VarBuilder;
 
 use super::double::DoubleBlock;
@@ -13,6 +13,9 @@ use super::replacement::ReplacementBlock;
 use super::single::SingleBlock;
 use super::stream::{Conditioning, Stream};
 use crate::layout::{BlockKind, BlockSpec, FluxConfig};
+
+/// The largest number of float16.
+const F16_MAX: f64 = 65_504.0;
 
 /// The loaded weights of one [`BlockSpec`]. Clones share the tensors.
 #[derive(Clone, Debug)]
@@ -175,12 +178,18 @@ impl Block {
 
     /// One step of the fold.
     pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
-        match self {
-            Self::Offloaded(_) => self.resident()?.forward(stream, conditioning),
-            Self::Double(block) => block.forward(stream, conditioning),
-            Self::Single(block) => block.forward(stream, conditioning),
-            Self::Replacement(block) => block.forward(stream, conditioning),
+        let out = match self {
+            Self::Offloaded(_) => return self.resident()?.forward(stream, conditioning),
+            Self::Double(block) => block.forward(stream, conditioning)?,
+            Self::Single(block) => block.forward(stream, conditioning)?,
+            Self::Replacement(block) => block.forward(stream, conditioning)?,
+        };
+        if out.tokens.dtype() != DType::F16 {
+            return Ok(out);
         }
+        // as diffusers does with float16 streams: https://github.com/huggingface/diffusers/blob/v0.35.1/src/diffusers/models/transformers/transformer_flux.py#L401-L402
+        let tokens = out.tokens.clamp(-F16_MAX, F16_MAX)?;
+        Ok(out.with_tokens(tokens))
     }
 
     /// Shift, scale and gate of the block's first branch, for its text and its image tokens, as a modulated

@@ -67,6 +67,12 @@ impl Defaults {
                 "its `{field}` is {value}, expected a number from {smallest} to {largest}"
             );
         }
+        if let Some(family) = &self.family {
+            ensure!(
+                family.len() <= 100 && !family.chars().any(char::is_control),
+                "its `family` is not a line of at most 100 characters"
+            );
+        }
         if let Some(guidance) = self.guidance {
             ensure!(
                 (0.0..=MAX_GUIDANCE).contains(&guidance),

@@ -5,7 +5,10 @@ use std::{io::Read, path::Path};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Pipeline;
-use crate::sample::text;
+use crate::{
+    files::{MAX_SMALL, read_small},
+    sample::text,
+};
 
 /// The prompts of a file, one a line, or of standard input (`-`); blank lines are skipped.
 ///
@@ -15,11 +18,17 @@ pub fn read(flag: &str, path: &Path) -> Result<Vec<String>> {
     let name = path.display();
     let bytes = if path == Path::new("-") {
         let mut bytes = Vec::new();
-        std::io::stdin().read_to_end(&mut bytes).map(|_| bytes)
+        let read = std::io::stdin().take(MAX_SMALL + 1).read_to_end(&mut bytes);
+        read.map(|_| bytes).context("cannot read standard input")
     } else {
-        std::fs::read(path)
+        read_small(path, MAX_SMALL)
     };
-    let bytes = bytes.with_context(|| format!("{flag}: cannot read `{name}`"))?;
+    let bytes = bytes.with_context(|| flag.to_owned())?;
+    ensure!(
+        bytes.len() as u64 <= MAX_SMALL,
+        "{flag}: `{name}` is larger than {} MB",
+        MAX_SMALL >> 20
+    );
     let Ok(text) = String::from_utf8(bytes) else {
         bail!("{flag}: `{name}` is not UTF-8 text")
     };

@@ -90,6 +90,10 @@ fn heading<'a>(
 /// Left of titles and legends, in pixels.
 const MARGIN: i32 = 14;
 
+/// Numbers that an axis has a place for: beyond them marks and logarithms are of no use.
+const SMALLEST: f64 = 1e-30;
+const LARGEST: f64 = 1e30;
+
 /// How values of an axis map to places.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scale {
@@ -122,7 +126,7 @@ impl Axis {
 
     /// A logarithmic axis around the values above zero, `around` times wider at each end; 0.1 to 1 if there are none.
     fn log(name: &str, values: impl Iterator<Item = f64>, around: f64) -> Self {
-        let values = values.filter(|v| v.is_finite() && *v > 0.0);
+        let values = values.filter(|v| (SMALLEST..=LARGEST).contains(v));
         let (low, high) = values.fold((f64::INFINITY, 0.0f64), |(low, high), v| {
             (low.min(v), high.max(v))
         });

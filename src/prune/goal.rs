@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::{
     budget::{Budget, Goal},
@@ -55,7 +55,8 @@ impl PruneTarget {
     pub fn new(options: &GoalOptions, recipe: &PruneRecipe, pipeline: &Pipeline) -> Result<Self> {
         let config = &pipeline.config;
         if let Some(path) = &options.plan {
-            return Self::given(PruningPlan::read(path)?, pipeline);
+            let given = Self::given(PruningPlan::read(path)?, pipeline);
+            return given.with_context(|| format!("--plan `{}`", path.display()));
         }
         if let Some(text) = &options.blocks {
             let blocks = plan::parse_blocks("--blocks", text, config)?;
@@ -93,7 +94,7 @@ impl PruneTarget {
         let found = record::fingerprint(&pipeline.transformer)?;
         ensure!(
             plan.source.is_empty() || plan.source == found,
-            "--plan: the plan was made for another model (fingerprint {}, this one has {found})\nhint: empty its `source` to use it all the same",
+            "the plan was made for another model (fingerprint {}, this one has {found})\nhint: empty its `source` to use it all the same",
             plan.source
         );
         Ok(Self::Plan(PruningPlan {

@@ -108,7 +108,7 @@ impl PruningPlan {
     /// When the file cannot be read, is not JSON, or has an unknown key or block name.
     pub fn read(path: &std::path::Path) -> anyhow::Result<Self> {
         let name = path.display();
-        let text = std::fs::read(path).with_context(|| format!("--plan: cannot read `{name}`"))?;
+        let text = crate::checkpoint::read_small(path).context("--plan")?;
         serde_json::from_slice(&text).with_context(|| format!("--plan: `{name}` is not a plan"))
     }
 

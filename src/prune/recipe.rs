@@ -83,8 +83,7 @@ impl PruneRecipe {
     /// When the file cannot be read, is not JSON, or has an unknown key or a value of the wrong type.
     pub fn read(path: &std::path::Path) -> Result<Self> {
         let name = path.display();
-        let text =
-            std::fs::read(path).with_context(|| format!("--recipe: cannot read `{name}`"))?;
+        let text = crate::checkpoint::read_small(path).context("--recipe")?;
         serde_json::from_slice(&text)
             .with_context(|| format!("--recipe: `{name}` is not a pruning recipe"))
     }

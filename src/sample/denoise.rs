@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use candle::{DType, Device, Tensor};
 
-use super::{latents, noise, schedule::Schedule};
+use super::{finite::FiniteCheck, is_finite, latents, noise, schedule::Schedule};
 use crate::model::{Conditioning, Flux, Inputs, Observer};
 
 /// Prompts as the transformer sees them.
@@ -111,6 +111,10 @@ impl Denoise<'_> {
             let velocity = self
                 .flux
                 .forward(&drawing.inputs(&img, &timestep), observer)?;
+            if pair[0] == sigmas[0] && !is_finite(&velocity)? {
+                // once more, to see which block it is; if none is, it is the head
+                (self.flux).forward(&drawing.inputs(&img, &timestep), &mut FiniteCheck)?;
+            }
             drawing.step(&velocity, pair)?;
             on_step();
         }
@@ -215,8 +219,10 @@ impl Drawing {
     fn finished(self, dtype: DType) -> Result<Tensor> {
         let norm = self.x.sqr()?.sum_all()?.to_scalar::<f32>()?;
         let hint = match dtype {
-            DType::F32 => "the transformer's weights may be damaged: fetch its files again",
-            _ => "try --dtype f32; if that does not help, fetch the transformer's files again",
+            DType::F32 => "the transformer's weights may be damaged: use another copy of its files",
+            _ => {
+                "try --dtype f32; if that does not help, use another copy of the transformer's files"
+            }
         };
         ensure!(
             norm.is_finite(),

@@ -10,6 +10,7 @@ use zune_jpeg::{
 };
 
 use super::png::Image;
+use crate::files::read_small;
 
 /// Endings of the files that [`read`] understands.
 pub const EXTENSIONS: [&str; 3] = ["png", "jpg", "jpeg"];
@@ -17,13 +18,18 @@ pub const EXTENSIONS: [&str; 3] = ["png", "jpg", "jpeg"];
 /// Pixels of the largest image that is read: 16 times 4K.
 const MAX_PIXELS: usize = 1 << 27;
 
+/// Bytes of the largest file that is read.
+const MAX_BYTES: u64 = 512 << 20;
+/// How much longer than its target, side by side, an image may be before its ends are cut off without being scaled.
+const MAX_ASPECT: usize = 8;
+
 /// Reads a PNG or JPEG as 8-bit RGB; transparency is laid on white.
 ///
 /// # Errors
 /// When the file cannot be read, is damaged, or is of another format.
 pub fn read(path: &Path) -> Result<Image> {
     let name = path.display();
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read `{name}`"))?;
+    let bytes = read_small(path, MAX_BYTES)?;
     let image = if bytes.starts_with(b"\x89PNG") {
         read_png(&bytes)
     } else if bytes.starts_with(&[0xff, 0xd8]) {
@@ -39,10 +45,7 @@ fn read_png(bytes: &[u8]) -> Result<Image> {
     decoder.set_transformations(png::Transformations::normalize_to_color8());
     let mut reader = decoder.read_info()?;
     let (width, height) = (reader.info().width, reader.info().height);
-    ensure!(
-        width as usize * height as usize <= MAX_PIXELS,
-        "it is too large"
-    );
+    check_size(width as usize, height as usize)?;
     let size = reader.output_buffer_size().context("it is too large")?;
     let mut pixels = vec![0; size];
     let info = reader.next_frame(&mut pixels)?;
@@ -73,12 +76,25 @@ fn read_png(bytes: &[u8]) -> Result<Image> {
     Ok(Image { width, height, rgb })
 }
 
+/// Fails at a size that no image for a model has.
+fn check_size(width: usize, height: usize) -> Result<()> {
+    ensure!(
+        width.saturating_mul(height) <= MAX_PIXELS,
+        "it is {width}×{height} pixels, the most is {MAX_PIXELS}"
+    );
+    Ok(())
+}
+
 fn read_jpeg(bytes: &[u8]) -> Result<Image> {
     let options = DecoderOptions::default()
         .jpeg_set_out_colorspace(ColorSpace::RGB)
         .set_max_width(1 << 16)
         .set_max_height(1 << 16);
     let mut decoder = JpegDecoder::new_with_options(Cursor::new(bytes), options);
+    // before anything is allocated for its pixels
+    decoder.decode_headers()?;
+    let info = decoder.info().context("it has no header")?;
+    check_size(info.width.into(), info.height.into())?;
     let rgb = decoder.decode()?;
     let info = decoder.info().context("it has no header")?;
     let (width, height) = (u32::from(info.width), u32::from(info.height));
@@ -122,8 +138,9 @@ fn pixels(image: &Image) -> Vec<RGB<u8>> {
 /// # Errors
 /// When the image is empty.
 pub fn covering(image: &Image, width: usize, height: usize) -> Result<Tensor> {
+    ensure!(image.width > 0 && image.height > 0, "the image is empty");
+    let image = &without_ends(image, width, height);
     let (w, h) = (image.width as usize, image.height as usize);
-    ensure!(w > 0 && h > 0, "the image is empty");
     let scale = (width as f64 / w as f64).max(height as f64 / h as f64);
     let inner = |size: usize, least: usize| ((size as f64 * scale).round() as usize).max(least);
     let (wide, high) = (inner(w, width), inner(h, height));
@@ -142,6 +159,29 @@ pub fn covering(image: &Image, width: usize, height: usize) -> Result<Tensor> {
         }
     }
     Ok(Tensor::from_vec(values, (3, height, width), &Device::Cpu)?)
+}
+
+/// The middle of an image that is far longer than `width` × `height`: what is cut off would be scaled for nothing, to
+/// gigabytes if a line of a million pixels is given.
+fn without_ends(image: &Image, width: usize, height: usize) -> Image {
+    let (w, h) = (image.width as usize, image.height as usize);
+    let most =
+        |across: usize, along: usize, of: usize| (MAX_ASPECT * across * along).div_ceil(of).max(1);
+    let new_w = w.min(most(h, width, height));
+    let new_h = h.min(most(w, height, width));
+    if (new_w, new_h) == (w, h) {
+        return image.clone();
+    }
+    let (left, top) = ((w - new_w) / 2, (h - new_h) / 2);
+    let row = |row: usize| {
+        let start = 3 * (row * w + left);
+        image.rgb[start..start + 3 * new_w].iter().copied()
+    };
+    Image {
+        width: new_w as u32,
+        height: new_h as u32,
+        rgb: (top..top + new_h).flat_map(row).collect(),
+    }
 }
 
 #[cfg(test)]
@@ -181,6 +221,42 @@ mod tests {
         assert_eq!(middle.dims(), [3, 2, 2]);
         let least = middle.min_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(least > 0.5, "{least}");
+    }
+
+    #[test]
+    fn a_line_of_a_million_pixels_is_cut_before_it_is_scaled() {
+        for (width, height) in [(1, 1_000_000), (1_000_000, 1)] {
+            let image = Image {
+                width,
+                height,
+                rgb: vec![90; 3_000_000],
+            };
+            let middle = covering(&image, 64, 32).unwrap();
+            assert_eq!(middle.dims(), [3, 32, 64]);
+            let cut = without_ends(&image, 64, 32);
+            assert!(cut.width * cut.height <= 16, "{}×{}", cut.width, cut.height);
+        }
+        let usual = Image {
+            width: 40,
+            height: 30,
+            rgb: vec![90; 3600],
+        };
+        assert_eq!(without_ends(&usual, 64, 32), usual);
+    }
+
+    #[test]
+    fn a_header_of_too_many_pixels_is_refused_before_they_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jpg");
+        // start, quantisation table of ones, frame of 65,535 × 65,535, scan
+        let mut bytes = vec![0xff, 0xd8, 0xff, 0xdb, 0, 67, 0];
+        bytes.extend([1; 64]);
+        bytes.extend([0xff, 0xc0, 0, 17, 8, 0xff, 0xff, 0xff, 0xff, 3]);
+        bytes.extend([1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0]);
+        bytes.extend([0xff, 0xda, 0, 12, 3, 1, 0, 2, 0, 3, 0, 0, 63, 0, 0]);
+        std::fs::write(&path, bytes).unwrap();
+        let error = format!("{:#}", read(&path).unwrap_err());
+        assert!(error.contains("65535×65535"), "{error}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Prompt → latent → image: everything around the transformer, each part equal to diffusers. Calibration and pruning run on top of it.
 
 pub mod denoise;
+pub mod finite;
 pub mod grid;
 pub mod image;
 pub mod latents;

@@ -139,8 +139,7 @@ impl Scores {
     /// When it cannot be read or is no scores file.
     pub fn read(path: &Path) -> Result<Self> {
         let name = path.display();
-        let text =
-            std::fs::read(path).with_context(|| format!("--scores: cannot read `{name}`"))?;
+        let text = crate::checkpoint::read_small(path).context("--scores")?;
         let scores: Self = serde_json::from_slice(&text).with_context(|| {
             format!("--scores: `{name}` is not a scores file\nhint: `fastflux score` makes one")
         })?;

@@ -115,7 +115,7 @@ pub(super) fn sample_or_load(
     checkpoint.metadata.insert(IMAGES_KEY.to_owned(), key);
     std::fs::create_dir_all(folder)
         .with_context(|| format!("cannot create `{}`", folder.display()))?;
-    save::write_again(&checkpoint, &path)?;
+    save::write(&checkpoint, &path)?;
     Ok((flux, new(latents, encoded)?))
 }
 

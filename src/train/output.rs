@@ -47,7 +47,13 @@ pub fn write(
     if keep_lora {
         save::write(&peft::lora(config, student)?, &folder.join(LORA_FILE))?;
     }
-    output::write_json(&folder.join(REPORT), &serde_json::to_value(report)?)
+    let mut file = serde_json::to_value(report)?;
+    if let Some(file) = file.as_object_mut() {
+        file.remove("seconds");
+        let log = serde_json::to_value(&trained.saved.progress.log)?;
+        file.insert("log".to_owned(), log);
+    }
+    output::write_json(&folder.join(REPORT), &file)
 }
 
 /// The pruned model's record, with what was trained.

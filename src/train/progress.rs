@@ -136,6 +136,10 @@ impl TrainObserver for ProgressObserver<'_> {
     }
 
     fn save(&mut self, saved: &Saved) -> Result<()> {
-        self.state.save(saved)
+        if let Err(error) = self.state.save(saved) {
+            // the output may fit all the same, and all that was trained is in memory
+            ui::warn(format!("the unfinished run is not saved: {error:#}"));
+        }
+        Ok(())
     }
 }

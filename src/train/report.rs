@@ -26,7 +26,8 @@ pub struct TrainReport {
     pub velocity_error: BeforeAfter,
     /// What became of each phase.
     pub phases: Vec<PhaseReport>,
-    /// How long training took.
+    /// How long training took; not in the file, which is the same after a resumed run.
+    #[serde(default)]
     pub seconds: f64,
     /// With a value for everything.
     pub recipe: SandwichRecipe,

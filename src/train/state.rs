@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     checkpoint::{Checkpoint, Source, save},
-    files::Files,
+    files::{Files, output::check_folder},
 };
 
 /// The metadata key of the progress.
@@ -30,6 +30,8 @@ pub const IMAGES_STEM: &str = "images";
 const OLD_IMAGES_STEM: &str = "pictures";
 /// How names of temporary files and folders begin.
 const TEMPORARY: &str = ".fastflux-";
+/// The file that keeps other runs out.
+const LOCK: &str = "lock";
 /// Folder next to it with the bundled model, pruned, if no model was named.
 pub const PRUNED: &str = "pruned";
 
@@ -152,12 +154,42 @@ impl StateFile {
         let all = serde_json::json!({ "settings": self.settings, "progress": saved.progress });
         let text = serde_json::to_string(&to_bits(all))?;
         checkpoint.metadata.insert(KEY.to_owned(), text);
-        save::write_again(&checkpoint, &self.path())
+        save::write(&checkpoint, &self.path())
             .context("cannot save the run\nhint: free some space and start it again: it goes on from what was saved last")
     }
 
     fn path(&self) -> PathBuf {
         self.folder.join(format!("{STEM}.safetensors"))
+    }
+}
+
+/// Keeps other runs out of a state's folder as long as it lives; then it takes its file away, and the folder if it is empty.
+#[derive(Debug)]
+pub struct Lock {
+    path: PathBuf,
+    _file: std::fs::File,
+}
+
+impl Lock {
+    /// In `folder`, which is made if it is missing.
+    ///
+    /// # Errors
+    /// When another run works in it, or it cannot be written.
+    pub fn new(folder: &Path) -> Result<Self> {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create `{}`", folder.display()))?;
+        let path = folder.join(LOCK);
+        let file = crate::files::output::lock(&path, "is training into this output")?;
+        Ok(Self { path, _file: file })
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+        if let Some(folder) = self.path.parent() {
+            let _ = std::fs::remove_dir(folder); // only if nothing else is in it
+        }
     }
 }
 
@@ -173,7 +205,9 @@ pub fn remove(folder: &Path) -> Result<()> {
             let name = entry.file_name();
             let name = name.to_string_lossy();
             if entry.file_type()?.is_dir() {
-                if name == PRUNED || name.starts_with(TEMPORARY) {
+                // a pruned model of another hand may lie there: what says that we wrote it is its marker
+                let pruned = || check_folder(&entry.path(), true).is_ok();
+                if name.starts_with(TEMPORARY) || name == PRUNED && pruned() {
                     std::fs::remove_dir_all(entry.path())?;
                 }
             } else if is_ours(&name) {

@@ -128,7 +128,7 @@ impl Asked<'_> {
             _ => error.to_string(),
         };
         let hint = if cause.contains("certificate") {
-            "install the system's root certificates (package `ca-certificates`)"
+            "set SSL_CERT_FILE to a file with the certificate of the proxy or mirror (PEM), or install the system's root certificates (package `ca-certificates`)"
         } else {
             "check the network and HTTPS_PROXY, or set HF_ENDPOINT to a mirror"
         };

@@ -26,6 +26,8 @@ use super::{
 
 /// The longest pause between two attempts.
 const PAUSE: Duration = Duration::from_secs(5);
+/// Bytes of the largest file whose size is not announced.
+const MAX_UNSIZED: u64 = 64 << 20;
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 20;
 
@@ -39,20 +41,24 @@ pub(super) fn fetch(
 ) -> Result<PathBuf> {
     let head = remote.head(commit, path)?;
     let blob = cache.blob(&head.etag)?;
-    let waiting = ui::download(name, head.size, 0);
+    let Some(size) = head.size else {
+        return unsized_file(remote, cache, commit, path, name, &head);
+    };
+    let waiting = ui::download(name, size, 0);
     let _lock = cache.lock(&head.etag, || {
         waiting.set_message(format!("waiting for another process: {name}"));
         waiting.tick();
     })?;
     waiting.finish_and_clear();
     let etag = head.etag.clone();
-    if !fs::metadata(&blob).is_ok_and(|m| m.len() == head.size) {
+    if !fs::metadata(&blob).is_ok_and(|m| m.len() == size) {
         let download = Download {
             remote,
             commit,
             path,
             name,
             head,
+            size,
             folder: blob.parent().unwrap_or(&blob),
         };
         // a part that an earlier run left may be damaged: then once more from the beginning
@@ -65,6 +71,45 @@ pub(super) fn fetch(
     cache.link(commit, path, &etag)
 }
 
+/// A file whose size the server does not say, as it compresses its answers: small, and fetched in one go.
+fn unsized_file(
+    remote: &Remote,
+    cache: &Cache,
+    commit: &str,
+    path: &str,
+    name: &str,
+    head: &Head,
+) -> Result<PathBuf> {
+    let blob = cache.blob(&head.etag)?;
+    let _lock = cache.lock(&head.etag, || ())?;
+    if !blob.is_file() {
+        let folder = blob.parent().unwrap_or(&blob);
+        let (Opened::From(bytes) | Opened::Whole(bytes)) = remote.open(commit, path, head, 0)?
+        else {
+            bail!("the hub has no bytes of `{name}`");
+        };
+        let mut all = Vec::new();
+        let read = bytes.take(MAX_UNSIZED + 1).read_to_end(&mut all);
+        read.map_err(|error| failure::cut(name, all.len() as u64, 0, &error.into()))?;
+        if all.len() as u64 > MAX_UNSIZED {
+            bail!(
+                "the server does not say how large `{name}` is, and it is larger than {} MB\nhint: set HF_ENDPOINT to a mirror that does not compress weights",
+                MAX_UNSIZED >> 20
+            );
+        }
+        let write = || -> io::Result<()> {
+            fs::create_dir_all(folder)?;
+            let mut file = tempfile::NamedTempFile::new_in(folder)?;
+            file.write_all(&all)?;
+            file.as_file().sync_all()?;
+            file.persist(&blob)?;
+            Ok(())
+        };
+        write().map_err(|error| failure::unwritable(folder, &error))?;
+    }
+    cache.link(commit, path, &head.etag)
+}
+
 /// One file on its way.
 struct Download<'a> {
     remote: &'a Remote,
@@ -72,6 +117,8 @@ struct Download<'a> {
     path: &'a str,
     name: &'a str,
     head: Head,
+    /// In bytes.
+    size: u64,
     /// Where the bytes go.
     folder: &'a Path,
 }
@@ -101,15 +148,15 @@ impl Download<'_> {
         let unfinished = format!("{}.fastflux-part", self.head.etag);
         let unfinished = self.folder.join(unfinished);
         let mut part = Part::open(&unfinished, self.head.sha256.is_some()).map_err(fail)?;
-        if part.len > self.head.size {
+        if part.len > self.size {
             part.clear().map_err(fail)?;
         }
-        let missing = self.head.size - part.len;
+        let missing = self.size - part.len;
         if let Some(free) = free_space(self.folder).filter(|free| *free < missing) {
             return Err(failure::full(self.name, missing, Some(free), self.folder));
         }
 
-        let bar = ui::download(self.name, self.head.size, part.len);
+        let bar = ui::download(self.name, self.size, part.len);
         let filled = self.fill(&mut part, &bar);
         bar.finish_and_clear();
         filled?;
@@ -125,7 +172,7 @@ impl Download<'_> {
 
     /// Appends bytes until all are there, over as many connections as it takes.
     fn fill(&self, part: &mut Part, bar: &ProgressBar) -> Result<()> {
-        let size = self.head.size;
+        let size = self.size;
         let mut pause = Duration::ZERO;
         let mut progress = Instant::now();
         while part.len < size {
@@ -179,7 +226,7 @@ impl Download<'_> {
                 Ok(n) => &buffer[..n],
                 Err(error) => return Err(Stop::Cut(error.into())),
             };
-            if part.len + chunk.len() as u64 > self.head.size {
+            if part.len + chunk.len() as u64 > self.size {
                 let error = anyhow!(
                     "the hub sends more bytes of `{}` than it announced",
                     self.name
@@ -189,7 +236,7 @@ impl Download<'_> {
             part.append(chunk)?;
             bar.set_position(part.len);
         }
-        if part.len < self.head.size {
+        if part.len < self.size {
             return Err(Stop::Cut(anyhow!("the connection ended early")));
         }
         Ok(())

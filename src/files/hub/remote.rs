@@ -21,8 +21,8 @@ use super::{
 
 /// How often a request is repeated when the network or the hub stumbles.
 const RETRIES: usize = 3;
-/// How often a renamed repository is followed.
-const MAX_RENAMES: usize = 5;
+/// How many redirections of one request are followed.
+const MAX_REDIRECTIONS: usize = 10;
 /// Without an answer for so long a connection counts as dead.
 const SILENCE: Duration = Duration::from_secs(60);
 /// The longest listing or error page that is read, in bytes.
@@ -44,7 +44,8 @@ pub(super) struct Head {
     pub(super) etag: String,
     /// The SHA-256 of the bytes, for files that are not in git itself.
     pub(super) sha256: Option<String>,
-    pub(super) size: u64,
+    /// In bytes; a server that compresses its answer does not say it.
+    pub(super) size: Option<u64>,
     /// The address to fetch the bytes from.
     url: String,
 }
@@ -176,7 +177,6 @@ impl Remote {
             escape(commit),
             path_segments.join("/")
         );
-        // the facts are in the hub's own answer, not in that of the store it points to
         let (url, answer) = self.send(&asked, Method::Head, &url, 0)?;
         let status = answer.status();
         if !status.is_success() && !status.is_redirection() {
@@ -185,13 +185,16 @@ impl Remote {
         let headers = answer.headers();
         let linked = text(headers, "x-linked-etag").map(tag);
         let own = text(headers, header::ETAG.as_str()).map(tag);
-        let length = text(headers, header::CONTENT_LENGTH.as_str());
+        // a length means nothing for a body that is packed
+        let packed = headers.contains_key(header::CONTENT_ENCODING);
+        let length = text(headers, header::CONTENT_LENGTH.as_str()).filter(|_| !packed);
         let size = text(headers, "x-linked-size").or(length.filter(|_| status.is_success()));
         let is_sha256 = |t: &&str| t.len() == 64 && t.chars().all(|c| c.is_ascii_hexdigit());
-        let (Some(etag), Some(size)) = (linked.or(own), size.and_then(|s| s.parse().ok())) else {
-            let what = format!("no size or entity tag for `{path}`");
+        let Some(etag) = linked.or(own) else {
+            let what = format!("no entity tag for `{path}`");
             return Err(asked.nonsense(&what).error);
         };
+        let size = size.and_then(|s| s.parse().ok());
         Ok(Head {
             etag: etag.to_owned(),
             sha256: linked.filter(is_sha256).map(str::to_ascii_lowercase),
@@ -225,8 +228,9 @@ impl Remote {
         }
     }
 
-    /// The answer to one request, and the address that gave it: a renamed repository is followed with the token; for
-    /// GET a store on another server is followed without it. Repeated when the network or the hub stumbles.
+    /// The answer to one request, and the address that gave it. Redirections are followed; the token goes to the hub's own
+    /// origin alone. For HEAD, a redirection that states the file's facts is the answer. Repeated when the network or the
+    /// hub stumbles.
     fn send(
         &self,
         asked: &Asked,
@@ -235,37 +239,33 @@ impl Remote {
         from: u64,
     ) -> Result<(String, Response<Body>), Failure> {
         let mut url = url.to_owned();
-        for _ in 0..MAX_RENAMES {
-            let answer = self.request(asked, method, &url, from, true)?;
-            let next = text(answer.headers(), header::LOCATION.as_str())
+        for _ in 0..MAX_REDIRECTIONS {
+            let answer = self.request(asked, method, &url, from)?;
+            let headers = answer.headers();
+            let next = text(headers, header::LOCATION.as_str())
                 .filter(|_| answer.status().is_redirection());
-            match next {
-                Some(next) if next.starts_with('/') && !next.starts_with("//") => {
-                    url = format!("{}{next}", self.origin);
-                }
-                Some(next) if next.starts_with(&format!("{}/", self.origin)) => {
-                    next.clone_into(&mut url);
-                }
-                Some(next) if matches!(method, Method::Get) => {
-                    return Ok((
-                        next.to_owned(),
-                        self.request(asked, method, next, from, false)?,
-                    ));
-                }
-                _ => return Ok((url, answer)),
+            let Some(next) = next else {
+                return Ok((url, answer));
+            };
+            let next = redirected(&url, next)
+                .ok_or_else(|| asked.nonsense("it redirects to something that is no address"))?;
+            let facts = headers.contains_key("x-linked-etag");
+            if matches!(method, Method::Head) && facts && !same_origin(&next, &self.origin) {
+                // the file's facts are in the hub's own answer, not in that of the store it points to
+                return Ok((url, answer));
             }
+            url = next;
         }
         Err(asked.nonsense("too many redirections"))
     }
 
-    /// One request, to the hub itself (with the token, no redirection followed) or to a store.
+    /// One request, with the token where it goes to the hub itself; no redirection is followed.
     fn request(
         &self,
         asked: &Asked,
         method: Method,
         url: &str,
         from: u64,
-        to_hub: bool,
     ) -> Result<Response<Body>, Failure> {
         let mut attempt = 0;
         loop {
@@ -276,11 +276,12 @@ impl Remote {
             if from > 0 {
                 request = request.header(header::RANGE, format!("bytes={from}-"));
             }
-            if to_hub && let Some(token) = &self.settings.token {
+            if same_origin(url, &self.origin)
+                && let Some(token) = &self.settings.token
+            {
                 request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
             }
-            let redirects = if to_hub { 0 } else { 10 };
-            let answer = request.config().max_redirects(redirects).build().call();
+            let answer = request.config().max_redirects(0).build().call();
             let stumbled = match &answer {
                 Ok(answer) => matches!(answer.status().as_u16(), 408 | 429 | 500..),
                 Err(error) => is_network(error),
@@ -292,6 +293,51 @@ impl Remote {
             attempt += 1;
         }
     }
+}
+
+/// Scheme, host and port of an address, as they are compared: lower case, with the scheme's own port if none is said.
+fn origin(url: &str) -> Option<(String, String, u16)> {
+    let uri: Uri = url.parse().ok()?;
+    let scheme = uri.scheme_str()?.to_ascii_lowercase();
+    let authority = uri.authority()?;
+    let port = match scheme.as_str() {
+        "https" => 443,
+        "http" => 80,
+        _ => return None,
+    };
+    // `user@host` could be read as another host by another reader
+    let plain = !authority.as_str().contains('@');
+    plain.then(|| {
+        (
+            scheme,
+            authority.host().to_ascii_lowercase(),
+            authority.port_u16().unwrap_or(port),
+        )
+    })
+}
+
+/// Whether two addresses are of one origin.
+fn same_origin(url: &str, other: &str) -> bool {
+    origin(url).is_some_and(|url| origin(other).as_ref() == Some(&url))
+}
+
+/// The address that a `Location` names, seen from `url`; `None` for what is none, or could be read as another one: a
+/// backslash or a control character in it, or a path that begins with two slashes.
+pub(super) fn redirected(url: &str, location: &str) -> Option<String> {
+    if location.contains(|c: char| c.is_control() || c.is_whitespace() || c == '\\') {
+        return None;
+    }
+    if location.starts_with("//") {
+        return None;
+    }
+    let (scheme, host, port) = origin(url)?;
+    if location.starts_with('/') {
+        return Some(format!("{scheme}://{host}:{port}{location}"));
+    }
+    let (_, _, _) = origin(location)?;
+    // never from an encrypted connection to an open one
+    (scheme == "http" || location.to_ascii_lowercase().starts_with("https://"))
+        .then(|| location.to_owned())
 }
 
 /// The failure that an answer stands for, with the hub's own words.
@@ -345,7 +391,51 @@ fn escape(segment: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::escape;
+    use proptest::prelude::*;
+
+    use super::{escape, origin, redirected, same_origin};
+
+    #[test]
+    fn redirections_stay_on_their_host_or_name_another_one_plainly() {
+        let url = "https://hub.example/o/n/resolve/main/a";
+        for (location, next) in [
+            ("/api/x?y=1", Some("https://hub.example:443/api/x?y=1")),
+            ("https://store.example/x", Some("https://store.example/x")),
+            ("http://store.example/x", None),
+            ("//store.example/x", None),
+            ("/\\store.example/x", None),
+            ("/\t/store.example/x", None),
+            ("\\/store.example/x", None),
+            ("https://hub.example@store.example/x", None),
+            ("ftp://store.example/x", None),
+            ("x", None),
+            ("", None),
+        ] {
+            assert_eq!(redirected(url, location).as_deref(), next, "{location:?}");
+        }
+        assert!(same_origin(
+            "https://Hub.example/a",
+            "https://hub.example:443"
+        ));
+        for other in [
+            "http://hub.example",
+            "https://hub.example:8443",
+            "https://hub.example.evil.example",
+        ] {
+            assert!(!same_origin(other, "https://hub.example"), "{other}");
+        }
+    }
+
+    proptest! {
+        /// Whatever a server sends, the next address is of the origin that a strict reader sees in it.
+        #[test]
+        fn no_location_goes_where_it_does_not_say(location in "[/\\\\\\t :@.a-z0-9?#%\u{0}-\u{20}]{0,40}") {
+            if let Some(next) = redirected("https://hub.example/x", &location) {
+                let own = location.starts_with('/');
+                prop_assert_eq!(same_origin(&next, "https://hub.example"), own || origin(&location) == origin("https://hub.example"));
+            }
+        }
+    }
 
     #[test]
     fn addresses_are_escaped_segment_by_segment() {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{marker, parent};
+use super::{marker, parent, registry::expect_new};
 use crate::files;
 
 /// Fails when nothing could be written at `path`, or when it is or holds a file that this process reads, without leaving
@@ -85,7 +85,11 @@ pub fn check_file(path: &Path, force: bool) -> Result<()> {
             "`{}` is not a file that can be replaced\nhint: choose another --output",
             path.display()
         ),
-        _ => check_new(path, force),
+        _ => {
+            check_new(path, force)?;
+            expect_new(path, force);
+            Ok(())
+        }
     }
 }
 

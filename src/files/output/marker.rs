@@ -11,28 +11,6 @@ use serde::{Deserialize, Serialize};
 /// The marker's name in the folder.
 const NAME: &str = ".fastflux.json";
 
-/// What versions without markers (0.1.0 and before) wrote into output folders; a folder without a marker that holds
-/// anything else is not replaced.
-const BEFORE_MARKERS: [&str; 17] = [
-    "before-after.png",
-    "config.json",
-    "fastflux_flux.py",
-    "flux.gguf",
-    "flux.safetensors",
-    "lora.safetensors",
-    "loss.svg",
-    "pictures.png",
-    "plan.json",
-    "report.html",
-    "report.json",
-    "sandwich.safetensors",
-    "scores.json",
-    "scores.svg",
-    "train.jsonl",
-    "training.json",
-    "transformer",
-];
-
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Marker {
     /// `fastflux 0.1.0`.
@@ -57,13 +35,8 @@ pub(super) fn write(folder: &Path) -> io::Result<()> {
 pub(super) fn stranger(folder: &Path) -> io::Result<Option<PathBuf>> {
     let marker = fs::read(folder.join(NAME)).ok();
     let marker: Option<Marker> = marker.and_then(|text| serde_json::from_slice(&text).ok());
-    let Some(marker) = marker else {
-        let mut names = fs::read_dir(folder)?.map(|entry| Ok(PathBuf::from(entry?.file_name())));
-        let ours = |name: &Path| BEFORE_MARKERS.iter().any(|ours| name == Path::new(ours));
-        return names
-            .find(|name: &io::Result<PathBuf>| !name.as_ref().is_ok_and(|name| ours(name)))
-            .transpose();
-    };
+    // an old or a strange folder: nothing says that any of it is ours
+    let marker = marker.unwrap_or_default();
     let ours = |path: &Path| {
         portable(path).is_some_and(|path| path == NAME || marker.files.contains(&path))
     };
@@ -107,7 +80,8 @@ mod tests {
         for name in ["config.json", "transformer/a.safetensors"] {
             fs::write(folder.join(name), "x").unwrap();
         }
-        assert_eq!(stranger(folder).unwrap(), None); // by the names of old versions
+        // names alone say nothing
+        assert!(stranger(folder).unwrap().is_some());
         write(folder).unwrap();
         assert_eq!(stranger(folder).unwrap(), None);
         for name in ["plan.json", "transformer/notes.txt"] {

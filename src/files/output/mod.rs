@@ -2,6 +2,7 @@
 //! Every writer of the crate goes through here, so that an interrupted run leaves nothing.
 
 mod check;
+mod leftovers;
 mod marker;
 mod registry;
 #[cfg(unix)]
@@ -13,54 +14,86 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
 pub use check::{check_file, check_folder, check_other, check_writable};
+pub use leftovers::lock;
 pub use registry::final_name;
-use registry::{begin, builder, without_interruption};
+use registry::{begin, builder, is_to_be_new, is_written, without_interruption};
 #[cfg(unix)]
 pub use signals::install_signal_handlers;
 
-/// Writes the file `path` atomically: `fill` writes a temporary sibling, which is then renamed.
+/// Writes the file `path` atomically: `fill` writes a temporary sibling, which is then renamed. A file that was not there
+/// when [`check_file`] looked, and appeared since, is not replaced: what was written stays next to it.
 ///
 /// # Errors
-/// When the folder is not writable, the disk is full, or `fill` fails; nothing is left behind.
+/// When the folder is not writable, the disk is full, `fill` fails (then nothing is left behind), or another file has
+/// appeared at `path`.
 pub fn write(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     let folder = parent(path);
+    leftovers::remove(&folder);
     let make = || builder(0o666).tempfile_in(&folder);
     let mut file = begin(path, make, |file| file.path().to_path_buf())
         .with_context(|| format!("cannot write into `{}`", final_name(&folder).display()))?;
+    leftovers::mark(file.as_file());
     let context = || format!("cannot write `{}`", final_name(path).display());
     fill(file.as_file_mut()).with_context(context)?;
     file.as_file().sync_all().with_context(context)?;
-    file.persist(path)
+    if !is_to_be_new(path) {
+        file.persist(path)
+            .map_err(|e| e.error)
+            .with_context(context)?;
+        return Ok(());
+    }
+    let Err(error) = file.persist_noclobber(path) else {
+        is_written(path);
+        return Ok(());
+    };
+    if error.error.kind() != std::io::ErrorKind::AlreadyExists {
+        return Err(error.error).with_context(context);
+    }
+    let spare = spare_name(path);
+    error
+        .file
+        .persist_noclobber(&spare)
         .map_err(|e| e.error)
         .with_context(context)?;
-    Ok(())
+    bail!(
+        "`{}` appeared while this command ran and is not replaced\nhint: what it wrote is in `{}`; two runs at once need two outputs",
+        path.display(),
+        spare.display()
+    )
 }
 
-/// As [`write()`], through a temporary sibling of a fixed name: a run that is killed while it saves leaves at most that
-/// one file, which the next save takes over. For files that one run writes again and again.
-///
-/// # Errors
-/// As [`write()`].
-pub fn rewrite(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".tmp");
-    let temporary = PathBuf::from(name);
-    let make = || File::create(&temporary);
-    let written = begin(path, make, |_| temporary.clone())
-        .map_err(anyhow::Error::from)
-        .and_then(|mut file| {
-            fill(&mut file)?;
-            file.sync_all()?;
-            Ok(std::fs::rename(&temporary, path)?)
-        });
-    if written.is_err() {
-        let _ = std::fs::remove_file(&temporary);
+/// A name next to `path` that is free.
+fn spare_name(path: &Path) -> PathBuf {
+    let name = |n: usize| {
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".{n}"));
+        PathBuf::from(name)
+    };
+    let is_free = |path: &PathBuf| std::fs::symlink_metadata(path).is_err();
+    (2..).map(name).find(is_free).unwrap_or_else(|| name(1))
+}
+
+/// Renames if nothing is at `to`; whether it has.
+fn rename_new(from: &Path, to: &Path) -> std::io::Result<bool> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+            Ok(()) => return Ok(true),
+            Err(rustix::io::Errno::EXIST) => return Ok(false),
+            // a file system that cannot do so
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
-    written.with_context(|| format!("cannot write `{}`", path.display()))
+    if std::fs::symlink_metadata(to).is_ok() {
+        return Ok(false);
+    }
+    std::fs::rename(from, to).map(|()| true)
 }
 
 /// Writes a small file atomically.
@@ -83,6 +116,10 @@ fn parent(path: &Path) -> PathBuf {
 pub struct OutputFolder {
     target: PathBuf,
     staging: TempDir,
+    /// Whether what is there may be replaced.
+    force: bool,
+    /// Held while the folder is filled: without it another run may take it away.
+    _mark: Option<File>,
 }
 
 impl OutputFolder {
@@ -97,10 +134,17 @@ impl OutputFolder {
         let folder = parent(&target);
         std::fs::create_dir_all(&folder)
             .with_context(|| format!("cannot create `{}`", folder.display()))?;
+        leftovers::remove(&folder);
         let make = || builder(0o777).tempdir_in(&folder);
         let staging = begin(&target, make, |staging| staging.path().to_path_buf())
             .with_context(|| format!("cannot write into `{}`", folder.display()))?;
-        Ok(Self { target, staging })
+        let mark = leftovers::mark_folder(staging.path());
+        Ok(Self {
+            target,
+            staging,
+            force,
+            _mark: mark,
+        })
     }
 
     /// Where to write the files of the folder for now.
@@ -116,10 +160,20 @@ impl OutputFolder {
         let target = &self.target;
         let context = || format!("cannot move the finished output to `{}`", target.display());
         marker::write(self.staging.path()).with_context(context)?;
-        if !target.exists() {
-            std::fs::rename(self.staging.path(), target).with_context(context)?;
+        let free = std::fs::symlink_metadata(target).is_err();
+        if free && rename_new(self.staging.path(), target).with_context(context)? {
             let _ = self.staging.keep(); // it is elsewhere by now
             return Ok(());
+        }
+        if !self.force {
+            let spare = spare_name(target);
+            rename_new(self.staging.path(), &spare).with_context(context)?;
+            let _ = self.staging.keep();
+            bail!(
+                "`{}` appeared while this command ran and is not replaced\nhint: what it wrote is in `{}`; two runs at once need two outputs",
+                target.display(),
+                spare.display()
+            );
         }
         check_folder(target, true)?;
         let aside = tempfile::Builder::new()
@@ -161,25 +215,67 @@ mod tests {
     fn what_came_meanwhile_is_not_replaced() {
         let work = tempfile::tempdir().unwrap();
         let path = work.path().join("out");
-        let folder = OutputFolder::create(&path, false).unwrap();
-        std::fs::create_dir(&path).unwrap();
-        std::fs::write(path.join("thesis.txt"), "mine").unwrap();
-        let error = format!("{:#}", folder.finish().unwrap_err());
-        assert!(error.contains("thesis.txt"), "{error}");
-        assert!(path.join("thesis.txt").is_file());
+        for force in [true, false] {
+            let folder = OutputFolder::create(&path, force).unwrap();
+            std::fs::write(folder.path().join("plan.json"), "x").unwrap();
+            std::fs::create_dir(&path).unwrap();
+            std::fs::write(path.join("thesis.txt"), "mine").unwrap();
+            let error = format!("{:#}", folder.finish().unwrap_err());
+            let word = if force { "thesis.txt" } else { "out.2" };
+            assert!(error.contains(word), "{error}");
+            assert!(path.join("thesis.txt").is_file());
+            assert_eq!(work.path().join("out.2/plan.json").is_file(), !force);
+            std::fs::remove_dir_all(&path).unwrap();
+        }
+        let path = work.path().join("a.json");
+        check_file(&path, false).unwrap();
+        std::fs::write(&path, "mine").unwrap();
+        let error = write_bytes(&path, b"ours").unwrap_err().to_string();
+        assert!(error.contains("a.json.2"), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"mine");
+        assert_eq!(
+            std::fs::read(work.path().join("a.json.2")).unwrap(),
+            b"ours"
+        );
+        // a file of this run is replaced as often as it writes it
+        let path = work.path().join("b.json");
+        check_file(&path, false).unwrap();
+        write_bytes(&path, b"1").unwrap();
+        write_bytes(&path, b"2").unwrap();
+        check_file(&path, true).unwrap();
+        write_bytes(&path, b"3").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"3");
     }
 
     #[test]
     fn a_failed_write_leaves_nothing() {
         let work = tempfile::tempdir().unwrap();
         let path = work.path().join("a");
-        for write in [
-            |path: &Path| write(path, |_| anyhow::bail!("half")),
-            |path: &Path| rewrite(path, |_| anyhow::bail!("half")),
+        assert!(write(&path, |_| anyhow::bail!("half")).is_err());
+        assert_eq!(std::fs::read_dir(work.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_killed_run_left_is_taken_away_and_what_another_writes_is_not() {
+        let work = tempfile::tempdir().unwrap();
+        for name in [
+            ".fastflux-dead",
+            ".fastflux-live",
+            ".fastflux.json",
+            "thesis",
         ] {
-            assert!(write(&path).is_err());
-            assert_eq!(std::fs::read_dir(work.path()).unwrap().count(), 0);
+            std::fs::write(work.path().join(name), "x").unwrap();
         }
+        std::fs::create_dir(work.path().join(".fastflux-folder")).unwrap();
+        let live = File::open(work.path().join(".fastflux-live")).unwrap();
+        leftovers::mark(&live);
+        write_bytes(&work.path().join("a"), b"x").unwrap();
+        let mut left: Vec<_> = std::fs::read_dir(work.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        left.sort();
+        assert_eq!(left, [".fastflux-live", ".fastflux.json", "a", "thesis"]);
     }
 
     #[test]

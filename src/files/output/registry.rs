@@ -8,6 +8,33 @@ use std::{
 /// Temporary files and folders of this process, each with the output that it becomes.
 static TEMPORARY: Mutex<Vec<(PathBuf, PathBuf)>> = Mutex::new(Vec::new());
 
+/// How names of temporaries begin.
+pub(super) const PREFIX: &str = ".fastflux-";
+
+/// Outputs that were not there when they were checked and may not be overwritten.
+static TO_BE_NEW: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Notes that nothing is at `path`, and that nothing may be replaced there; or, with `force`, that it may.
+pub(super) fn expect_new(path: &Path, force: bool) {
+    let mut all = TO_BE_NEW.lock().unwrap_or_else(PoisonError::into_inner);
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    all.retain(|other| *other != path);
+    if !force {
+        all.push(path);
+    }
+}
+
+/// Whether nothing may be replaced at `path`.
+pub(super) fn is_to_be_new(path: &Path) -> bool {
+    let all = TO_BE_NEW.lock().unwrap_or_else(PoisonError::into_inner);
+    std::path::absolute(path).is_ok_and(|path| all.contains(&path))
+}
+
+/// Notes that this process has written `path`, and may do so again.
+pub(super) fn is_written(path: &Path) {
+    expect_new(path, true);
+}
+
 /// Removes what this process has begun to write and not put in place, and lets nothing more be begun: the process is about
 /// to exit.
 pub(super) fn remove_temporaries() {
@@ -43,7 +70,7 @@ pub(super) fn begin<T>(
 /// Temporary files are private to their owner by default; an output has the permissions any new one has.
 pub(super) fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".fastflux-");
+    builder.prefix(PREFIX);
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;

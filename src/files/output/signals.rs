@@ -3,7 +3,7 @@
 use std::sync::{Arc, atomic::AtomicBool};
 
 use signal_hook::{
-    consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ},
+    consts::{SIGBUS, SIGHUP, SIGINT, SIGTERM, SIGXFSZ},
     flag,
     iterator::Signals,
     low_level::emulate_default_handler,
@@ -24,14 +24,30 @@ pub fn install_signal_handlers() -> std::io::Result<()> {
     let handled = [SIGINT, SIGTERM, SIGHUP]
         .into_iter()
         .filter(|signal| ignored.map_or(*signal != SIGHUP, |mask| mask >> (signal - 1) & 1 == 0));
-    let mut signals = Signals::new(handled)?;
+    // a mapped file that was cut short: the thread that read beyond its end waits in its read meanwhile
+    let mut signals = Signals::new(handled.chain([SIGBUS]))?;
     std::thread::spawn(move || {
         for signal in signals.forever() {
+            if signal == SIGBUS {
+                say_what_was_cut();
+            }
             remove_temporaries();
             let _ = emulate_default_handler(signal);
         }
     });
     Ok(())
+}
+
+/// Names the mapped file that is shorter than it was, or says that one could not be read.
+fn say_what_was_cut() {
+    let cut = super::super::mapped_and_cut();
+    let what = match &cut {
+        Some(path) => format!("`{}` was cut short while it was read", path.display()),
+        None => "a mapped file could not be read: its disk failed, or it was cut short".to_owned(),
+    };
+    crate::ui::error(&anyhow::anyhow!(
+        "{what}\nhint: fetch or copy the file again, and change no file that a command reads"
+    ));
 }
 
 /// The signals that this process was started to ignore, a bit each; `None` if the system does not say.

@@ -89,7 +89,7 @@ impl TextFiles {
         ensure!(
             files.iter().any(|file| part(family).is_in(file)),
             "`{}` holds no {}: there is no folder `{}` with weights in it, and no file with a tensor such as `{}`\nhint: fetch it, or name a folder with both text encoders, or their files, with --text-encoders",
-            root.locator(),
+            root.model_ref(),
             part(family).name(),
             folder(family),
             match family {

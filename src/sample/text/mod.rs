@@ -97,9 +97,15 @@ impl TextEncoders {
             clip.push(ids.0);
             t5.push(ids.1);
         }
-        let vec = self.clip.pooled(&clip).context("CLIP text encoder")?;
+        let vec = self
+            .clip
+            .pooled(&clip)
+            .with_context(|| format!("CLIP text encoder `{}`", self.names[0]))?;
         self.check_finite("CLIP", &self.names[0], &vec)?;
-        let txt = self.t5.hidden(&t5).context("T5 text encoder")?;
+        let txt = self
+            .t5
+            .hidden(&t5)
+            .with_context(|| format!("T5 text encoder `{}`", self.names[1]))?;
         self.check_finite("T5", &self.names[1], &txt)?;
         Ok((txt.to_dtype(self.dtype)?, vec.to_dtype(self.dtype)?))
     }

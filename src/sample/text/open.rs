@@ -16,6 +16,7 @@ use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
 /// FLUX.1's own tokenizers, for text encoders that come without.
 const FLUX1_CLIP: TokenizerFiles = TokenizerFiles {
     class: None,
+    rows: None,
     tokenizer: None,
     vocab: Some(include_bytes!(
         "../../../configs/flux1/tokenizer/vocab.json"
@@ -32,6 +33,7 @@ const FLUX1_CLIP: TokenizerFiles = TokenizerFiles {
 };
 const FLUX1_T5: TokenizerFiles = TokenizerFiles {
     class: None,
+    rows: None,
     tokenizer: Some(include_bytes!(
         "../../../configs/flux1/tokenizer_2/tokenizer.json"
     )),
@@ -339,6 +341,7 @@ fn tokenizer_in(
     );
     let tokenizer = TokenizerFiles {
         class,
+        rows: Some(rows),
         tokenizer: json.as_deref(),
         vocab: vocab.as_deref(),
         merges: merges.as_deref(),
@@ -346,5 +349,5 @@ fn tokenizer_in(
         special_tokens_map: map.as_deref(),
     };
     PromptTokenizer::new(family, &tokenizer)
-        .with_context(|| format!("tokenizer in `{}`", sub.locator()))
+        .with_context(|| format!("tokenizer in `{}`", sub.model_ref()))
 }

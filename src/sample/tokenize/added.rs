@@ -2,7 +2,7 @@
 //!
 //! Source: transformers `tokenization_utils_base.py` (`_from_pretrained`) and `tokenization_utils_tokenizers.py` (`__init__`).
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 use tokenizers::AddedToken;
 
@@ -29,6 +29,7 @@ impl AddedTokens {
     pub(super) fn collect(
         family: Family,
         native: bool,
+        most: usize,
         config: &Value,
         special_map: &Value,
         json: &Value,
@@ -96,8 +97,12 @@ impl AddedTokens {
                 }
             }
             None if native && family == Family::T5 => {
-                let extra = (0..config["extra_ids"].as_u64().unwrap_or(100))
-                    .map(|i| AddedToken::from(format!("<extra_id_{i}>"), true));
+                let count = config["extra_ids"].as_u64().unwrap_or(100);
+                ensure!(
+                    count <= most as u64,
+                    "tokenizer config: `extra_ids` is {count}, more than the {most} tokens there can be"
+                );
+                let extra = (0..count).map(|i| AddedToken::from(format!("<extra_id_{i}>"), true));
                 new.extend(extra.filter(|t| by_content(&t.content).is_none()));
             }
             None => {}

@@ -2,7 +2,7 @@
 //!
 //! Sources: transformers `models/clip/tokenization_clip.py` and `models/t5/tokenization_t5.py`.
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde_json::Value;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::models::unigram::Unigram;
@@ -131,7 +131,103 @@ pub(super) fn verbatim(files: &TokenizerFiles) -> Result<Tokenizer> {
     let bytes = files
         .tokenizer
         .context("the tokenizer needs `tokenizer.json`")?;
+    let json: Value =
+        serde_json::from_slice(bytes).context("`tokenizer.json` is not valid JSON")?;
+    for_each_map(&json, &mut check_map)?;
     Tokenizer::from_bytes(bytes).map_err(|e| anyhow!("`tokenizer.json`: {e}"))
+}
+
+/// Bytes that a text of `length` bytes could become by a normaliser of `tokenizer.json`: never fewer than it does.
+pub(super) fn normalized_length(normalizer: &Value, length: usize) -> usize {
+    let size = |key: &str| normalizer[key].as_str().map_or(0, str::len);
+    match normalizer["type"].as_str().unwrap_or_default() {
+        "Sequence" => {
+            let steps = normalizer["normalizers"].as_array().into_iter().flatten();
+            steps.fold(length, |length, step| normalized_length(step, length))
+        }
+        "Replace" => length.saturating_add((length + 1).saturating_mul(size("content"))),
+        "Prepend" => length.saturating_add(size("prepend")),
+        "Lowercase" | "Strip" | "StripAccents" | "Nmt" => length.saturating_mul(3),
+        "" => length,
+        // the longest decomposition of Unicode is 18 characters
+        _ => length.saturating_mul(20),
+    }
+}
+
+/// Calls `check` with every SentencePiece character map in a JSON value.
+fn for_each_map(json: &Value, check: &mut impl FnMut(&str) -> Result<()>) -> Result<()> {
+    match json {
+        Value::Object(map) => {
+            if let Some(text) = map.get("precompiled_charsmap") {
+                check(text.as_str().unwrap_or_default())?;
+            }
+            map.values()
+                .try_for_each(|value| for_each_map(value, check))
+        }
+        Value::Array(values) => values
+            .iter()
+            .try_for_each(|value| for_each_map(value, check)),
+        _ => Ok(()),
+    }
+}
+
+/// Fails at a character map that its reader would look beyond the end of: the length of its trie, every place that can be
+/// reached in it, and the texts that it names are checked. Source: `spm_precompiled` and darts-clone's double arrays.
+fn check_map(text: &str) -> Result<()> {
+    const WRONG: &str = "`tokenizer.json`: `precompiled_charsmap` is not a SentencePiece map";
+    let bytes = base64(text).context(WRONG)?;
+    let (length, rest) = bytes.split_first_chunk::<4>().context(WRONG)?;
+    let length = u32::from_le_bytes(*length) as usize;
+    let (trie, texts) = rest.split_at_checked(length).context(WRONG)?;
+    let (units, odd) = trie.as_chunks::<4>();
+    let texts = std::str::from_utf8(texts).ok().context(WRONG)?;
+    ensure!(!units.is_empty() && odd.is_empty(), WRONG);
+    let unit = |at: usize| units.get(at).map(|unit| u32::from_le_bytes(*unit) as usize);
+    let offset = |unit: usize| (unit >> 10) << ((unit & (1 << 9)) >> 6);
+    let first = unit(0).map(offset).context(WRONG)?;
+    let (mut seen, mut open) = (std::collections::BTreeSet::from([first]), vec![first]);
+    while let Some(base) = open.pop() {
+        for label in 1..=255usize {
+            let at = base ^ label;
+            let found = unit(at).context(WRONG)?;
+            if found & ((1 << 31) | 0xff) != label {
+                continue;
+            }
+            let next = at ^ offset(found);
+            if (found >> 8) & 1 == 1 {
+                let text = unit(next).context(WRONG)? & ((1 << 31) - 1);
+                ensure!(text <= texts.len() && texts.is_char_boundary(text), WRONG);
+            }
+            if seen.insert(next) {
+                open.push(next);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The bytes of a base64 text (RFC 4648).
+fn base64(text: &str) -> Option<Vec<u8>> {
+    let text = text.trim_end_matches('=');
+    let (mut bits, mut count, mut out) = (0u32, 0, Vec::with_capacity(text.len() * 3 / 4));
+    for byte in text.bytes() {
+        let value = match byte {
+            b'A'..=b'Z' => byte - b'A',
+            b'a'..=b'z' => byte - b'a' + 26,
+            b'0'..=b'9' => byte - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        bits = (bits << 6) | u32::from(value);
+        count += 6;
+        if count >= 8 {
+            count -= 8;
+            out.push((bits >> count) as u8);
+            bits &= (1 << count) - 1;
+        }
+    }
+    Some(out)
 }
 
 /// The first SentencePiece character map in a normaliser.
@@ -141,6 +237,9 @@ fn charsmap(normalizer: &Value) -> Result<Option<Precompiled>> {
         .map_or(std::slice::from_ref(normalizer), Vec::as_slice)
         .iter()
         .find(|n| n["type"] == "Precompiled");
+    if let Some(map) = found {
+        for_each_map(map, &mut check_map)?;
+    }
     // the map can only be read from text; its own error would print all of it
     let read = |n: &Value| {
         serde_json::from_str(&n.to_string())

@@ -25,7 +25,14 @@ pub struct TokenizerFiles<'a> {
     pub config: Option<&'a [u8]>,
     /// `special_tokens_map.json`.
     pub special_tokens_map: Option<&'a [u8]>,
+    /// Rows of the text encoder's embedding, if they are known: no tokenizer has more tokens.
+    pub rows: Option<usize>,
 }
+
+/// Most tokens of a tokenizer whose embedding is not known.
+const MAX_TOKENS: usize = 1 << 20;
+/// Longest text after a tokenizer's own normalisation, in bytes.
+const MAX_NORMALIZED: usize = 8 << 20;
 
 /// The two tokenizers of FLUX.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +51,8 @@ pub struct PromptTokenizer {
     pad_left: bool,
     truncate: TruncationDirection,
     max_length: Option<usize>,
+    /// The file's own normalisation, if the tokenizer is taken as it stands.
+    normalizer: Option<Value>,
 }
 
 impl PromptTokenizer {
@@ -67,7 +76,14 @@ impl PromptTokenizer {
             | None => true,
             Some(_) => json.is_null(),
         };
-        let added = AddedTokens::collect(family, native, &config, &special_map, &json)?;
+        let added = AddedTokens::collect(
+            family,
+            native,
+            files.rows.unwrap_or(MAX_TOKENS),
+            &config,
+            &special_map,
+            &json,
+        )?;
         let mut tokenizer = match (native, family) {
             (true, Family::Clip) => {
                 build::clip(&json, files, added.named("unk_token").unwrap_or_default())?
@@ -132,6 +148,7 @@ impl PromptTokenizer {
             pad_left,
             truncate,
             max_length,
+            normalizer: (!native).then(|| json["normalizer"].clone()),
         })
     }
 
@@ -150,6 +167,7 @@ impl PromptTokenizer {
             max_length >= added.max(1),
             "a text length of {max_length} leaves no room for the tokenizer's {added} special tokens"
         );
+        self.check_growth(prompt)?;
         let mut encoding = self
             .tokenizer
             .encode_fast(prompt, false)
@@ -169,8 +187,23 @@ impl PromptTokenizer {
         Ok(ids)
     }
 
+    /// Fails before a normaliser of the file multiplies a prompt until memory is full.
+    fn check_growth(&self, prompt: &str) -> Result<()> {
+        let Some(normalizer) = &self.normalizer else {
+            return Ok(());
+        };
+        ensure!(
+            build::normalized_length(normalizer, prompt.len()) <= MAX_NORMALIZED,
+            "`tokenizer.json`: its normalizer could make more than {} MB of a prompt of {} bytes",
+            MAX_NORMALIZED >> 20,
+            prompt.len()
+        );
+        Ok(())
+    }
+
     /// Number of ids the whole prompt takes, before cutting and padding; tells whether [`Self::encode`] cuts it.
     pub fn token_count(&self, prompt: &str) -> Result<usize> {
+        self.check_growth(prompt)?;
         let encoding = self
             .tokenizer
             .encode_fast(prompt, true)
@@ -256,6 +289,72 @@ mod tests {
             [6, 1]
         );
         Ok(())
+    }
+
+    #[test]
+    fn a_tokenizer_has_no_more_tokens_than_the_encoder_has_rows() {
+        let files = TokenizerFiles {
+            tokenizer: Some(T5.as_bytes()),
+            config: Some(br#"{"extra_ids": 4000000000}"#),
+            ..TokenizerFiles::default()
+        };
+        for rows in [None, Some(106)] {
+            let files = TokenizerFiles { rows, ..files };
+            let error = PromptTokenizer::new(Family::T5, &files).unwrap_err();
+            assert!(format!("{error:#}").contains("extra_ids"), "{error:#}");
+        }
+    }
+
+    #[test]
+    fn a_normalizer_that_multiplies_a_prompt_is_refused() -> Result<()> {
+        let step = r#"{"type": "Replace", "pattern": {"String": "a"}, "content": "CONTENT"}"#;
+        let with = |steps: usize| {
+            let step = step.replace("CONTENT", &"a".repeat(100));
+            let steps = vec![step; steps].join(",");
+            let normalizer = format!(r#"{{"type": "Sequence", "normalizers": [{steps}]}}"#);
+            let json = T5.replace(
+                "\"normalizer\": null",
+                &format!("\"normalizer\": {normalizer}"),
+            );
+            let files = TokenizerFiles {
+                class: Some("PreTrainedTokenizerFast"),
+                tokenizer: Some(json.as_bytes()),
+                config: Some(br#"{"pad_token": "<pad>"}"#),
+                ..TokenizerFiles::default()
+            };
+            PromptTokenizer::new(Family::T5, &files)
+        };
+        let error = with(6)?.encode("aaaaaaaa", 8).unwrap_err().to_string();
+        assert!(error.contains("normalizer"), "{error}");
+        assert!(with(6)?.token_count("aaaaaaaa").is_err());
+        assert_eq!(with(1)?.encode("a", 8)?.len(), 8);
+        Ok(())
+    }
+
+    #[test]
+    fn a_character_map_that_lies_is_refused() {
+        for map in ["BAAAAP////8=", "/P///w==", "", "AAAAAA==", "not base64"] {
+            let normalizer =
+                format!(r#"{{"type": "Precompiled", "precompiled_charsmap": "{map}"}}"#);
+            let json = T5.replace(
+                "\"normalizer\": null",
+                &format!("\"normalizer\": {normalizer}"),
+            );
+            let files = TokenizerFiles {
+                tokenizer: Some(json.as_bytes()),
+                ..TokenizerFiles::default()
+            };
+            for class in [None, Some("PreTrainedTokenizerFast")] {
+                let files = TokenizerFiles { class, ..files };
+                let error = PromptTokenizer::new(Family::T5, &files)
+                    .map(drop)
+                    .unwrap_err();
+                assert!(
+                    format!("{error:#}").contains("charsmap"),
+                    "{map}: {error:#}"
+                );
+            }
+        }
     }
 
     #[test]

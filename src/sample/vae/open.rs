@@ -135,11 +135,11 @@ fn only_file(files: &Files) -> Result<Checkpoint> {
         1 => Ok(found.remove(0)),
         0 => bail!(
             "`{}` holds no VAE: there is no file with a tensor `decoder.conv_in.weight`\nhint: {OTHERS}",
-            files.locator()
+            files.model_ref()
         ),
         _ => bail!(
             "`{}` holds several VAEs ({}); name one of them",
-            files.locator(),
+            files.model_ref(),
             found
                 .iter()
                 .map(|file| file.name.as_str())
