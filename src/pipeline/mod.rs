@@ -16,6 +16,7 @@ use crate::{
     },
     files::{BUNDLED, Files},
     layout::{BlockKind, FluxConfig},
+    ui::Reporter,
 };
 
 mod components;
@@ -46,6 +47,8 @@ pub struct ModelChoice {
     pub text_encoders: Option<PathBuf>,
     /// `--vae`: a VAE file or folder.
     pub vae: Option<PathBuf>,
+    /// Who is told what is opened and downloaded.
+    pub reporter: Reporter,
 }
 
 /// An opened model: headers and configs are read, weights are not.
@@ -69,6 +72,8 @@ pub struct Pipeline {
     pub scheduler_name: String,
     /// The model's own defaults.
     pub defaults: Defaults,
+    /// Who is told about the work with it.
+    pub reporter: Reporter,
     components: Components,
 }
 
@@ -87,7 +92,7 @@ impl Pipeline {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_original(choice: &ModelChoice, of: Option<&Record>) -> Result<Self> {
-        let located = locate(choice.model.as_deref())?;
+        let located = locate(choice.model.as_deref(), &choice.reporter)?;
         let record = Record::read(&located.raw.name, &located.raw.metadata);
         let record = with_hint(record, DAMAGED)?;
         let diffusers = crate::checkpoint::diffusers::is_diffusers(&located.raw);
@@ -117,6 +122,7 @@ impl Pipeline {
             known,
             &config,
             &located.raw.name,
+            &choice.reporter,
         )?;
         let defaults = defaults::of_model(
             located.pipeline.as_ref(),
@@ -124,7 +130,12 @@ impl Pipeline {
             &located.raw.name,
         )?;
         if let Some(record) = &record {
-            warn_of_kept_lora(record, located.pipeline.as_ref(), &located.raw.name)?;
+            warn_of_kept_lora(
+                record,
+                located.pipeline.as_ref(),
+                &located.raw.name,
+                &choice.reporter,
+            )?;
         }
         let mut choice = choice.clone();
         choice.fill_from_record(known.map(|r| &r.parts));
@@ -137,6 +148,7 @@ impl Pipeline {
             scheduler,
             scheduler_name,
             defaults,
+            reporter: choice.reporter.clone(),
             components: Components {
                 choice,
                 own: located.pipeline,
@@ -152,7 +164,10 @@ impl Pipeline {
     /// # Errors
     /// When the base cannot be opened, or is not the model the record says.
     pub fn base(&self) -> Result<Self> {
-        self.base_with(&ModelChoice::default())
+        self.base_with(&ModelChoice {
+            reporter: self.reporter.clone(),
+            ..ModelChoice::default()
+        })
     }
 
     /// The same with flags for what lies next to the transformer; `choice.model` counts for nothing.
@@ -247,7 +262,12 @@ fn metadata_config(raw: &Checkpoint) -> Option<ConfigFile> {
 pub const LORA_FILE: &str = "lora.safetensors";
 
 /// Says that a model was trained with a LoRA that is not in its weights.
-fn warn_of_kept_lora(record: &Record, folder: Option<&Files>, name: &str) -> Result<()> {
+fn warn_of_kept_lora(
+    record: &Record,
+    folder: Option<&Files>,
+    name: &str,
+    reporter: &Reporter,
+) -> Result<()> {
     let Some(training) = record.recipe.get("train-sandwich") else {
         return Ok(());
     };
@@ -255,7 +275,7 @@ fn warn_of_kept_lora(record: &Record, folder: Option<&Files>, name: &str) -> Res
     // earlier versions did not record it
     let in_folder = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
     if recorded.map_or_else(in_folder, Ok)? {
-        crate::ui::warn(format!(
+        reporter.warn(format!(
             "`{name}` was trained together with a LoRA, `{LORA_FILE}`, that is not in its weights and is not applied here: images and numbers are those without it\nhint: `fastflux train-sandwich` without --keep-lora merges it; diffusers applies it with `load_lora_weights`"
         ));
     }
