@@ -55,6 +55,8 @@ pub struct Checkpoint {
     pub name: String,
     /// The safetensors `__metadata__` of the (first) file.
     pub metadata: BTreeMap<String, String>,
+    /// What the user should know about the file.
+    pub notes: Vec<String>,
     /// What a GGUF file says its architecture is.
     pub architecture: Option<String>,
     tensors: BTreeMap<String, Source>,
@@ -170,6 +172,7 @@ impl Checkpoint {
             name: self.name.clone(),
             metadata: self.metadata.clone(),
             architecture: self.architecture.clone(),
+            notes: self.notes.clone(),
             tensors: BTreeMap::new(),
         };
         for (old, source) in &self.tensors {

@@ -132,7 +132,7 @@ impl Checkpoint {
         );
         let whole = end_of_data(blob);
         if let Some(whole) = whole.filter(|whole| *whole < blob.len()) {
-            ui::note(format!(
+            self.notes.push(format!(
                 "`{file}`: {} bytes follow the last tensor; they are not read",
                 blob.len() - whole
             ));

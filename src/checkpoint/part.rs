@@ -173,6 +173,7 @@ impl Part {
             name: checkpoint.name.clone(),
             metadata: checkpoint.metadata.clone(),
             architecture: checkpoint.architecture.clone(),
+            notes: checkpoint.notes.clone(),
             tensors: BTreeMap::new(),
         };
         let others = Others::of(checkpoint);

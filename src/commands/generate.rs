@@ -10,17 +10,17 @@ use crate::{
     cli::GenerateArgs,
     pipeline::{
         Pipeline,
-        generate::{self, ImageJob},
+        generate::{self, GenerateReport, ImageJob},
         load, prompts,
     },
     sample::{png::Image, size::ImageSize},
-    ui,
+    ui::{self, Reporter},
 };
 
 /// Images of one run: all latents are kept until the VAE takes the transformer's place.
 const MAX_IMAGES: usize = 100_000;
 
-pub(super) fn run(args: &GenerateArgs) -> Result<()> {
+pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
     let mut prompts = args.prompt.clone();
     if let Some(path) = &args.prompt_file {
         prompts.extend(prompts::read("--prompt-file", path)?);
@@ -32,14 +32,15 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
         args.images_per_prompt,
         prompts.len()
     );
-    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
+    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
     let size = pipeline.image_size(args.size.width, args.size.height)?;
     if args.sampling.guidance.is_some() && !pipeline.config.guidance_embed {
-        ui::note(format!(
+        reporter.note(format!(
             "`{}` has no guidance embedding: --guidance has no effect",
             pipeline.name
         ));
     }
+    pipeline.note_guesses(args.sampling.steps);
     let jobs = jobs(args, &pipeline, &prompts, size)?;
     for job in &jobs {
         target::check_file(&job.path, args.output.force)?;
@@ -68,7 +69,10 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
         }
     }
     if args.output.print.json {
-        ui::json(&serde_json::json!({ "model": pipeline.name, "images": jobs }))?;
+        ui::json(&GenerateReport {
+            model: pipeline.name,
+            images: jobs,
+        })?;
     }
     Ok(())
 }

@@ -14,7 +14,6 @@ use crate::{
     plot::losses::{self, LossPoint},
     sample::{grid, image, png::Image},
     score::{Scores, chart},
-    ui,
 };
 
 /// Pairs on the page: of small and of large images.
@@ -133,7 +132,7 @@ fn add_neighbours(model: &Pipeline, assets: &mut Assets) -> Result<()> {
                     None => assets.scores.push((model.name.clone(), svg)),
                 }
             }
-            _ => ui::warn(format!(
+            _ => model.reporter.warn(format!(
                 "`{}` is not a scores file and is left out",
                 scores.display()
             )),
@@ -145,7 +144,9 @@ fn add_neighbours(model: &Pipeline, assets: &mut Assets) -> Result<()> {
         match losses_of(&training) {
             Ok(Some(svg)) => assets.losses.push((model.name.clone(), svg.into_bytes())),
             Ok(None) => {}
-            Err(error) => ui::warn(format!("{error:#}: its losses are left out")),
+            Err(error) => model
+                .reporter
+                .warn(format!("{error:#}: its losses are left out")),
         }
     }
     Ok(())

@@ -151,7 +151,7 @@ impl Pipeline {
             return Ok(own.clone());
         }
         if let Some(base) = &self.components.base {
-            let located = locate(Some(base)).with_context(|| {
+            let located = locate(Some(base), &self.reporter).with_context(|| {
                 format!(
                     "`{}` takes {what} from its base model `{base}`\nhint: name them with {flag}",
                     self.name
@@ -164,10 +164,10 @@ impl Pipeline {
             }
         }
         if self.components.flux1 {
-            crate::ui::note(format!(
+            self.reporter.note(format!(
                 "taking {what} from {FLUX1_PARTS} on the hub ({flag} names others)"
             ));
-            return Files::hub(FLUX1_PARTS, None)
+            return Files::hub(FLUX1_PARTS, None, &self.reporter)
                 .with_context(|| format!("cannot fetch {what}; name them with {flag}"));
         }
         bail!(

@@ -10,7 +10,6 @@ use crate::{
     checkpoint::{record::Record, with_hint},
     files::Files,
     sample::size::ImageSize,
-    ui,
 };
 
 /// The file with a model's own defaults for `generate`.
@@ -130,7 +129,7 @@ impl Pipeline {
         let (width, height) = (own(width)?, own(height)?);
         let size = ImageSize::rounded(width, height)?;
         if (size.width, size.height) != (width, height) {
-            ui::note(format!(
+            self.reporter.note(format!(
                 "generating {}×{} instead of {width}×{height}: sizes are multiples of {}",
                 size.width,
                 size.height,

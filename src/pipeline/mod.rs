@@ -16,13 +16,15 @@ use crate::{
         with_hint,
     },
     files::{BUNDLED, Files},
-    layout::{BlockKind, FluxConfig},
+    layout::FluxConfig,
+    ui::Reporter,
 };
 
 mod components;
 pub mod convert;
 pub mod decoder;
 pub mod defaults;
+mod family;
 pub mod generate;
 pub mod inspect;
 pub mod load;
@@ -48,6 +50,8 @@ pub struct ModelChoice {
     pub text_encoders: Option<PathBuf>,
     /// `--vae`: a VAE file or folder.
     pub vae: Option<PathBuf>,
+    /// Who is told what is opened and downloaded.
+    pub reporter: Reporter,
 }
 
 /// An opened model: headers and configs are read, weights are not.
@@ -71,6 +75,8 @@ pub struct Pipeline {
     pub scheduler_name: String,
     /// The model's own defaults.
     pub defaults: Defaults,
+    /// Who is told about the work with it.
+    pub reporter: Reporter,
     components: Components,
 }
 
@@ -89,7 +95,10 @@ impl Pipeline {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_original(choice: &ModelChoice, of: Option<&Record>) -> Result<Self> {
-        let located = locate(choice.model.as_deref())?;
+        let located = locate(choice.model.as_deref(), &choice.reporter)?;
+        for note in &located.raw.notes {
+            choice.reporter.note(note);
+        }
         let record = Record::read(&located.raw.name, &located.raw.metadata);
         let record = with_hint(record, DAMAGED)?;
         let diffusers = crate::checkpoint::diffusers::is_diffusers(&located.raw);
@@ -119,6 +128,7 @@ impl Pipeline {
             known,
             &config,
             &located.raw.name,
+            &choice.reporter,
         )?;
         let defaults = defaults::of_model(
             located.pipeline.as_ref(),
@@ -126,7 +136,12 @@ impl Pipeline {
             &located.raw.name,
         )?;
         if let Some(record) = &record {
-            warn_of_kept_lora(record, located.pipeline.as_ref(), &located.raw.name)?;
+            warn_of_kept_lora(
+                record,
+                located.pipeline.as_ref(),
+                &located.raw.name,
+                &choice.reporter,
+            )?;
         }
         let mut choice = choice.clone();
         choice.fill_from_record(known.map(|r| &r.parts));
@@ -139,6 +154,7 @@ impl Pipeline {
             scheduler,
             scheduler_name,
             defaults,
+            reporter: choice.reporter.clone(),
             components: Components {
                 choice,
                 inside: holds_more(&located.raw).then(|| located.raw.clone()),
@@ -155,7 +171,10 @@ impl Pipeline {
     /// # Errors
     /// When the base cannot be opened, or is not the model the record says.
     pub fn base(&self) -> Result<Self> {
-        self.base_with(&ModelChoice::default())
+        self.base_with(&ModelChoice {
+            reporter: self.reporter.clone(),
+            ..ModelChoice::default()
+        })
     }
 
     /// The same with flags for what lies next to the transformer; `choice.model` counts for nothing.
@@ -207,27 +226,6 @@ impl Pipeline {
         })
     }
 
-    /// The family, for people: from the model's own defaults, or by its sizes.
-    pub fn family(&self) -> String {
-        if let Some(family) = &self.defaults.family {
-            return family.clone();
-        }
-        let c = &self.config;
-        let blocks = (
-            c.original_blocks(BlockKind::Double),
-            c.original_blocks(BlockKind::Single),
-        );
-        let name = match blocks {
-            (19, 38) if c.hidden_size == 3072 && c.guidance_embed => "FLUX.1-dev",
-            (19, 38) if c.hidden_size == 3072 => "FLUX.1-schnell",
-            (8, 38) if c.hidden_size == 3072 => "FLUX.1-lite",
-            (5, 10) if c.hidden_size == 3072 => "flux-mini",
-            _ if c.guidance_embed => "FLUX.1 with guidance embedding",
-            _ => "FLUX.1 without guidance embedding",
-        };
-        name.to_owned()
-    }
-
     /// Bytes that a weight of the transformer takes in memory when it computes in `dtype`, on average: packed ones stay
     /// packed.
     pub fn bytes_of_a_weight(&self, dtype: DType) -> f64 {
@@ -257,7 +255,12 @@ fn metadata_config(raw: &Checkpoint) -> Option<ConfigFile> {
 pub const LORA_FILE: &str = "lora.safetensors";
 
 /// Says that a model was trained with a LoRA that is not in its weights.
-fn warn_of_kept_lora(record: &Record, folder: Option<&Files>, name: &str) -> Result<()> {
+fn warn_of_kept_lora(
+    record: &Record,
+    folder: Option<&Files>,
+    name: &str,
+    reporter: &Reporter,
+) -> Result<()> {
     let Some(training) = record.recipe.get("train-sandwich") else {
         return Ok(());
     };
@@ -265,7 +268,7 @@ fn warn_of_kept_lora(record: &Record, folder: Option<&Files>, name: &str) -> Res
     // earlier versions did not record it
     let in_folder = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
     if recorded.map_or_else(in_folder, Ok)? {
-        crate::ui::warn(format!(
+        reporter.warn(format!(
             "`{name}` was trained together with a LoRA, `{LORA_FILE}`, that is not in its weights and is not applied here: images and numbers are those without it\nhint: `fastflux train-sandwich` without --keep-lora merges it; diffusers applies it with `load_lora_weights`"
         ));
     }

@@ -7,7 +7,11 @@ use crate::{
     checkpoint::{config::ConfigFile, record::Record},
     files::Files,
     layout::FluxConfig,
+    ui::Reporter,
 };
+
+/// What FLUX.1's own scheduler is called.
+pub(super) const FLUX1: &str = "FLUX.1's scheduler";
 
 /// The scheduler: `--config`'s `scheduler`, the pipeline's own, the record's, or FLUX.1's if the sizes are FLUX.1's.
 pub(super) fn of_model(
@@ -16,6 +20,7 @@ pub(super) fn of_model(
     record: Option<&Record>,
     config: &FluxConfig,
     name: &str,
+    reporter: &Reporter,
 ) -> Result<(Value, String)> {
     let said = |c: &ConfigFile| {
         let scheduler = c.json.get("scheduler")?.clone();
@@ -37,12 +42,12 @@ pub(super) fn of_model(
         return Ok((record.scheduler.clone(), name));
     }
     if config.head_dim() != 128 {
-        crate::ui::note(format!(
+        reporter.note(format!(
             "`{name}` names no scheduler: taking FLUX.1's (--config with a `scheduler` object names another)"
         ));
     }
     let scheduler = flux1_scheduler(config.guidance_embed);
-    Ok((scheduler, "FLUX.1's scheduler".to_owned()))
+    Ok((scheduler, FLUX1.to_owned()))
 }
 
 /// FLUX.1-dev's (dynamic shift) and FLUX.1-schnell's scheduler, from their `scheduler_config.json`.

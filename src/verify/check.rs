@@ -157,7 +157,7 @@ impl Check<'_> {
         let encoders = load::text_encoders(self.pipeline, &files, Some(length), self.runtime)?;
         let prompt = reference.text("prompt")?.to_owned();
         let (clip, t5) = encoders.tokenize(&prompt)?;
-        let encoded = load::encode(&encoders, &[prompt])?;
+        let encoded = load::encode(&encoders, &[prompt], &self.pipeline.reporter)?;
         for (name, ids) in [("clip.input_ids", clip), ("t5.input_ids", t5)] {
             if reference.has(name) {
                 self.compare_ids(name, &ids)?;
@@ -193,7 +193,8 @@ impl Check<'_> {
         };
         let length = Some(reference.text_length()?);
         let encoders = load::text_encoders(self.pipeline, &files, length, self.runtime)?;
-        load::encode(&encoders, &[reference.text("prompt")?.to_owned()]).map(Some)
+        let prompt = [reference.text("prompt")?.to_owned()];
+        load::encode(&encoders, &prompt, &self.pipeline.reporter).map(Some)
     }
 
     /// Compares one recorded call and draws `prompts`.

@@ -16,7 +16,7 @@ use anyhow::{Error, Result, anyhow, bail};
 use indicatif::ProgressBar;
 use sha2::{Digest, Sha256};
 
-use crate::ui;
+use crate::ui::Reporter;
 
 use super::{
     cache::Cache,
@@ -38,13 +38,14 @@ pub(super) fn fetch(
     commit: &str,
     path: &str,
     name: &str,
+    reporter: &Reporter,
 ) -> Result<PathBuf> {
     let head = remote.head(commit, path)?;
     let blob = cache.blob(&head.etag)?;
     let Some(size) = head.size else {
         return unsized_file(remote, cache, commit, path, name, &head);
     };
-    let waiting = ui::download(name, size, 0);
+    let waiting = reporter.download(name, size, 0);
     let _lock = cache.lock(&head.etag, || {
         waiting.set_message(format!("waiting for another process: {name}"));
         waiting.tick();
@@ -59,6 +60,7 @@ pub(super) fn fetch(
             name,
             head,
             size,
+            reporter,
             folder: blob.parent().unwrap_or(&blob),
         };
         // a part that an earlier run left may be damaged: then once more from the beginning
@@ -119,6 +121,7 @@ struct Download<'a> {
     head: Head,
     /// In bytes.
     size: u64,
+    reporter: &'a Reporter,
     /// Where the bytes go.
     folder: &'a Path,
 }
@@ -156,7 +159,7 @@ impl Download<'_> {
             return Err(failure::full(self.name, missing, Some(free), self.folder));
         }
 
-        let bar = ui::download(self.name, self.size, part.len);
+        let bar = self.reporter.download(self.name, self.size, part.len);
         let filled = self.fill(&mut part, &bar);
         bar.finish_and_clear();
         filled?;

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::registry::PREFIX;
+use super::registry::{self, PREFIX};
 use crate::ui;
 
 /// Marks a temporary file as one that is being written, as long as it is open.
@@ -49,7 +49,7 @@ pub(super) fn remove(folder: &Path) {
         }
     }
     if count > 0 {
-        ui::note(format!(
+        registry::note(format!(
             "removed what a killed run left in `{}`: {count} temporary file{} or folders, {}",
             folder.display(),
             if count == 1 { "" } else { "s" },

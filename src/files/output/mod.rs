@@ -19,8 +19,8 @@ use tempfile::TempDir;
 
 pub use check::{check_file, check_folder, check_other, check_writable};
 pub use leftovers::lock;
-pub use registry::final_name;
 use registry::{begin, builder, is_to_be_new, is_written, without_interruption};
+pub use registry::{final_name, take_notes};
 #[cfg(unix)]
 pub use signals::install_signal_handlers;
 

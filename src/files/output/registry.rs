@@ -14,6 +14,21 @@ pub(super) const PREFIX: &str = ".fastflux-";
 /// Outputs that were not there when they were checked and may not be overwritten.
 static TO_BE_NEW: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
+/// What the user should know about outputs, until [`take_notes`] is asked.
+static NOTES: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+pub(super) fn note(text: String) {
+    NOTES
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .push(text);
+}
+
+/// What the user should know about outputs: temporaries of killed runs that were removed.
+pub fn take_notes() -> Vec<String> {
+    std::mem::take(&mut *NOTES.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
 /// Notes that nothing is at `path`, and that nothing may be replaced there; or, with `force`, that it may.
 pub(super) fn expect_new(path: &Path, force: bool) {
     let mut all = TO_BE_NEW.lock().unwrap_or_else(PoisonError::into_inner);

@@ -9,6 +9,8 @@ use signal_hook::{
     low_level::emulate_default_handler,
 };
 
+use crate::ui::{Level, Reporter};
+
 use super::registry::remove_temporaries;
 
 /// Makes SIGINT, SIGTERM and SIGHUP remove what this process has begun to write before they end it, and SIGXFSZ (a file
@@ -45,7 +47,7 @@ fn say_what_was_cut() {
         Some(path) => format!("`{}` was cut short while it was read", path.display()),
         None => "a mapped file could not be read: its disk failed, or it was cut short".to_owned(),
     };
-    crate::ui::error(&anyhow::anyhow!(
+    Reporter::new(Level::Quiet).error(&anyhow::anyhow!(
         "{what}\nhint: fetch or copy the file again, and change no file that a command reads"
     ));
 }
