@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use candle_transformers::models::flux::autoencoder::{AutoEncoder, Config};
-use fastflux::{files::Blob, sample::vae::Vae};
+use fastflux::{checkpoint::Checkpoint, files::Blob, sample::vae::Vae};
 
 /// The program's.
 #[global_allocator]
@@ -33,12 +33,8 @@ fn main() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("ae.safetensors");
     weights.save(&path)?;
-    let ours = Vae::load_file(
-        "ae.safetensors",
-        &Blob::map(&path)?,
-        DType::F32,
-        &Device::Cpu,
-    )?;
+    let file = Checkpoint::from_blob("ae.safetensors", &Blob::map(&path)?)?;
+    let ours = Vae::load_weights(&file, DType::F32, &Device::Cpu)?;
     let side = pixels / 8;
     let latents = Tensor::randn(0f32, 1.0, (1, 16, side, side), &Device::Cpu)?;
 

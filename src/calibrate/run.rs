@@ -162,7 +162,7 @@ fn header(calibrator: &Calibrator, units: usize) -> Result<Header> {
     Ok(Header {
         version: Header::VERSION,
         model: record::fingerprint(&calibrator.pipeline.transformer)?,
-        model_name: calibrator.pipeline.name.clone(),
+        model_name: calibrator.pipeline.public_name(),
         runtime: calibrator.runtime.to_string(),
         recipe: recipe.clone(),
         prompts: prompts.clone(),

@@ -6,7 +6,7 @@ use super::{Checkpoint, part::Part};
 
 /// What a file is, and what to do about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Identity {
+pub(super) struct Identity {
     what: &'static str,
     hint: &'static str,
 }

@@ -44,6 +44,9 @@ pub struct PartsArgs {
     /// VAE file (ae.safetensors or diffusers names) or folder, if the model comes without.
     #[arg(long, value_name = "FILE|DIR")]
     pub vae: Option<PathBuf>,
+    /// Download the model that a pruned checkpoint says it was made of, if it is needed and not on this machine.
+    #[arg(long)]
+    pub fetch_base: bool,
 }
 
 /// Which model, and where its text encoders and VAE are.

@@ -75,6 +75,7 @@ fn open(args: &EvalArgs, reporter: &Reporter) -> Result<(Pipeline, Vec<Pipeline>
         config: args.config.config.clone(),
         text_encoders: args.parts.text_encoders.clone(),
         vae: args.parts.vae.clone(),
+        fetch_base: args.parts.fetch_base,
         reporter: reporter.clone(),
     };
     let models: Vec<Pipeline> = args

@@ -147,7 +147,7 @@ fn write(job: &ImageJob, image: &Image, pipeline: &Pipeline) -> Result<()> {
         ("steps", &job.steps.to_string()),
         ("guidance", &job.guidance.unwrap_or_default().to_string()),
         ("size", &size),
-        ("model", &pipeline.model_ref),
+        ("model", &pipeline.public_name()),
         ("Software", &record::software()),
     ];
     image.save(&job.path, &text)

@@ -36,6 +36,7 @@ pub(super) fn model_choice(args: &PipelineArgs, reporter: &Reporter) -> ModelCho
     ModelChoice {
         text_encoders: args.parts.text_encoders.clone(),
         vae: args.parts.vae.clone(),
+        fetch_base: args.parts.fetch_base,
         ..bare_choice(&args.model, reporter)
     }
 }

@@ -60,6 +60,20 @@ pub fn parse_id(text: &str) -> Option<(String, Option<String>)> {
     Some((id.to_owned(), revision.map(str::to_owned)))
 }
 
+/// The id and the path in `owner/name[@revision]/path/to/file.gguf`: one file of weights in a repository. `None` when
+/// `text` cannot be that.
+pub fn parse_file(text: &str) -> Option<((String, Option<String>), String)> {
+    let text = text.strip_prefix(SITE).unwrap_or(text);
+    let (owner, rest) = text.split_once('/')?;
+    let (name, path) = rest.split_once('/')?;
+    let id = parse_id(&format!("{owner}/{name}"))?;
+    let plain = |part: &str| !part.is_empty() && !part.starts_with('.') && !part.contains('\\');
+    let is_weights = [".safetensors", ".sft", ".gguf"]
+        .iter()
+        .any(|end| path.to_ascii_lowercase().ends_with(end));
+    (is_weights && path.split('/').all(plain)).then(|| (id, path.to_owned()))
+}
+
 /// Whether `text` may be an owner or a repository name (`validate_repo_id` of `huggingface_hub`).
 fn is_part(text: &str) -> bool {
     let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric() || c == '_');
@@ -106,6 +120,34 @@ mod tests {
             "TencentARC/flux-mini",
         ] {
             assert_eq!(parsed(text), Some((text.to_owned(), None)), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_file_follows_a_repository() {
+        let found = parse_file("city96/FLUX.1-dev-gguf/flux1-dev-Q4_K_S.gguf").unwrap();
+        assert_eq!(
+            found,
+            (
+                ("city96/FLUX.1-dev-gguf".into(), None),
+                "flux1-dev-Q4_K_S.gguf".into()
+            )
+        );
+        let ((_, revision), path) = parse_file("o/n@v1/sub/a.safetensors").unwrap();
+        assert_eq!(
+            (revision.as_deref(), path.as_str()),
+            (Some("v1"), "sub/a.safetensors")
+        );
+        for text in [
+            "o/n",
+            "models/a.gguf",
+            "./o/n/a.gguf",
+            "/o/n/a.gguf",
+            "o/n/../a.gguf",
+            "o/n/a.txt",
+            "o/n//a.gguf",
+        ] {
+            assert_eq!(parse_file(text), None, "{text}");
         }
     }
 

@@ -21,7 +21,7 @@ pub mod output;
 
 #[cfg(feature = "hub")]
 pub use hub::HubSettings;
-pub use id::parse_id;
+pub use id::{parse_file, parse_id};
 
 use crate::ui::Reporter;
 
@@ -210,6 +210,28 @@ impl Files {
         }
     }
 
+    /// The folder on disk; `None` for files that lie elsewhere.
+    pub fn on_disk(&self) -> Option<&Path> {
+        match &self.root {
+            Root::Folder(path) if self.prefix.is_empty() => Some(path),
+            _ => None,
+        }
+    }
+
+    /// Whether the cache holds files of the hub id `id`.
+    pub fn is_cached(id: &str) -> bool {
+        #[cfg(feature = "hub")]
+        if let Some((repo, revision)) = parse_id(id) {
+            let settings = HubSettings {
+                offline: true,
+                ..HubSettings::from_env(crate::ui::Reporter::silent())
+            };
+            return Self::hub_with(&settings, &repo, revision.as_deref()).is_ok();
+        }
+        let _ = id;
+        false
+    }
+
     /// What the user should know about where the files come from: the hub cannot be reached, and the cache is used.
     pub fn note(&self) -> Option<String> {
         match &self.root {
@@ -298,6 +320,15 @@ impl Files {
     /// When the hub cannot be asked.
     pub fn has(&self, path: &str) -> Result<bool> {
         Ok(self.list()?.iter().any(|name| name == path))
+    }
+
+    /// The paths of all files, with their folders; of a repository on the hub alone.
+    pub fn all_paths(&self) -> Vec<String> {
+        match &self.root {
+            #[cfg(feature = "hub")]
+            Root::Hub(repo) => repo.paths().map(str::to_owned).collect(),
+            _ => Vec::new(),
+        }
     }
 
     /// The names of all files directly in this folder, sorted.

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{ModelChoice, Pipeline, locate::locate};
+use super::{ModelChoice, Pipeline, known::Place, locate::locate};
 use crate::{
-    checkpoint::{Checkpoint, part::Part, record::RecordedParts, with_hint},
-    files::{Blob, Files},
+    checkpoint::{Checkpoint, part::Part, with_hint},
+    files::{BUNDLED, Blob, Files},
     sample::{
         text::TextFiles,
         vae::{Vae, VaeConfig},
@@ -52,16 +52,22 @@ pub(super) struct Components {
     /// The model's file, if other parts lie in it.
     pub(super) inside: Option<Checkpoint>,
     pub(super) base: Option<String>,
+    /// What opens it on this machine.
+    pub(super) place: Option<String>,
     pub(super) flux1: bool,
 }
 
 impl ModelChoice {
     /// Fills in what flags left open from where it was before, as far as it is still there.
-    pub(super) fn fill_from_record(&mut self, parts: Option<&RecordedParts>) {
-        let Some(parts) = parts else {
+    pub(super) fn fill_from(&mut self, place: Option<&Place>) {
+        let Some(parts) = place else {
             return;
         };
-        let there = |path: &Option<PathBuf>| path.clone().filter(|path| path.exists());
+        let exists = |path: &PathBuf| {
+            let text = path.to_string_lossy();
+            path.exists() || text.split(',').all(|part| Path::new(part).exists())
+        };
+        let there = |path: &Option<PathBuf>| path.clone().filter(exists);
         self.text_encoders = self
             .text_encoders
             .take()
@@ -71,15 +77,6 @@ impl ModelChoice {
 }
 
 impl Pipeline {
-    /// The text encoders and the VAE that flags or a record named, absolute, for the record of what is made of this model.
-    pub fn recorded_parts(&self) -> RecordedParts {
-        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
-        RecordedParts {
-            text_encoders: self.components.choice.text_encoders.as_ref().map(absolute),
-            vae: self.components.choice.vae.as_ref().map(absolute),
-        }
-    }
-
     /// Where text encoders and tokenizers are.
     ///
     /// # Errors
@@ -151,7 +148,8 @@ impl Pipeline {
             return Ok(own.clone());
         }
         if let Some(base) = &self.components.base {
-            let located = locate(Some(base), &self.reporter).with_context(|| {
+            let base = self.base_ref(base)?;
+            let located = locate(Some(&base), &self.reporter).with_context(|| {
                 format!(
                     "`{}` takes {what} from its base model `{base}`\nhint: name them with {flag}",
                     self.name
@@ -160,6 +158,7 @@ impl Pipeline {
             if let Some(files) = located.pipeline
                 && has(&files)?
             {
+                self.check_base(&base)?;
                 return Ok(files);
             }
         }
@@ -174,6 +173,36 @@ impl Pipeline {
             "`{}` comes without {what}\nhint: name them with {flag}",
             self.name
         )
+    }
+}
+
+impl Pipeline {
+    /// What opens the model that this one was made of. A name in a checkpoint alone opens no path, and downloads nothing.
+    ///
+    /// # Errors
+    /// When nobody knows where it is, or it would have to be downloaded and the user has not said so.
+    pub(super) fn base_ref(&self, base: &str) -> Result<String> {
+        let Some(place) = &self.components.place else {
+            bail!(
+                "`{}` was made of `{base}`, and where that lies is not known here\nhint: name it (train-sandwich --teacher, eval --baseline), or its parts with --text-encoders and --vae",
+                self.name
+            );
+        };
+        let downloads = place != BUNDLED && !Path::new(place).exists();
+        ensure!(
+            !downloads || self.components.choice.fetch_base || Files::is_cached(place),
+            "`{}` says that it was made of `{place}` on the hub, which is not on this machine\nhint: if you trust that, --fetch-base downloads it",
+            self.name
+        );
+        Ok(place.clone())
+    }
+
+    /// Fails where parts would be taken from another model than this one was made of.
+    fn check_base(&self, base: &str) -> Result<()> {
+        if self.record.is_none() || base == BUNDLED {
+            return Ok(());
+        }
+        self.base().map(drop)
     }
 }
 

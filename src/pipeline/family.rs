@@ -11,7 +11,7 @@ use crate::{
 
 /// What a model takes besides the prompt, by the columns of `img_in`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Input {
+enum Input {
     /// Noise alone: 64 columns.
     Noise,
     /// Noise and a control image's latents: 128 columns (Canny, Depth).

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
         part::Part,
         with_hint,
     },
-    files::{BUNDLED, Blob, Files, parse_id},
+    files::{BUNDLED, Blob, Files, parse_file, parse_id},
     ui::Reporter,
 };
 
@@ -54,17 +54,70 @@ pub(super) fn locate(model: Option<&str>, reporter: &Reporter) -> Result<Located
             Ok(_) => bail!("`{model}` is neither a folder nor a file\nhint: {NAME_ONE}"),
         }
     }
+    // a path that was mistyped begins with a folder that is there
+    let is_path = path
+        .iter()
+        .next()
+        .is_some_and(|first| Path::new(first).exists());
+    if let Some(((repo, revision), file)) = parse_file(model).filter(|_| !is_path) {
+        let files = Files::hub(&repo, revision.as_deref(), reporter)?;
+        return in_hub_file(&files, &file);
+    }
     match parse_id(model) {
         Some((repo, revision)) if !model.starts_with(['.', '/', '~']) => {
             let files = Files::hub(&repo, revision.as_deref(), reporter)?;
-            in_pipeline_or_bare(&files)?.with_context(|| {
-                format!(
-                    "the hub repository `{model}` holds no FLUX transformer in diffusers layout"
-                )
-            })
+            match in_pipeline_or_bare(&files)? {
+                Some(located) => Ok(located),
+                None => Err(no_transformer(model, &files)),
+            }
         }
         _ => bail!("`{model}` does not exist\nhint: {NAME_ONE}"),
     }
+}
+
+/// One file of weights in a repository.
+fn in_hub_file(files: &Files, path: &str) -> Result<Located> {
+    let name = files.describe(path);
+    let blob = files.get(path)?.with_context(|| {
+        let known = weights_of(files);
+        format!(
+            "`{name}` does not exist\nhint: {}",
+            if known.is_empty() {
+                NAME_ONE.to_owned()
+            } else {
+                format!("the repository holds {}", known.join(", "))
+            }
+        )
+    })?;
+    let raw = with_hint(Checkpoint::from_blob(&name, &blob), DAMAGED)?;
+    Ok(Located {
+        raw,
+        model_ref: format!("{}/{path}", files.model_ref()),
+        configs: config_file(files, "config.json")?,
+        pipeline: Some(files.clone()),
+    })
+}
+
+/// The files of weights in a repository, each in backticks.
+fn weights_of(files: &Files) -> Vec<String> {
+    let paths = files.all_paths().into_iter();
+    paths
+        .filter(|path| is_weights(path))
+        .map(|path| format!("`{path}`"))
+        .collect()
+}
+
+/// Says which files a repository without a transformer in diffusers layout holds instead.
+fn no_transformer(model: &str, files: &Files) -> anyhow::Error {
+    let found = weights_of(files);
+    let Some(first) = found.first() else {
+        return anyhow!("the hub repository `{model}` holds no file of weights\nhint: {NAME_ONE}");
+    };
+    let first = first.trim_matches('`');
+    anyhow!(
+        "the hub repository `{model}` holds no FLUX transformer in diffusers layout, but single files: {}\nhint: name one of them, such as --model {model}/{first}",
+        found.join(", ")
+    )
 }
 
 fn in_folder(path: &Path) -> Result<Located> {

@@ -27,6 +27,7 @@ pub mod defaults;
 mod family;
 pub mod generate;
 pub mod inspect;
+mod known;
 pub mod load;
 mod locate;
 pub mod placement;
@@ -50,6 +51,8 @@ pub struct ModelChoice {
     pub text_encoders: Option<PathBuf>,
     /// `--vae`: a VAE file or folder.
     pub vae: Option<PathBuf>,
+    /// `--fetch-base`: whether the model that a checkpoint says it was made of may be downloaded.
+    pub fetch_base: bool,
     /// Who is told what is opened and downloaded.
     pub reporter: Reporter,
 }
@@ -144,7 +147,9 @@ impl Pipeline {
             )?;
         }
         let mut choice = choice.clone();
-        choice.fill_from_record(known.map(|r| &r.parts));
+        let folder = located.pipeline.as_ref().and_then(Files::on_disk);
+        let base = known.and_then(|record| known::base_of(record, folder));
+        choice.fill_from(base.as_ref());
         Ok(Self {
             name: choice.model.clone().unwrap_or_else(|| BUNDLED.to_owned()),
             model_ref: located.model_ref,
@@ -160,6 +165,7 @@ impl Pipeline {
                 inside: holds_more(&located.raw).then(|| located.raw.clone()),
                 own: located.pipeline,
                 base: record.as_ref().map(|r| r.base.clone()),
+                place: base.map(|base| base.model),
                 flux1,
             },
             record,
@@ -186,7 +192,7 @@ impl Pipeline {
             return Ok(self.clone());
         };
         let choice = ModelChoice {
-            model: Some(record.base.clone()),
+            model: Some(self.base_ref(&record.base)?),
             ..choice.clone()
         };
         let base = Self::open_original(&choice, Some(record))
@@ -211,16 +217,20 @@ impl Pipeline {
         Ok(Record {
             version: record::VERSION,
             tool: record::software(),
-            base: before.map_or_else(|| self.model_ref.clone(), |r| r.base.clone()),
+            base: before.map_or_else(|| self.public_name(), |r| known::name_of(&r.base)),
             base_fingerprint: match before {
                 Some(before) => before.base_fingerprint.clone(),
-                None => record::fingerprint(&self.transformer)?,
+                None => {
+                    let fingerprint = record::fingerprint(&self.transformer)?;
+                    self.remember(&fingerprint);
+                    fingerprint
+                }
             },
             layout: config.layout.clone(),
             axes_dims: config.axes_dims.clone(),
             theta: config.theta,
             scheduler: self.scheduler.clone(),
-            parts: self.recorded_parts(),
+            parts: record::RecordedParts::default(),
             defaults: serde_json::to_value(self.recorded_defaults()?)?,
             recipe,
         })

@@ -45,6 +45,15 @@ impl Cache {
         is_commit(&commit).then_some(commit)
     }
 
+    /// The commit of the only snapshot that is here, for a cache whose `refs` are gone or never were written.
+    pub(super) fn only_snapshot(&self) -> Option<String> {
+        let entries = fs::read_dir(self.folder().join("snapshots")).ok()?;
+        let commits = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let mut commits = commits.filter(|commit| is_commit(commit));
+        let first = commits.next()?;
+        commits.next().is_none().then_some(first)
+    }
+
     /// Notes that `revision` names `commit`, so that it opens without network next time.
     pub(super) fn set_commit(&self, revision: &str, commit: &str) -> io::Result<()> {
         if is_commit(revision) || self.commit(revision).as_deref() == Some(commit) {
@@ -215,6 +224,16 @@ mod tests {
         fs::remove_file(blob).unwrap();
         assert_eq!(cache.files(COMMIT), Vec::<String>::new());
         assert_eq!(cache.file(COMMIT, "a"), None);
+    }
+
+    #[test]
+    fn the_only_snapshot_is_found_without_refs() {
+        let (_dir, cache) = cache();
+        assert_eq!(cache.only_snapshot(), None);
+        fs::create_dir_all(cache.folder().join("snapshots").join(COMMIT)).unwrap();
+        assert_eq!(cache.only_snapshot().as_deref(), Some(COMMIT));
+        fs::create_dir_all(cache.folder().join("snapshots").join("f".repeat(40))).unwrap();
+        assert_eq!(cache.only_snapshot(), None);
     }
 
     #[test]

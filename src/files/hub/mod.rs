@@ -28,6 +28,8 @@ const MAIN: &str = "main";
 pub(super) struct Repo {
     id: String,
     revision: Option<String>,
+    /// Whether the cache did not say which commit the revision names, and its only snapshot is taken.
+    guessed: bool,
     /// The commit that the revision names; all files are of this one.
     commit: String,
     /// Every file with its size, in bytes, if the hub said it.
@@ -54,6 +56,7 @@ impl Repo {
         let mut repo = Self {
             id: id.to_owned(),
             revision: revision.map(str::to_owned),
+            guessed: false,
             commit: String::new(),
             files: BTreeMap::new(),
             cache,
@@ -90,7 +93,14 @@ impl Repo {
 
     /// The same repository with what the cache holds of `revision`; `None` when that is nothing.
     fn cached(mut self, revision: &str) -> Option<Self> {
-        self.commit = self.cache.commit(revision)?;
+        self.commit = match self.cache.commit(revision) {
+            Some(commit) => commit,
+            None if self.revision.is_none() => {
+                self.guessed = true;
+                self.cache.only_snapshot()?
+            }
+            None => return None,
+        };
         let files = self.cache.files(&self.commit);
         self.files = files.into_iter().map(|path| (path, None)).collect();
         (!self.files.is_empty()).then_some(self)
@@ -157,6 +167,12 @@ impl Repo {
 
     /// Why only the cache is asked, if no flag asked for that.
     pub(super) fn note(&self) -> Option<String> {
+        if self.guessed {
+            return Some(format!(
+                "the cache of `{}` does not say which commit `{MAIN}` is; using its only snapshot, `{}`",
+                self.id, self.commit
+            ));
+        }
         let Source::Unreachable(why) = &self.source else {
             return None;
         };
