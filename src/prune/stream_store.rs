@@ -124,7 +124,7 @@ impl StreamStore {
         let folder = self.folder.display().to_string();
         let file = self.file()?;
         file.seek(SeekFrom::Start(start))
-            .and_then(|_| file.write_all(&(&tokens).data()))
+            .and_then(|_| file.write_all(&View::data(&&tokens)))
             .with_context(|| {
                 format!(
                     "cannot write token streams to a temporary file in `{folder}`, of {} so far\nhint: --output on a disk with more room, or fewer --num-prompts",
