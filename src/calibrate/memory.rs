@@ -1,6 +1,6 @@
 //! What a calibration takes: forwards, arithmetic and memory, counted before anything is loaded (`--dry-run`).
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use super::{options::ResolvedOptions, pass::Shard, recipe::LatentSource};
@@ -152,6 +152,25 @@ pub struct CalibrationEstimate {
     pub shard: Option<String>,
     #[serde(skip)]
     details: Details,
+}
+
+impl CalibrationEstimate {
+    /// Fails where there is less memory than the work takes: what a dry run ends with.
+    ///
+    /// # Errors
+    /// The message says how much is free and how much is taken.
+    pub fn check_room(&self) -> Result<()> {
+        let size = |bytes: u64| ui::bytes(bytes as f64);
+        if let Some(free) = self.free {
+            ensure!(
+                self.bytes.device <= free,
+                "it does not fit: it takes {}, and {} are free\nhint: --max-vram or --offload hold less on the device; smaller images (--width, --height) take less",
+                size(self.bytes.device),
+                size(free)
+            );
+        }
+        Ok(())
+    }
 }
 
 /// What only the text says.

@@ -20,6 +20,8 @@ mod gguf_write;
 mod identify;
 pub mod init;
 pub mod keys;
+#[cfg(test)]
+mod kinds_tests;
 mod open;
 pub mod output;
 pub mod part;

@@ -27,7 +27,8 @@ pub(super) fn run(args: &CalibrateArgs, reporter: &Reporter) -> Result<()> {
     if args.dry_run.dry_run {
         let estimate =
             CalibrationEstimate::new(&pipeline, &budget, &options, shard, memory, false)?;
-        return super::show(args.output.print, &estimate, || estimate.text());
+        super::show(args.output.print, &estimate, || estimate.text())?;
+        return estimate.check_room();
     }
     target::check_writable(output)?;
     let calibrator = Calibrator::open(&pipeline, &budget, options, memory)?;

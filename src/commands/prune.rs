@@ -25,7 +25,8 @@ pub(super) fn run(args: &PruneArgs, reporter: &Reporter) -> Result<()> {
         let memory = options.calibration.stats_memory;
         let estimate =
             CalibrationEstimate::new(&pipeline, &budget, &resolved, Shard::WHOLE, memory, true)?;
-        return super::show(args.output.print, &estimate, || estimate.text());
+        super::show(args.output.print, &estimate, || estimate.text())?;
+        return estimate.check_room();
     }
     let report = prune::run::run(&pipeline, &budget, &options)?;
     super::show(args.output.print, &report, || report.text())?;

@@ -17,6 +17,7 @@ use crate::{
     prune::{self, options::PruneOptions},
     train::{
         self, Entry,
+        lock::Lock,
         pair::Pair,
         progress::{self, ProgressObserver},
         report::{self, DryRunReport, REPORT, TrainReport},
@@ -37,11 +38,7 @@ pub(super) fn run(args: &TrainArgs, reporter: &Reporter) -> Result<()> {
     }
     let runtime = super::runtime(args.run)?;
     setup::check_dtype(&runtime)?;
-    let _lock = if args.dry_run.dry_run {
-        None
-    } else {
-        Some(state::Lock::new(&folder)?)
-    };
+    let _lock = Lock::new(&folder, args.dry_run.dry_run)?;
     if args.restart && !args.dry_run.dry_run {
         state::remove(&folder).context("--restart")?;
     }

@@ -99,7 +99,19 @@ impl Pipeline {
             folder: if holds == [true, true] {
                 own
             } else {
-                Some(folder()?)
+                let [has, lacks] = if holds[0] {
+                    [Part::Clip, Part::T5]
+                } else {
+                    [Part::T5, Part::Clip]
+                };
+                Some(folder().with_context(|| {
+                    format!(
+                        "`{}` holds a {} but no {}",
+                        inside.name,
+                        has.name(),
+                        lacks.name()
+                    )
+                })?)
             },
             weights: vec![inside.clone()],
         })

@@ -5,6 +5,7 @@ pub mod adamw;
 pub mod backward;
 pub mod data;
 mod images;
+pub mod lock;
 mod log;
 pub mod loss;
 pub mod memory;

@@ -30,8 +30,6 @@ pub const IMAGES_STEM: &str = "images";
 const OLD_IMAGES_STEM: &str = "pictures";
 /// How names of temporary files and folders begin.
 const TEMPORARY: &str = ".fastflux-";
-/// The file that keeps other runs out.
-const LOCK: &str = "lock";
 /// Folder next to it with the bundled model, pruned, if no model was named.
 pub const PRUNED: &str = "pruned";
 
@@ -160,36 +158,6 @@ impl StateFile {
 
     fn path(&self) -> PathBuf {
         self.folder.join(format!("{STEM}.safetensors"))
-    }
-}
-
-/// Keeps other runs out of a state's folder as long as it lives; then it takes its file away, and the folder if it is empty.
-#[derive(Debug)]
-pub struct Lock {
-    path: PathBuf,
-    _file: std::fs::File,
-}
-
-impl Lock {
-    /// In `folder`, which is made if it is missing.
-    ///
-    /// # Errors
-    /// When another run works in it, or it cannot be written.
-    pub fn new(folder: &Path) -> Result<Self> {
-        std::fs::create_dir_all(folder)
-            .with_context(|| format!("cannot create `{}`", folder.display()))?;
-        let path = folder.join(LOCK);
-        let file = crate::files::output::lock(&path, "is training into this output")?;
-        Ok(Self { path, _file: file })
-    }
-}
-
-impl Drop for Lock {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-        if let Some(folder) = self.path.parent() {
-            let _ = std::fs::remove_dir(folder); // only if nothing else is in it
-        }
     }
 }
 

@@ -107,18 +107,16 @@ impl TrainSetup {
             );
         }
         let hopeless = peak > HOPELESS * limit as f64;
-        if hopeless && !request.dry_run {
+        if hopeless {
             bail!(
                 "{text}\nhint: {} takes less; --max-vram says how much there is, if it is more",
                 self.what_to_lower(phases)
             );
         }
-        let then = if hopeless {
-            "it would not be tried"
-        } else {
-            "trying all the same"
-        };
-        self.pair.pruned.reporter.warn(format!("{text}; {then}"));
+        self.pair
+            .pruned
+            .reporter
+            .warn(format!("{text}; trying all the same"));
         Ok(())
     }
 

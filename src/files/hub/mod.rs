@@ -10,6 +10,7 @@ use anyhow::{Result, anyhow};
 mod cache;
 mod failure;
 mod fetch;
+mod redirect;
 mod remote;
 mod settings;
 
