@@ -40,6 +40,7 @@ impl Source {
         });
         let data = match &self.data {
             Data::Converted(from) => Data::Converted(Box::new(from.rows(rows)?)),
+            Data::Adapted(adapted) => Data::Adapted(adapted.rows(&rows)?),
             Data::Sum(parts) => {
                 let parts = parts.iter().map(|part| part.rows(rows.clone()));
                 Data::Sum(parts.collect::<Result<_>>()?)
@@ -85,7 +86,7 @@ impl Source {
             shape[0] += part.shape[0];
             match &part.data {
                 Data::Pieces(p) => pieces.extend(p.iter().cloned()),
-                Data::Dense(_) | Data::Converted(_) | Data::Sum(_) => {
+                Data::Dense(_) | Data::Converted(_) | Data::Sum(_) | Data::Adapted(_) => {
                     let tensors = parts
                         .iter()
                         .map(|p| p.tensor(&Device::Cpu))
@@ -127,6 +128,7 @@ impl Source {
         );
         let data = match &self.data {
             Data::Dense(t) => Data::Dense(t.reshape(shape)?),
+            Data::Adapted(_) => bail!("a tensor with a LoRA keeps its shape"),
             same => same.clone(),
         };
         ensure!(
