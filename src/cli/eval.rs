@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{
-    ConfigArgs, DecodeArgs, DeviceArgs, MemoryArgs, OutputArgs, PartsArgs, PipelineArgs, PrintArgs,
-    PromptsArgs, RecipeArgs, RunArgs, SamplingArgs, SeedArgs, SizeArgs, shared::written,
+    ConfigArgs, DecodeArgs, DeviceArgs, LoraArgs, MemoryArgs, OutputArgs, PartsArgs, PipelineArgs,
+    PrintArgs, PromptsArgs, RecipeArgs, RunArgs, SamplingArgs, SeedArgs, SizeArgs, shared::written,
 };
 use crate::device::DTypeChoice;
 
@@ -15,6 +15,7 @@ use crate::device::DTypeChoice;
 #[expect(missing_docs, reason = "flattened arguments")]
 #[command(
     mut_arg("recipe", |arg| arg.requires("plan").help("Recipe that plans are carried out with (JSON, see configs/prune.json). Default: that of `prune`")),
+    mut_arg("lora", |arg| arg.help("Add this LoRA to the weights of all models and of the baseline, multiplied by WEIGHT (default 1; may be negative); may be given several times")),
     mut_arg("prompts", |arg| arg.help("Prompts, one a line. Default: captions that are in no calibration list")),
     mut_arg("num_prompts", |arg| arg.help("Images that each model generates; a short list of prompts is used again with other noise. Default: all of --prompts, otherwise 128 small or 8 large images")),
     mut_arg("steps", |arg| arg.help("Sampling steps. Default: the baseline's own")),
@@ -36,6 +37,8 @@ pub struct EvalArgs {
     /// from, and for plans the bundled model.
     #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
     pub baseline: Option<String>,
+    #[command(flatten)]
+    pub lora: LoraArgs,
     #[command(flatten)]
     pub config: ConfigArgs,
     #[command(flatten)]
@@ -83,6 +86,9 @@ pub struct VerifyArgs {
 /// `bench`.
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
+#[command(
+    mut_arg("lora", |arg| arg.conflicts_with("config").help("Add this LoRA to the weights of both models, multiplied by WEIGHT (default 1; may be negative); may be given several times"))
+)]
 pub struct BenchArgs {
     /// The model, named as elsewhere (folder, file or hub id). Default: the bundled tiny model.
     #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
@@ -99,6 +105,8 @@ pub struct BenchArgs {
     /// A second model, timed in turn with the first.
     #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
     pub against: Option<String>,
+    #[command(flatten)]
+    pub lora: LoraArgs,
     /// Time the first model in turn with itself after N of its blocks, spread over the single ones, were replaced by
     /// linear layers: what pruning would bring. All other weights are shared.
     #[arg(long, value_name = "N", conflicts_with = "against")]

@@ -24,9 +24,9 @@ pub use inspect::InspectArgs;
 pub use prune::PruneArgs;
 pub use score::{GoalArgs, PlanArgs, ScoreArgs};
 pub use shared::{
-    ConfigArgs, DecodeArgs, DeviceArgs, DryRunArgs, LayoutArgs, MemoryArgs, ModelArgs, OutputArgs,
-    PartsArgs, PipelineArgs, PrintArgs, PromptsArgs, RecipeArgs, RunArgs, SamplingArgs, SeedArgs,
-    SizeArgs,
+    ConfigArgs, DecodeArgs, DeviceArgs, DryRunArgs, LayoutArgs, LoraArgs, MemoryArgs, ModelArgs,
+    OutputArgs, PartsArgs, PipelineArgs, PrintArgs, PromptsArgs, RecipeArgs, RunArgs, SamplingArgs,
+    SeedArgs, SizeArgs,
 };
 pub use shell::{CompletionsArgs, ManArgs};
 pub use train::TrainArgs;

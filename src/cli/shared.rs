@@ -7,7 +7,7 @@ use clap::{Arg, Args};
 
 use super::units::{bytes, number, whole};
 use crate::{
-    checkpoint::output::Naming,
+    checkpoint::{lora::LoraChoice, output::Naming},
     device::{DTypeChoice, DeviceChoice},
     pipeline::defaults::{MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MIN_SIDE},
 };
@@ -21,6 +21,15 @@ pub struct ConfigArgs {
     pub config: Option<PathBuf>,
 }
 
+/// LoRA files.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Model")]
+pub struct LoraArgs {
+    /// Add this LoRA to the weights, multiplied by WEIGHT (default 1; may be negative); may be given several times.
+    #[arg(long, value_name = "FILE[:WEIGHT]", value_parser = |s: &str| s.parse::<LoraChoice>())]
+    pub lora: Vec<LoraChoice>,
+}
+
 /// Which model.
 #[derive(Args, Clone, Debug, Default)]
 #[expect(missing_docs, reason = "flattened arguments")]
@@ -30,6 +39,8 @@ pub struct ModelArgs {
     /// (`owner/name` or `owner/name@revision`). Default: the bundled tiny model.
     #[arg(long, value_name = "PATH|ID")]
     pub model: Option<String>,
+    #[command(flatten)]
+    pub lora: LoraArgs,
     #[command(flatten)]
     pub config: ConfigArgs,
 }

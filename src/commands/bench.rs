@@ -33,6 +33,7 @@ fn subjects(args: &BenchArgs) -> Result<Vec<Subject>> {
     let open = |model: Option<&String>| -> Result<Subject> {
         let pipeline = super::open(&ModelChoice {
             model: model.cloned(),
+            lora: args.lora.lora.clone(),
             ..ModelChoice::default()
         })?;
         Subject::from_pipeline(pipeline)

@@ -68,6 +68,7 @@ fn options(args: &EvalArgs, baseline: &Pipeline) -> Result<EvalOptions> {
 fn open(args: &EvalArgs) -> Result<(Pipeline, Vec<Pipeline>)> {
     let choice = |model: &str| ModelChoice {
         model: Some(model.to_owned()),
+        lora: args.lora.lora.clone(),
         config: args.config.config.clone(),
         text_encoders: args.parts.text_encoders.clone(),
         vae: args.parts.vae.clone(),
@@ -80,7 +81,11 @@ fn open(args: &EvalArgs) -> Result<(Pipeline, Vec<Pipeline>)> {
     let baseline = match (&args.baseline, models.first()) {
         (Some(baseline), model) => {
             let record = model.and_then(|model| model.record.as_ref());
-            Pipeline::open_original(&choice(baseline), record).context("--baseline")?
+            let choice = ModelChoice {
+                lora: model.map_or_else(|| args.lora.lora.clone(), Pipeline::shared_lora),
+                ..choice(baseline)
+            };
+            Pipeline::open_original(&choice, record).context("--baseline")?
         }
         (None, Some(model)) if model.record.is_some() => model.base_with(&choice(""))?,
         (None, Some(model)) => bail!(

@@ -134,16 +134,17 @@ fn create_folders(jobs: &[ImageJob]) -> Result<()> {
 }
 
 fn write(job: &ImageJob, picture: &Image, pipeline: &Pipeline) -> Result<()> {
-    let size = format!("{}x{}", job.width, job.height);
     let text = [
         ("prompt", job.prompt.as_str()),
         ("seed", &job.seed.to_string()),
         ("image", &job.image_index.to_string()),
         ("steps", &job.steps.to_string()),
         ("guidance", &job.guidance.unwrap_or_default().to_string()),
-        ("size", &size),
+        ("size", &format!("{}x{}", job.width, job.height)),
         ("model", &pipeline.locator),
         ("Software", &record::software()),
+        ("lora", &pipeline.lora_names()),
     ];
-    picture.save(&job.path, &text)
+    let used = text.len() - usize::from(pipeline.lora.is_empty());
+    picture.save(&job.path, &text[..used])
 }

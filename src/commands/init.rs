@@ -201,6 +201,7 @@ mod tests {
             tool: String::new(),
             base: bundled.locator.clone(),
             base_fingerprint: String::new(),
+            lora: Vec::new(),
             layout: config.layout.clone(),
             axes_dims: config.axes_dims.clone(),
             theta: config.theta,

@@ -25,6 +25,7 @@ use crate::{
 pub(super) fn bare_choice(args: &ModelArgs) -> ModelChoice {
     ModelChoice {
         model: args.model.clone(),
+        lora: args.lora.lora.clone(),
         config: args.config.config.clone(),
         ..ModelChoice::default()
     }

@@ -102,7 +102,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     target.finish()?;
     if keep_lora {
         ui::note(format!(
-            "the LoRA lies next to the model in `{}`, in the names of PEFT and diffusers (`load_lora_weights`): fastflux itself does not apply it, so its own images and numbers are those without it\nhint: without --keep-lora it is merged",
+            "the LoRA is next to the model, not in its weights: --lora {} applies it, in diffusers `load_lora_weights`\nhint: without --keep-lora it is merged",
             output.join(LORA_FILE).display()
         ));
     }

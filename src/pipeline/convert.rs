@@ -73,9 +73,22 @@ pub fn record(pipeline: &Pipeline, target: Target) -> Result<Record> {
         _ => serde_json::Map::new(),
     };
     recipe.insert("convert".to_owned(), json!({ "to": name(target) }));
+    if pipeline
+        .lora
+        .iter()
+        .any(|opened| opened.lora.is_of_pruned())
+    {
+        // it is in the weights now
+        if let Some(training) = recipe.get_mut("train-sandwich") {
+            training["kept-lora"] = false.into();
+        }
+    }
     let recipe = Value::Object(recipe);
     match before {
-        Some(before) => Ok(before.with_recipe(recipe)),
+        Some(before) => Ok(Record {
+            lora: pipeline.recorded_lora(),
+            ..before.with_recipe(recipe)
+        }),
         None => pipeline.record_of(&pipeline.config, recipe),
     }
 }

@@ -11,9 +11,10 @@ use crate::{
     checkpoint::{
         Checkpoint, advise,
         config::{self, ConfigFile},
+        lora::{Lora, LoraChoice},
         record::{self, Record},
     },
-    files::{BUNDLED, Files},
+    files::BUNDLED,
     layout::{BlockKind, FluxConfig},
 };
 
@@ -25,6 +26,7 @@ pub mod generate;
 pub mod inspect;
 pub mod load;
 mod locate;
+mod lora;
 pub mod placement;
 pub mod prompts;
 mod scheduler;
@@ -33,6 +35,7 @@ use components::Components;
 pub use components::VaeFiles;
 pub use defaults::Defaults;
 use locate::{DAMAGED, locate, speaks_of_flux};
+pub use lora::OpenedLora;
 
 /// How a user names a model and its parts.
 #[derive(Clone, Debug, Default)]
@@ -45,6 +48,8 @@ pub struct ModelChoice {
     pub text_encoders: Option<PathBuf>,
     /// `--vae`: a VAE file or folder.
     pub vae: Option<PathBuf>,
+    /// `--lora`: files that are added to the weights.
+    pub lora: Vec<LoraChoice>,
 }
 
 /// An opened model: headers and configs are read, weights are not.
@@ -54,7 +59,7 @@ pub struct Pipeline {
     pub name: String,
     /// The `--model` value that opens it again from anywhere.
     pub locator: String,
-    /// The transformer under the original names.
+    /// The transformer under the original names, with what LoRA files add to it.
     pub transformer: Checkpoint,
     /// Whether the file had diffusers' names.
     pub diffusers: bool,
@@ -68,6 +73,10 @@ pub struct Pipeline {
     pub scheduler_name: String,
     /// The model's own defaults.
     pub defaults: Defaults,
+    /// The files that were added to it.
+    pub lora: Vec<OpenedLora>,
+    /// What is added to text encoders.
+    text_lora: Vec<Lora>,
     components: Components,
 }
 
@@ -90,7 +99,7 @@ impl Pipeline {
         let record = Record::read(&found.raw.name, &found.raw.metadata);
         let record = advise(record, DAMAGED)?;
         let diffusers = crate::checkpoint::diffusers::is_diffusers(&found.raw);
-        let transformer = advise(config::canonical(&found.raw), DAMAGED)?;
+        let mut transformer = advise(config::canonical(&found.raw), DAMAGED)?;
         let mut configs = Vec::new();
         if let Some(path) = &choice.config {
             configs.push(ConfigFile::read(path).context("--config")?);
@@ -119,13 +128,19 @@ impl Pipeline {
         )?;
         let defaults =
             defaults::of_model(found.pipeline.as_ref(), record.as_ref(), &found.raw.name)?;
+        let folder = found.pipeline.as_ref();
+        let kept = folder.map(|files| PathBuf::from(files.describe(LORA_FILE)));
+        let kept = kept.as_deref().filter(|_| record.is_some());
         if let Some(record) = &record {
-            warn_of_kept_lora(record, found.pipeline.as_ref(), &found.raw.name)?;
+            lora::note_kept(record, kept, folder, &choice.lora, &found.raw.name)?;
         }
+        let lora = lora::apply(&choice.lora, &mut transformer, &config, kept)?;
+        let mut text_lora = lora::for_text(record.as_ref());
+        text_lora.extend(lora.iter().map(|opened| opened.lora.clone()));
         let mut choice = choice.clone();
         choice.take_parts(known.map(|r| &r.parts));
         Ok(Self {
-            name: choice.model.clone().unwrap_or_else(|| BUNDLED.to_owned()),
+            name: lora::name(choice.model.as_deref().unwrap_or(BUNDLED), &lora),
             locator: found.locator,
             transformer,
             diffusers,
@@ -133,6 +148,8 @@ impl Pipeline {
             scheduler,
             scheduler_name,
             defaults,
+            lora,
+            text_lora,
             components: Components {
                 choice,
                 own: found.pipeline,
@@ -143,7 +160,7 @@ impl Pipeline {
         })
     }
 
-    /// The model this one was pruned from, or itself.
+    /// The model this one was pruned from, with the same LoRA, or itself.
     ///
     /// # Errors
     /// When the base cannot be opened, or is not the model the record says.
@@ -151,7 +168,7 @@ impl Pipeline {
         self.base_with(&ModelChoice::default())
     }
 
-    /// The same with flags for what lies beside the transformer; `choice.model` counts for nothing.
+    /// The same with flags for what lies beside the transformer; `choice.model` and `choice.lora` count for nothing.
     ///
     /// # Errors
     /// As [`Self::base`].
@@ -159,13 +176,16 @@ impl Pipeline {
         let Some(record) = &self.record else {
             return Ok(self.clone());
         };
+        let context = || format!("`{}` was pruned from `{}`", self.name, record.base);
+        let mut lora = lora::choices(record).with_context(context)?;
+        lora.extend(self.shared_lora());
         let choice = ModelChoice {
             model: Some(record.base.clone()),
+            lora,
             ..choice.clone()
         };
-        let base = Self::open_original(&choice, Some(record))
-            .with_context(|| format!("`{}` was pruned from `{}`", self.name, record.base))?;
-        let found = record::fingerprint(&base.transformer)?;
+        let base = Self::open_original(&choice, Some(record)).with_context(context)?;
+        let found = record::fingerprint(&base.transformer.unadapted())?;
         ensure!(
             found == record.base_fingerprint,
             "`{}` is not the model that `{}` was pruned from (fingerprint {found}, expected {})",
@@ -188,8 +208,9 @@ impl Pipeline {
             base: before.map_or_else(|| self.locator.clone(), |r| r.base.clone()),
             base_fingerprint: match before {
                 Some(before) => before.base_fingerprint.clone(),
-                None => record::fingerprint(&self.transformer)?,
+                None => record::fingerprint(&self.transformer.unadapted())?,
             },
+            lora: self.recorded_lora(),
             layout: config.layout.clone(),
             axes_dims: config.axes_dims.clone(),
             theta: config.theta,
@@ -241,19 +262,3 @@ fn metadata_config(raw: &Checkpoint) -> Option<ConfigFile> {
 
 /// The LoRA that `train-sandwich --keep-lora` writes beside the checkpoint.
 pub const LORA_FILE: &str = "lora.safetensors";
-
-/// Says that a model was trained with a LoRA that is not in its weights.
-fn warn_of_kept_lora(record: &Record, folder: Option<&Files>, name: &str) -> Result<()> {
-    let Some(training) = record.recipe.get("train-sandwich") else {
-        return Ok(());
-    };
-    let recorded = training["kept-lora"].as_bool();
-    // earlier versions did not record it
-    let beside = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
-    if recorded.map_or_else(beside, Ok)? {
-        crate::ui::warn(format!(
-            "`{name}` was trained together with a LoRA, `{LORA_FILE}`, that is not in its weights and is not applied here: pictures and numbers are those without it\nhint: `fastflux train-sandwich` without --keep-lora merges it; diffusers applies it with `load_lora_weights`"
-        ));
-    }
-    Ok(())
-}

@@ -45,7 +45,7 @@ pub fn write(
     values.metadata = output::metadata(Some(&record))?;
     save::write(&values, &folder.join(SANDWICH))?;
     if keep_lora {
-        save::write(&peft::lora(config, student)?, &folder.join(LORA_FILE))?;
+        save::write(&peft::factors(config, student)?, &folder.join(LORA_FILE))?;
     }
     output::write_json(&folder.join(REPORT), &serde_json::to_value(report)?)
 }
@@ -61,5 +61,8 @@ fn record(setup: &TrainSetup, report: &TrainReport, keep_lora: bool) -> Result<R
     let trained =
         json!({ "recipe": report.recipe, "phases": report.phases, "kept-lora": keep_lora });
     recipe.insert("train-sandwich".to_owned(), trained);
-    Ok(before.with_recipe(Value::Object(recipe)))
+    Ok(Record {
+        lora: setup.pair.pruned.recorded_lora(),
+        ..before.with_recipe(Value::Object(recipe))
+    })
 }
