@@ -16,6 +16,7 @@ mod common;
 mod evaluation;
 mod formats;
 mod help;
+mod lora;
 mod memory;
 mod old_files;
 mod outputs;
