@@ -16,18 +16,19 @@ use super::{
     header::Header,
     held_out::HeldOut,
     memory::{blocks_within, bytes_of_sums},
-    noised::{Share, States},
+    noised::{NoisedLatents, Share},
     options::{AGAIN, ResolvedOptions},
     pass::Shard,
     sampling,
     stats::CalibrationStats,
 };
 use crate::{
-    checkpoint::{advise, record},
+    checkpoint::{record, with_hint},
     layout::{BlockId, FluxConfig},
     model::{Block, ReplacementBlock, memory::BATCHES_PER_LOAD},
     pipeline::load,
     ui,
+    ui::Reporter,
 };
 
 /// Between two saves at least this many times as long as one save takes.
@@ -52,7 +53,7 @@ pub struct RunOptions {
 
 /// Where unfinished work on `output` is kept: `stats.safetensors.partial`.
 fn partial(output: &Path) -> PathBuf {
-    // by its components: `pruned/` too is saved beside the folder, not in it
+    // by its components: `pruned/` too is saved next to the folder, not in it
     let mut name = output.components().as_path().as_os_str().to_owned();
     name.push(".partial");
     name.into()
@@ -64,16 +65,16 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
     let path = &options.partial;
     let mut pass = calibrator.pass()?;
     if !options.sums {
-        pass.draws = 0.0;
+        pass.noise_levels_per_image = 0.0;
     }
     let mut header = header(calibrator, pass.units())?;
     let mut out = if path.exists() {
         let restart = "delete the file to start again";
-        let (_, before) = advise(file::open(path), restart)?;
+        let (_, before) = with_hint(file::open(path), restart)?;
         header.products.clone_from(&before.products); // chosen by the run that began
         if let Some(difference) = header.difference(&before)? {
             bail!(
-                "`{}` is unfinished work with other settings ({difference})\nhint: give the same settings to go on, or delete the file to start again",
+                "`{}` is unfinished work with other options ({difference})\nhint: give the same options to go on, or delete the file to start again",
                 path.display()
             );
         }
@@ -83,8 +84,8 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
                 path.display()
             );
         }
-        let read = advise(Calibration::read(path, &calibrator.runtime.device), restart)?;
-        ui::note(format!(
+        let read = with_hint(Calibration::read(path, &calibrator.runtime.device), restart)?;
+        calibrator.pipeline.reporter.note(format!(
             "going on from `{}`: {} of {} units are done",
             path.display(),
             read.header.done.len(),
@@ -102,12 +103,15 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
         .filter(|unit| options.shard.has(*unit) && !out.header.done.contains(unit))
         .collect();
     let forwards = todo.iter().map(|unit| pass.forwards_of(*unit)).sum();
-    let progress = ui::progress(forwards, "calibrating");
+    let progress = calibrator
+        .pipeline
+        .reporter
+        .progress(forwards, "calibrating");
     let begun = Instant::now();
     let (mut last, mut cost) = (Instant::now(), Duration::ZERO);
     for (position, unit) in todo.iter().enumerate() {
-        let pictures = pass.run(*unit, &mut out.stats, &progress)?;
-        out.pictures.insert(*unit, pictures);
+        let images = pass.run(*unit, &mut out.stats, &progress)?;
+        out.images.insert(*unit, images);
         out.header.done.insert(*unit);
         let due = last.elapsed() >= options.save_every.max(cost * SAVING_SHARE);
         let last_one = position + 1 == todo.len();
@@ -119,7 +123,7 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
         }
     }
     let seen = out.stats.blocks.iter().any(|b| b.moments().tokens > 0.0);
-    let what = match (options.sums, calibrator.settings.recipe.source) {
+    let what = match (options.sums, calibrator.options.recipe.source) {
         _ if todo.is_empty() => "nothing was left to calibrate".to_owned(),
         (true, _) if !seen => {
             "this shard holds only held-out images; nothing to accumulate".to_owned()
@@ -128,13 +132,16 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
             let done = out.header.done.len();
             format!("calibrated {done} of {} units", out.header.units)
         }
-        (true, source) => format!("calibrated on {} states ({source})", pass.states()),
-        (false, _) => format!("sampled {} images", calibrator.settings.prompts.len()),
+        (true, source) => format!(
+            "calibrated on {} noised latents ({source})",
+            pass.num_noised()
+        ),
+        (false, _) => format!("sampled {} images", calibrator.options.prompts.len()),
     };
-    ui::done(&progress, what);
-    load::check_kernels(calibrator.runtime);
+    calibrator.pipeline.reporter.done(&progress, what);
+    load::check_kernels(calibrator.runtime, &calibrator.pipeline.reporter);
     if options.sums && out.header.is_complete() {
-        warn_of_few_rows(&out.stats, config);
+        warn_of_few_rows(&out.stats, config, &calibrator.pipeline.reporter);
     }
     Ok(out)
 }
@@ -143,9 +150,9 @@ fn header(calibrator: &Calibrator, units: usize) -> Result<Header> {
     let ResolvedOptions {
         recipe,
         prompts,
-        samples,
+        num_prompts,
         ..
-    } = &calibrator.settings;
+    } = &calibrator.options;
     Ok(Header {
         version: Header::VERSION,
         model: record::fingerprint(&calibrator.pipeline.transformer)?,
@@ -153,7 +160,7 @@ fn header(calibrator: &Calibrator, units: usize) -> Result<Header> {
         runtime: calibrator.runtime.to_string(),
         recipe: recipe.clone(),
         prompts: prompts.clone(),
-        samples: *samples,
+        num_prompts: *num_prompts,
         products: Vec::new(),
         units,
         done: BTreeSet::new(),
@@ -161,10 +168,10 @@ fn header(calibrator: &Calibrator, units: usize) -> Result<Header> {
 }
 
 /// Says when a fit will have little to go by; the ridge keeps it sane.
-fn warn_of_few_rows(stats: &CalibrationStats, config: &FluxConfig) {
+fn warn_of_few_rows(stats: &CalibrationStats, config: &FluxConfig, reporter: &Reporter) {
     let per_channel = stats.fewest_rows() / config.hidden_size as f64;
     if per_channel < ROWS_PER_CHANNEL {
-        ui::warn(format!(
+        reporter.warn(format!(
             "{per_channel:.1} tokens for each of {} channels are few: fits get better up to about {ROWS_PER_CHANNEL} and more\nhint: raise --num-prompts",
             config.hidden_size
         ));
@@ -172,9 +179,9 @@ fn warn_of_few_rows(stats: &CalibrationStats, config: &FluxConfig) {
 }
 
 /// Images that the first, cheap choice of candidates looks at.
-const CHEAP_PICTURES: usize = 4;
+const CHEAP_IMAGES: usize = 4;
 
-/// The blocks whose sums are kept: all where they fit, otherwise those whose removal changes the velocity least.
+/// The blocks whose sums are kept: all if they fit, otherwise those whose removal changes the velocity least.
 fn products(calibrator: &Calibrator) -> Result<Vec<BlockId>> {
     let config = &calibrator.pipeline.config;
     let all = config.kept_ids();
@@ -193,7 +200,7 @@ fn products(calibrator: &Calibrator) -> Result<Vec<BlockId>> {
         };
         of(a).total_cmp(&of(b))
     });
-    ui::note(format!(
+    calibrator.pipeline.reporter.note(format!(
         "the sums of {} blocks take {}, for which there is no room: keeping those of the {count} blocks whose removal costs least (see --stats-memory)",
         order.len(),
         ui::bytes(order.len() as f64 * bytes_of_sums(config) as f64)
@@ -206,13 +213,15 @@ fn products(calibrator: &Calibrator) -> Result<Vec<BlockId>> {
 /// The velocity error of removing each block alone, on a few noised images: half a forward for each block and state.
 fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
     let pass = calibrator.pass()?;
-    let count = CHEAP_PICTURES.min(calibrator.settings.samples);
+    let count = CHEAP_IMAGES.min(calibrator.options.num_prompts);
     let prompts = pass.prompts.range(0..count)?;
-    let pictures: Tensor = match pass.images {
+    let images: Tensor = match pass.images {
         Some(images) => images.narrow(0, 0, count)?,
         None => {
-            let progress =
-                ui::progress(pass.denoise.steps * count.div_ceil(pass.batch), "sampling");
+            let progress = calibrator
+                .pipeline
+                .reporter
+                .progress(pass.denoise.steps * count.div_ceil(pass.batch), "sampling");
             let (denoise, seed) = (&pass.denoise, pass.seed);
             sampling::sample(
                 denoise,
@@ -228,23 +237,29 @@ fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
     let share = Share {
         first: 0,
         of: count,
-        states: count,
+        num_noised: count,
     };
     let (size, guidance) = (pass.denoise.size, pass.denoise.guidance);
-    let states = States::share(pictures, prompts, share, size, guidance, pass.seed)?;
+    let noised = NoisedLatents::share(images, prompts, share, size, guidance, pass.seed)?;
     let runtime = calibrator.runtime;
     let held_out = HeldOut::new(
         &calibrator.flux,
-        &states,
+        &noised,
         pass.batch,
         &runtime.device,
         runtime.dtype,
     )?;
     let trunk = &calibrator.flux.trunk;
     let candidates = (0..trunk.len()).map(|index| (index, Block::from(ReplacementBlock::Remove)));
-    let progress = ui::progress(trunk.len() * held_out.batches(), "choosing candidates");
+    let progress = calibrator
+        .pipeline
+        .reporter
+        .progress(trunk.len() * held_out.batches(), "choosing candidates");
     let errors = held_out.ablate(&calibrator.flux, trunk, &candidates.collect(), &progress)?;
-    ui::done(&progress, "chose candidates by removing each block");
+    calibrator
+        .pipeline
+        .reporter
+        .done(&progress, "chose candidates by removing each block");
     let id = |index: usize| trunk.entries().get(index).map(|(spec, _)| spec.id());
     Ok(errors
         .into_iter()
@@ -279,7 +294,7 @@ impl RunOptions {
 }
 
 impl Calibrator<'_> {
-    /// Calibrates: what an earlier, killed run of the same settings saved is not done again.
+    /// Calibrates: what an earlier, killed run of the same options saved is not done again.
     ///
     /// # Errors
     /// When unfinished work of another kind is in the way, a forward fails, or a disk is full.
@@ -287,17 +302,17 @@ impl Calibrator<'_> {
         run(self, options)
     }
 
-    /// The calibration that was made before, if the settings name one, otherwise one made now.
+    /// The calibration that was made before, if the options name one, otherwise one made now.
     ///
     /// # Errors
     /// As [`Self::run`]; when the file is damaged or holds images of another model.
     pub fn load_or_run(&self, options: &RunOptions) -> Result<Calibration> {
-        let Some(path) = &self.settings.stats else {
+        let Some(path) = &self.options.stats else {
             return self.run(options);
         };
-        let calibration = advise(Calibration::open(path), AGAIN).context("--stats")?;
+        let calibration = with_hint(Calibration::open(path), AGAIN).context("--stats")?;
         let channels = self.pipeline.config.out_channels;
-        for images in calibration.pictures.values() {
+        for images in calibration.images.values() {
             let found = images.dims().last().copied().unwrap_or(0);
             ensure!(
                 found == channels,

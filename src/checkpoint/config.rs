@@ -287,7 +287,7 @@ fn agree(config: &FluxConfig, file: &ConfigFile, checkpoint: &str) -> Result<()>
     Ok(())
 }
 
-/// Rotary axes and base: the first that says so of config files and record, else FLUX.1's where they fit.
+/// Rotary axes and base: the first that says so of config files and record, else FLUX.1's if they fit.
 fn rotary(
     config: &FluxConfig,
     record: Option<&Record>,
@@ -335,7 +335,7 @@ fn rotary(
     let axes =
         axes.or_else(|| (head == FLUX1_AXES.iter().sum::<usize>()).then(|| FLUX1_AXES.to_vec()));
     let axes = axes.with_context(|| {
-        format!("`{name}` does not say how its rotary axes divide the head size {head}\nhint: put a config.json with `axes_dims_rope` beside it, or name one with --config")
+        format!("`{name}` does not say how its rotary axes divide the head size {head}\nhint: put a config.json with `axes_dims_rope` next to it, or name one with --config")
     })?;
     ensure!(
         are_axes(&axes) && axes.iter().sum::<usize>() == head,

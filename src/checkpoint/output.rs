@@ -22,8 +22,9 @@ const DIFFUSERS_MODULE: &str = "fastflux_flux";
 const DIFFUSERS_CLASS: &str = "FastFluxTransformer2DModel";
 const DIFFUSERS_SOURCE: &str = include_str!("../../scripts/interop/fastflux_flux.py");
 
-/// A `--format` value: names and places of what is written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// A `--layout` value: names and places of what is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Naming {
     /// Black Forest Labs' names in one file, `flux.safetensors`.
     #[default]
@@ -79,7 +80,7 @@ pub fn metadata(record: Option<&Record>) -> Result<BTreeMap<String, String>> {
 }
 
 /// Writes the weights and the `config.json` of a canonical checkpoint into `folder`: `flux.safetensors` and
-/// `config.json`, or both in diffusers' `transformer` sub-folder, with the Python class for it where diffusers has none.
+/// `config.json`, or both in diffusers' `transformer` sub-folder, with the Python class for it if diffusers has none.
 ///
 /// # Errors
 /// When the folder is not writable or the disk is full.

@@ -1,4 +1,4 @@
-//! A [`FluxConfig`] as diffusers' `transformer/config.json`, both ways, where there are no tensors to ask.
+//! A [`FluxConfig`] as diffusers' `transformer/config.json`, both ways, if there are no tensors to ask.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};

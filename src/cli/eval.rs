@@ -21,7 +21,7 @@ use crate::device::DTypeChoice;
     mut_arg("steps", |arg| arg.help("Sampling steps. Default: the baseline's own")),
     mut_arg("guidance", |arg| arg.help("Guidance scale. Default: the baseline's own")),
     mut_arg("seed", |arg| arg.help("Image i starts from the noise of this seed + i. Default: 10000")),
-    mut_arg("output", |arg| written(arg, "DIR", "report", "Folder to write: report.html, report.json, pictures.png"))
+    mut_arg("output", |arg| written(arg, "DIR", "report", "Folder to write: report.html, report.json, images.png"))
 )]
 pub struct EvalArgs {
     /// A model to evaluate, named as elsewhere (folder, file or hub id); may be given several times.

@@ -10,17 +10,17 @@ use crate::{
     cli::GenerateArgs,
     pipeline::{
         Pipeline,
-        generate::{self, ImageJob},
+        generate::{self, GenerateReport, ImageJob},
         load, prompts,
     },
     sample::{png::Image, size::ImageSize},
-    ui,
+    ui::{self, Reporter},
 };
 
 /// Images of one run: all latents are kept until the VAE takes the transformer's place.
 const MAX_IMAGES: usize = 100_000;
 
-pub(super) fn run(args: &GenerateArgs) -> Result<()> {
+pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
     let mut prompts = args.prompt.clone();
     if let Some(path) = &args.prompt_file {
         prompts.extend(prompts::read("--prompt-file", path)?);
@@ -32,10 +32,10 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
         args.images_per_prompt,
         prompts.len()
     );
-    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
+    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
     let size = pipeline.image_size(args.size.width, args.size.height)?;
     if args.sampling.guidance.is_some() && !pipeline.config.guidance_embed {
-        ui::note(format!(
+        reporter.note(format!(
             "`{}` has no guidance embedding: --guidance has no effect",
             pipeline.name
         ));
@@ -59,15 +59,18 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     let latents = generate::latents(&pipeline, &budget, &jobs, &encoded, size)?;
     let decoder = budget.decoder(&vae_files, size.latent(), args.decode.vae_tile)?;
     for (i, job) in jobs.iter().enumerate() {
-        let picture = decoder.pictures(&latents.narrow(0, i, 1)?)?;
-        let picture = picture.first().context("the VAE gave no image")?;
-        write(job, picture, &pipeline)?;
+        let image = decoder.images(&latents.narrow(0, i, 1)?)?;
+        let image = image.first().context("the VAE gave no image")?;
+        write(job, image, &pipeline)?;
         if !args.output.print.json {
             ui::data(job.path.display().to_string())?;
         }
     }
     if args.output.print.json {
-        ui::json(&serde_json::json!({ "model": pipeline.name, "images": jobs }))?;
+        ui::json(&GenerateReport {
+            model: pipeline.name,
+            images: jobs,
+        })?;
     }
     Ok(())
 }
@@ -133,7 +136,7 @@ fn create_folders(jobs: &[ImageJob]) -> Result<()> {
     Ok(())
 }
 
-fn write(job: &ImageJob, picture: &Image, pipeline: &Pipeline) -> Result<()> {
+fn write(job: &ImageJob, image: &Image, pipeline: &Pipeline) -> Result<()> {
     let text = [
         ("prompt", job.prompt.as_str()),
         ("seed", &job.seed.to_string()),
@@ -141,10 +144,10 @@ fn write(job: &ImageJob, picture: &Image, pipeline: &Pipeline) -> Result<()> {
         ("steps", &job.steps.to_string()),
         ("guidance", &job.guidance.unwrap_or_default().to_string()),
         ("size", &format!("{}x{}", job.width, job.height)),
-        ("model", &pipeline.locator),
+        ("model", &pipeline.model_ref),
         ("Software", &record::software()),
         ("lora", &pipeline.lora_names()),
     ];
     let used = text.len() - usize::from(pipeline.lora.is_empty());
-    picture.save(&job.path, &text[..used])
+    image.save(&job.path, &text[..used])
 }

@@ -4,12 +4,12 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     calibrate::{file::Calibration, options::AGAIN, report::CalibrationReport},
-    checkpoint::{advise, target},
+    checkpoint::{target, with_hint},
     cli::MergeStatsArgs,
-    ui,
+    ui::Reporter,
 };
 
-pub(super) fn run(args: &MergeStatsArgs) -> Result<()> {
+pub(super) fn run(args: &MergeStatsArgs, reporter: &Reporter) -> Result<()> {
     let output = &args.output.path;
     target::check_file(output, args.output.force)?;
     target::check_writable(output)?;
@@ -20,9 +20,9 @@ pub(super) fn run(args: &MergeStatsArgs) -> Result<()> {
         .next()
         .context("merge-stats takes at least one file")?;
     // sums stay in the files and are added up a part at a time while the result is written
-    let mut sum = advise(Calibration::open(first), AGAIN)?;
+    let mut sum = with_hint(Calibration::open(first), AGAIN)?;
     for path in files {
-        sum.add(advise(Calibration::open(path), AGAIN)?)
+        sum.add(with_hint(Calibration::open(path), AGAIN)?)
             .with_context(|| {
                 format!("`{}` does not add to `{}`", path.display(), first.display())
             })?;
@@ -43,6 +43,6 @@ pub(super) fn run(args: &MergeStatsArgs) -> Result<()> {
     sum.write_output(output)?;
     let report = CalibrationReport::new(&sum, output);
     super::show(args.output.print, &report, || report.text())?;
-    ui::note(format!("wrote `{}`", output.display()));
+    reporter.note(format!("wrote `{}`", output.display()));
     Ok(())
 }

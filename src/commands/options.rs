@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use anyhow::{Result, ensure};
 
 use crate::{
-    calibrate::{options::CalibrationOptions, recipe::StateSource},
+    calibrate::{options::CalibrationOptions, recipe::LatentSource},
     cli::{
         CalibrationArgs, GoalArgs, MemoryArgs, ModelArgs, PipelineArgs, PruneArgs, RunArgs,
         StatsArgs, TrainArgs,
@@ -18,25 +18,26 @@ use crate::{
     },
     prune::{goal::GoalOptions, options::PruneOptions, recipe::PruneRecipe},
     train::{options::TrainOptions, recipe::SandwichRecipe},
-    ui,
+    ui::Reporter,
 };
 
 /// The model that flags name, without text encoders and VAE.
-pub(super) fn bare_choice(args: &ModelArgs) -> ModelChoice {
+pub(super) fn bare_choice(args: &ModelArgs, reporter: &Reporter) -> ModelChoice {
     ModelChoice {
         model: args.model.clone(),
         lora: args.lora.lora.clone(),
         config: args.config.config.clone(),
+        reporter: reporter.clone(),
         ..ModelChoice::default()
     }
 }
 
 /// The model that flags name, with the other components of its pipeline.
-pub(super) fn model_choice(args: &PipelineArgs) -> ModelChoice {
+pub(super) fn model_choice(args: &PipelineArgs, reporter: &Reporter) -> ModelChoice {
     ModelChoice {
         text_encoders: args.parts.text_encoders.clone(),
         vae: args.parts.vae.clone(),
-        ..bare_choice(&args.model)
+        ..bare_choice(&args.model, reporter)
     }
 }
 
@@ -56,7 +57,7 @@ pub(super) fn memory(args: MemoryArgs) -> MemoryLimit {
 /// Opens a model and says so when it is the bundled one.
 pub(super) fn open(choice: &ModelChoice) -> Result<Pipeline> {
     if choice.model.is_none() {
-        ui::note(
+        choice.reporter.note(
             "using the bundled tiny model (64×64 images of coloured shapes); name a real one with --model, \
              for example --model black-forest-labs/FLUX.1-schnell",
         );
@@ -69,10 +70,11 @@ pub(super) fn open_within(
     pipeline: &PipelineArgs,
     run: RunArgs,
     memory_args: MemoryArgs,
+    reporter: &Reporter,
 ) -> Result<(Pipeline, MemoryBudget)> {
     let runtime = runtime(run)?;
-    let pipeline = open(&model_choice(pipeline))?;
-    let budget = MemoryBudget::new(memory(memory_args), &runtime).of(&pipeline);
+    let pipeline = open(&model_choice(pipeline, reporter))?;
+    let budget = MemoryBudget::new(memory(memory_args), &runtime, reporter).for_pipeline(&pipeline);
     Ok((pipeline, budget))
 }
 
@@ -84,14 +86,14 @@ pub(super) fn recipe(args: &CalibrationArgs) -> Result<PruneRecipe> {
     };
     let c = &mut recipe.calibration;
     if args.images.is_some() {
-        c.source = StateSource::Images;
+        c.source = LatentSource::Images;
     }
     c.source = args.source.unwrap_or(c.source);
     ensure!(
-        (c.source == StateSource::Images) == args.images.is_some(),
+        (c.source == LatentSource::Images) == args.images.is_some(),
         "calibrating on images takes --images DIR"
     );
-    c.samples = args.prompts.num_prompts.or(c.samples);
+    c.num_prompts = args.prompts.num_prompts.or(c.num_prompts);
     c.steps = args.steps.or(c.steps);
     c.width = args.size.width.or(c.width);
     c.height = args.size.height.or(c.height);
@@ -166,7 +168,7 @@ pub(super) fn train(args: &TrainArgs, teacher: &Pipeline) -> Result<TrainOptions
     recipe.lora.rank = args.rank.or(recipe.lora.rank).filter(|_| !args.no_lora);
     recipe.lora.alpha = args.alpha.or(recipe.lora.alpha);
     let d = &mut recipe.data;
-    d.samples = args.prompts.num_prompts.or(d.samples);
+    d.num_prompts = args.prompts.num_prompts.or(d.num_prompts);
     d.batch = args.batch.or(d.batch);
     d.accumulate = args.accumulate.unwrap_or(d.accumulate);
     d.cache = args.cache.unwrap_or(d.cache);

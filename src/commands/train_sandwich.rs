@@ -7,8 +7,9 @@ use anyhow::{Context, Result, bail};
 use super::options;
 use crate::{
     checkpoint::{
-        advise, save,
+        save,
         target::{self, OutputFolder},
+        with_hint,
     },
     cli::TrainArgs,
     pipeline::{LORA_FILE, ModelChoice, Pipeline, placement::MemoryBudget},
@@ -23,10 +24,10 @@ use crate::{
         state::{self, StateFile},
         strategy::MemoryRequest,
     },
-    ui,
+    ui::Reporter,
 };
 
-pub(super) fn run(args: &TrainArgs) -> Result<()> {
+pub(super) fn run(args: &TrainArgs, reporter: &Reporter) -> Result<()> {
     let (output, force) = (&args.output.path, args.output.force);
     let folder = setup::state_folder(output);
     let resuming = folder.exists();
@@ -39,7 +40,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     if args.restart && !args.dry_run.dry_run && folder.exists() {
         state::remove(&folder).context("--restart")?;
     }
-    let choice = super::model_choice(&args.pipeline);
+    let choice = super::model_choice(&args.pipeline, reporter);
     let pruned = open_pruned(args, &choice, &folder.join(state::PRUNED))?;
     let pair = Pair::open(pruned, args.teacher.as_deref(), &choice)?;
     let options = options::train(args, &pair.teacher)?;
@@ -48,7 +49,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         gradient_checkpointing: args.gradient_checkpointing,
         offload: args.memory.offload,
         max_bytes: args.memory.max_vram,
-        free: MemoryBudget::new(super::memory(args.memory), &setup.runtime).limit(),
+        free: MemoryBudget::new(super::memory(args.memory), &setup.runtime, reporter).limit(),
         dry_run: args.dry_run.dry_run,
     })?;
     if args.dry_run.dry_run {
@@ -59,7 +60,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let settings = setup.settings();
     if let Some(report) = report::finished(output, &settings).filter(|_| !force) {
         // killed after its output was in place and before its state was removed
-        ui::note(format!("`{}` is of this very run", output.display()));
+        reporter.note(format!("`{}` is of this very run", output.display()));
         super::show(args.output.print, &report, || report.table())?;
         return state::remove(&folder);
     }
@@ -68,9 +69,9 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     }
     target::check_folder(output, force)?;
     let state = StateFile::new(&folder, settings.clone());
-    let saved = advise(state.load(), "--restart starts over")?;
+    let saved = with_hint(state.load(), "--restart starts over")?;
     if let Some(saved) = &saved {
-        ui::note(format!(
+        reporter.note(format!(
             "resuming the run saved in `{}`: {} of its phases done, {} steps of the next",
             folder.display(),
             saved.progress.phase,
@@ -101,13 +102,13 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     write_chart(&target.path().join("loss.svg"), &trained.saved.progress.log)?;
     target.finish()?;
     if keep_lora {
-        ui::note(format!(
+        reporter.note(format!(
             "the LoRA is next to the model, not in its weights: --lora {} applies it, in diffusers `load_lora_weights`\nhint: without --keep-lora it is merged",
             output.join(LORA_FILE).display()
         ));
     }
     super::show(args.output.print, &report, || report.table())?;
-    ui::note(format!("wrote `{}`", output.display()));
+    reporter.note(format!("wrote `{}`", output.display()));
     state::remove(&folder)
 }
 
@@ -120,10 +121,16 @@ fn open_pruned(args: &TrainArgs, choice: &ModelChoice, folder: &Path) -> Result<
         if args.dry_run.dry_run {
             bail!("--dry-run: name a pruned model with --model\nhint: `fastflux prune` makes one")
         }
-        ui::note("pruning the bundled tiny model at 20 % first; --model names a pruned model");
+        choice
+            .reporter
+            .note("pruning the bundled tiny model at 20 % first; --model names a pruned model");
         let runtime = super::runtime(args.run)?;
-        let pipeline = Pipeline::open(&ModelChoice::default())?;
-        let budget = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
+        let pipeline = Pipeline::open(&ModelChoice {
+            reporter: choice.reporter.clone(),
+            ..ModelChoice::default()
+        })?;
+        let budget = MemoryBudget::new(super::memory(args.memory), &runtime, &choice.reporter)
+            .for_pipeline(&pipeline);
         let options = PruneOptions {
             output: folder.to_path_buf(),
             ..PruneOptions::default()

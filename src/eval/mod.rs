@@ -9,7 +9,6 @@ use crate::{
     model::cost,
     pipeline::{Pipeline, decoder::Decoder, load, placement::MemoryBudget},
     sample::{png::Image, size::ImageSize},
-    ui,
 };
 
 pub mod clip;
@@ -128,7 +127,9 @@ pub fn run(
             peak_memory: measured.memory,
             against_baseline: against.transpose()?,
             prompt_following: PromptFollowing::from_verdicts(&verdicts),
-            clip_score: clip_scores.as_ref().map(|all| Summary::of(&all[i])),
+            clip_score: clip_scores
+                .as_ref()
+                .map(|all| Summary::from_values(&all[i])),
             recipe: pipeline.record.as_ref().map(|r| r.recipe.clone()),
         });
     }
@@ -168,19 +169,21 @@ fn decode(
 ) -> Result<(Vec<Vec<Image>>, f64)> {
     let one = measured[0].latents.narrow(0, 0, 1)?;
     let work = &mut || {
-        decoder.pictures(&one)?;
+        decoder.images(&one)?;
         Ok(())
     };
     let device = &budget.runtime().device;
     let seconds = timing::measure(device, DECODING, &mut [work])?[0].median;
     let count = measured[0].latents.dim(0)?;
-    let progress = ui::progress(measured.len() * count, "decoding");
+    let progress = budget
+        .reporter()
+        .progress(measured.len() * count, "decoding");
     let mut images = Vec::new();
     for measured in measured {
-        images.push(decoder.pictures(&measured.latents)?);
+        images.push(decoder.images(&measured.latents)?);
         progress.inc(count as u64);
     }
-    ui::done(
+    budget.reporter().done(
         &progress,
         format!("decoded {} images", images.len() * count),
     );

@@ -142,7 +142,7 @@ impl Layers {
         }
     }
 
-    /// The fits of text and image tokens (the same one twice where they share it).
+    /// The fits of text and image tokens (the same one twice if they share it).
     pub fn fits(&self) -> Option<[&Fitted; 2]> {
         match self {
             Self::Remove => None,

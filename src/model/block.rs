@@ -27,7 +27,7 @@ pub enum Block {
     Offloaded(Box<Offloaded>),
 }
 
-/// A block whose weights are not on the device, and the LoRA beside them, which is.
+/// A block whose weights are not on the device, and the LoRA next to them, which is.
 #[derive(Clone)]
 pub struct Offloaded {
     config: Arc<FluxConfig>,
@@ -105,7 +105,7 @@ impl Block {
         Ok(block)
     }
 
-    /// Waits until all that this thread has started on a offloaded block's device is done.
+    /// Waits until all that this thread has started on an offloaded block's device is done.
     pub(super) fn synchronize(&self) -> Result<()> {
         match self {
             Self::Offloaded(offloaded) => offloaded.vb.device().synchronize(),
@@ -113,10 +113,10 @@ impl Block {
         }
     }
 
-    /// Puts `linear` in the place of the projection `name`. A offloaded block keeps it where its tensors are, so that they
+    /// Puts `linear` in the place of the projection `name`. An offloaded block keeps it where its tensors are, so that they
     /// may wait on the host, and brings it to the device with the rest.
     ///
-    /// Fails where there is no projection of that name.
+    /// Fails if there is no projection of that name.
     pub fn exchange(&mut self, name: &'static str, linear: Linear) -> Result<()> {
         if let Self::Offloaded(offloaded) = self {
             offloaded.exchanged.retain(|(other, _)| *other != name);
@@ -223,7 +223,7 @@ impl Block {
     }
 
     /// Every projection with its canonical name below the block (`img_attn.qkv`, `linear1`, `linear.img`): the one
-    /// place to attach LoRA, merge or count. None for a offloaded block: make it [`resident`](Self::resident) first.
+    /// place to attach LoRA, merge or count. None for an offloaded block: make it [`resident`](Self::resident) first.
     pub fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
         match self {
             Self::Double(block) => block.linears_mut(),

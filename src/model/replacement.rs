@@ -54,7 +54,7 @@ impl AffineLayer {
         })
     }
 
-    /// What W is applied to, (batch, tokens, hidden), and the gate (batch, hidden), `None` where it is 1.
+    /// What W is applied to, (batch, tokens, hidden), and the gate (batch, hidden), `None` if it is 1.
     pub fn input(
         &self,
         x: &Tensor,
@@ -107,8 +107,8 @@ pub enum ReplacementBlock {
 }
 
 impl ReplacementBlock {
-    /// Reads the layers below `vb`: `linear.weight` where joint, else `linear.img.weight` and `linear.txt.weight`,
-    /// (hidden, hidden), and their biases; `….vec.weight` and `….modulation.lin.*` where the form has them.
+    /// Reads the layers below `vb`: `linear.weight` if joint, else `linear.img.weight` and `linear.txt.weight`,
+    /// (hidden, hidden), and their biases; `….vec.weight` and `….modulation.lin.*` if the form has them.
     pub fn new(config: &FluxConfig, replacement: &Replacement, vb: &VarBuilder) -> Result<Self> {
         let (hidden, form) = (config.hidden_size, replacement.form);
         if form == Form::Modulated && config.shares_modulation() {

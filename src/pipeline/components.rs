@@ -33,7 +33,7 @@ pub(super) struct Components {
 
 impl ModelChoice {
     /// Fills in what flags left open from where it was before, as far as it is still there.
-    pub(super) fn take_parts(&mut self, parts: Option<&RecordedParts>) {
+    pub(super) fn fill_from_record(&mut self, parts: Option<&RecordedParts>) {
         let Some(parts) = parts else {
             return;
         };
@@ -105,23 +105,23 @@ impl Pipeline {
             return Ok(own.clone());
         }
         if let Some(base) = &self.components.base {
-            let found = locate(Some(base)).with_context(|| {
+            let located = locate(Some(base), &self.reporter).with_context(|| {
                 format!(
                     "`{}` takes {what} from its base model `{base}`\nhint: name them with {flag}",
                     self.name
                 )
             })?;
-            if let Some(files) = found.pipeline
+            if let Some(files) = located.pipeline
                 && has(&files)?
             {
                 return Ok(files);
             }
         }
         if self.components.flux1 {
-            crate::ui::note(format!(
+            self.reporter.note(format!(
                 "taking {what} from {FLUX1_PARTS} on the hub ({flag} names others)"
             ));
-            return Files::hub(FLUX1_PARTS, None)
+            return Files::hub(FLUX1_PARTS, None, &self.reporter)
                 .with_context(|| format!("cannot fetch {what}; name them with {flag}"));
         }
         bail!(

@@ -1,4 +1,4 @@
-//! What a model's makers recommend for `generate`, and the bounds of what anybody may ask for.
+//! What a model's makers recommend for `generate`, and the bounds of what flags and recipes may ask for.
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -7,10 +7,9 @@ use serde_json::Value;
 use super::{Pipeline, locate::DAMAGED};
 pub use crate::sample::size::{MAX_SIDE, MIN_SIDE};
 use crate::{
-    checkpoint::{advise, record::Record},
+    checkpoint::{record::Record, with_hint},
     files::Files,
     sample::size::ImageSize,
-    ui,
 };
 
 /// The file with a model's own defaults for `generate`.
@@ -109,7 +108,7 @@ impl Pipeline {
         let size = size.map_or(1024, |size| size as usize);
         ensure!(
             (MIN_SIDE..=MAX_SIDE).contains(&size),
-            "`{}`: `sample_size` is {size}: pictures are between {MIN_SIDE} and {MAX_SIDE} pixels wide and high\nhint: correct it, or name a size with --width and --height",
+            "`{}`: `sample_size` is {size}: images are between {MIN_SIDE} and {MAX_SIDE} pixels wide and high\nhint: correct it, or name a size with --width and --height",
             vae.describe("config.json")
         );
         Ok(size)
@@ -124,7 +123,7 @@ impl Pipeline {
         let (width, height) = (own(width)?, own(height)?);
         let size = ImageSize::rounded(width, height)?;
         if (size.width, size.height) != (width, height) {
-            ui::note(format!(
+            self.reporter.note(format!(
                 "generating {}×{} instead of {width}×{height}: sizes are multiples of {}",
                 size.width,
                 size.height,
@@ -141,7 +140,7 @@ impl Pipeline {
     }
 
     /// The longest text the T5 encoder is given by default, in tokens: 512 with guidance embedding (dev), 256 without
-    /// (schnell), or the limit of the model's own tokenizer where that is smaller.
+    /// (schnell), or the limit of the model's own tokenizer if that is smaller.
     ///
     /// # Errors
     /// When the tokenizer's configuration is damaged.
@@ -184,7 +183,7 @@ pub(super) fn of_model(
         anyhow::Ok(defaults)
     };
     if let Some(record) = record {
-        return advise(read(record.defaults.clone()), DAMAGED)
+        return with_hint(read(record.defaults.clone()), DAMAGED)
             .with_context(|| format!("`{name}`: the defaults in its fastflux metadata"));
     }
     let Some(files) = pipeline else {
@@ -193,7 +192,7 @@ pub(super) fn of_model(
     let Some(json) = files.json(DEFAULTS_FILE)? else {
         return Ok(Defaults::default());
     };
-    advise(read(json), "correct it, or take it out")
+    with_hint(read(json), "correct it, or take it out")
         .with_context(|| format!("`{}`", files.describe(DEFAULTS_FILE)))
 }
 

@@ -11,7 +11,7 @@ use crate::{
     files::Files,
     model::{Flux, ops},
     sample::{denoise::Encoded, schedule::Schedule, text::TextEncoders, vae::Vae},
-    ui,
+    ui::Reporter,
 };
 
 /// Prompts in one call of the text encoders.
@@ -19,7 +19,7 @@ const PROMPTS_PER_CALL: usize = 32;
 
 /// The transformer in the runtime's format on its device.
 pub fn flux(pipeline: &Pipeline, runtime: &Runtime) -> Result<Flux> {
-    check_kernels(runtime);
+    check_kernels(runtime, &pipeline.reporter);
     let vb = pipeline
         .transformer
         .var_builder(runtime.dtype, &runtime.device);
@@ -29,12 +29,12 @@ pub fn flux(pipeline: &Pipeline, runtime: &Runtime) -> Result<Flux> {
 
 /// Says once if a GPU or its kernels are not used: results are the same, slower. To be asked again after work whose kernels
 /// are compiled when they are first needed.
-pub fn check_kernels(runtime: &Runtime) {
+pub fn check_kernels(runtime: &Runtime, reporter: &Reporter) {
     static ASKED: Once = Once::new();
     static SAID: Mutex<Option<String>> = Mutex::new(None);
     ASKED.call_once(|| {
         if let Some(why) = device::unused_gpu() {
-            ui::warn(format!(
+            reporter.warn(format!(
                 "computing on the CPU, as the GPU cannot be used: {why}\nhint: see `nvidia-smi`; --device cpu says that this is wanted"
             ));
         }
@@ -42,7 +42,7 @@ pub fn check_kernels(runtime: &Runtime) {
     let why = ops::trouble(&runtime.device);
     let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
     if why.is_some() && *said != why {
-        ui::warn(format!(
+        reporter.warn(format!(
             "slower than it could be, without our CUDA kernels: {}",
             why.as_deref().unwrap_or_default()
         ));
@@ -78,8 +78,8 @@ pub fn text_encoders(
 }
 
 /// Encodes prompts, a bounded number at a time; on the CPU, as those of a calibration are half a gigabyte.
-pub fn encode(encoders: &TextEncoders, prompts: &[String]) -> Result<Encoded> {
-    let progress = ui::progress(prompts.len(), "encoding prompts");
+pub fn encode(encoders: &TextEncoders, prompts: &[String], reporter: &Reporter) -> Result<Encoded> {
+    let progress = reporter.progress(prompts.len(), "encoding prompts");
     let (mut txt, mut vec) = (Vec::new(), Vec::new());
     for chunk in prompts.chunks(PROMPTS_PER_CALL) {
         let (t, v) = encoders.encode(chunk)?;
@@ -102,21 +102,21 @@ pub fn encode_prompts(
     runtime: &Runtime,
 ) -> Result<Encoded> {
     let encoders = text_encoders(pipeline, &pipeline.text_files()?, length, runtime)?;
-    let encoded = encode(&encoders, prompts)?;
+    let encoded = encode(&encoders, prompts, &pipeline.reporter)?;
     for (name, cut) in ["CLIP", "T5"].iter().zip(encoders.cut(prompts)?) {
         if cut.prompts > 0 {
             let which = match prompts.len() {
                 1 => "the prompt is".to_owned(),
                 all => format!("{} of {all} prompts are", cut.prompts),
             };
-            ui::note(format!(
+            pipeline.reporter.note(format!(
                 "{which} longer than the {} tokens that {name} reads: what follows is cut off",
                 cut.length
             ));
         }
     }
     drop(encoders);
-    ui::note(format!(
+    pipeline.reporter.note(format!(
         "encoded {} prompt{} and freed the text encoders",
         prompts.len(),
         if prompts.len() == 1 { "" } else { "s" }

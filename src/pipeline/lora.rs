@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{LORA_FILE, Pipeline};
+use super::{LORA_FILE, ModelChoice, Pipeline};
 use crate::{
     checkpoint::{
         Checkpoint,
@@ -13,7 +13,7 @@ use crate::{
     },
     files::Files,
     layout::FluxConfig,
-    ui,
+    ui::Reporter,
 };
 
 /// A LoRA file that was added to a model, and what became of its tensors.
@@ -25,23 +25,23 @@ pub struct OpenedLora {
     pub applied: Applied,
 }
 
-/// Adds the files `choices` to the tensors of a model. `kept` is what `train-sandwich --keep-lora` wrote next to it.
+/// Adds the files of a choice to the tensors of a model. `kept` is what `train-sandwich --keep-lora` wrote next to it.
 pub(super) fn apply(
-    choices: &[LoraChoice],
+    choice: &ModelChoice,
     transformer: &mut Checkpoint,
     config: &FluxConfig,
     kept: Option<&Path>,
 ) -> Result<Vec<OpenedLora>> {
     let mut out = Vec::new();
-    for choice in choices {
-        let mut lora = Lora::open(choice)?;
+    for file in &choice.lora {
+        let mut lora = Lora::open(file)?;
         if kept.is_some_and(|kept| same_file(kept, &lora.recorded.file)) {
             lora.trained_in(&config.layout);
         }
         let applied = lora.apply(transformer, config)?;
         let left_out = applied.left_out();
         if !left_out.is_empty() {
-            ui::note(format!("`{}`: {left_out}", lora.name));
+            choice.reporter.note(format!("`{}`: {left_out}", lora.name));
         }
         out.push(OpenedLora { lora, applied });
     }
@@ -56,12 +56,12 @@ fn same_file(one: &Path, other: &Path) -> bool {
 }
 
 /// Those files in a model's weights, by its record, that act on text encoders too: these are not part of its own files.
-pub(super) fn for_text(record: Option<&Record>) -> Vec<Lora> {
+pub(super) fn for_text(record: Option<&Record>, reporter: &Reporter) -> Vec<Lora> {
     let all = record.into_iter().flat_map(|record| &record.lora);
     let open = |recorded: &RecordedLora| match reopen(recorded) {
         Ok(lora) => Some(lora),
         Err(error) => {
-            ui::warn(format!(
+            reporter.warn(format!(
                 "text is encoded without the LoRA that the model was made with: {error:#}"
             ));
             None
@@ -140,12 +140,11 @@ impl Pipeline {
     }
 }
 
-/// Says that a model was trained with a LoRA that is not in its weights, unless `choices` name it.
+/// Says that a model was trained with a LoRA that is not in its weights, unless `choice` names it.
 pub(super) fn note_kept(
     record: &Record,
-    kept: Option<&Path>,
-    folder: Option<&Files>,
-    choices: &[LoraChoice],
+    (kept, folder): (Option<&Path>, Option<&Files>),
+    choice: &ModelChoice,
     name: &str,
 ) -> Result<()> {
     let Some(training) = record.recipe.get("train-sandwich") else {
@@ -153,16 +152,16 @@ pub(super) fn note_kept(
     };
     let recorded = training["kept-lora"].as_bool();
     // earlier versions did not record it
-    let beside = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
-    if !recorded.map_or_else(beside, Ok)? {
+    let in_folder = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
+    if !recorded.map_or_else(in_folder, Ok)? {
         return Ok(());
     }
-    let given = |choice: &LoraChoice| kept.is_some_and(|kept| same_file(kept, &choice.path));
-    if choices.iter().any(given) {
+    let given = |lora: &LoraChoice| kept.is_some_and(|kept| same_file(kept, &lora.path));
+    if choice.lora.iter().any(given) {
         return Ok(());
     }
     let path = kept.map_or_else(|| LORA_FILE.to_owned(), |kept| kept.display().to_string());
-    ui::warn(format!(
+    choice.reporter.warn(format!(
         "`{name}` was trained together with a LoRA that is not in its weights: images and numbers are those without it\nhint: --lora {path} applies it"
     ));
     Ok(())

@@ -9,13 +9,15 @@ use serde_json::Value;
 
 use crate::{
     checkpoint::{
-        Checkpoint, advise,
+        Checkpoint,
         config::{self, ConfigFile},
         lora::{Lora, LoraChoice},
         record::{self, Record},
+        with_hint,
     },
     files::BUNDLED,
     layout::{BlockKind, FluxConfig},
+    ui::Reporter,
 };
 
 mod components;
@@ -50,6 +52,8 @@ pub struct ModelChoice {
     pub vae: Option<PathBuf>,
     /// `--lora`: files that are added to the weights.
     pub lora: Vec<LoraChoice>,
+    /// Who is told what is opened and downloaded.
+    pub reporter: Reporter,
 }
 
 /// An opened model: headers and configs are read, weights are not.
@@ -58,7 +62,7 @@ pub struct Pipeline {
     /// How messages and tables name the model.
     pub name: String,
     /// The `--model` value that opens it again from anywhere.
-    pub locator: String,
+    pub model_ref: String,
     /// The transformer under the original names, with what LoRA files add to it.
     pub transformer: Checkpoint,
     /// Whether the file had diffusers' names.
@@ -77,6 +81,8 @@ pub struct Pipeline {
     pub lora: Vec<OpenedLora>,
     /// What is added to text encoders.
     text_lora: Vec<Lora>,
+    /// Who is told about the work with it.
+    pub reporter: Reporter,
     components: Components,
 }
 
@@ -95,17 +101,17 @@ impl Pipeline {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_original(choice: &ModelChoice, of: Option<&Record>) -> Result<Self> {
-        let found = locate(choice.model.as_deref())?;
-        let record = Record::read(&found.raw.name, &found.raw.metadata);
-        let record = advise(record, DAMAGED)?;
-        let diffusers = crate::checkpoint::diffusers::is_diffusers(&found.raw);
-        let mut transformer = advise(config::canonical(&found.raw), DAMAGED)?;
+        let located = locate(choice.model.as_deref(), &choice.reporter)?;
+        let record = Record::read(&located.raw.name, &located.raw.metadata);
+        let record = with_hint(record, DAMAGED)?;
+        let diffusers = crate::checkpoint::diffusers::is_diffusers(&located.raw);
+        let mut transformer = with_hint(config::canonical(&located.raw), DAMAGED)?;
         let mut configs = Vec::new();
         if let Some(path) = &choice.config {
             configs.push(ConfigFile::read(path).context("--config")?);
         }
-        configs.extend(found.configs);
-        configs.extend(metadata_config(&found.raw));
+        configs.extend(located.configs);
+        configs.extend(metadata_config(&located.raw));
         let known = match (&record, of) {
             (None, Some(of)) if record::fingerprint(&transformer)? == of.base_fingerprint => {
                 configs.push(ConfigFile {
@@ -121,27 +127,31 @@ impl Pipeline {
             config.head_dim() == 128 && config.context_in_dim == 4096 && config.vec_in_dim == 768;
         let (scheduler, scheduler_name) = scheduler::of_model(
             &configs,
-            found.pipeline.as_ref(),
+            located.pipeline.as_ref(),
             known,
             &config,
-            &found.raw.name,
+            &located.raw.name,
+            &choice.reporter,
         )?;
-        let defaults =
-            defaults::of_model(found.pipeline.as_ref(), record.as_ref(), &found.raw.name)?;
-        let folder = found.pipeline.as_ref();
+        let defaults = defaults::of_model(
+            located.pipeline.as_ref(),
+            record.as_ref(),
+            &located.raw.name,
+        )?;
+        let folder = located.pipeline.as_ref();
         let kept = folder.map(|files| PathBuf::from(files.describe(LORA_FILE)));
         let kept = kept.as_deref().filter(|_| record.is_some());
         if let Some(record) = &record {
-            lora::note_kept(record, kept, folder, &choice.lora, &found.raw.name)?;
+            lora::note_kept(record, (kept, folder), &choice, &located.raw.name)?;
         }
-        let lora = lora::apply(&choice.lora, &mut transformer, &config, kept)?;
-        let mut text_lora = lora::for_text(record.as_ref());
+        let lora = lora::apply(&choice, &mut transformer, &config, kept)?;
+        let mut text_lora = lora::for_text(record.as_ref(), &choice.reporter);
         text_lora.extend(lora.iter().map(|opened| opened.lora.clone()));
         let mut choice = choice.clone();
-        choice.take_parts(known.map(|r| &r.parts));
+        choice.fill_from_record(known.map(|r| &r.parts));
         Ok(Self {
             name: lora::name(choice.model.as_deref().unwrap_or(BUNDLED), &lora),
-            locator: found.locator,
+            model_ref: located.model_ref,
             transformer,
             diffusers,
             config,
@@ -150,9 +160,10 @@ impl Pipeline {
             defaults,
             lora,
             text_lora,
+            reporter: choice.reporter.clone(),
             components: Components {
                 choice,
-                own: found.pipeline,
+                own: located.pipeline,
                 base: record.as_ref().map(|r| r.base.clone()),
                 flux1,
             },
@@ -165,10 +176,13 @@ impl Pipeline {
     /// # Errors
     /// When the base cannot be opened, or is not the model the record says.
     pub fn base(&self) -> Result<Self> {
-        self.base_with(&ModelChoice::default())
+        self.base_with(&ModelChoice {
+            reporter: self.reporter.clone(),
+            ..ModelChoice::default()
+        })
     }
 
-    /// The same with flags for what lies beside the transformer; `choice.model` and `choice.lora` count for nothing.
+    /// The same with flags for what lies next to the transformer; `choice.model` and `choice.lora` count for nothing.
     ///
     /// # Errors
     /// As [`Self::base`].
@@ -185,10 +199,10 @@ impl Pipeline {
             ..choice.clone()
         };
         let base = Self::open_original(&choice, Some(record)).with_context(context)?;
-        let found = record::fingerprint(&base.transformer.unadapted())?;
+        let fingerprint = record::fingerprint(&base.transformer.unadapted())?;
         ensure!(
-            found == record.base_fingerprint,
-            "`{}` is not the model that `{}` was pruned from (fingerprint {found}, expected {})",
+            fingerprint == record.base_fingerprint,
+            "`{}` is not the model that `{}` was pruned from (fingerprint {fingerprint}, expected {})",
             record.base,
             self.name,
             record.base_fingerprint
@@ -205,7 +219,7 @@ impl Pipeline {
         Ok(Record {
             version: record::VERSION,
             tool: record::software(),
-            base: before.map_or_else(|| self.locator.clone(), |r| r.base.clone()),
+            base: before.map_or_else(|| self.model_ref.clone(), |r| r.base.clone()),
             base_fingerprint: match before {
                 Some(before) => before.base_fingerprint.clone(),
                 None => record::fingerprint(&self.transformer.unadapted())?,
@@ -260,5 +274,5 @@ fn metadata_config(raw: &Checkpoint) -> Option<ConfigFile> {
     })
 }
 
-/// The LoRA that `train-sandwich --keep-lora` writes beside the checkpoint.
+/// The LoRA that `train-sandwich --keep-lora` writes next to the checkpoint.
 pub const LORA_FILE: &str = "lora.safetensors";

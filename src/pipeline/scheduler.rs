@@ -7,15 +7,17 @@ use crate::{
     checkpoint::{config::ConfigFile, record::Record},
     files::Files,
     layout::FluxConfig,
+    ui::Reporter,
 };
 
-/// The scheduler: `--config`'s `scheduler`, the pipeline's own, the record's, or FLUX.1's where the sizes are FLUX.1's.
+/// The scheduler: `--config`'s `scheduler`, the pipeline's own, the record's, or FLUX.1's if the sizes are FLUX.1's.
 pub(super) fn of_model(
     configs: &[ConfigFile],
     pipeline: Option<&Files>,
     record: Option<&Record>,
     config: &FluxConfig,
     name: &str,
+    reporter: &Reporter,
 ) -> Result<(Value, String)> {
     let said = |c: &ConfigFile| {
         let scheduler = c.json.get("scheduler")?.clone();
@@ -37,7 +39,7 @@ pub(super) fn of_model(
         return Ok((record.scheduler.clone(), name));
     }
     if config.head_dim() != 128 {
-        crate::ui::note(format!(
+        reporter.note(format!(
             "`{name}` names no scheduler: taking FLUX.1's (--config with a `scheduler` object names another)"
         ));
     }

@@ -8,7 +8,7 @@ use crate::{
     calibrate::subsample::pick,
     fit::{
         gated::{GatedGram, normal_product},
-        gram::{self, Gram, of_samples, product_dtype, with_bias},
+        gram::{self, Gram, from_samples, product_dtype, with_bias},
         layers::{Fitted, Layers},
         ridge::{self, Solution},
     },
@@ -90,7 +90,7 @@ impl<'a> Sums<'a> {
             for (part, sums) in rows.parts.iter().zip(sums) {
                 if part.elem_count() > 0 {
                     let take = |t: &Tensor| pick(t, Some(part), None);
-                    of_samples(&take(&x)?, &take(&c)?, &take(&target)?)?.add_to(sums)?;
+                    from_samples(&take(&x)?, &take(&c)?, &take(&target)?)?.add_to(sums)?;
                 }
             }
         }

@@ -6,12 +6,12 @@ use anyhow::{Context, Result, ensure};
 
 use super::{
     budget::{Budget, Goal},
-    candidates::Refits,
+    candidates::RefitCandidates,
     plan::PruningPlan,
     recipe::PruneRecipe,
 };
 use crate::{
-    calibrate::{AllStates, Calibrator, held_out::HeldOut, stats::CalibrationStats},
+    calibrate::{Calibrator, NoisedSplit, held_out::HeldOut, stats::CalibrationStats},
     checkpoint::record,
     fit::layers::LayerMap,
     layout::BlockId,
@@ -20,7 +20,6 @@ use crate::{
         Metric, Scores,
         ablation::{Greedy, greedy},
     },
-    ui,
 };
 
 /// What calibration and scoring found.
@@ -47,15 +46,15 @@ fn greedy_selection(
     calibrator: &Calibrator,
     recipe: &PruneRecipe,
     stats: CalibrationStats,
-    states: &AllStates,
+    noised: &NoisedSplit,
     held_out: &HeldOut,
     budget: &Budget,
     protect: &[BlockId],
 ) -> Result<GreedySelection> {
-    let mut refits = Refits {
+    let mut refits = RefitCandidates {
         calibrator,
         recipe,
-        states,
+        noised,
         protect,
         stats: Some(stats),
         first: None,
@@ -67,9 +66,12 @@ fn greedy_selection(
         _ => blocks / 5,
     };
     let steps = (blocks + 6 * rounds.saturating_sub(1)) * held_out.batches();
-    let progress = ui::progress(steps, "scoring");
+    let progress = calibrator.pipeline.reporter.progress(steps, "scoring");
     let greedy = greedy(&calibrator.flux, &mut refits, held_out, budget, &progress)?;
-    ui::done(&progress, "scored and chose blocks");
+    calibrator
+        .pipeline
+        .reporter
+        .done(&progress, "scored and chose blocks");
     let (stats, fits) = refits.first.context("no block was scored")?;
     Ok(GreedySelection {
         stats,
@@ -86,7 +88,7 @@ pub fn by_model(
     calibrator: &Calibrator,
     recipe: &PruneRecipe,
     stats: CalibrationStats,
-    states: &AllStates,
+    noised: &NoisedSplit,
     held_out: &HeldOut,
     budget: &Budget,
     protect: &[BlockId],
@@ -100,7 +102,7 @@ pub fn by_model(
         let count = candidates.len();
         format!("{count} blocks have sums and may be chosen (see --stats-memory, --protect)")
     })?;
-    let selection = greedy_selection(calibrator, recipe, stats, states, held_out, budget, protect)?;
+    let selection = greedy_selection(calibrator, recipe, stats, noised, held_out, budget, protect)?;
     let chosen: Vec<BlockId> = selection.greedy.choices.iter().map(|c| c.block).collect();
     let reason = format!(
         "greedy: {} of {} blocks, each the one whose replacement by its linear fit costs the final velocity least",

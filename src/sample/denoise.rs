@@ -84,7 +84,7 @@ pub struct Denoise<'a> {
     pub schedule: &'a Schedule,
     /// Number of Euler steps.
     pub steps: usize,
-    /// Given to the guidance embedding, where the model has one.
+    /// Given to the guidance embedding, if the model has one.
     pub guidance: f64,
     /// Size of the images.
     pub size: LatentSize,

@@ -18,7 +18,6 @@ use crate::{
     },
     layout::{BlockId, BlockSpec},
     model::{Block, ReplacementBlock},
-    ui,
 };
 
 /// Ridge of the fits that blocks are compared by.
@@ -38,7 +37,7 @@ pub fn score(
     let fits = fits(&calibration.stats, ridge)?;
     let mut measured: BTreeMap<Metric, BTreeMap<BlockId, f64>> = BTreeMap::new();
     if !metric.is_cheap() {
-        let held_out = calibrator.held_out(&calibrator.states(calibration)?)?;
+        let held_out = calibrator.held_out(&calibrator.noised(calibration)?)?;
         for metric in [Metric::Ablation, Metric::Removal] {
             measured.insert(metric, ablate(calibrator, &held_out, &fits, metric)?);
         }
@@ -113,9 +112,12 @@ fn ablate(
         Metric::Removal => ("removing", "removed each block in turn"),
         _ => ("replacing", "replaced each block by its fit in turn"),
     };
-    let progress = ui::progress(candidates.len() * held_out.batches(), what);
+    let progress = calibrator
+        .pipeline
+        .reporter
+        .progress(candidates.len() * held_out.batches(), what);
     let errors = held_out.ablate(&calibrator.flux, trunk, &candidates, &progress)?;
-    ui::done(&progress, done);
+    calibrator.pipeline.reporter.done(&progress, done);
     let id = |index: usize| trunk.entries().get(index).map(|(spec, _)| spec.id());
     Ok(errors
         .into_iter()

@@ -105,7 +105,7 @@ impl Images {
         Ok((self.prompts.txt.dim(1)?, self.latents.dim(1)?))
     }
 
-    /// `count` states drawn by `key` alone: random images and noise, times spread evenly over (0, 1).
+    /// `count` noised latents drawn by `key` alone: random images and noise, times spread evenly over (0, 1).
     ///
     /// # Errors
     /// When memory is short.
@@ -146,14 +146,14 @@ impl Images {
 pub struct Key {
     /// The run's seed.
     pub seed: u64,
-    /// What the numbers are for: held-out states, factors, or the number of a phase.
+    /// What the numbers are for: held-out noised latents, factors, or the number of a phase.
     pub purpose: u64,
     /// The number of the draw.
     pub index: u64,
 }
 
 impl Key {
-    /// Held-out states.
+    /// Held-out noised latents.
     pub const HELD_OUT: u64 = 1 << 32;
     /// LoRA factors.
     pub const FACTORS: u64 = 1 << 33;

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::{data::Images, setup::TrainSetup, state::IMAGES_STEM, strategy::MemoryStrategy};
 use crate::{
     calibrate,
-    checkpoint::{Checkpoint, Source, advise, save},
+    checkpoint::{Checkpoint, Source, save, with_hint},
     files::Files,
     model::Flux,
     pipeline::load,
@@ -18,7 +18,6 @@ use crate::{
         schedule::Schedule,
         size::TOKENS_PER_FORWARD,
     },
-    ui,
 };
 
 /// From the run's seed to that of the noise of its first image. Calibration takes `seed`, `seed + 1`, … for the same
@@ -62,7 +61,7 @@ pub(super) fn sample_or_load(
     let files = Files::folder(folder);
     let path = folder.join(format!("{IMAGES_STEM}.safetensors"));
     if path.exists()
-        && let Some(found) = advise(
+        && let Some(found) = with_hint(
             Checkpoint::open_if_present(&files, IMAGES_STEM),
             "delete the file to sample the images again, or start over with --restart",
         )?
@@ -92,7 +91,11 @@ pub(super) fn sample_or_load(
     };
     let tokens = options.size.tokens() + encoded.txt.dim(1)?;
     let batch = (TOKENS_PER_FORWARD / tokens).max(1);
-    let progress = ui::progress(encoded.len().div_ceil(batch) * denoise.steps, "sampling");
+    let progress = setup
+        .pair
+        .pruned
+        .reporter
+        .progress(encoded.len().div_ceil(batch) * denoise.steps, "sampling");
     let channels = teacher.config.out_channels / 4;
     let latents = calibrate::sample(
         &denoise,
@@ -103,7 +106,11 @@ pub(super) fn sample_or_load(
         seed,
         &progress,
     )?;
-    ui::done(&progress, format!("sampled {} images", encoded.len()));
+    setup
+        .pair
+        .pruned
+        .reporter
+        .done(&progress, format!("sampled {} images", encoded.len()));
     let mut checkpoint = Checkpoint::default();
     for (name, tensor) in [
         ("latents", &latents),

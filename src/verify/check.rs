@@ -157,7 +157,7 @@ impl Check<'_> {
         let encoders = load::text_encoders(self.pipeline, &files, Some(length), self.runtime)?;
         let prompt = reference.text("prompt")?.to_owned();
         let (clip, t5) = encoders.tokenize(&prompt)?;
-        let encoded = load::encode(&encoders, &[prompt])?;
+        let encoded = load::encode(&encoders, &[prompt], &self.pipeline.reporter)?;
         for (name, ids) in [("clip.input_ids", clip), ("t5.input_ids", t5)] {
             if reference.has(name) {
                 self.compare_ids(name, &ids)?;
@@ -171,7 +171,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// The prompt that the whole pipeline draws, where it is recorded and everything for it is there.
+    /// The prompt that the whole pipeline draws, if it is recorded and everything for it is there.
     fn prompts(&mut self) -> Result<Option<Encoded>> {
         let reference = self.reference;
         if !reference.has("pipeline.latents") {
@@ -193,7 +193,8 @@ impl Check<'_> {
         };
         let length = Some(reference.text_length()?);
         let encoders = load::text_encoders(self.pipeline, &files, length, self.runtime)?;
-        load::encode(&encoders, &[reference.text("prompt")?.to_owned()]).map(Some)
+        let prompt = [reference.text("prompt")?.to_owned()];
+        load::encode(&encoders, &prompt, &self.pipeline.reporter).map(Some)
     }
 
     /// Compares one recorded call and draws `prompts`.
@@ -322,11 +323,11 @@ impl Check<'_> {
             let image = decoder::decode(&vae, &latents, None, self.runtime)?;
             self.compare("vae.image", &image, true)?;
         }
-        drawn.map_or(Ok(()), |drawn| self.pictures(&vae, &drawn))
+        drawn.map_or(Ok(()), |drawn| self.images(&vae, &drawn))
     }
 
     /// The whole pipeline, from prompt and noise to the image.
-    fn pictures(&mut self, vae: &Vae, drawn: &Drawn) -> Result<()> {
+    fn images(&mut self, vae: &Vae, drawn: &Drawn) -> Result<()> {
         let reference = self.reference;
         if reference.has("pipeline.final_latents") {
             self.compare("pipeline.final_latents", &drawn.latents, true)?;

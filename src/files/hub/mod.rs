@@ -18,6 +18,8 @@ use failure::Failure;
 use remote::Remote;
 pub use settings::HubSettings;
 
+use crate::ui::Reporter;
+
 /// What a revision is called when none is given.
 const MAIN: &str = "main";
 
@@ -28,10 +30,11 @@ pub(super) struct Repo {
     revision: Option<String>,
     /// The commit that the revision names; all files are of this one.
     commit: String,
-    /// Every file with its size, in bytes, where the hub said it.
+    /// Every file with its size, in bytes, if the hub said it.
     files: BTreeMap<String, Option<u64>>,
     cache: Cache,
     source: Source,
+    reporter: Reporter,
 }
 
 /// Where files come from that are not in the cache.
@@ -55,6 +58,7 @@ impl Repo {
             files: BTreeMap::new(),
             cache,
             source: Source::Offline,
+            reporter: settings.reporter.clone(),
         };
         if settings.offline {
             return repo.cached(wanted).ok_or_else(|| {
@@ -123,7 +127,14 @@ impl Repo {
             return Ok(None); // removed since it was listed
         };
         let name = format!("{}:{path}", self.name());
-        let file = fetch::fetch(remote, &self.cache, &self.commit, path, &name)?;
+        let file = fetch::fetch(
+            remote,
+            &self.cache,
+            &self.commit,
+            path,
+            &name,
+            &self.reporter,
+        )?;
         // not worth failing for: without it the model merely needs the hub again next time
         let revision = self.revision.as_deref().unwrap_or(MAIN);
         let _ = self.cache.set_commit(revision, &self.commit);
@@ -144,7 +155,7 @@ impl Repo {
         }
     }
 
-    /// Why only the cache is asked, when nobody wished it so.
+    /// Why only the cache is asked, if no flag asked for that.
     pub(super) fn note(&self) -> Option<String> {
         let Source::Unreachable(why) = &self.source else {
             return None;

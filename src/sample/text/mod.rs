@@ -1,4 +1,4 @@
-//! Prompts → what the transformer is told: T5's hidden states and CLIP's pooled output. `open.rs` finds the files.
+//! Prompts → the transformer's conditioning: T5's hidden states and CLIP's pooled output. `open.rs` finds the files.
 
 use anyhow::{Context as _, Result, ensure};
 use candle::{DType, Tensor};

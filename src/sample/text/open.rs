@@ -10,8 +10,9 @@ use super::t5::T5;
 use super::t5_config::{FeedForward, T5Config};
 use super::{ClipText, TextEncoders};
 use crate::checkpoint::{
-    Checkpoint, advise,
+    Checkpoint,
     lora::{Lora, TextEncoder},
+    with_hint,
 };
 use crate::files::{Blob, Files};
 use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
@@ -60,7 +61,7 @@ impl TextEncoders {
     /// `…clip….safetensors` and `…t5….safetensors` in the folder itself, and checks every tensor's shape.
     ///
     /// LoRA files are added to the weights of those encoders that they name.
-    /// Prompts are given `length` T5 tokens, by default `default_length` or the tokenizer's own limit where that is smaller.
+    /// Prompts are given `length` T5 tokens, by default `default_length` or the tokenizer's own limit if that is smaller.
     ///
     /// # Errors
     /// When files are missing or damaged, or a tensor has another shape than its config says; the message names it.
@@ -75,14 +76,13 @@ impl TextEncoders {
         let (mut clip, clip_config) = open(files, Family::Clip)?;
         let (mut t5, t5_config) = open(files, Family::T5)?;
         let clip_config = match clip_config {
-            Some(blob) => advise(clip_from_json(&blob), DAMAGED)
+            Some(blob) => with_hint(clip_from_json(&blob), DAMAGED)
                 .with_context(|| describe(files, Family::Clip))?,
             None => infer_clip(&clip)?,
         };
         let t5_config = match t5_config {
-            Some(blob) => {
-                advise(t5_from_json(&blob), DAMAGED).with_context(|| describe(files, Family::T5))?
-            }
+            Some(blob) => with_hint(t5_from_json(&blob), DAMAGED)
+                .with_context(|| describe(files, Family::T5))?,
             None => infer_t5(&t5)?,
         };
         check(&clip, &clip_config.tensors())?;
@@ -136,7 +136,7 @@ impl ClipText {
     }
 }
 
-/// What transformers' `CLIPTextConfig` has where a config says nothing.
+/// What transformers' `CLIPTextConfig` has if a config says nothing.
 fn clip_defaults() -> serde_json::Value {
     serde_json::json!({
         "vocab_size": FLUX1_CLIP_ROWS,
@@ -164,11 +164,11 @@ fn describe(files: &Files, family: Family) -> String {
     format!("`{}`", files.sub(names(family).0).describe("config.json"))
 }
 
-/// The weights under the names that the encoders read, and their config where there is one.
+/// The weights under the names that the encoders read, and their config if there is one.
 fn open(files: &Files, family: Family) -> Result<(Checkpoint, Option<Blob>)> {
     let (folder, word, known) = names(family);
     let sub = files.sub(folder);
-    let (raw, config) = match advise(Checkpoint::open_if_present(&sub, "model"), DAMAGED)? {
+    let (raw, config) = match with_hint(Checkpoint::open_if_present(&sub, "model"), DAMAGED)? {
         Some(raw) => (raw, sub.get("config.json")?),
         None => (single_file(files, word, folder)?, None),
     };
@@ -204,17 +204,17 @@ fn single_file(files: &Files, word: &str, folder: &str) -> Result<Checkpoint> {
     };
     let found: Vec<String> = files.list()?.into_iter().filter(named).collect();
     match found.as_slice() {
-        [one] => advise(
+        [one] => with_hint(
             Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
             DAMAGED,
         ),
         [] => bail!(
             "`{}` holds no folder `{folder}` with a model.safetensors in it, and no `…{word}….safetensors`\nhint: fetch it, or name a folder with both text encoders with --text-encoders",
-            files.locator()
+            files.model_ref()
         ),
         many => bail!(
             "`{}` holds several {word} text encoders ({}); leave one of them there",
-            files.locator(),
+            files.model_ref(),
             many.join(", ")
         ),
     }
@@ -326,7 +326,7 @@ pub fn token_count(files: &Files, prompt: &str) -> Result<usize> {
     tokenizer(files, Family::T5, FLUX1_T5_ROWS)?.token_count(prompt)
 }
 
-/// The tokenizer in the pipeline's folder, or FLUX.1's where there is none and the embedding has FLUX.1's size.
+/// The tokenizer in the pipeline's folder, or FLUX.1's if there is none and the embedding has FLUX.1's size.
 fn tokenizer(files: &Files, family: Family, rows: usize) -> Result<PromptTokenizer> {
     let folder = match family {
         Family::Clip => "tokenizer",
@@ -337,7 +337,7 @@ fn tokenizer(files: &Files, family: Family, rows: usize) -> Result<PromptTokeniz
     tokenizer_in(&files.sub(folder), class, family, rows)
 }
 
-/// The tokenizer in the folder `sub`, of the transformers class `class` where something says so.
+/// The tokenizer in the folder `sub`, of the transformers class `class` if something says so.
 fn tokenizer_in(
     sub: &Files,
     class: Option<&str>,
@@ -374,5 +374,5 @@ fn tokenizer_in(
         special_tokens_map: map.as_deref(),
     };
     PromptTokenizer::new(family, &tokenizer)
-        .with_context(|| format!("tokenizer in `{}`", sub.locator()))
+        .with_context(|| format!("tokenizer in `{}`", sub.model_ref()))
 }
