@@ -10,6 +10,7 @@ The single file that they write otherwise opens with this file in reach (`import
     transformer = fastflux_flux.FastFluxTransformer2DModel.from_single_file("pruned/flux.safetensors", torch_dtype=torch.bfloat16)
 """
 
+import hashlib
 import json
 import pathlib
 import re
@@ -161,6 +162,36 @@ class FastFluxTransformer2DModel(FluxTransformer2DModel):
             state = {name: file.get_tensor(name) for name in file.keys()}
         dtype = dtype or torch_dtype or state["img_in.weight"].dtype
         state, config = diffusers_names(state, json.loads(record), dtype)
+        with torch.device("meta"):
+            model = cls(**config)
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+        return model.eval()
+
+    @classmethod
+    def from_patch(cls, base, patch, level=None, torch_dtype=None, dtype=None, **_):
+        """The pruned model that a patch (`fastflux diff`, `prune --patch`) makes of its base: a folder in diffusers layout (or the transformer's own), or
+        a file with original names. `level`: which of several, such as "20"."""
+        record, tensors = opened_patch(patch, level)
+        state = original_names(opened_base(pathlib.Path(base)))
+        found = fingerprint(state)
+        if found != record["base-fingerprint"]:
+            raise ValueError(
+                f"the patch `{patch}` is for `{record['base']}` (fingerprint {record['base-fingerprint']}), and `{base}` is another model "
+                f"(fingerprint {found})"
+            )
+        kept = {}
+        for kind, slots in slots_of(record).items():
+            kept |= {f"{kind}_blocks.{int(e.split('.')[1])}.": f"{kind}_blocks.{slot}." for slot, e in enumerate(slots) if isinstance(e, str)}
+        pruned = {}
+        for name, tensor in state.items():
+            block = re.match(r"(double|single)_blocks\.\d+\.", name)
+            if block is None:
+                pruned[name] = tensor
+            elif block[0] in kept:
+                pruned[name.replace(block[0], kept[block[0]], 1)] = tensor
+        pruned |= tensors
+        dtype = dtype or torch_dtype or pruned["img_in.weight"].dtype
+        state, config = diffusers_names(pruned, record, dtype)
         with torch.device("meta"):
             model = cls(**config)
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
@@ -372,6 +403,76 @@ def add_module(out, module, bare, targets, parts, swap, metadata, prefix="transf
             out[f"{prefix}{target}.{names[role]}"] = part.clone().contiguous()
     for target in targets:
         out[f"{prefix}{target}.lora_A.weight"] = down.clone().contiguous()
+
+
+def opened_patch(path, level):
+    """The record and the tensors of one pruned model in a patch."""
+    with safe_open(path, "pt") as file:
+        said = (file.metadata() or {}).get("fastflux-patch")
+        if said is None:
+            raise ValueError(f"`{path}` is no patch of fastflux")
+        levels = json.loads(said)["levels"]
+        if level is None and len(levels) > 1:
+            raise ValueError(f"`{path}` holds the levels {', '.join(levels)}: name one of them")
+        level = str(level) if level is not None else next(iter(levels))
+        if level not in levels:
+            raise ValueError(f"`{path}` has no level {level}, but {', '.join(levels)}")
+        prefix = f"{level}/"
+        return levels[level], {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+
+
+def opened_base(path):
+    """The tensors of a transformer in a file, or in a folder or its sub-folder `transformer`."""
+    if path.is_dir():
+        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        files = sorted(folder.glob("*.safetensors"))
+    else:
+        files = [path]
+    state = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            state.update((name, opened.get_tensor(name)) for name in opened.keys())
+    return state
+
+
+def original_names(state):
+    """The tensors of an unpruned transformer under the original names."""
+    for prefix in ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", ""):
+        if f"{prefix}img_in.weight" in state:
+            names = {name: name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+            return {re.sub(r"(query_norm|key_norm)\.weight$", r"\1.scale", new): state[old] for old, new in names.items()}
+    out = {}
+    for original, (theirs,) in TOP.items():
+        for leaf in ("weight", "bias"):
+            if f"{theirs}.{leaf}" in state:
+                tensor = state[f"{theirs}.{leaf}"]
+                swap = original == "final_layer.adaLN_modulation.1"
+                out[f"{original}.{leaf}"] = torch.cat(tensor.chunk(2)[::-1]) if swap else tensor
+    for kind, (blocks, table) in BLOCKS.items():
+        indices = {int(found[1]) for found in (re.match(rf"{blocks}\.(\d+)\.", name) for name in state) if found}
+        for index in indices:
+            for original, theirs in table.items():
+                for leaf in ("weight", "bias"):
+                    parts = [f"{blocks}.{index}.{part}.{leaf}" for part in theirs]
+                    if all(part in state for part in parts):
+                        ending = "scale" if original.endswith("_norm") else leaf
+                        out[f"{kind}_blocks.{index}.{original}.{ending}"] = torch.cat([state[part] for part in parts])
+    return out
+
+
+FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3"}
+
+
+def fingerprint(state):
+    """fastflux's short identity of a checkpoint: names, formats, shapes, and the first and last 4096 bytes of every tensor."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].contiguous().flatten()
+        count = min(4096 // tensor.element_size(), tensor.numel())
+        digest.update(f"{name} {FORMATS[tensor.dtype]} {list(state[name].shape)}\n".encode())
+        for end in (tensor[:count], tensor[tensor.numel() - count :]):
+            digest.update(end.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def slots_of(record):

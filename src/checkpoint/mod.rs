@@ -24,6 +24,7 @@ pub mod init;
 pub mod keys;
 pub mod lora;
 pub mod output;
+pub mod patch;
 pub mod random;
 pub mod record;
 mod rotary;

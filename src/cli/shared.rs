@@ -9,6 +9,7 @@ use super::units::{bytes, number, whole};
 use crate::{
     checkpoint::{lora::LoraChoice, output::Naming},
     device::{DTypeChoice, DeviceChoice},
+    pipeline::PatchChoice,
     pipeline::defaults::{MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MIN_SIDE},
 };
 
@@ -30,6 +31,30 @@ pub struct LoraArgs {
     pub lora: Vec<LoraChoice>,
 }
 
+/// A patch.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Model")]
+pub struct PatchArgs {
+    /// Open the pruned model that this patch (made by `diff` or `prune --patch`) makes of its base, --model.
+    #[arg(long, value_name = "FILE")]
+    pub patch: Option<PathBuf>,
+    /// Which of the patch's pruned models, by the share of replaced blocks in percent. Default: the only one.
+    #[arg(long, value_name = "NAME", requires = "patch")]
+    pub level: Option<String>,
+}
+
+impl PatchArgs {
+    /// The patch that is asked for; none if no file is named.
+    pub fn choice(&self) -> Option<PatchChoice> {
+        let path = self
+            .patch
+            .clone()
+            .filter(|path| !path.as_os_str().is_empty())?;
+        let level = self.level.clone();
+        Some(PatchChoice { path, level })
+    }
+}
+
 /// Which model.
 #[derive(Args, Clone, Debug, Default)]
 #[expect(missing_docs, reason = "flattened arguments")]
@@ -39,6 +64,8 @@ pub struct ModelArgs {
     /// (`owner/name` or `owner/name@revision`). Default: the bundled tiny model.
     #[arg(long, value_name = "PATH|ID")]
     pub model: Option<String>,
+    #[command(flatten)]
+    pub patch: PatchArgs,
     #[command(flatten)]
     pub lora: LoraArgs,
     #[command(flatten)]

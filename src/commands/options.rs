@@ -26,6 +26,7 @@ pub(super) fn bare_choice(args: &ModelArgs, reporter: &Reporter) -> ModelChoice 
     ModelChoice {
         model: args.model.clone(),
         lora: args.lora.lora.clone(),
+        patch: args.patch.choice(),
         config: args.config.config.clone(),
         reporter: reporter.clone(),
         ..ModelChoice::default()
@@ -151,6 +152,8 @@ pub(super) fn prune(args: &PruneArgs) -> Result<PruneOptions> {
         output: args.output.path.clone(),
         force: args.output.force,
         layout: args.layout.layout,
+        patch: (args.pipeline.model.patch.patch.as_ref())
+            .is_some_and(|path| path.as_os_str().is_empty()),
         vae_tile: args.decode.vae_tile,
     })
 }

@@ -12,6 +12,7 @@ use crate::{
 };
 
 pub mod clip;
+pub mod export;
 mod html;
 mod measure;
 pub mod metrics;

@@ -6,7 +6,10 @@ use anyhow::Result;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::Pipeline;
+use super::{
+    Pipeline,
+    card::{self, CardFacts},
+};
 use crate::{
     checkpoint::{
         Checkpoint,
@@ -65,6 +68,27 @@ pub fn write(
     }
     reporter.done(&bar, "wrote the checkpoint");
     Ok(())
+}
+
+/// Writes the card of a folder with a converted model.
+///
+/// # Errors
+/// When the folder is not writable or the disk is full.
+pub fn write_card(
+    folder: &Path,
+    pipeline: &Pipeline,
+    record: &Record,
+    checkpoint: &Checkpoint,
+    target: Target,
+) -> Result<()> {
+    let facts = CardFacts {
+        parameters: [checkpoint.parameters(); 2],
+        bytes: checkpoint.bytes(),
+        quantized: !matches!(target, Target::Plain(_)),
+        family: pipeline.family(),
+        ..CardFacts::default()
+    };
+    card::write(folder, record, &facts)
 }
 
 /// The record of a pruned model goes along; that of a plain one says where its text encoders, VAE and scheduler are.

@@ -15,20 +15,22 @@ use crate::{
         record::{self, Record},
         with_hint,
     },
-    files::BUNDLED,
     layout::{BlockKind, FluxConfig},
     ui::Reporter,
 };
 
+pub mod card;
 mod components;
 pub mod convert;
 pub mod decoder;
 pub mod defaults;
+pub mod diff;
 pub mod generate;
 pub mod inspect;
 pub mod load;
 mod locate;
 mod lora;
+mod patch;
 pub mod placement;
 pub mod prompts;
 mod scheduler;
@@ -38,6 +40,7 @@ pub use components::VaeFiles;
 pub use defaults::Defaults;
 use locate::{DAMAGED, locate, speaks_of_flux};
 pub use lora::OpenedLora;
+pub use patch::PatchChoice;
 
 /// How a user names a model and its parts.
 #[derive(Clone, Debug, Default)]
@@ -52,6 +55,8 @@ pub struct ModelChoice {
     pub vae: Option<PathBuf>,
     /// `--lora`: files that are added to the weights.
     pub lora: Vec<LoraChoice>,
+    /// `--patch`: what makes `model` a pruned model.
+    pub patch: Option<PatchChoice>,
     /// Who is told what is opened and downloaded.
     pub reporter: Reporter,
 }
@@ -101,11 +106,16 @@ impl Pipeline {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_original(choice: &ModelChoice, of: Option<&Record>) -> Result<Self> {
+        let choice = &patch::resolved(choice)?;
         let located = locate(choice.model.as_deref(), &choice.reporter)?;
         let record = Record::read(&located.raw.name, &located.raw.metadata);
-        let record = with_hint(record, DAMAGED)?;
+        let mut record = with_hint(record, DAMAGED)?;
         let diffusers = crate::checkpoint::diffusers::is_diffusers(&located.raw);
         let mut transformer = with_hint(config::canonical(&located.raw), DAMAGED)?;
+        if let Some(file) = &choice.patch {
+            let (patched, of) = patch::apply(file, &transformer, &located.model_ref)?;
+            (transformer, record) = (patched, Some(of));
+        }
         let mut configs = Vec::new();
         if let Some(path) = &choice.config {
             configs.push(ConfigFile::read(path).context("--config")?);
@@ -142,15 +152,15 @@ impl Pipeline {
         let kept = folder.map(|files| PathBuf::from(files.describe(LORA_FILE)));
         let kept = kept.as_deref().filter(|_| record.is_some());
         if let Some(record) = &record {
-            lora::note_kept(record, (kept, folder), &choice, &located.raw.name)?;
+            lora::note_kept(record, (kept, folder), choice, &located.raw.name)?;
         }
-        let lora = lora::apply(&choice, &mut transformer, &config, kept)?;
+        let lora = lora::apply(choice, &mut transformer, &config, kept)?;
         let mut text_lora = lora::for_text(record.as_ref(), &choice.reporter);
         text_lora.extend(lora.iter().map(|opened| opened.lora.clone()));
         let mut choice = choice.clone();
         choice.fill_from_record(known.map(|r| &r.parts));
         Ok(Self {
-            name: lora::name(choice.model.as_deref().unwrap_or(BUNDLED), &lora),
+            name: lora::name(&patch::name(&choice), &lora),
             model_ref: located.model_ref,
             transformer,
             diffusers,
@@ -196,6 +206,7 @@ impl Pipeline {
         let choice = ModelChoice {
             model: Some(record.base.clone()),
             lora,
+            patch: None,
             ..choice.clone()
         };
         let base = Self::open_original(&choice, Some(record)).with_context(context)?;

@@ -14,7 +14,10 @@ use super::{
 };
 use crate::{
     checkpoint::{Checkpoint, Source, output, record::Record, save},
-    pipeline::LORA_FILE,
+    pipeline::{
+        LORA_FILE,
+        card::{self, CardFacts},
+    },
 };
 
 /// The trained values, in f32 under the names of the blocks they belong to.
@@ -37,6 +40,18 @@ pub fn write(
     let (config, student) = (&pair.pruned.config, &trained.student.trunk);
     let checkpoint = healed(pair, student, !keep_lora)?;
     output::write(folder, &checkpoint, config, Some(&record), layout)?;
+    let facts = CardFacts {
+        layout,
+        parameters: [&pair.teacher.transformer, &checkpoint].map(Checkpoint::parameters),
+        bytes: checkpoint.bytes(),
+        family: pair.teacher.family(),
+        results: vec![format!(
+            "velocity error {:.4}, before training {:.4}: relative mean squared error against the unpruned model, on noised latents that were not trained on",
+            report.velocity_error.after, report.velocity_error.before
+        )],
+        ..CardFacts::default()
+    };
+    card::write(folder, &record, &facts)?;
     drop(checkpoint);
     let mut values = Checkpoint::default();
     for (name, value) in &trained.saved.values {

@@ -59,6 +59,7 @@ impl Pair {
                 let choice = ModelChoice {
                     model: Some(name.to_owned()),
                     lora,
+                    patch: None,
                     ..choice.clone()
                 };
                 Pipeline::open_original(&choice, Some(&record)).context("--teacher")?

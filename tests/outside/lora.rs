@@ -50,9 +50,18 @@ fn agrees(folder: &Path, args: &[&str]) -> (bool, String) {
 fn every_dialect_computes_what_diffusers_and_peft_do() {
     let folder = folder();
     let models = [golden("dev/pipe"), golden("dev/bfl.safetensors")];
+    let config = golden("dev/pipe/transformer/config.json");
     for name in DIALECTS {
         for model in &models {
-            let args = ["--model", model, "--reference", &reference(name)];
+            let reference = reference(name);
+            let args = [
+                "--model",
+                model,
+                "--config",
+                &config,
+                "--reference",
+                &reference,
+            ];
             let (same, text) = agrees(
                 folder.path(),
                 &[&args[..], &["--lora", &lora(name)]].concat(),

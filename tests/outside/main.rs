@@ -21,6 +21,7 @@ mod memory;
 mod old_files;
 mod outputs;
 mod pages;
+mod patch;
 mod sandwich;
 mod shell;
 

@@ -110,15 +110,18 @@ mod tests {
         let config = AdapterConfig::new(json!({
             "r": 8, "lora_alpha": 16, "rank_pattern": {}, "alpha_pattern": { "to_q": 2, "blocks.1.proj_out": 4 },
         }));
-        let scale = |module: &str| config.scale(module, Some(4)).unwrap();
-        assert_eq!(scale("blocks.0.attn.to_q"), 0.5);
-        assert_eq!(scale("blocks.1.proj_out"), 1.0);
-        assert_eq!(scale("blocks.11.proj_out"), 4.0);
-        assert_eq!(config.scale("x", None).unwrap(), 2.0);
+        let is = |config: &AdapterConfig, module: &str, rank: Option<usize>, wanted: f32| {
+            let scale = config.scale(module, rank).unwrap();
+            assert!((scale - wanted).abs() < 1e-6, "{module}: {scale}");
+        };
+        is(&config, "blocks.0.attn.to_q", Some(4), 0.5);
+        is(&config, "blocks.1.proj_out", Some(4), 1.0);
+        is(&config, "blocks.11.proj_out", Some(4), 4.0);
+        is(&config, "x", None, 2.0);
         let stabilized =
             json!({ "t.r": 4, "t.lora_alpha": 4, "t.use_rslora": true, "u.lora_alpha": 9 });
         let config = AdapterConfig::of_part(&stabilized, "t");
-        assert_eq!(config.scale("x", Some(4)).unwrap(), 2.0);
+        is(&config, "x", Some(4), 2.0);
         let config = AdapterConfig::new(json!({ "alpha_pattern": { ".*to_q": 2 } }));
         let error = config.scale("to_q", Some(4)).unwrap_err().to_string();
         assert!(error.contains(".*to_q"), "{error}");

@@ -65,13 +65,13 @@ impl Lora {
         let file = Checkpoint::from_blob(&name, &Blob::map(&path)?)?;
         let (modules, unknown) = parts::modules(&file)?;
         if let Some(first) = unknown.first() {
-            if let Some(what) = foreign::model(&file, &unknown) {
-                bail!("`{name}` {what}, which is not applied");
-            }
             ensure!(
                 !modules.is_empty(),
                 "`{name}` holds no LoRA: its first tensor is `{first}`"
             );
+            if let Some(what) = foreign::model(&file, &unknown) {
+                bail!("`{name}` {what}, which is not applied");
+            }
             bail!(
                 "`{name}`: {} of its {} tensors are none that a LoRA has, the first is `{first}`",
                 unknown.len(),

@@ -151,9 +151,8 @@ impl Source {
             {
                 Some(format)
             }
-            (Data::Adapted(_), _) => None,
+            (Data::Adapted(_), _) | (_, StorageDType::Plain(_)) => None,
             (_, StorageDType::Quantized(format)) => Some(format),
-            (_, StorageDType::Plain(_)) => None,
         }
     }
 

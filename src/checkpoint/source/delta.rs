@@ -261,7 +261,7 @@ impl LoadedDelta {
                 sum.broadcast_mul(&magnitude.div(&norms)?)?
             }
         };
-        if self.share == 1.0 {
+        if (self.share - 1.0).abs() < f32::EPSILON {
             return Ok(scaled);
         }
         Ok((base + ((scaled - base)? * f64::from(self.share))?)?)

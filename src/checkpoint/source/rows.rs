@@ -5,7 +5,7 @@ use std::ops::Range;
 use anyhow::{Result, bail, ensure};
 use candle::{Device, Tensor};
 
-use super::{Data, Piece, Source};
+use super::{Data, Piece, STEP, Source};
 
 impl Source {
     /// The rows `rows` (of the outermost dimension).
@@ -141,6 +141,30 @@ impl Source {
             data,
             scale: self.scale.clone(),
         })
+    }
+}
+
+impl Source {
+    /// Whether the tensor has the format, shape, scales and bytes of another one.
+    ///
+    /// # Errors
+    /// When one of them cannot be read.
+    pub fn same_bytes(&self, other: &Self) -> Result<bool> {
+        if self.format != other.format || self.shape != other.shape || self.scale != other.scale {
+            return Ok(false);
+        }
+        let (Data::Pieces(ours), Data::Pieces(theirs)) = (&self.data, &other.data) else {
+            return Ok(self.bytes()? == other.bytes()?);
+        };
+        let bytes = self.byte_len();
+        let part = |pieces: &[Piece], range: Range<usize>| -> Vec<u8> {
+            let pieces = cut(pieces, range);
+            pieces.iter().flat_map(|p| p.bytes().into_owned()).collect()
+        };
+        Ok((0..bytes).step_by(STEP).all(|start| {
+            let range = start..bytes.min(start + STEP);
+            part(ours, range.clone()) == part(theirs, range)
+        }))
     }
 }
 
