@@ -279,6 +279,14 @@ impl RunOptions {
         }
     }
 
+    /// The folder that unfinished work is kept in: on the disk that the output goes to, so with room.
+    pub fn folder(&self) -> &Path {
+        match self.partial.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        }
+    }
+
     /// Removes unfinished work that is finished now.
     ///
     /// # Errors
