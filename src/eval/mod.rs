@@ -21,6 +21,7 @@ mod pairs;
 pub mod prompts;
 pub mod report;
 pub mod scenes;
+mod suites;
 pub mod velocity;
 
 pub use measure::check_family;

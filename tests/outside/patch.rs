@@ -241,3 +241,75 @@ fn what_other_programs_open_follows_from_their_loaders_rules() {
     crate::common::misused(folder, &["verify", "--target", "a1111", "x"], &["sdcpp"]);
     crate::common::misused(folder, &["verify"], &["--reference"]);
 }
+
+#[test]
+fn images_are_laid_out_as_other_scorers_read_them() {
+    let folder = folder();
+    let folder = folder.path();
+    let scene = |colour: &str| format!("a {colour} circle on a white background");
+    let lines = ["red", "blue", "green"]
+        .map(|c| format!("{{\"tag\": \"x\", \"prompt\": \"{}\"}}\n", scene(c)));
+    fs::write(folder.join("metadata.jsonl"), lines.concat()).unwrap();
+    fs::create_dir_all(folder.join("dpg")).unwrap();
+    fs::write(folder.join("dpg/7.txt"), scene("red")).unwrap();
+    fs::write(folder.join("photo.json"), format!("[\"{}\"]", scene("red"))).unwrap();
+    let export = |suite: &str, prompts: &str, more: &[&str]| {
+        let args = [
+            "eval",
+            "--model",
+            "bundled",
+            "--export",
+            suite,
+            "--prompts",
+            prompts,
+            "--steps",
+            "1",
+            "--output",
+            suite,
+            "--json",
+        ];
+        json(folder, &[&args[..], more].concat())
+    };
+    let report = export("geneval", "metadata.jsonl", &["--shard", "1/2"]);
+    assert_eq!(
+        (report["prompts"][0].as_u64(), report["there"].as_u64()),
+        (Some(2), Some(0)),
+        "{report}"
+    );
+    assert!(
+        folder.join("geneval/00002/samples/0003.png").is_file()
+            && !folder.join("geneval/00001").exists()
+    );
+    let line = fs::read_to_string(folder.join("geneval/00000/metadata.jsonl")).unwrap();
+    assert_eq!(line, lines[0].trim());
+    // what is there is not drawn again
+    let first = folder.join("geneval/00000/samples/0000.png");
+    let before = fs::read(&first).unwrap();
+    fs::remove_dir_all(folder.join("geneval/00002")).unwrap();
+    let report = export("geneval", "metadata.jsonl", &[]);
+    assert_eq!(
+        (report["prompts"][0].as_u64(), report["there"].as_u64()),
+        (Some(3), Some(1)),
+        "{report}"
+    );
+    assert!(
+        fs::read(&first).unwrap() == before
+            && folder.join("geneval/00001/samples/0003.png").is_file()
+    );
+    assert_eq!(json_file(&folder.join("geneval.json"))["seed"], 10_000);
+    export("dpg", "dpg", &[]);
+    let side = |path: &str| {
+        png::Decoder::new(std::io::Cursor::new(fs::read(folder.join(path)).unwrap()))
+            .read_info()
+            .unwrap()
+            .info()
+            .width
+    };
+    assert_eq!(side("dpg/7.png"), 2 * 64);
+    export("hpsv2", "photo.json", &[]);
+    assert_eq!(side("hpsv2/photo/00000.jpg"), 64);
+}
+
+fn json_file(path: &Path) -> serde_json::Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
