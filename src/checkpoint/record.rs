@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::{Checkpoint, lora::RecordedLora, rotary};
+use super::{Checkpoint, lora::recorded::RecordedLora, rotary};
 use crate::layout::{self, BlockId, BlockKind, BlockSpec};
 
 /// The metadata key that holds the record.

@@ -1,7 +1,7 @@
 //! Flags that several commands take, each defined once. If a command says more about a flag than is said here, its
 //! own arguments change the help text or the default.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Arg, Args};
 
@@ -44,14 +44,19 @@ pub struct PatchArgs {
 }
 
 impl PatchArgs {
+    /// What `--patch` is without a file: `prune` writes one.
+    pub const WRITE: &str = "-";
+
     /// The patch that is asked for; none if no file is named.
     pub fn choice(&self) -> Option<PatchChoice> {
-        let path = self
-            .patch
-            .clone()
-            .filter(|path| !path.as_os_str().is_empty())?;
+        let path = self.patch.clone().filter(|_| !self.writes())?;
         let level = self.level.clone();
         Some(PatchChoice { path, level })
+    }
+
+    /// Whether a patch is to be written.
+    pub fn writes(&self) -> bool {
+        self.patch.as_deref() == Some(Path::new(Self::WRITE))
     }
 }
 

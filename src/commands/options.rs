@@ -152,8 +152,7 @@ pub(super) fn prune(args: &PruneArgs) -> Result<PruneOptions> {
         output: args.output.path.clone(),
         force: args.output.force,
         layout: args.layout.layout,
-        patch: (args.pipeline.model.patch.patch.as_ref())
-            .is_some_and(|path| path.as_os_str().is_empty()),
+        patch: args.pipeline.model.patch.writes(),
         vae_tile: args.decode.vae_tile,
     })
 }

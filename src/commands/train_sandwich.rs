@@ -102,10 +102,8 @@ pub(super) fn run(args: &TrainArgs, reporter: &Reporter) -> Result<()> {
     write_chart(&target.path().join("loss.svg"), &trained.saved.progress.log)?;
     target.finish()?;
     if keep_lora {
-        reporter.note(format!(
-            "the LoRA is next to the model, not in its weights: --lora {} applies it, in diffusers `load_lora_weights`\nhint: without --keep-lora it is merged",
-            output.join(LORA_FILE).display()
-        ));
+        let lora = output.join(LORA_FILE).display().to_string();
+        reporter.note(format!("--lora {lora} applies what is not merged"));
     }
     super::show(args.output.print, &report, || report.table())?;
     reporter.note(format!("wrote `{}`", output.display()));

@@ -470,3 +470,87 @@ fn what_cannot_be_applied_is_refused_by_name() {
         &["much"],
     );
 }
+
+/// The numbers of a model, f32, one tensor after another.
+fn numbers(folder: &Path, args: &[&str], output: &str) -> Vec<f32> {
+    let bytes = tensors(folder, args, output);
+    let (numbers, _) = bytes.as_chunks();
+    numbers.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+#[test]
+fn what_training_kept_is_applied_as_it_would_have_been_merged() {
+    let folder = folder();
+    let folder = folder.path();
+    // slots behind double.01 are not the original's numbers
+    let plan = r#"{"replace": [{"replaces": ["double.01"], "form": "remove"}, {"replaces": ["double.03"], "form": "linear"}]}"#;
+    fs::write(folder.join("plan.json"), plan).unwrap();
+    let prune = [
+        "prune",
+        "--plan",
+        "plan.json",
+        "--num-prompts",
+        "8",
+        "--steps",
+        "2",
+        "--output",
+        "pruned",
+    ];
+    ok(folder, &prune);
+    fs::write(
+        folder.join("recipe.json"),
+        r#"{ "evaluate-every": 2, "data": { "steps": 2, "held-out": 12 }, "optimiser": { "lr": 1e-3, "warmup": 1 } }"#,
+    )
+    .unwrap();
+    let train = |more: &[&str]| {
+        let args = [
+            "train-sandwich",
+            "--model",
+            "pruned",
+            "--num-prompts",
+            "16",
+            "--steps",
+            "4",
+            "--finetune",
+            "0",
+        ];
+        let last = [
+            "--batch",
+            "8",
+            "--rank",
+            "4",
+            "--recipe",
+            "recipe.json",
+            "--output",
+        ];
+        ok(folder, &[&args[..], &last, more].concat());
+    };
+    train(&["merged"]);
+    train(&["kept", "--keep-lora"]);
+    let merged = numbers(folder, &["--model", "merged"], "a");
+    let plain = numbers(folder, &["--model", "kept"], "b");
+    let applied = numbers(
+        folder,
+        &["--model", "kept", "--lora", "kept/lora.safetensors"],
+        "c",
+    );
+    let furthest = |other: &[f32]| {
+        let pairs = merged.iter().zip(other);
+        pairs.map(|(a, b)| (a - b).abs()).fold(0f32, f32::max)
+    };
+    assert_eq!(merged.len(), applied.len());
+    assert!(
+        furthest(&plain) > 1e-4,
+        "the LoRA moved by {}",
+        furthest(&plain)
+    );
+    assert!(furthest(&applied) < 1e-6, "off by {}", furthest(&applied));
+    // it is named, and is for this model alone
+    let out = fastflux(folder, &["inspect", "--model", "kept"]);
+    assert!(String::from_utf8_lossy(&out.stderr).contains("--lora kept/lora.safetensors"));
+    refused(
+        folder,
+        &["inspect", "--lora", "kept/lora.safetensors"],
+        &["another pruned model"],
+    );
+}

@@ -7,6 +7,8 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::recorded::RecordedLora;
+
 /// What PEFT calls the weights of an adapter.
 pub(super) const ADAPTER: &str = "adapter_model.safetensors";
 /// Files in the folder of an adapter.
@@ -75,6 +77,16 @@ pub(super) fn file_of(path: &Path) -> Result<PathBuf> {
             "--lora: `{}` holds several .safetensors files\nhint: name one of them",
             path.display()
         ),
+    }
+}
+
+impl RecordedLora {
+    /// The choice that adds it again.
+    pub fn choice(&self) -> LoraChoice {
+        LoraChoice {
+            path: self.file.clone(),
+            weight: self.weight,
+        }
     }
 }
 

@@ -19,7 +19,7 @@ mod config;
 mod foreign;
 mod names;
 mod parts;
-mod recorded;
+pub mod recorded;
 mod report;
 mod text;
 

@@ -4,8 +4,6 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::LoraChoice;
-
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -19,14 +17,4 @@ pub struct RecordedLora {
     /// Whether it acts on text encoders too, which are not in the checkpoint.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub text: bool,
-}
-
-impl RecordedLora {
-    /// The choice that adds it again.
-    pub fn choice(&self) -> LoraChoice {
-        LoraChoice {
-            path: self.file.clone(),
-            weight: self.weight,
-        }
-    }
 }
