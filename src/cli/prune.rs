@@ -13,7 +13,7 @@ use super::{
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
 #[command(
-    mut_arg("patch", |arg| arg.num_args(0..=1).default_missing_value(PatchArgs::WRITE).value_name("[FILE]").help("Without FILE: write patch.safetensors, what differs from the base, in place of the whole checkpoint. With FILE: prune the model that this patch makes of --model")),
+    mut_arg("patch", |arg| arg.num_args(0..=1).default_missing_value(PatchArgs::WRITE).value_name("FILE").help("Without FILE: write patch.safetensors, what differs from the base, in place of the whole checkpoint. With FILE: prune the model that this patch makes of --model")),
     mut_arg("output", |arg| written(arg, "DIR", "pruned", "Folder to write; must not exist yet (see --force)"))
 )]
 pub struct PruneArgs {

@@ -122,6 +122,9 @@ impl Pipeline {
         }
         configs.extend(located.configs);
         configs.extend(metadata_config(&located.raw));
+        if choice.patch.is_some() {
+            patch::forget_counts(&mut configs);
+        }
         let known = match (&record, of) {
             (None, Some(of)) if record::fingerprint(&transformer)? == of.base_fingerprint => {
                 configs.push(ConfigFile {

@@ -8,6 +8,7 @@ use super::ModelChoice;
 use crate::{
     checkpoint::{
         Checkpoint,
+        config::ConfigFile,
         patch::{self, Patch},
         record::Record,
     },
@@ -53,6 +54,17 @@ pub(super) fn apply(
         ..level.record
     };
     Ok((transformer, record))
+}
+
+/// Takes out of a base's configuration how many blocks it has.
+pub(super) fn forget_counts(configs: &mut [ConfigFile]) {
+    for json in configs
+        .iter_mut()
+        .filter_map(|config| config.json.as_object_mut())
+    {
+        json.remove("num_layers");
+        json.remove("num_single_layers");
+    }
 }
 
 /// How messages and tables name a model: `bundled + patch.safetensors:20`.

@@ -195,13 +195,13 @@ fn what_other_programs_open_follows_from_their_loaders_rules() {
     let config = r#"{"_class_name": "FluxTransformer2DModel", "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 128,
         "num_attention_heads": 1, "joint_attention_dim": 8, "pooled_projection_dim": 8, "in_channels": 64, "guidance_embeds": true,
         "axes_dims_rope": [16, 56, 56]}"#;
-    fs::write(folder.join("config.json"), config).unwrap();
+    fs::write(folder.join("shape.json"), config).unwrap();
     ok(
         folder,
         &[
             "init",
             "--config",
-            "config.json",
+            "shape.json",
             "--output",
             "base.safetensors",
         ],
