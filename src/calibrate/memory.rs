@@ -190,14 +190,9 @@ impl CalibrationEstimate {
             (options.num_prompts, options.prompts.len(), options.batch);
         let sampling = match options.recipe.source {
             LatentSource::Images => 0,
-            LatentSource::Latents | LatentSource::Trajectory => prompts * steps,
+            LatentSource::Latents => prompts * steps,
         };
-        let gathered = match options.recipe.source {
-            LatentSource::Trajectory => 0,
-            LatentSource::Latents | LatentSource::Images => {
-                (num_prompts as f64 * noise_levels_per_image).ceil() as usize
-            }
-        };
+        let noised = (num_prompts as f64 * noise_levels_per_image).ceil() as usize;
         let of_shard = |count: usize| count.div_ceil(shard.of);
         let image_tokens = options.size.tokens();
         let tokens = image_tokens + options.text_tokens;
@@ -207,10 +202,6 @@ impl CalibrationEstimate {
         let kept = blocks_within(config, room);
         let offload_plan = budget.offload_plan(config, activity)?;
         let d = config.hidden_size as u64;
-        let noised = match options.recipe.source {
-            LatentSource::Trajectory => num_prompts * steps,
-            LatentSource::Latents | LatentSource::Images => gathered,
-        };
         let rows = match options.recipe.tokens_per_forward {
             None => noised * tokens,
             Some(limit) => noised.div_ceil(batch) * (2 * limit).min(batch * tokens),
@@ -249,11 +240,11 @@ impl CalibrationEstimate {
             batch,
             forwards: Forwards {
                 sampling: of_shard(sampling).div_ceil(batch),
-                statistics: of_shard(gathered).div_ceil(batch),
+                statistics: of_shard(noised).div_ceil(batch),
             },
             flops: Flops {
                 sampling: flops(sampling),
-                statistics: flops(gathered),
+                statistics: flops(noised),
                 products,
             },
             blocks: config.kept_ids().len(),

@@ -132,10 +132,7 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
             let done = out.header.done.len();
             format!("calibrated {done} of {} units", out.header.units)
         }
-        (true, source) => format!(
-            "calibrated on {} noised latents ({source})",
-            pass.num_noised()
-        ),
+        (true, _) => format!("calibrated on {} noised latents", pass.num_noised()),
         (false, _) => format!("sampled {} images", calibrator.options.prompts.len()),
     };
     calibrator.pipeline.reporter.done(&progress, what);
