@@ -31,7 +31,15 @@ fn relative(a: &Tensor, b: &Tensor) -> Result<f64> {
 
 fn encoders(name: &str, length: Option<usize>) -> Result<TextEncoders> {
     let files = Files::folder(path("tests/golden").join(name).join("pipe"));
-    TextEncoders::load(&files.into(), None, length, 512, DType::F32, &Device::Cpu)
+    TextEncoders::load(
+        &files.into(),
+        None,
+        &[],
+        length,
+        512,
+        DType::F32,
+        &Device::Cpu,
+    )
 }
 
 fn prompts() -> Result<Vec<String>> {
@@ -46,6 +54,7 @@ fn prompts_that_are_too_long_are_counted() -> Result<()> {
     let encoders = TextEncoders::load(
         &Files::bundled().into(),
         None,
+        &[],
         None,
         12,
         DType::F32,
@@ -208,6 +217,7 @@ fn text_encoders_as_single_files_need_no_config_and_no_tokenizer() -> Result<()>
         TextEncoders::load(
             &Files::folder(folder.path()).into(),
             None,
+            &[],
             None,
             256,
             DType::F32,

@@ -181,7 +181,9 @@ fn check_embedders(checkpoint: &Checkpoint) -> Result<()> {
     for name in EMBEDDERS {
         let [rows, columns] = checkpoint.dims(name)?;
         let bias = checkpoint.get(&name.replace(".weight", ".bias"));
-        if let Some(&[said]) = bias.map(super::Source::shape) {
+        if rows * columns > 0
+            && let Some(&[said]) = bias.map(super::Source::shape)
+        {
             ensure!(
                 said == rows || said == 0 || !(rows * columns).is_multiple_of(said),
                 "`{}`: the values of tensor `{name}` are rearranged: its shape is [{rows}, {columns}], and its bias says [{said}, {}]\nhint: a GGUF file of such a tensor names its shape in `comfy.gguf.orig_shape.{name}`; use a file that does, or convert it again",

@@ -22,9 +22,11 @@ pub mod init;
 pub mod keys;
 #[cfg(test)]
 mod kinds_tests;
+pub mod lora;
 mod open;
 pub mod output;
 pub mod part;
+pub mod patch;
 pub mod random;
 pub mod record;
 mod rotary;
@@ -35,7 +37,7 @@ mod source;
 mod to_f32;
 pub mod transformer_json;
 
-use backend::{Backend, packed};
+use backend::Backend;
 
 pub use crate::files::output as target;
 pub use dtype::StorageDType;
@@ -158,8 +160,8 @@ impl Checkpoint {
     /// Bytes of all tensors in memory when the model computes in `dtype`: packed matrices stay as they are.
     pub fn bytes_loaded(&self, dtype: DType) -> usize {
         let sources = self.tensors.values();
-        let bytes = sources.map(|source| match packed(source) {
-            Some(_) => source.byte_len(),
+        let bytes = sources.map(|source| match source.packed() {
+            Some(_) => source.packed_bytes(),
             None => source.elements() * dtype.size_in_bytes(),
         });
         bytes.sum()
@@ -211,6 +213,9 @@ impl Checkpoint {
 pub fn with_hint<T>(result: Result<T>, hint: &str) -> Result<T> {
     result.map_err(|error| {
         let text = format!("{error:#}");
+        if let Some((what, own)) = text.split_once("\nhint: fetch the file again") {
+            return anyhow::anyhow!("{what}\nhint: fetch the file again, or {hint}{own}");
+        }
         if text.contains("\nhint:") {
             return error;
         }

@@ -9,10 +9,16 @@ use safetensors::Dtype;
 use super::{dtype::StorageDType, random::Random, to_f32};
 use crate::files::Blob;
 
+mod adapted;
+mod delta;
 mod rows;
 mod sum;
 mod values;
 
+pub(super) use adapted::RowMap;
+pub(super) use delta::{Delta, DeltaForm, Factor, Magnitude};
+
+use adapted::Adapted;
 use rows::cut;
 
 /// How many bytes of a tensor are made at a time while it is written.
@@ -41,6 +47,8 @@ enum Data {
     Sum(Vec<Source>),
     /// Others of this number format and without scales, one below another.
     Rows(Vec<Source>),
+    /// Another one and what LoRA files add to it.
+    Adapted(Adapted),
 }
 
 #[derive(Clone, Debug)]
@@ -260,6 +268,7 @@ impl Source {
             Data::Converted(_) => self.write_converted(out),
             Data::Sum(_) => self.write_sum(out),
             Data::Rows(parts) => parts.iter().try_for_each(|part| part.write_to(out)),
+            Data::Adapted(adapted) => adapted.write_to(self.format, out),
             Data::Dense(tensor) => {
                 // candle copies a whole tensor from a GPU for every part of it that is asked for
                 let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
@@ -285,6 +294,7 @@ impl Source {
                 blobs.flatten().collect()
             }
             Data::Converted(from) => from.blobs(),
+            Data::Adapted(adapted) => adapted.base().blobs(),
             Data::Sum(parts) | Data::Rows(parts) => parts.iter().flat_map(Self::blobs).collect(),
             Data::Dense(_) => vec![],
         }
@@ -308,6 +318,9 @@ impl Source {
     /// # Errors
     /// As [`Self::tensor`].
     pub fn tensor_as(&self, dtype: DType, device: &Device) -> Result<Tensor> {
+        if let Data::Adapted(adapted) = &self.data {
+            return adapted.tensor(dtype, device);
+        }
         if device.is_cpu()
             && dtype == DType::F32
             && matches!(self.data, Data::Pieces(_))
@@ -338,6 +351,7 @@ impl Source {
         }
         match &self.data {
             Data::Dense(tensor) => Ok(tensor.to_dtype(dtype)?.to_device(device)?),
+            Data::Adapted(adapted) => adapted.tensor(dtype, device),
             Data::Pieces(_) | Data::Converted(_) | Data::Sum(_) | Data::Rows(_) => {
                 Tensor::from_raw_buffer(&self.bytes()?, dtype, &self.shape, device)
                     .context("cannot load the tensor")

@@ -139,16 +139,17 @@ fn create_folders(jobs: &[ImageJob]) -> Result<()> {
 }
 
 fn write(job: &ImageJob, image: &Image, pipeline: &Pipeline) -> Result<()> {
-    let size = format!("{}x{}", job.width, job.height);
     let text = [
         ("prompt", job.prompt.as_str()),
         ("seed", &job.seed.to_string()),
         ("image", &job.image_index.to_string()),
         ("steps", &job.steps.to_string()),
         ("guidance", &job.guidance.unwrap_or_default().to_string()),
-        ("size", &size),
+        ("size", &format!("{}x{}", job.width, job.height)),
         ("model", &pipeline.public_name()),
         ("Software", &record::software()),
+        ("lora", &pipeline.lora_names()),
     ];
-    image.save(&job.path, &text)
+    let used = text.len() - usize::from(pipeline.lora.is_empty());
+    image.save(&job.path, &text[..used])
 }

@@ -14,6 +14,7 @@ use crate::{
 mod bench;
 mod calibrate;
 mod convert;
+mod diff;
 mod eval;
 mod generate;
 mod init;
@@ -42,6 +43,7 @@ pub fn run(command: Command, reporter: &Reporter) -> Result<ExitCode> {
         Command::TrainSandwich(args) => {
             train_sandwich::run(&args, reporter).map(|()| ExitCode::SUCCESS)
         }
+        Command::Diff(args) => diff::run(&args, reporter).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(&args, reporter).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(&args, reporter),
         Command::Convert(args) => convert::run(&args, reporter).map(|()| ExitCode::SUCCESS),

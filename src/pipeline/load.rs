@@ -72,6 +72,7 @@ pub fn text_encoders(
     TextEncoders::load(
         files,
         Some([pipeline.config.context_in_dim, pipeline.config.vec_in_dim]),
+        &pipeline.text_lora,
         length,
         pipeline.default_text_length()?,
         runtime.dtype,

@@ -11,6 +11,7 @@ use crate::{
     checkpoint::{
         Checkpoint,
         config::{self, ConfigFile},
+        lora::{Lora, LoraChoice},
         part::Part,
         record::{self, Record},
         with_hint,
@@ -20,16 +21,20 @@ use crate::{
     ui::Reporter,
 };
 
+pub mod card;
 mod components;
 pub mod convert;
 pub mod decoder;
 pub mod defaults;
+pub mod diff;
 mod family;
 pub mod generate;
 pub mod inspect;
 mod known;
 pub mod load;
 mod locate;
+mod lora;
+mod patch;
 pub mod placement;
 pub mod preflight;
 pub mod prompts;
@@ -39,6 +44,8 @@ use components::Components;
 pub use components::VaeFiles;
 pub use defaults::Defaults;
 use locate::{DAMAGED, locate, speaks_of_flux};
+pub use lora::OpenedLora;
+pub use patch::PatchChoice;
 
 /// How a user names a model and its parts.
 #[derive(Clone, Debug, Default)]
@@ -53,6 +60,10 @@ pub struct ModelChoice {
     pub vae: Option<PathBuf>,
     /// `--fetch-base`: whether the model that a checkpoint says it was made of may be downloaded.
     pub fetch_base: bool,
+    /// `--lora`: files that are added to the weights.
+    pub lora: Vec<LoraChoice>,
+    /// `--patch`: what makes `model` a pruned model.
+    pub patch: Option<PatchChoice>,
     /// Who is told what is opened and downloaded.
     pub reporter: Reporter,
 }
@@ -64,7 +75,7 @@ pub struct Pipeline {
     pub name: String,
     /// The `--model` value that opens it again from anywhere.
     pub model_ref: String,
-    /// The transformer under the original names.
+    /// The transformer under the original names, with what LoRA files add to it.
     pub transformer: Checkpoint,
     /// Whether the file had diffusers' names.
     pub diffusers: bool,
@@ -78,6 +89,10 @@ pub struct Pipeline {
     pub scheduler_name: String,
     /// The model's own defaults.
     pub defaults: Defaults,
+    /// The files that were added to it.
+    pub lora: Vec<OpenedLora>,
+    /// What is added to text encoders.
+    text_lora: Vec<Lora>,
     /// Who is told about the work with it.
     pub reporter: Reporter,
     components: Components,
@@ -98,20 +113,28 @@ impl Pipeline {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_original(choice: &ModelChoice, of: Option<&Record>) -> Result<Self> {
+        let choice = &patch::resolved(choice)?;
         let located = locate(choice.model.as_deref(), &choice.reporter)?;
         for note in &located.raw.notes {
             choice.reporter.note(note);
         }
         let record = Record::read(&located.raw.name, &located.raw.metadata);
-        let record = with_hint(record, DAMAGED)?;
+        let mut record = with_hint(record, DAMAGED)?;
         let diffusers = crate::checkpoint::diffusers::is_diffusers(&located.raw);
-        let transformer = with_hint(config::canonical(&located.raw), DAMAGED)?;
+        let mut transformer = with_hint(config::canonical(&located.raw), DAMAGED)?;
+        if let Some(file) = &choice.patch {
+            let (patched, of) = patch::apply(file, &transformer, &located.model_ref)?;
+            (transformer, record) = (patched, Some(of));
+        }
         let mut configs = Vec::new();
         if let Some(path) = &choice.config {
             configs.push(ConfigFile::read(path).context("--config")?);
         }
         configs.extend(located.configs);
         configs.extend(metadata_config(&located.raw));
+        if choice.patch.is_some() {
+            patch::forget_counts(&mut configs);
+        }
         let known = match (&record, of) {
             (None, Some(of)) if record::fingerprint(&transformer)? == of.base_fingerprint => {
                 configs.push(ConfigFile {
@@ -138,20 +161,21 @@ impl Pipeline {
             record.as_ref(),
             &located.raw.name,
         )?;
+        let folder = located.pipeline.as_ref();
+        let kept = folder.map(|files| PathBuf::from(files.describe(LORA_FILE)));
+        let kept = kept.as_deref().filter(|_| record.is_some());
         if let Some(record) = &record {
-            warn_of_kept_lora(
-                record,
-                located.pipeline.as_ref(),
-                &located.raw.name,
-                &choice.reporter,
-            )?;
+            lora::note_kept(record, (kept, folder), choice, &located.raw.name)?;
         }
+        let lora = lora::apply(choice, &mut transformer, &config, kept)?;
+        let mut text_lora = lora::for_text(record.as_ref(), &choice.reporter);
+        text_lora.extend(lora.iter().map(|opened| opened.lora.clone()));
         let mut choice = choice.clone();
         let folder = located.pipeline.as_ref().and_then(Files::on_disk);
         let base = known.and_then(|record| known::base_of(record, folder));
         choice.fill_from(base.as_ref());
         Ok(Self {
-            name: choice.model.clone().unwrap_or_else(|| BUNDLED.to_owned()),
+            name: lora::name(&patch::name(&choice), &lora),
             model_ref: located.model_ref,
             transformer,
             diffusers,
@@ -159,6 +183,8 @@ impl Pipeline {
             scheduler,
             scheduler_name,
             defaults,
+            lora,
+            text_lora,
             reporter: choice.reporter.clone(),
             components: Components {
                 choice,
@@ -172,7 +198,7 @@ impl Pipeline {
         })
     }
 
-    /// The model this one was pruned from, or itself.
+    /// The model this one was pruned from, with the same LoRA, or itself.
     ///
     /// # Errors
     /// When the base cannot be opened, or is not the model the record says.
@@ -183,7 +209,7 @@ impl Pipeline {
         })
     }
 
-    /// The same with flags for what lies next to the transformer; `choice.model` counts for nothing.
+    /// The same with flags for what lies next to the transformer; `choice.model` and `choice.lora` count for nothing.
     ///
     /// # Errors
     /// As [`Self::base`].
@@ -191,13 +217,17 @@ impl Pipeline {
         let Some(record) = &self.record else {
             return Ok(self.clone());
         };
+        let context = || format!("`{}` was pruned from `{}`", self.name, record.base);
+        let mut lora = lora::choices(record).with_context(context)?;
+        lora.extend(self.shared_lora());
         let choice = ModelChoice {
             model: Some(self.base_ref(&record.base)?),
+            lora,
+            patch: None,
             ..choice.clone()
         };
-        let base = Self::open_original(&choice, Some(record))
-            .with_context(|| format!("`{}` was pruned from `{}`", self.name, record.base))?;
-        let fingerprint = record::fingerprint(&base.transformer)?;
+        let base = Self::open_original(&choice, Some(record)).with_context(context)?;
+        let fingerprint = record::fingerprint(&base.transformer.unadapted())?;
         ensure!(
             fingerprint == record.base_fingerprint,
             "`{}` is not the model that `{}` was pruned from (fingerprint {fingerprint}, expected {})",
@@ -221,11 +251,12 @@ impl Pipeline {
             base_fingerprint: match before {
                 Some(before) => before.base_fingerprint.clone(),
                 None => {
-                    let fingerprint = record::fingerprint(&self.transformer)?;
+                    let fingerprint = record::fingerprint(&self.transformer.unadapted())?;
                     self.remember(&fingerprint);
                     fingerprint
                 }
             },
+            lora: self.recorded_lora(),
             layout: config.layout.clone(),
             axes_dims: config.axes_dims.clone(),
             theta: config.theta,
@@ -263,24 +294,3 @@ fn metadata_config(raw: &Checkpoint) -> Option<ConfigFile> {
 
 /// The LoRA that `train-sandwich --keep-lora` writes next to the checkpoint.
 pub const LORA_FILE: &str = "lora.safetensors";
-
-/// Says that a model was trained with a LoRA that is not in its weights.
-fn warn_of_kept_lora(
-    record: &Record,
-    folder: Option<&Files>,
-    name: &str,
-    reporter: &Reporter,
-) -> Result<()> {
-    let Some(training) = record.recipe.get("train-sandwich") else {
-        return Ok(());
-    };
-    let recorded = training["kept-lora"].as_bool();
-    // earlier versions did not record it
-    let in_folder = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
-    if recorded.map_or_else(in_folder, Ok)? {
-        reporter.warn(format!(
-            "`{name}` was trained together with a LoRA, `{LORA_FILE}`, that is not in its weights and is not applied here: images and numbers are those without it\nhint: `fastflux train-sandwich` without --keep-lora merges it; diffusers applies it with `load_lora_weights`"
-        ));
-    }
-    Ok(())
-}

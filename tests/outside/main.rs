@@ -16,10 +16,12 @@ mod common;
 mod evaluation;
 mod formats;
 mod help;
+mod lora;
 mod memory;
 mod old_files;
 mod outputs;
 mod pages;
+mod patch;
 mod sandwich;
 mod shell;
 

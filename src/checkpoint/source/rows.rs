@@ -7,7 +7,7 @@ use candle::{Device, Tensor};
 
 use safetensors::Dtype;
 
-use super::{Data, Piece, Source};
+use super::{Data, Piece, STEP, Source};
 use crate::checkpoint::dtype::StorageDType;
 
 impl Source {
@@ -51,6 +51,7 @@ impl Source {
                 let values = flat.rows(rows.start * width..rows.end * width)?;
                 Data::Converted(Box::new(values))
             }
+            Data::Adapted(adapted) => Data::Adapted(adapted.rows(&rows)?),
             Data::Sum(parts) => {
                 let parts = parts.iter().map(|part| part.rows(rows.clone()));
                 Data::Sum(parts.collect::<Result<_>>()?)
@@ -107,7 +108,9 @@ impl Source {
             );
             shape[0] += part.shape[0];
         }
-        if parts.iter().any(|part| matches!(part.data, Data::Dense(_)))
+        if parts
+            .iter()
+            .any(|part| matches!(part.data, Data::Dense(_) | Data::Adapted(_)))
             && parts.iter().all(|part| part.format == first.format)
         {
             let tensors = parts.iter().map(|p| p.tensor(&Device::Cpu));
@@ -203,7 +206,9 @@ impl Source {
             }
             Data::Converted(from) => Data::Converted(from.clone()),
             same @ Data::Pieces(_) => same.clone(),
-            Data::Sum(_) | Data::Rows(_) => bail!("a tensor made of others keeps its shape"),
+            Data::Sum(_) | Data::Rows(_) | Data::Adapted(_) => {
+                bail!("a tensor made of others keeps its shape")
+            }
         };
         ensure!(
             self.scale().is_none_or(|scale| scale.len() == 1),
@@ -215,6 +220,30 @@ impl Source {
             data,
             scale: self.scale.clone(),
         })
+    }
+}
+
+impl Source {
+    /// Whether the tensor has the format, shape, scales and bytes of another one.
+    ///
+    /// # Errors
+    /// When one of them cannot be read.
+    pub fn same_bytes(&self, other: &Self) -> Result<bool> {
+        if self.format != other.format || self.shape != other.shape || self.scale != other.scale {
+            return Ok(false);
+        }
+        let (Data::Pieces(ours), Data::Pieces(theirs)) = (&self.data, &other.data) else {
+            return Ok(self.bytes()? == other.bytes()?);
+        };
+        let bytes = self.byte_len();
+        let part = |pieces: &[Piece], range: Range<usize>| -> Vec<u8> {
+            let pieces = cut(pieces, range);
+            pieces.iter().flat_map(|p| p.bytes().into_owned()).collect()
+        };
+        Ok((0..bytes).step_by(STEP).all(|start| {
+            let range = start..bytes.min(start + STEP);
+            part(ours, range.clone()) == part(theirs, range)
+        }))
     }
 }
 

@@ -67,7 +67,9 @@ impl Source {
                 }
                 Ok(sum)
             }
-            Data::Converted(_) | Data::Rows(_) => bail!("a converted tensor is not of f64"),
+            Data::Converted(_) | Data::Adapted(_) | Data::Rows(_) => {
+                bail!("a converted tensor is not of f64")
+            }
         }
     }
 

@@ -9,7 +9,11 @@ use super::ops::Activation;
 use super::t5::T5;
 use super::t5_config::{FeedForward, T5Config};
 use super::{ClipText, TextEncoders};
-use crate::checkpoint::{Checkpoint, with_hint};
+use crate::checkpoint::{
+    Checkpoint,
+    lora::{Lora, TextEncoder},
+    with_hint,
+};
 use crate::files::Files;
 use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
 
@@ -107,7 +111,8 @@ impl TextEncoders {
     /// files of any name, and checks every tensor's shape. `widths` are those of T5's hidden states and of CLIP's pooled
     /// output that the transformer takes; of several encoders those that have them are opened.
     ///
-    /// Prompts are given `length` T5 tokens, by default `default_length` or the tokenizer's own limit where that is smaller.
+    /// LoRA files are added to the weights of those encoders that they name.
+    /// Prompts are given `length` T5 tokens, by default `default_length` or the tokenizer's own limit if that is smaller.
     ///
     /// # Errors
     /// When files are missing or damaged, a tensor has another shape than its config says, or a width is another one; the
@@ -115,6 +120,7 @@ impl TextEncoders {
     pub fn load(
         files: &TextFiles,
         widths: Option<[usize; 2]>,
+        lora: &[Lora],
         length: Option<usize>,
         default_length: usize,
         dtype: DType,
@@ -124,7 +130,13 @@ impl TextEncoders {
         let limit = opened.t5_tokenizer.model_max_length().unwrap_or(usize::MAX);
         // half-precision products on the CPU are made of float32 ones
         let weights = if device.is_cpu() { DType::F32 } else { dtype };
-        let Opened { clip, t5, .. } = opened;
+        let Opened {
+            mut clip, mut t5, ..
+        } = opened;
+        for lora in lora {
+            lora.apply_text(TextEncoder::Clip, &mut clip)?;
+            lora.apply_text(TextEncoder::T5, &mut t5)?;
+        }
         Ok(Self {
             clip_tokenizer: opened.clip_tokenizer,
             t5_tokenizer: opened.t5_tokenizer,
