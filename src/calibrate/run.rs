@@ -320,6 +320,11 @@ impl Calibrator<'_> {
                 path.display()
             );
         }
+        warn_of_few_rows(
+            &calibration.stats,
+            &self.pipeline.config,
+            &self.pipeline.reporter,
+        );
         Ok(calibration)
     }
 }

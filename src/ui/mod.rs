@@ -139,6 +139,16 @@ pub fn flops(n: f64) -> String {
     )
 }
 
+/// A time: `40 s`, `12 min`, `3.4 h`, `2.1 days`.
+pub fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 90.0 => format!("{s:.0} s"),
+        s if s < 5400.0 => format!("{:.0} min", s / 60.0),
+        s if s < 172_800.0 => format!("{:.1} h", s / 3600.0),
+        s => format!("{:.1} days", s / 86_400.0),
+    }
+}
+
 fn scaled(mut n: f64, step: f64, units: &[&str]) -> String {
     let mut unit = 0;
     while n >= step && unit + 1 < units.len() {
@@ -193,6 +203,7 @@ mod tests {
     fn sizes_read_as_people_write_them() {
         assert_eq!(bytes(23.8e9), "23.80 GB");
         assert_eq!(count(512.0), "512");
+        assert_eq!(duration(12_240.0), "3.4 h");
         assert_eq!(flops(74.36e12), "74.36 TFLOP");
     }
 }
