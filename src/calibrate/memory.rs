@@ -331,7 +331,7 @@ impl CalibrationEstimate {
         ];
         lines.push(if d.fitting {
             format!(
-                "fits        {} for layers and solver, {} for activations of kept tokens",
+                "fits        {} for layers and solver, {} for activations",
                 size(b.solving),
                 size(b.streams)
             )

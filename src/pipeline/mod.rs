@@ -95,6 +95,15 @@ impl Pipeline {
         let located = locate(choice.model.as_deref(), &choice.reporter)?;
         let record = Record::read(&located.raw.name, &located.raw.metadata);
         let record = with_hint(record, DAMAGED)?;
+        // diffusers' `save_pretrained` keeps it in config.json alone
+        let of_config = |config: &ConfigFile| {
+            let value = config.json.get(record::KEY)?.clone();
+            Some(Record::from_value(&config.name, value))
+        };
+        let record = match record {
+            Some(record) => Some(record),
+            None => located.configs.iter().find_map(of_config).transpose()?,
+        };
         let diffusers = crate::checkpoint::diffusers::is_diffusers(&located.raw);
         let transformer = with_hint(config::canonical(&located.raw), DAMAGED)?;
         let mut configs = Vec::new();
@@ -137,6 +146,12 @@ impl Pipeline {
                 &choice.reporter,
             )?;
         }
+        choice.reporter.detail(format!(
+            "opened `{}`: {} tensors, {}",
+            located.model_ref,
+            transformer.len(),
+            crate::ui::bytes(transformer.bytes() as f64)
+        ));
         let mut choice = choice.clone();
         choice.fill_from_record(known.map(|r| &r.parts));
         Ok(Self {

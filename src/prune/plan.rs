@@ -112,6 +112,11 @@ impl PruningPlan {
     pub fn read(path: &std::path::Path) -> anyhow::Result<Self> {
         let name = path.display();
         let text = std::fs::read(path).with_context(|| format!("--plan: cannot read `{name}`"))?;
+        let is_list = text.trim_ascii_start().starts_with(b"[");
+        anyhow::ensure!(
+            !is_list,
+            "--plan: `{name}` is a list, not a plan\nhint: a plan is an object, such as {EXAMPLE}"
+        );
         let plan: Self = serde_json::from_slice(&text).with_context(|| {
             format!("--plan: `{name}` is not a plan\nhint: a plan is an object, such as {EXAMPLE}")
         })?;

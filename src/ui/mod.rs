@@ -5,8 +5,12 @@ use std::io::Write;
 use anyhow::{Context, Result};
 
 mod reporter;
+#[cfg(test)]
+mod skip;
 
 pub use reporter::{Level, Reporter};
+#[cfg(test)]
+pub(crate) use skip::skip;
 
 /// The causes of an error joined by colons, and the `hint:` lines among them.
 fn message(error: &anyhow::Error) -> (String, Vec<String>) {
@@ -72,14 +76,18 @@ pub fn wrap(text: &str, width: Option<usize>) -> String {
     };
     let mut lines = Vec::new();
     for line in text.lines() {
+        if line.chars().count() <= width {
+            lines.push(line.to_owned());
+            continue;
+        }
+        let indent: String = line.chars().take_while(|c| *c == ' ').collect();
         let mut current = String::new();
-        for word in line.split(' ') {
+        for word in line.trim_start().split(' ') {
             let len = current.chars().count() + 1 + word.chars().count();
-            if !current.is_empty() && len > width {
+            if !current.trim_start().is_empty() && len > width {
                 lines.push(std::mem::take(&mut current));
-            } else if !current.is_empty() {
-                current.push(' ');
             }
+            current.push_str(if current.is_empty() { &indent } else { " " });
             current.push_str(word);
         }
         lines.push(current);
@@ -197,6 +205,10 @@ mod tests {
         let wrapped = wrap(text, Some(9));
         assert_eq!(wrapped, "one two\nthree\nhint:\naverylongwordthatstays");
         assert_eq!(wrap(text, None), text);
+        assert_eq!(
+            wrap("  one  two\n  three four", Some(10)),
+            "  one  two\n  three\n  four"
+        );
     }
 
     #[test]
