@@ -39,8 +39,10 @@ pub struct Bytes {
     pub file: u64,
     /// Fitted layers and the solver.
     pub solving: u64,
-    /// Token streams of the sequential fits.
+    /// Token streams of the sequential fits, in memory.
     pub streams: u64,
+    /// Token streams of the sequential fits for which there is no room there, in a temporary file next to the output.
+    pub temporary_file: u64,
     /// All that is on the device at one time.
     pub device: u64,
     /// All that is on the host at one time.
