@@ -33,4 +33,5 @@ save_file(noise, sys.argv[1], metadata={"torch": torch.__version__.split("+")[0]
 PY
 "$python" scripts/golden_sample.py
 "$python" scripts/golden_clip.py
+"$python" scripts/golden_lora.py
 find "$golden" -type f -printf '%s\n' | awk '{ sum += $1 } END { print sum " bytes" }'

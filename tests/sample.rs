@@ -30,7 +30,7 @@ fn relative(a: &Tensor, b: &Tensor) -> Result<f64> {
 
 fn encoders(name: &str, length: Option<usize>) -> Result<TextEncoders> {
     let files = Files::folder(path("tests/golden").join(name).join("pipe"));
-    TextEncoders::load(&files, length, 512, DType::F32, &Device::Cpu)
+    TextEncoders::load(&files, &[], length, 512, DType::F32, &Device::Cpu)
 }
 
 fn prompts() -> Result<Vec<String>> {
@@ -42,7 +42,7 @@ fn prompts() -> Result<Vec<String>> {
 
 #[test]
 fn prompts_that_are_too_long_are_counted() -> Result<()> {
-    let encoders = TextEncoders::load(&Files::bundled(), None, 12, DType::F32, &Device::Cpu)?;
+    let encoders = TextEncoders::load(&Files::bundled(), &[], None, 12, DType::F32, &Device::Cpu)?;
     let cut = |prompts: &[String]| -> Result<[usize; 2]> {
         Ok(encoders.cut(prompts)?.map(|cut| cut.prompts))
     };
@@ -196,6 +196,7 @@ fn text_encoders_as_single_files_need_no_config_and_no_tokenizer() -> Result<()>
     let load = || {
         TextEncoders::load(
             &Files::folder(folder.path()),
+            &[],
             None,
             256,
             DType::F32,

@@ -7,7 +7,7 @@
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{Checkpoint, Source, keys};
-use crate::layout::BlockKind;
+use crate::layout::{BlockKind, FluxConfig};
 
 /// Modules outside the blocks: (original, diffusers).
 const GLOBAL: [(&str, &str); 9] = [
@@ -41,7 +41,8 @@ const GLOBAL: [(&str, &str); 9] = [
 ];
 
 /// The final modulation: the original's rows are (shift, scale), diffusers' (scale, shift).
-const FINAL_MODULATION: (&str, &str) = ("final_layer.adaLN_modulation.1", "norm_out.linear");
+pub(super) const FINAL_MODULATION: (&str, &str) =
+    ("final_layer.adaLN_modulation.1", "norm_out.linear");
 
 /// Modules of a double block: original, and the diffusers modules whose rows make it up.
 const DOUBLE: [(&str, &[&str]); 10] = [
@@ -88,7 +89,7 @@ const SINGLE_NORMS: [(&str, &str); 2] = [
 const REPLACEMENT: &str = "linear.";
 
 /// Original modules with the diffusers modules whose rows make them up.
-type Modules = &'static [(&'static str, &'static [&'static str])];
+pub(super) type Modules = &'static [(&'static str, &'static [&'static str])];
 /// Pairs of names: (original, diffusers).
 type Names = &'static [(&'static str, &'static str)];
 
@@ -99,8 +100,18 @@ fn tables(kind: BlockKind) -> (Modules, Names) {
     }
 }
 
+/// Modules outside of the blocks but the final modulation: original and diffusers' names.
+pub(super) fn global_modules(_: &FluxConfig) -> impl Iterator<Item = (&'static str, &'static str)> {
+    GLOBAL.into_iter()
+}
+
+/// Modules of a block: original names, and the diffusers modules whose rows make them up.
+pub(super) fn block_modules(_: &FluxConfig, kind: BlockKind) -> Modules {
+    tables(kind).0
+}
+
 /// diffusers' prefix of all blocks of a kind.
-fn block_prefix(kind: BlockKind) -> &'static str {
+pub(super) fn block_prefix(kind: BlockKind) -> &'static str {
     match kind {
         BlockKind::Double => "transformer_blocks",
         BlockKind::Single => "single_transformer_blocks",

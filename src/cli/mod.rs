@@ -6,6 +6,7 @@ use crate::ui::Level;
 
 mod calibrate;
 mod convert;
+mod diff;
 mod eval;
 mod generate;
 mod init;
@@ -19,6 +20,7 @@ mod units;
 
 pub use calibrate::{CALIBRATION, CalibrateArgs, CalibrationArgs, MergeStatsArgs, StatsArgs};
 pub use convert::ConvertArgs;
+pub use diff::DiffArgs;
 pub use eval::{BenchArgs, EvalArgs, VerifyArgs};
 pub use generate::GenerateArgs;
 pub use init::InitArgs;
@@ -26,9 +28,9 @@ pub use inspect::InspectArgs;
 pub use prune::PruneArgs;
 pub use score::{GoalArgs, PlanArgs, ScoreArgs};
 pub use shared::{
-    ConfigArgs, DecodeArgs, DeviceArgs, DryRunArgs, LayoutArgs, MemoryArgs, ModelArgs, OutputArgs,
-    PartsArgs, PipelineArgs, PrintArgs, PromptsArgs, RecipeArgs, RunArgs, SamplingArgs, SeedArgs,
-    SizeArgs,
+    ConfigArgs, DecodeArgs, DeviceArgs, DryRunArgs, LayoutArgs, LoraArgs, MemoryArgs, ModelArgs,
+    OutputArgs, PartsArgs, PatchArgs, PipelineArgs, PrintArgs, PromptsArgs, RecipeArgs, RunArgs,
+    SamplingArgs, SeedArgs, SizeArgs,
 };
 pub use shell::{CompletionsArgs, DoctorArgs, ManArgs};
 pub use train::TrainArgs;
@@ -104,6 +106,11 @@ pub enum Command {
         after_help = "Examples:\n  fastflux train-sandwich --output trained\n  fastflux train-sandwich --model pruned --output trained --rank 16 --log losses.jsonl"
     )]
     TrainSandwich(TrainArgs),
+    /// Write what differs between pruned models and the model that they were made from: a patch, which makes them of it again.
+    #[command(
+        after_help = "Examples:\n  fastflux diff --model pruned --output patch.safetensors\n  fastflux diff --model pruned-10 --model pruned-20 --output levels.safetensors\n  fastflux generate --model flux1-dev.safetensors --patch levels.safetensors --level 20 --prompt \"a fox in the snow\""
+    )]
+    Diff(DiffArgs),
     /// Generate images from prompts.
     #[command(
         after_help = "Examples:\n  fastflux generate --prompt \"a red circle left of a blue square on a white background\"\n  fastflux generate --model pruned --prompt-file prompts.txt --output images\n  fastflux generate --model flux1-dev.safetensors --text-encoders encoders --vae ae.safetensors --prompt \"a fox in the snow\""
@@ -116,7 +123,7 @@ pub enum Command {
     Eval(EvalArgs),
     /// Compare a model with tensors recorded from diffusers.
     #[command(
-        after_help = "Examples:\n  python scripts/make_reference.py PIPELINE reference.safetensors\n  fastflux verify --model PIPELINE --reference reference.safetensors"
+        after_help = "Examples:\n  python scripts/make_reference.py PIPELINE reference.safetensors\n  fastflux verify --model PIPELINE --reference reference.safetensors\n  fastflux verify --target comfyui pruned/flux.safetensors"
     )]
     Verify(VerifyArgs),
     /// Write a model in another number format: bf16, f16, f32, float8 (e4m3), or GGUF for ComfyUI-GGUF and others.

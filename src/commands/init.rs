@@ -186,6 +186,7 @@ mod tests {
             tool: String::new(),
             base: bundled.model_ref.clone(),
             base_fingerprint: String::new(),
+            lora: Vec::new(),
             layout: config.layout.clone(),
             axes_dims: config.axes_dims.clone(),
             theta: config.theta,

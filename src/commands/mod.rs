@@ -17,6 +17,7 @@ use crate::{
 mod bench;
 mod calibrate;
 mod convert;
+mod diff;
 mod doctor;
 mod eval;
 mod generate;
@@ -46,6 +47,7 @@ pub fn run(command: Command, reporter: &Reporter) -> Result<ExitCode> {
         Command::TrainSandwich(args) => {
             train_sandwich::run(&args, reporter).map(|()| ExitCode::SUCCESS)
         }
+        Command::Diff(args) => diff::run(&args, reporter).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(&args, reporter).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(&args, reporter),
         Command::Convert(args) => convert::run(&args, reporter).map(|()| ExitCode::SUCCESS),

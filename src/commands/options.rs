@@ -25,6 +25,8 @@ use crate::{
 pub(super) fn bare_choice(args: &ModelArgs, reporter: &Reporter) -> ModelChoice {
     ModelChoice {
         model: args.model.clone(),
+        lora: args.lora.lora.clone(),
+        patch: args.patch.choice(),
         config: args.config.config.clone(),
         reporter: reporter.clone(),
         ..ModelChoice::default()
@@ -160,6 +162,7 @@ pub(super) fn prune(args: &PruneArgs) -> Result<PruneOptions> {
         output: args.output.path.clone(),
         force: args.output.force,
         layout: args.layout.layout,
+        patch: args.pipeline.model.patch.writes(),
         vae_tile: args.decode.vae_tile,
     })
 }

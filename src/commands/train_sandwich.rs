@@ -100,10 +100,8 @@ pub(super) fn run(args: &TrainArgs, reporter: &Reporter) -> Result<()> {
     super::write_losses(&target.path().join("loss.svg"), &trained.saved.progress.log)?;
     target.finish()?;
     if keep_lora {
-        reporter.note(format!(
-            "the LoRA lies next to the model in `{}`, in the names of PEFT and diffusers (`load_lora_weights`): fastflux itself does not apply it, so its own images and numbers are those without it\nhint: without --keep-lora it is merged",
-            output.join(LORA_FILE).display()
-        ));
+        let lora = output.join(LORA_FILE).display().to_string();
+        reporter.note(format!("--lora {lora} applies what is not merged"));
     }
     super::show(args.output.print, &report, || report.table())?;
     let next = format!("eval --model {}", super::path_word(output));

@@ -66,8 +66,10 @@ impl ImageJob {
             ("size", &size),
             ("model", &pipeline.model_ref),
             ("Software", &record::software()),
+            ("lora", &pipeline.lora_names()),
         ];
-        image.save(&self.path, &text)
+        let used = text.len() - usize::from(pipeline.lora.is_empty());
+        image.save(&self.path, &text[..used])
     }
 }
 

@@ -67,6 +67,7 @@ pub fn text_encoders(
     schedule(pipeline)?;
     let encoders = TextEncoders::load(
         files,
+        &pipeline.text_lora,
         length,
         pipeline.default_text_length()?,
         runtime.dtype,

@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 mod check;
 mod reference;
 mod report;
+pub mod target;
 
 use check::Check;
 pub use reference::Reference;

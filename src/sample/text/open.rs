@@ -9,7 +9,11 @@ use super::ops::Activation;
 use super::t5::T5;
 use super::t5_config::{FeedForward, T5Config};
 use super::{ClipText, TextEncoders};
-use crate::checkpoint::{Checkpoint, with_hint};
+use crate::checkpoint::{
+    Checkpoint,
+    lora::{Lora, TextEncoder},
+    with_hint,
+};
 use crate::files::{Blob, Files};
 use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
 
@@ -56,19 +60,21 @@ impl TextEncoders {
     /// Opens the text encoders in a pipeline's folder (`text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2`), or the files
     /// `…clip….safetensors` and `…t5….safetensors` in the folder itself, and checks every tensor's shape.
     ///
+    /// LoRA files are added to the weights of those encoders that they name.
     /// Prompts are given `length` T5 tokens, by default `default_length` or the tokenizer's own limit if that is smaller.
     ///
     /// # Errors
     /// When files are missing or damaged, or a tensor has another shape than its config says; the message names it.
     pub fn load(
         files: &Files,
+        lora: &[Lora],
         length: Option<usize>,
         default_length: usize,
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let (clip, clip_config) = open(files, Family::Clip)?;
-        let (t5, t5_config) = open(files, Family::T5)?;
+        let (mut clip, clip_config) = open(files, Family::Clip)?;
+        let (mut t5, t5_config) = open(files, Family::T5)?;
         let clip_config = match clip_config {
             Some(blob) => with_hint(clip_from_json(&blob), DAMAGED)
                 .with_context(|| describe(files, Family::Clip))?,
@@ -81,6 +87,10 @@ impl TextEncoders {
         };
         check(&clip, &clip_config.tensors())?;
         check(&t5, &t5_config.tensors())?;
+        for lora in lora {
+            lora.apply_text(TextEncoder::Clip, &mut clip)?;
+            lora.apply_text(TextEncoder::T5, &mut t5)?;
+        }
 
         let t5_tokenizer = tokenizer(files, Family::T5, t5_config.vocab_size)?;
         let limit = t5_tokenizer.model_max_length().unwrap_or(usize::MAX);
