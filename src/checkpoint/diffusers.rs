@@ -132,13 +132,9 @@ pub fn modules(
 
 /// Whether the tensor names are those of diffusers' `FluxTransformer2DModel`.
 pub fn is_diffusers(checkpoint: &Checkpoint) -> bool {
+    let kinds = [BlockKind::Double, BlockKind::Single].map(block_prefix);
     let mut names = checkpoint.names().filter_map(transformer_name);
-    names.any(|name| {
-        let first = name.split('.').next();
-        [BlockKind::Double, BlockKind::Single]
-            .map(block_prefix)
-            .contains(&first.unwrap_or_default())
-    })
+    names.any(|name| kinds.contains(&name.split('.').next().unwrap_or_default()))
 }
 
 /// The same tensors under the original names.

@@ -179,21 +179,6 @@ impl Source {
         })
     }
 
-    /// The same bytes read as another format of as many bits.
-    ///
-    /// # Errors
-    /// When the formats differ in size, or the bytes do not lie in files.
-    pub(super) fn reinterpreted(mut self, format: StorageDType) -> Result<Self> {
-        ensure!(
-            matches!(self.data, Data::Pieces(_))
-                && format.bytes(self.elements()) == self.byte_len(),
-            "bytes of {} cannot be read as {format}",
-            self.format
-        );
-        self.format = format;
-        Ok(self)
-    }
-
     /// What stored values are multiplied by: one number, or one for each row.
     pub fn scale(&self) -> Option<&[f32]> {
         self.scale.as_deref()

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Arg, Args};
 
-use super::units::{bytes, number, whole};
+use super::units::{bytes, number, seed, whole};
 use crate::{
     checkpoint::{lora::LoraChoice, output::Naming},
     device::{DTypeChoice, DeviceChoice},
@@ -161,8 +161,8 @@ pub struct SizeArgs {
 /// The seed.
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub struct SeedArgs {
-    /// Seed of all that is random. Default: 0.
-    #[arg(long)]
+    /// Seed of all that is random: a number, or random. Default: 0.
+    #[arg(long, value_name = "N|random", value_parser = seed)]
     pub seed: Option<u64>,
 }
 

@@ -82,6 +82,13 @@ pub(super) fn read_config(name: &str) -> Result<ConfigFile> {
             name: (*known).to_owned(),
             json: serde_json::from_str(text)?,
         }),
+        _ if !Path::new(name).exists() => {
+            let names: Vec<&str> = BUNDLED.iter().map(|(known, _)| *known).collect();
+            bail!(
+                "--config: `{name}` does not exist\nhint: name a file, or one of {}",
+                names.join(", ")
+            )
+        }
         _ => ConfigFile::read(Path::new(name)),
     }
     .context("--config")

@@ -4,7 +4,6 @@
 
 use std::{
     fs::File,
-    io::Read,
     ops::Deref,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, Weak},
@@ -18,10 +17,15 @@ mod bundled;
 mod hub;
 mod id;
 pub mod output;
+mod small;
+mod space;
 
 #[cfg(feature = "hub")]
 pub use hub::HubSettings;
 pub use id::{parse_file, parse_id};
+use small::check_file;
+pub use small::{MAX_SMALL, read_small};
+pub use space::free_space;
 
 use crate::ui::Reporter;
 
@@ -89,46 +93,6 @@ impl Blob {
         }
         Ok(Self::Mapped(map))
     }
-}
-
-/// Bytes of the largest JSON, text or list of prompts that is read.
-pub const MAX_SMALL: u64 = 64 << 20;
-
-/// Fails at what is no file before it is opened: opening a pipe waits for somebody who writes into it.
-fn check_file(path: &Path) -> Result<()> {
-    let meta =
-        std::fs::metadata(path).with_context(|| format!("cannot open `{}`", path.display()))?;
-    // what a shell made of `<(command)`
-    let of_shell = path.starts_with("/dev/fd") || path.starts_with("/proc/self/fd");
-    if !meta.is_file() && !of_shell {
-        let what = if meta.is_dir() {
-            "a folder"
-        } else {
-            "a pipe or a device"
-        };
-        return Err(anyhow!("`{}` is {what}, not a file", path.display()));
-    }
-    Ok(())
-}
-
-/// The bytes of a small file, at most `most` of them.
-///
-/// # Errors
-/// When it is no file, cannot be read, or is larger; the message names it.
-pub fn read_small(path: &Path, most: u64) -> Result<Vec<u8>> {
-    let name = path.display();
-    check_file(path)?;
-    let file = File::open(path).with_context(|| format!("cannot open `{name}`"))?;
-    let mut bytes = Vec::new();
-    let read = file.take(most + 1).read_to_end(&mut bytes);
-    read.with_context(|| format!("cannot read `{name}`"))?;
-    if bytes.len() as u64 > most {
-        return Err(anyhow!(
-            "`{name}` is larger than {} MB, which no such file is",
-            most >> 20
-        ));
-    }
-    Ok(bytes)
 }
 
 impl Deref for Blob {
@@ -383,6 +347,38 @@ impl Files {
             #[cfg(feature = "hub")]
             Root::Hub(repo) => repo.resolved(),
         }
+    }
+}
+
+/// Where files of the hub are kept, and how the hub is asked.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Cache {
+    /// The folder.
+    pub folder: String,
+    /// Whether the hub is never asked.
+    pub offline: bool,
+    /// Whether there is an access token.
+    pub has_token: bool,
+    /// Free bytes on its disk.
+    pub free: Option<u64>,
+}
+
+impl Cache {
+    /// As the environment says; `None` in a build without hub.
+    pub fn from_env() -> Option<Self> {
+        #[cfg(feature = "hub")]
+        {
+            let settings = HubSettings::from_env(Reporter::silent());
+            let mut there = settings.cache.ancestors();
+            Some(Self {
+                free: there.find(|folder| folder.exists()).and_then(free_space),
+                folder: settings.cache.display().to_string(),
+                offline: settings.offline,
+                has_token: settings.token.is_some(),
+            })
+        }
+        #[cfg(not(feature = "hub"))]
+        None
     }
 }
 

@@ -212,11 +212,14 @@ impl InspectReport {
                 self.format
             ),
             format!(
-                "one step    {} at {}×{} with {} text tokens ({} matrix products, {} attention), reads {} of weights",
+                "one step    {} at {}×{} with {} text tokens",
                 ui::flops(step.flops as f64),
                 step.width,
                 step.height,
                 step.text_tokens,
+            ),
+            format!(
+                "            {} matrix products, {} attention; reads {}",
                 ui::flops(step.matmul_flops as f64),
                 ui::flops(step.attention_flops as f64),
                 ui::bytes(self.bytes as f64)

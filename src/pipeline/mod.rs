@@ -16,7 +16,7 @@ use crate::{
         record::{self, Record},
         with_hint,
     },
-    files::{BUNDLED, Files},
+    files::Files,
     layout::FluxConfig,
     ui::Reporter,
 };
@@ -119,7 +119,16 @@ impl Pipeline {
             choice.reporter.note(note);
         }
         let record = Record::read(&located.raw.name, &located.raw.metadata);
-        let mut record = with_hint(record, DAMAGED)?;
+        let record = with_hint(record, DAMAGED)?;
+        // diffusers' `save_pretrained` keeps it in config.json alone
+        let of_config = |config: &ConfigFile| {
+            let value = config.json.get(record::KEY)?.clone();
+            Some(Record::from_value(&config.name, value))
+        };
+        let mut record = match record {
+            Some(record) => Some(record),
+            None => located.configs.iter().find_map(of_config).transpose()?,
+        };
         let diffusers = crate::checkpoint::diffusers::is_diffusers(&located.raw);
         let mut transformer = with_hint(config::canonical(&located.raw), DAMAGED)?;
         if let Some(file) = &choice.patch {
@@ -170,6 +179,12 @@ impl Pipeline {
         let lora = lora::apply(choice, &mut transformer, &config, kept)?;
         let mut text_lora = lora::for_text(record.as_ref(), &choice.reporter);
         text_lora.extend(lora.iter().map(|opened| opened.lora.clone()));
+        choice.reporter.detail(format!(
+            "opened `{}`: {} tensors, {}",
+            located.model_ref,
+            transformer.len(),
+            crate::ui::bytes(transformer.bytes() as f64)
+        ));
         let mut choice = choice.clone();
         let folder = located.pipeline.as_ref().and_then(Files::on_disk);
         let base = known.and_then(|record| known::base_of(record, folder));

@@ -168,6 +168,21 @@ impl Source {
         })
     }
 
+    /// The same bytes read as another format of as many bits.
+    ///
+    /// # Errors
+    /// When the formats differ in size, or the bytes do not lie in files.
+    pub(in crate::checkpoint) fn reinterpreted(mut self, format: StorageDType) -> Result<Self> {
+        ensure!(
+            matches!(self.data, Data::Pieces(_))
+                && format.bytes(self.elements()) == self.byte_len(),
+            "bytes of {} cannot be read as {format}",
+            self.format
+        );
+        self.format = format;
+        Ok(self)
+    }
+
     /// The same values under another shape; blocks that are not whole rows there become float32, computed when they are
     /// read.
     ///
