@@ -44,7 +44,7 @@ impl ConfigFile {
 /// When the tensors are not those of a FLUX transformer; the message says what was found and what was missing.
 pub fn canonical(checkpoint: &Checkpoint) -> Result<Checkpoint> {
     if let Some(other) = identify::transformer(checkpoint) {
-        bail!("`{}` {other}", checkpoint.name);
+        bail!("`{}` {}{other}", checkpoint.name, other.beginning());
     }
     if Part::Transformer.is_in(checkpoint) {
         let transformer = Part::Transformer.take(checkpoint, "")?;

@@ -14,6 +14,17 @@ pub(super) struct Identity {
     hint: &'static str,
 }
 
+impl Identity {
+    /// How a sentence about the file begins: what is merely in a format that is not read is a FLUX transformer all the same.
+    pub(super) fn beginning(self) -> &'static str {
+        if self.hint == UNQUANTIZED {
+            ""
+        } else {
+            "is not a FLUX transformer: it "
+        }
+    }
+}
+
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}\nhint: {}", self.what, self.hint)

@@ -213,8 +213,13 @@ impl Checkpoint {
 pub fn with_hint<T>(result: Result<T>, hint: &str) -> Result<T> {
     result.map_err(|error| {
         let text = format!("{error:#}");
-        if let Some((what, own)) = text.split_once("\nhint: fetch the file again") {
-            return anyhow::anyhow!("{what}\nhint: fetch the file again, or {hint}{own}");
+        if let Some(what) = text.strip_suffix("\nhint: fetch the file again") {
+            // what a run wrote itself is nowhere to be fetched
+            return if hint.starts_with("name ") {
+                anyhow::anyhow!("{what}\nhint: fetch the file again, or {hint}")
+            } else {
+                anyhow::anyhow!("{what}\nhint: {hint}")
+            };
         }
         if text.contains("\nhint:") {
             return error;
