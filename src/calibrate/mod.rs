@@ -104,7 +104,7 @@ impl<'a> Calibrator<'a> {
             schedule: &self.schedule,
             steps: recipe.steps.context("steps are resolved")?,
             guidance: recipe.guidance.context("guidance is resolved")?,
-            size: self.settings.size.latent(),
+            size: self.settings.size.latent(self.pipeline.config.family),
         })
     }
 

@@ -7,7 +7,7 @@ use crate::{
     model::Inputs,
     sample::{
         denoise::{Encoded, LatentSize},
-        latents, noise,
+        noise,
     },
 };
 
@@ -50,6 +50,26 @@ impl Batch {
             guidance: Some(&self.guidance),
         }
     }
+}
+
+/// Image tokens (b, tokens, channels) and their positions, with those of the reference images behind them.
+///
+/// # Errors
+/// When memory is short.
+pub(crate) fn with_references(
+    img: Tensor,
+    img_ids: Tensor,
+    prompts: &Encoded,
+) -> Result<(Tensor, Tensor)> {
+    let Some(references) = &prompts.references else {
+        return Ok((img, img_ids));
+    };
+    let tokens = references.tokens_of(img.dim(0)?)?;
+    let tokens = tokens.to_device(img.device())?;
+    Ok((
+        Tensor::cat(&[&img, &tokens.to_dtype(img.dtype())?], 1)?,
+        Tensor::cat(&[&img_ids, &references.ids], 0)?,
+    ))
 }
 
 /// Which of all images a share holds.
@@ -174,6 +194,7 @@ impl States {
         }
         let noise = Tensor::stack(&noises, 0)?;
         let which: Vec<u32> = items.iter().map(|(picture, _, _)| *picture).collect();
+        let prompts = self.prompts.select(&which)?;
         let which = Tensor::new(which, &Device::Cpu)?;
         let times: Vec<f32> = items.iter().map(|(_, t, _)| *t).collect();
         let t = Tensor::new(times, &Device::Cpu)?.reshape((items.len(), 1, 1))?;
@@ -182,16 +203,15 @@ impl States {
             .to_device(&Device::Cpu)?
             .index_select(&which, 0)?;
         let img = (clean.broadcast_mul(&t.affine(-1.0, 1.0)?)? + noise.broadcast_mul(&t)?)?;
-        let which = which.to_device(self.prompts.txt.device())?;
+        let (img, img_ids) = with_references(img, self.size.img_ids()?, &prompts)?;
         let place = |t: Tensor| -> Result<Tensor> { Ok(t.to_device(device)?.to_dtype(dtype)?) };
-        let text_len = self.prompts.txt.dim(1)?;
         Ok(Batch {
             img: place(img)?,
-            img_ids: latents::img_ids(self.size.height, self.size.width, &Device::Cpu)?,
-            txt: place(self.prompts.txt.index_select(&which, 0)?)?,
-            txt_ids: latents::txt_ids(text_len, &Device::Cpu)?,
+            img_ids,
+            txt: place(prompts.txt)?,
+            txt_ids: self.size.txt_ids(self.prompts.txt.dim(1)?)?,
             timestep: t.flatten_all()?.to_device(device)?,
-            vec: place(self.prompts.vec.index_select(&which, 0)?)?,
+            vec: place(prompts.vec)?,
             guidance: Tensor::full(self.guidance as f32, items.len(), device)?,
         })
     }

@@ -46,12 +46,15 @@ pub fn parse(name: &str) -> Option<BlockKey<'_>> {
 pub fn canonical(name: &str, prefix: &str) -> Option<String> {
     let name = name.strip_prefix(prefix)?;
     let top = name.split('.').next()?;
-    const TOPS: [&str; 8] = [
+    const TOPS: [&str; 11] = [
         "img_in",
         "txt_in",
         "time_in",
         "vector_in",
         "guidance_in",
+        "double_stream_modulation_img",
+        "double_stream_modulation_txt",
+        "single_stream_modulation",
         "double_blocks",
         "single_blocks",
         "final_layer",

@@ -1,19 +1,20 @@
 //! `generate`: prompts → PNG files.
 
-use std::path::Path;
+use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::options;
 use crate::{
     checkpoint::{record, target},
     cli::GenerateArgs,
+    layout::Family,
     pipeline::{
         Pipeline,
-        generate::{self, ImageJob},
+        generate::{self, ImageJob, JobOptions},
         load, prompts,
     },
-    sample::{png::Image, size::ImageSize},
+    sample::{image, png::Image, reference},
     ui,
 };
 
@@ -32,15 +33,26 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
         args.images_per_prompt,
         prompts.len()
     );
-    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
-    let size = pipeline.image_size(args.size.width, args.size.height)?;
-    if args.sampling.guidance.is_some() && !pipeline.config.guidance_embed {
-        ui::note(format!(
-            "`{}` has no guidance embedding: --guidance has no effect",
-            pipeline.name
-        ));
-    }
-    let jobs = jobs(args, &pipeline, &prompts, size)?;
+    let (mut pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
+    let references = references(args, &pipeline)?;
+    // FLUX.2 draws an image of the size of the first reference image, as diffusers does
+    let first = references.first();
+    let first = first.filter(|_| pipeline.config.family == Family::FLUX2);
+    let size = pipeline.image_size(
+        args.size.width.or(first.map(|image| image.width as usize)),
+        args.size
+            .height
+            .or(first.map(|image| image.height as usize)),
+    )?;
+    let jobs = generate::jobs(&JobOptions {
+        output: &args.output.path,
+        prompts: &prompts,
+        images_per_prompt: args.images_per_prompt,
+        seed: args.seed.seed.unwrap_or_default(),
+        steps: (args.sampling.steps).unwrap_or_else(|| pipeline.default_steps()),
+        guidance: guidance(args, &mut pipeline)?,
+        size,
+    })?;
     for job in &jobs {
         target::check_file(&job.path, args.output.force)?;
     }
@@ -50,14 +62,17 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     load::schedule(&pipeline)?
         .sigmas(steps, size.tokens())
         .with_context(|| pipeline.scheduler_name.clone())?;
-    let encoded = load::encode_prompts(
-        &pipeline,
-        &prompts,
-        args.max_sequence_length,
-        budget.runtime(),
-    )?;
+    let (length, runtime) = (args.max_sequence_length, budget.runtime());
+    let mut encoded = load::encode_prompts(&pipeline, &prompts, length, runtime)?;
+    if !references.is_empty() {
+        encoded.references = Some(load::references(&pipeline, &references, runtime)?);
+    }
     let latents = generate::latents(&pipeline, &budget, &jobs, &encoded, size)?;
-    let decoder = budget.decoder(&vae_files, size.latent(), args.decode.vae_tile)?;
+    let decoder = budget.decoder(
+        &vae_files,
+        size.latent(pipeline.config.family),
+        args.decode.vae_tile,
+    )?;
     for (i, job) in jobs.iter().enumerate() {
         let picture = decoder.pictures(&latents.narrow(0, i, 1)?)?;
         let picture = picture.first().context("the VAE gave no image")?;
@@ -72,53 +87,43 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     Ok(())
 }
 
-/// All images with their paths; two may not share one.
-fn jobs(
-    args: &GenerateArgs,
-    pipeline: &Pipeline,
-    prompts: &[String],
-    size: ImageSize,
-) -> Result<Vec<ImageJob>> {
-    let several = prompts.len() * args.images_per_prompt > 1;
-    let seed = args.seed.seed.unwrap_or_default();
-    let mut jobs = Vec::new();
-    for (prompt_index, prompt) in prompts.iter().enumerate() {
-        for image_index in 0..args.images_per_prompt {
-            jobs.push(ImageJob {
-                path: generate::output_path(
-                    &args.output.path,
-                    seed,
-                    prompt_index,
-                    image_index,
-                    several,
-                )?,
-                prompt: prompt.clone(),
-                seed,
-                steps: args
-                    .sampling
-                    .steps
-                    .unwrap_or_else(|| pipeline.default_steps()),
-                guidance: pipeline.config.guidance_embed.then(|| {
-                    args.sampling
-                        .guidance
-                        .unwrap_or_else(|| pipeline.default_guidance())
-                }),
-                width: size.width,
-                height: size.height,
-                prompt_index,
-                image_index,
-            });
+/// The guidance that images are drawn with, and what the flags say about it that has no effect.
+fn guidance(args: &GenerateArgs, pipeline: &mut Pipeline) -> Result<Option<f64>> {
+    let name = &pipeline.name;
+    ensure!(
+        args.negative_prompt.is_none() || pipeline.takes_negative_prompt(),
+        "--negative-prompt: `{name}` takes none: only FLUX.2 as long as it was not distilled is guided by one"
+    );
+    if !pipeline.takes_guidance() {
+        if args.sampling.guidance.is_some() {
+            ui::note(format!(
+                "`{name}` takes no guidance (it has no embedding of it, or was distilled): --guidance has no effect"
+            ));
         }
+        return Ok(None);
     }
-    let mut paths: Vec<&Path> = jobs.iter().map(|job| job.path.as_path()).collect();
-    paths.sort();
-    if let Some(twice) = paths.windows(2).find(|pair| pair[0] == pair[1]) {
-        bail!(
-            "--output `{}` would be written twice\nhint: use a folder, or a pattern with {{prompt}} and {{image}}",
-            twice[0].display()
-        );
+    if let Some(negative) = &args.negative_prompt {
+        pipeline.negative_prompt.clone_from(negative);
     }
-    Ok(jobs)
+    let own = pipeline.default_guidance();
+    Ok(Some(args.sampling.guidance.unwrap_or(own)))
+}
+
+/// The reference images, at the sizes that the model sees them in.
+fn references(args: &GenerateArgs, pipeline: &Pipeline) -> Result<Vec<Image>> {
+    let family = &pipeline.config.family;
+    ensure!(
+        args.image.len() <= 1 || *family == Family::FLUX2,
+        "--image: `{}` takes one reference image, {} are given",
+        pipeline.name,
+        args.image.len()
+    );
+    let read = |path: &PathBuf| {
+        let image = reference::prepared(&image::read(path)?, family);
+        image.with_context(|| format!("`{}`", path.display()))
+    };
+    let images = args.image.iter().map(read).collect::<Result<_>>();
+    images.context("--image")
 }
 
 fn create_folders(jobs: &[ImageJob]) -> Result<()> {

@@ -80,7 +80,7 @@ impl Task<'_> {
             let noised = States::noised(
                 latents.clone(),
                 self.encoded.clone(),
-                self.size.latent(),
+                self.size.latent(pipeline.config.family),
                 self.guidance,
                 draws,
                 self.seed.wrapping_add(1),
@@ -125,7 +125,7 @@ impl Task<'_> {
             schedule: &self.schedule,
             steps: self.steps,
             guidance: self.guidance,
-            size: self.size.latent(),
+            size: self.size.latent(pipeline.config.family),
         };
         let images = self.encoded.len();
         let progress = ui::progress(images.div_ceil(batch) * self.steps, "sampling");
@@ -197,8 +197,8 @@ pub fn check_family(baseline: &Pipeline, model: &Pipeline) -> Result<()> {
     for (what, a, b) in [
         ("input channels", a.in_channels, b.in_channels),
         ("output channels", a.out_channels, b.out_channels),
-        ("T5 width", a.context_in_dim, b.context_in_dim),
-        ("CLIP width", a.vec_in_dim, b.vec_in_dim),
+        ("width of the text", a.context_in_dim, b.context_in_dim),
+        ("width of the pooled text", a.vec_in_dim, b.vec_in_dim),
     ] {
         ensure!(
             a == b,

@@ -8,10 +8,7 @@ use candle_nn::VarBuilder;
 
 use super::testing::{SmallInputs, close, random, random_flux, small_config, tensors_of};
 use super::{Conditioning, Flux, cost};
-use crate::layout::{
-    Activation, BlockId, BlockSpec, Family, FluxConfig, Form, ModulationSource, Replacement,
-    unpruned,
-};
+use crate::layout::{BlockId, BlockSpec, Family, FluxConfig, Form, Replacement, unpruned};
 
 /// Two double and two single blocks of a family that differs from FLUX.1 in everything that `FluxConfig` can say.
 fn config() -> FluxConfig {
@@ -20,11 +17,7 @@ fn config() -> FluxConfig {
         guidance_embed: false,
         axes_dims: vec![4, 4, 4, 4],
         theta: 2000.0,
-        family: Family {
-            biases: false,
-            modulation: ModulationSource::Shared,
-            activation: Activation::SwiGlu,
-        },
+        family: Family::FLUX2,
         layout: unpruned(2, 2),
         ..small_config()
     }

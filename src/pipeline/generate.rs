@@ -60,7 +60,7 @@ pub fn latents(
     let Some(first) = jobs.first() else {
         bail!("nothing to generate")
     };
-    let tokens = size.tokens() + encoded.txt.dim(1)?;
+    let tokens = size.tokens() + encoded.tokens();
     let default = TOKENS_PER_FORWARD / tokens;
     let batch = budget.batch(&pipeline.config, tokens, default.min(jobs.len()));
     let need = Activity {
@@ -77,7 +77,7 @@ pub fn latents(
         schedule: &schedule,
         steps: first.steps,
         guidance: first.guidance.unwrap_or_default(),
-        size: size.latent(),
+        size: size.latent(pipeline.config.family),
     };
     let channels = pipeline.config.out_channels / 4;
     ensure!(
@@ -97,16 +97,12 @@ pub fn latents(
     let progress = ui::progress(jobs.len().div_ceil(batch) * denoise.steps, "generating");
     let mut latents = Vec::new();
     for jobs in jobs.chunks(batch) {
-        let pick = |f: fn(&ImageJob) -> usize| -> Result<Tensor> {
-            let indices: Vec<u32> = jobs.iter().map(|job| f(job) as u32).collect();
-            Ok(Tensor::new(indices, &candle::Device::Cpu)?)
+        let pick = |f: fn(&ImageJob) -> usize| -> Vec<u32> {
+            jobs.iter().map(|job| f(job) as u32).collect()
         };
-        let prompts = pick(|job| job.prompt_index)?.to_device(encoded.txt.device())?;
-        let prompts = Encoded {
-            txt: encoded.txt.index_select(&prompts, 0)?,
-            vec: encoded.vec.index_select(&prompts, 0)?,
-        };
-        let noise = noise.index_select(&pick(|job| job.image_index)?, 0)?;
+        let prompts = encoded.select(&pick(|job| job.prompt_index))?;
+        let images = Tensor::new(pick(|job| job.image_index), &candle::Device::Cpu)?;
+        let noise = noise.index_select(&images, 0)?;
         let drawn = denoise.run(&noise, &prompts, &mut (), &mut || progress.inc(1));
         latents.push(drawn.with_context(|| format!("`{}`", pipeline.name))?);
     }
@@ -121,6 +117,59 @@ pub fn latents(
         ),
     );
     Ok(latents)
+}
+
+/// Which images to generate.
+#[derive(Clone, Copy, Debug)]
+pub struct JobOptions<'a> {
+    /// A file, a pattern or a folder.
+    pub output: &'a Path,
+    /// What is on the images.
+    pub prompts: &'a [String],
+    /// Images of each prompt.
+    pub images_per_prompt: usize,
+    /// Seed of the noise.
+    pub seed: u64,
+    /// Sampling steps.
+    pub steps: usize,
+    /// Guidance scale; `None` for a model that takes none.
+    pub guidance: Option<f64>,
+    /// Size of all images.
+    pub size: ImageSize,
+}
+
+/// All images with their paths; two may not share one.
+///
+/// # Errors
+/// When the output is no name of an image or a folder, or the same for two images.
+pub fn jobs(options: &JobOptions) -> Result<Vec<ImageJob>> {
+    let several = options.prompts.len() * options.images_per_prompt > 1;
+    let (output, seed) = (options.output, options.seed);
+    let mut jobs = Vec::new();
+    for (prompt_index, prompt) in options.prompts.iter().enumerate() {
+        for image_index in 0..options.images_per_prompt {
+            jobs.push(ImageJob {
+                path: output_path(output, seed, prompt_index, image_index, several)?,
+                prompt: prompt.clone(),
+                seed,
+                steps: options.steps,
+                guidance: options.guidance,
+                width: options.size.width,
+                height: options.size.height,
+                prompt_index,
+                image_index,
+            });
+        }
+    }
+    let mut paths: Vec<&Path> = jobs.iter().map(|job| job.path.as_path()).collect();
+    paths.sort();
+    if let Some(twice) = paths.windows(2).find(|pair| pair[0] == pair[1]) {
+        bail!(
+            "--output `{}` would be written twice\nhint: use a folder, or a pattern with {{prompt}} and {{image}}",
+            twice[0].display()
+        );
+    }
+    Ok(jobs)
 }
 
 /// The file of one image: a pattern is filled in, a .png name is taken (numbered where there are several), anything

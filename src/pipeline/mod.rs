@@ -14,7 +14,7 @@ use crate::{
         record::{self, Record},
     },
     files::{BUNDLED, Files},
-    layout::{BlockKind, FluxConfig},
+    layout::{BlockKind, Family, FluxConfig},
 };
 
 mod components;
@@ -68,6 +68,8 @@ pub struct Pipeline {
     pub scheduler_name: String,
     /// The model's own defaults.
     pub defaults: Defaults,
+    /// What images are to be unlike, for a model that takes a negative prompt.
+    pub negative_prompt: String,
     components: Components,
 }
 
@@ -108,8 +110,6 @@ impl Pipeline {
             _ => record.as_ref(),
         };
         let config = config::infer(&transformer, record.as_ref(), &configs)?;
-        let flux1 =
-            config.head_dim() == 128 && config.context_in_dim == 4096 && config.vec_in_dim == 768;
         let (scheduler, scheduler_name) = scheduler::of_model(
             &configs,
             found.pipeline.as_ref(),
@@ -118,7 +118,8 @@ impl Pipeline {
             &found.raw.name,
         )?;
         let defaults =
-            defaults::of_model(found.pipeline.as_ref(), record.as_ref(), &found.raw.name)?;
+            defaults::of_model(found.pipeline.as_ref(), record.as_ref(), &found.raw.name)?
+                .with_distilled(&config, found.pipeline.as_ref(), &found.locator)?;
         if let Some(record) = &record {
             warn_of_kept_lora(record, found.pipeline.as_ref(), &found.raw.name)?;
         }
@@ -129,16 +130,17 @@ impl Pipeline {
             locator: found.locator,
             transformer,
             diffusers,
-            config,
             scheduler,
             scheduler_name,
             defaults,
+            negative_prompt: String::new(),
             components: Components {
                 choice,
                 own: found.pipeline,
                 base: record.as_ref().map(|r| r.base.clone()),
-                flux1,
+                hub: components::hub(&config),
             },
+            config,
             record,
         })
     }
@@ -210,6 +212,19 @@ impl Pipeline {
             c.original_blocks(BlockKind::Double),
             c.original_blocks(BlockKind::Single),
         );
+        if c.family == Family::FLUX2 {
+            let size = match (blocks, c.hidden_size) {
+                ((5, 20), 3072) => "4B",
+                ((8, 24), 4096) => "9B",
+                ((8, 48), 6144) => return "FLUX.2-dev".to_owned(),
+                _ => "of another size",
+            };
+            let base = match self.defaults.distilled {
+                Some(false) => "base ",
+                _ => "",
+            };
+            return format!("FLUX.2 [klein] {base}{size}");
+        }
         let name = match blocks {
             (19, 38) if c.hidden_size == 3072 && c.guidance_embed => "FLUX.1-dev",
             (19, 38) if c.hidden_size == 3072 => "FLUX.1-schnell",

@@ -10,6 +10,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::layout::ShiftRule;
+
 /// Curve of the resolution-dependent shift.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
@@ -41,6 +43,8 @@ pub struct Schedule {
     use_exponential_sigmas: bool,
     use_beta_sigmas: bool,
     stochastic_sampling: bool,
+    #[serde(skip)]
+    rule: ShiftRule,
     #[serde(rename = "_class_name")]
     class: Option<String>,
     #[serde(flatten)]
@@ -65,6 +69,7 @@ impl Default for Schedule {
             use_exponential_sigmas: false,
             use_beta_sigmas: false,
             stochastic_sampling: false,
+            rule: ShiftRule::Tokens,
             class: None,
             unknown: serde_json::Map::new(),
         }
@@ -141,16 +146,26 @@ impl Schedule {
         Ok(schedule)
     }
 
+    /// The same with the dynamic shift of a family.
+    #[must_use]
+    pub fn with_rule(self, rule: ShiftRule) -> Self {
+        Self { rule, ..self }
+    }
+
     /// Noise levels before each of `steps` steps, and after the last: `steps + 1` numbers, from 1 down to 0.
     ///
-    /// `image_tokens` (a quarter of the latent pixels) matters to a dynamic shift only.
+    /// `image_tokens` (a quarter of the latent pixels) matters to a dynamic shift only; those of reference images do not
+    /// count.
     pub fn sigmas(&self, steps: usize, image_tokens: usize) -> Result<Vec<f32>> {
         ensure!(steps > 0, "sampling takes at least one step");
         let mut sigmas: Vec<f32> = linspace(1.0, 1.0 / steps as f64, steps)
             .map(|s| s as f32)
             .collect();
         if self.use_dynamic_shifting {
-            let mu = self.mu(image_tokens);
+            let mu = match self.rule {
+                ShiftRule::Tokens => self.mu(image_tokens),
+                ShiftRule::TokensAndSteps => measured_mu(image_tokens, steps),
+            };
             let top = match self.time_shift_type {
                 ShiftCurve::Exponential => mu.exp(),
                 ShiftCurve::Linear => mu,
@@ -213,6 +228,20 @@ impl Schedule {
         let slope = (self.max_shift - self.base_shift) / (max - base);
         image_tokens as f64 * slope + (self.base_shift - slope * base)
     }
+}
+
+/// Strength of FLUX.2's shift, by lines measured for 10 and 200 steps ([diffusers `compute_empirical_mu`][mu]).
+///
+/// [mu]: https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/pipelines/flux2/pipeline_flux2.py
+fn measured_mu(image_tokens: usize, steps: usize) -> f64 {
+    let tokens = image_tokens as f64;
+    let at_200 = 0.000_169_27 * tokens + 0.456_666_66;
+    if image_tokens > 4300 {
+        return at_200;
+    }
+    let at_10 = 8.738_095_24e-5 * tokens + 1.898_333_33;
+    let slope = (at_200 - at_10) / 190.0;
+    slope * steps as f64 + (at_200 - 200.0 * slope)
 }
 
 /// `numpy.linspace(start, stop, n)`.
@@ -336,6 +365,21 @@ mod tests {
             1024,
             &[0.0, 0.25, 0.5, 0.75, 1.0],
         );
+    }
+
+    #[test]
+    fn the_shift_of_flux2_follows_from_tokens_and_steps() -> Result<()> {
+        let klein = Schedule::flux_dev().with_rule(ShiftRule::TokensAndSteps);
+        // 1024×1024 in 4 steps
+        let sigmas = klein.sigmas(4, 4096)?;
+        for (a, b) in sigmas.iter().zip([1.0, 0.967, 0.908, 0.767, 0.0]) {
+            assert!((a - b).abs() < 5e-4, "{sigmas:?}");
+        }
+        // from 4301 tokens on the number of steps does not matter
+        let late = |steps: usize| anyhow::Ok(klein.sigmas(steps, 4301)?[steps / 2]);
+        assert!((late(4)? - late(50)?).abs() < 1e-6);
+        assert!(klein.sigmas(50, 4300)?[25] < klein.sigmas(4, 4300)?[2]);
+        Ok(())
     }
 
     #[test]

@@ -44,8 +44,9 @@ pub(super) fn sample_or_load(
     let flux = || pair.flux(strategy.offload, runtime);
     let data = &options.recipe.data;
     let guidance = data.guidance.context("guidance is resolved")?;
+    let latent = options.size.latent(pair.teacher.config.family);
     let new = |latents: Tensor, prompts: Encoded| {
-        Images::new(latents, prompts, options.size.latent(), guidance, runtime)
+        Images::new(latents, prompts, latent, guidance, runtime)
     };
     let seed = seed_of_images(options.recipe.seed);
     // what the images depend on, and nothing else
@@ -71,10 +72,7 @@ pub(super) fn sample_or_load(
         let tensor = |name: &str| -> Result<Tensor> {
             Ok(found.expect(name)?.tensor(&Device::Cpu)?.copy()?)
         };
-        let prompts = Encoded {
-            txt: tensor("txt")?,
-            vec: tensor("vec")?,
-        };
+        let prompts = Encoded::new(tensor("txt")?, tensor("vec")?);
         return Ok((flux()?, new(tensor("latents")?, prompts)?));
     }
     let teacher = &pair.teacher;
@@ -88,7 +86,7 @@ pub(super) fn sample_or_load(
         schedule: &schedule,
         steps: data.steps.context("steps are resolved")?,
         guidance,
-        size: options.size.latent(),
+        size: latent,
     };
     let tokens = options.size.tokens() + encoded.txt.dim(1)?;
     let batch = (TOKENS_PER_FORWARD / tokens).max(1);

@@ -4,6 +4,7 @@
 use anyhow::{Result, ensure};
 
 mod check;
+mod images;
 mod reference;
 mod report;
 

@@ -121,6 +121,7 @@ fn default_token(family: Family, name: &str) -> Option<&'static str> {
         (Family::T5, "eos_token") => Some("</s>"),
         (Family::T5, "unk_token") => Some("<unk>"),
         (Family::T5, "pad_token") => Some("<pad>"),
+        (Family::Qwen2, "eos_token" | "unk_token" | "pad_token") => Some("<|endoftext|>"),
         _ => None,
     }
 }
