@@ -1,5 +1,5 @@
 //! What lies between the matrix products of FLUX.1-dev at 1024×1024, one kernel after the other on the first GPU: time,
-//! and the share of what a copy reaches in the same run. Whole steps of a model are `fastflux bench`'s business.
+//! and the share of what a copy reaches in the same run. `fastflux bench` times whole steps of a model.
 //!
 //! `cargo bench --features cuda --bench cuda` (seconds); needs 4 GB on the GPU.
 #![allow(clippy::print_stdout, reason = "a benchmark prints its result")]
@@ -93,7 +93,7 @@ fn of(dtype: DType, device: &Device) -> Result<()> {
     report("GELU", 2 * total * MLP, &|| {
         ops::gelu(&mlp, Some(&mlp_bias), None)
     })?;
-    report("GELU beside attention", 2 * total * (HIDDEN + MLP), &|| {
+    report("GELU and attention", 2 * total * (HIDDEN + MLP), &|| {
         ops::gelu(&mlp, Some(&mlp_bias), Some(&x))
     })?;
 

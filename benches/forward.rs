@@ -1,4 +1,4 @@
-//! One forward of the transformer beside candle-transformers' own FLUX, same weights and inputs, in turn, in f32 and bf16.
+//! One forward of the transformer next to candle-transformers' own FLUX, same weights and inputs, in turn, in f32 and bf16.
 //!
 //! `cargo bench --bench forward` (about a minute), or with `-- --runs 3` for fewer forwards, `-- --alone` without the other
 //! model. Prints the median of each and the ratios; the outputs are compared first.

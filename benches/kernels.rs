@@ -2,7 +2,7 @@
 //! a checkpoint.
 //!
 //! `cargo bench --bench kernels` (a minute), or `cargo bench --bench kernels -- attention` for those whose name holds
-//! a word. Median and quartiles of each, in f32 where nothing else is said, on the CPU; `fastflux bench` times whole steps of a model.
+//! a word. Median and quartiles of each, in f32 if nothing else is said, on the CPU; `fastflux bench` times whole steps of a model.
 #![allow(clippy::print_stdout, reason = "a benchmark prints its result")]
 
 use anyhow::Result;
@@ -268,13 +268,13 @@ fn least_squares(report: &Report) -> Result<()> {
         report(
             &format!("products of {} rows, width {width}", 3 * width),
             &mut || {
-                sums = Some(Gram::of(&features, &target)?);
+                sums = Some(Gram::from_rows(&features, &target)?);
                 Ok(())
             },
         )?;
         let sums = match sums {
             Some(sums) => sums,
-            None => Gram::of(&features, &target)?,
+            None => Gram::from_rows(&features, &target)?,
         };
         report(&format!("least squares, width {width}"), &mut || {
             ridge::solve(&sums, 1e-4)?;

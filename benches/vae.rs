@@ -83,7 +83,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// CPU time of this process so far, in seconds; 0 where `/proc` does not say.
+/// CPU time of this process so far, in seconds; 0 if `/proc` does not say.
 fn cpu_seconds() -> f64 {
     const TICKS_PER_SECOND: f64 = 100.0;
     let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What each choice of pruning is worth on the bundled model, before any training: which blocks go, what they are
-# calibrated with, what takes their place and what is fitted anew. Three tables of `fastflux eval`, which compares every
+# calibrated with, what takes their place and what is fitted again. Three tables of `fastflux eval`, which compares every
 # pruned model with the unpruned one on the same captions and noise, none of which the fits have seen.
 #
 #   scripts/ablation_prune.sh [WORK]      (default: ablation-prune; what is there already is not made again)
@@ -15,7 +15,7 @@ work=${1:-ablation-prune}
 num=${NUM:-96}
 mkdir -p "$work"
 stats="$work/stats.safetensors"
-printf '{"fit": {"refit": "none"}}\n' >"$work/none.json"
+printf '{"fit": {"refit-projections": "none"}}\n' >"$work/none.json"
 
 # made OUTPUT COMMAND...: unless it is there
 made() {
@@ -43,7 +43,7 @@ blocks() {
 
 made "$stats" calibrate
 
-echo "Which 3 blocks go (linear layers, nothing else fitted anew)"
+echo "Which 3 blocks go (linear layers, nothing else fitted again)"
 models=()
 made "$work/by-greedy.json" plan --stats "$stats" --ratio 0.2
 for metric in ablation removal fit-error fit-residual cosine relative-change; do
@@ -68,7 +68,7 @@ done
 made "$work/trajectory-160x8" prune --blocks "$chosen" --source trajectory --num-prompts 160 --steps 8
 judged data "${models[@]}" trajectory-160x8
 
-echo "What takes a block's place, and whether kept projections are fitted anew"
+echo "What takes a block's place, and whether kept projections are fitted again"
 models=()
 for ratio in 0.13 0.2 0.33 0.4; do
     made "$work/linear-all-$ratio" prune --stats "$stats" --ratio "$ratio"

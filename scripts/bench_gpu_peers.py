@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "diffusers>=0.35"]
 # ///
-"""FLUX.1-dev's transformer in diffusers on a GPU: the time of a step, beside what the card reaches at most; prints JSON.
+"""FLUX.1-dev's transformer in diffusers on a GPU: the time of a step, next to what the card reaches at most; prints JSON.
 
     python scripts/bench_gpu_peers.py                       # eager, full and with 11 of 57 blocks as linear layers
     python scripts/bench_gpu_peers.py --compile whole --train # torch.compile too, and a step of training
@@ -57,7 +57,7 @@ class Replacement(torch.nn.Module):
 
 
 class Lora(torch.nn.Module):
-    """A frozen layer and a low-rank product beside it."""
+    """A frozen layer and a low-rank product added to it."""
 
     def __init__(self, layer, rank, **place):
         super().__init__()
@@ -172,9 +172,9 @@ def sandwich_step(flux, given, place, width):
     temb = flux.time_text_embed(1000 * given["timestep"], 1000 * given["guidance"], given["pooled_projections"])
     rotary = flux.pos_embed(torch.cat([given["txt_ids"], given["img_ids"]]))
 
-    def run(blocks, hidden, encoder, recompute=False):
+    def run(blocks, hidden, encoder, checkpointing=False):
         for block in blocks:
-            if recompute:
+            if checkpointing:
                 encoder, hidden = checkpoint(block, hidden, encoder, temb, rotary, use_reentrant=False)
             else:
                 encoder, hidden = block(hidden, encoder, temb, rotary)
@@ -195,7 +195,7 @@ def sandwich_step(flux, given, place, width):
             start = run(prefix, flux.x_embedder(noise), flux.context_embedder(given["encoder_hidden_states"]))
             wanted = run(teacher, *start)
         optimiser.zero_grad(set_to_none=True)
-        got = run(student, *start, recompute=True)
+        got = run(student, *start, checkpointing=True)
         loss = sum(((a - b).float() ** 2).mean() for a, b in zip(got, wanted))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -210,7 +210,7 @@ def arguments():
                         "once, in a fraction of the time")
     parser.add_argument("--train", action="store_true", help="time a step of training one sandwich too")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement, about")
-    parser.add_argument("--size", type=int, default=1024, help="side of the picture in pixels")
+    parser.add_argument("--size", type=int, default=1024, help="side of the image in pixels")
     parser.add_argument("--text-tokens", type=int, default=512)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try this script out")

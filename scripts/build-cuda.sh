@@ -135,5 +135,5 @@ cargo build --release --features "$features" "$@"
 binary=${CARGO_TARGET_DIR:-$root/target}/release/fastflux
 say "built $binary"
 if $made; then
-    say "where no CUDA is installed, run it with LD_LIBRARY_PATH=$home/lib (the driver must be there)"
+    say "if no CUDA is installed, run it with LD_LIBRARY_PATH=$home/lib (the driver must be there)"
 fi

@@ -4,8 +4,8 @@
 # ///
 """Make tests/golden/clip: a tiny random CLIP in transformers layout, and what transformers computes with it.
 
-`reference.safetensors` holds pictures (`picture.N`, uint8, height × width × 3), what the processor makes of them (`pixels`), and the
-normalised embeddings `image` and `text` of pictures and of the prompts in the metadata. The tokenizer is that of tests/golden/dev.
+`reference.safetensors` holds images (`image.N`, uint8, height × width × 3), what the processor makes of them (`pixels`), and the
+normalised embeddings `image` and `text` of images and of the prompts in the metadata. The tokenizer is that of tests/golden/dev.
 """
 
 import json
@@ -47,16 +47,16 @@ def main():
     processor.save_pretrained(OUT)
 
     rng = np.random.default_rng(4)
-    pictures = []
+    images = []
     for width, height in SIZES:
         smooth = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
         noisy = np.asarray(smooth, dtype=np.int64) + rng.integers(-60, 60, (height, width, 3))
-        pictures.append(np.clip(noisy, 0, 255).astype(np.uint8))
-    pixels = processor(images=[Image.fromarray(p) for p in pictures], return_tensors="pt")["pixel_values"]
+        images.append(np.clip(noisy, 0, 255).astype(np.uint8))
+    pixels = processor(images=[Image.fromarray(p) for p in images], return_tensors="pt")["pixel_values"]
     ids = tokenizer(PROMPTS, padding="max_length", max_length=20, truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         out = model(input_ids=ids, pixel_values=pixels)
-    tensors = {f"picture.{i}": torch.from_numpy(p.copy()) for i, p in enumerate(pictures)}
+    tensors = {f"image.{i}": torch.from_numpy(p.copy()) for i, p in enumerate(images)}
     tensors |= {"pixels": pixels, "image": unit(out.image_embeds), "text": unit(out.text_embeds)}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, OUT / "reference.safetensors", metadata={"prompts": json.dumps(PROMPTS)})

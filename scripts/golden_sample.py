@@ -5,7 +5,7 @@
 """Make tests/golden/tokenizer_ids.json and tests/golden/sample.safetensors: what transformers and diffusers give for odd prompts.
 
 The first holds the ids of FLUX.1's own tokenizers (configs/flux1); the second, in float32, for each tiny pipeline in tests/golden
-`NAME.clip.pooled` and `NAME.t5.hidden` of a batch of prompts (in the metadata), and `NAME.vae.picture` and `NAME.vae.mean`.
+`NAME.clip.pooled` and `NAME.t5.hidden` of a batch of prompts (in the metadata), and `NAME.vae.image` and `NAME.vae.mean`.
 """
 
 import json
@@ -53,9 +53,9 @@ def main():
             model = T5EncoderModel.from_pretrained(pipe / "text_encoder_2", dtype=torch.float32).eval()
             tensors[f"{name}.t5.hidden"] = model(torch.tensor([ids(t5, p, t5.model_max_length) for p in PROMPTS]))[0]
             vae = AutoencoderKL.from_pretrained(pipe / "vae", torch_dtype=torch.float32).eval()
-            picture = torch.rand(2, 3, 24, 40, generator=generator) * 2 - 1
-            tensors[f"{name}.vae.picture"] = picture
-            tensors[f"{name}.vae.mean"] = vae.encode(picture).latent_dist.mean
+            image = torch.rand(2, 3, 24, 40, generator=generator) * 2 - 1
+            tensors[f"{name}.vae.image"] = image
+            tensors[f"{name}.vae.mean"] = vae.encode(image).latent_dist.mean
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, GOLDEN / "sample.safetensors", metadata={"prompts": json.dumps(PROMPTS)})
 

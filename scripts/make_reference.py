@@ -17,7 +17,7 @@ which leaves out `blocks`, the outputs of all blocks (3 GB there). OUT holds flo
     transformer  transformer.{img,txt,vec,timestep,guidance,img_ids,txt_ids,velocity}: one call
     blocks       blocks.double_blocks.I.{img,txt}, blocks.single_blocks.I.x (text tokens first), in that call
     vae          vae.latents, vae.image
-    pipeline     pipeline.{latents,sigmas,final_latents,image,seeded_image}: prompt to picture
+    pipeline     pipeline.{latents,sigmas,final_latents,image,seeded_image}: prompt to image
 """
 
 import argparse
@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 
 COMPONENTS = ["clip", "t5", "transformer", "blocks", "vae", "pipeline"]
 PARTS = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer", "vae", "scheduler"]
-# Latent pixels per picture pixel, and per token: FLUX packs 2x2 latent pixels into a token.
+# Latent pixels per image pixel, and per token: FLUX packs 2x2 latent pixels into a token.
 PIXELS_PER_TOKEN = 16
 
 
@@ -158,7 +158,7 @@ class Recorder:
         kinds = ((transformer.transformer_blocks, double), (transformer.single_transformer_blocks, single))
         return [block.register_forward_hook(make(i)) for blocks, make in kinds for i, block in enumerate(blocks)]
 
-    # --- pictures ---------------------------------------------------------------------------------------------------
+    # --- images ---------------------------------------------------------------------------------------------------
 
     def decode(self):
         pipe = self.load("vae")
@@ -169,7 +169,7 @@ class Recorder:
         self.keep("vae.image", image)
 
     def sample(self, pipe, txt, vec, name, **start):
-        """Prompt to picture. Returns the final packed latents."""
+        """Prompt to image. Returns the final packed latents."""
         final = pipe(
             prompt_embeds=txt,
             pooled_prompt_embeds=vec,
@@ -259,7 +259,7 @@ def arguments():
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--guidance", type=float, help="default: 3.5, or 0 for a model without guidance embedding")
     parser.add_argument("--seed", type=int, default=0, help="of the recorded inputs")
-    parser.add_argument("--image-seed", type=int, default=1234, help="of the seeded picture")
+    parser.add_argument("--image-seed", type=int, default=1234, help="of the seeded image")
     parser.add_argument("--batch", type=int, default=2, help="of the recorded transformer call")
     parser.add_argument("--inputs", choices=["random", "prompt"], default="random", help="text of the transformer call")
     parser.add_argument("--max-sequence-length", type=int, help="T5 tokens; default: the model's")
@@ -277,7 +277,7 @@ def arguments():
         parser.error(f"{args.pipeline}: no transformer/config.json; a pipeline folder in diffusers layout is needed")
     channels = json.loads(config.read_text())
     if "pipeline" in args.components and channels.get("out_channels") not in (None, channels["in_channels"]):
-        parser.error("this model takes a picture besides noise: leave `pipeline` out of --components")
+        parser.error("this model takes an image besides noise: leave `pipeline` out of --components")
     for name in ("width", "height"):
         if getattr(args, name) % PIXELS_PER_TOKEN or getattr(args, name) <= 0:
             parser.error(f"--{name} must be a multiple of {PIXELS_PER_TOKEN}")

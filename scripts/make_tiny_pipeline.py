@@ -272,7 +272,7 @@ def parts(args, clip_ids, t5_ids):
     for module in (text_encoder, text_encoder_2, transformer, vae):
         randomise(module)
     with torch.no_grad():
-        vae.decoder.conv_out.weight.mul_(0.8)  # most of a picture lies inside [-1, 1], where clipping hides nothing
+        vae.decoder.conv_out.weight.mul_(0.8)  # most of an image lies inside [-1, 1], where clipping hides nothing
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=args.shift,
         use_dynamic_shifting=args.dynamic_shift,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The numbers and pictures of README.md, part by part. What is there already is not made again.
+# The numbers and images of README.md, part by part. What is there already is not made again.
 #
 #   scripts/reproduce.sh [WORK [PART...]]      (default: reproduced results)
 #
@@ -7,9 +7,9 @@
 #   formats   what float8 and GGUF cost (1 minute)
 #   pruning   what each choice of pruning is worth: ablation_prune.sh (20 minutes)
 #   training  what each choice of training is worth: ablation_sandwich.sh (1 hour)
-#   speed     a forward beside candle-transformers and diffusers: bench_peers.py (needs diffusers; 10 minutes to compile)
+#   speed     a forward next to candle-transformers and diffusers: bench_peers.py (needs diffusers; 10 minutes to compile)
 #
-# Environment: FASTFLUX, the program (default: target/release/fastflux); RATIOS, shares of blocks to replace; NUM, pictures
+# Environment: FASTFLUX, the program (default: target/release/fastflux); RATIOS, shares of blocks to replace; NUM, images
 # that each model draws; TRAIN, flags for train-sandwich (a quick look: TRAIN="--steps 20 --finetune 20").
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,7 +28,7 @@ made() {
     [ -e "$output" ] || "$FASTFLUX" -q "$@" --output "$output" >/dev/null
 }
 
-# judged TABLE PICTURES MODEL...
+# judged TABLE IMAGES MODEL...
 judged() {
     local table="$work/$1" num=$2
     shift 2
@@ -49,7 +49,7 @@ results() {
         models+=("remove-$ratio" "brll-$ratio" "sandwich-$ratio")
     done
     judged results "$num" "${models[@]}"
-    echo "pictures: $work/brll-*/before-after.png, $work/results/report.html" >&2
+    echo "images: $work/brll-*/before-after.png, $work/results/report.html" >&2
 }
 
 formats() {

@@ -2,10 +2,10 @@
 # requires-python = ">=3.10"
 # dependencies = ["numpy", "pillow"]
 # ///
-"""The captioned scenes of the bundled model: drawn exactly, and read off pictures again. train_tiny.py trains on them.
+"""The captioned scenes of the bundled model: drawn exactly, and read off images again. train_tiny.py trains on them.
 
-Run as a script it makes tests/golden/scenes.png and scenes.json: pictures, right and damaged ones, with this module's verdicts, which
-src/eval must repeat.  python scripts/scenes.py [PICTURE.png ...]  (64×64 pictures drawn by a model are added, see scripts/README.md)
+Run as a script it makes tests/golden/scenes.png and scenes.json: images, right and damaged ones, with this module's verdicts, which
+src/eval must repeat.  python scripts/scenes.py [IMAGE.png ...]  (64×64 images drawn by a model are added, see scripts/README.md)
 """
 
 import json
@@ -164,7 +164,7 @@ def detect(image):
 
 
 def judge(scene, image):
-    """Which criteria a picture of the scene meets; `ok` is background, count, colours bound to shapes, and positions together."""
+    """Which criteria an image of the scene meets; `ok` is background, count, colours bound to shapes, and positions together."""
     background, seen = detect(image)
     wanted, matched = scene["objects"], []
     for o in wanted:
@@ -193,7 +193,7 @@ def judge(scene, image):
 
 
 def damaged(image, rng, how):
-    """A picture as a bad model might draw it."""
+    """An image as a bad model might draw it."""
     noise = np.random.default_rng(rng.randrange(1 << 30))
     if how == "noisy":
         return image + noise.normal(0, 35, image.shape)
@@ -214,25 +214,25 @@ def main():
     from PIL import Image
 
     golden = pathlib.Path(__file__).resolve().parent.parent / "tests/golden"
-    rng, rows, pictures = random.Random(7), [], []
+    rng, rows, images = random.Random(7), [], []
     for k in range(22):
         scene = draw_scene(rng)
         how = None if k < 10 else ("noisy", "turned", "pale", "turned", "blurred", "cut")[k % 6]
         image = render(scene)
-        pictures.append(to_bytes(image if how is None else damaged(image, rng, how)))
+        images.append(to_bytes(image if how is None else damaged(image, rng, how)))
         said = caption(draw_scene(rng) if k % 4 == 3 else scene)  # some are judged by another scene's caption
         rows.append({"caption": said, "damage": how, "objects": scene["objects"] if how is None else None, "drawn": caption(scene)})
     for path in map(pathlib.Path, sys.argv[1:]):  # the caption is in the file, where fastflux put it
-        picture = Image.open(path)
-        pictures.append(np.asarray(picture.convert("RGB")))
-        rows.append({"caption": picture.text["prompt"], "damage": "drawn by a model", "objects": None, "drawn": None})
-    for row, picture in zip(rows, pictures):
-        background, seen = detect(picture)
-        row |= {"background": background, "seen": seen, "verdict": judge(parse(row["caption"]), picture)}
-    Image.fromarray(np.concatenate(pictures)).save(golden / "scenes.png", optimize=True)
+        image = Image.open(path)
+        images.append(np.asarray(image.convert("RGB")))
+        rows.append({"caption": image.text["prompt"], "damage": "drawn by a model", "objects": None, "drawn": None})
+    for row, image in zip(rows, images):
+        background, seen = detect(image)
+        row |= {"background": background, "seen": seen, "verdict": judge(parse(row["caption"]), image)}
+    Image.fromarray(np.concatenate(images)).save(golden / "scenes.png", optimize=True)
     lines = ",\n".join(json.dumps(row) for row in rows)
     (golden / "scenes.json").write_text(f"[\n{lines}\n]\n")
-    print(f"{len(rows)} pictures, {sum(r['verdict']['ok'] for r in rows)} right, {(golden / 'scenes.png').stat().st_size} bytes")
+    print(f"{len(rows)} images, {sum(r['verdict']['ok'] for r in rows)} right, {(golden / 'scenes.png').stat().st_size} bytes")
 
 
 if __name__ == "__main__":

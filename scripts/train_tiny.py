@@ -34,17 +34,17 @@ SIDE, PATCH, CHANNELS = 64, 8, 16
 
 
 def draw_batch(rng, count):
-    """Pictures (count, 3, 64, 64) in [-1, 1], and their captions."""
+    """Images (count, 3, 64, 64) in [-1, 1], and their captions."""
     drawn = [scenes.draw_scene(rng) for _ in range(count)]
-    pictures = np.stack([scenes.render(scene, SIDE) for scene in drawn])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1, [scenes.caption(scene) for scene in drawn]
+    images = np.stack([scenes.render(scene, SIDE) for scene in drawn])
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, [scenes.caption(scene) for scene in drawn]
 
 
 class Latents:
-    """Pictures → fixed latents: the first principal components of patches, partly whitened, of variance 1 in all."""
+    """Images → fixed latents: the first principal components of patches, partly whitened, of variance 1 in all."""
 
-    def __init__(self, pictures):
-        patches = self.patches(pictures).flatten(0, 2)
+    def __init__(self, images):
+        patches = self.patches(images).flatten(0, 2)
         self.mean = patches.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov((patches - self.mean).T))
         kept, self.vectors = values[-CHANNELS:], vectors[:, -CHANNELS:]
@@ -53,13 +53,13 @@ class Latents:
         self.scale = self.scale / (kept * self.scale**2).mean().sqrt()
 
     @staticmethod
-    def patches(pictures):
-        b, c, h, w = pictures.shape
-        cut = pictures.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
+    def patches(images):
+        b, c, h, w = images.shape
+        cut = images.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
         return cut.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (b, 8, 8, 192)
 
-    def __call__(self, pictures):
-        return (((self.patches(pictures) - self.mean) @ self.vectors) * self.scale).permute(0, 3, 1, 2).contiguous()
+    def __call__(self, images):
+        return (((self.patches(images) - self.mean) @ self.vectors) * self.scale).permute(0, 3, 1, 2).contiguous()
 
 
 def pack(latents):
@@ -107,7 +107,7 @@ def train(args):
     transformer, vae, clip, t5 = build(args.like)
     tokenizers = CLIPTokenizer.from_pretrained(args.like / "tokenizer"), T5Tokenizer.from_pretrained(args.like / "tokenizer_2")
     latents_of = Latents(draw_batch(random.Random(args.seed + 1), 1024)[0])
-    print(f"latents hold {100 * latents_of.share:.1f} % of the pictures' variance", flush=True)
+    print(f"latents hold {100 * latents_of.share:.1f} % of the images' variance", flush=True)
 
     def ids(tokenizer, captions):
         given = tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
@@ -120,8 +120,8 @@ def train(args):
     half = lambda: torch.autocast("cpu", torch.bfloat16, enabled=args.bf16)
     start, losses = time.time(), []
     for step in range(args.steps):
-        pictures, captions = draw_batch(rng, args.batch)
-        clean = latents_of(pictures)
+        images, captions = draw_batch(rng, args.batch)
+        clean = latents_of(images)
         for optim, factor in ((optimizer, args.lr), (vae_optimizer, 1.5e-3)):
             for group in optim.param_groups:
                 group["lr"] = factor * rate(step, args.steps)
@@ -148,8 +148,8 @@ def train(args):
         few = slice(0, max(1, args.batch // 4))
         with half():
             drawn = vae.decode(clean[few] + 0.1 * torch.randn_like(clean[few])).sample
-            seen = vae.encode(pictures[few]).latent_dist
-        error = F.mse_loss(drawn.float(), pictures[few]) + 0.1 * F.l1_loss(drawn.float(), pictures[few])
+            seen = vae.encode(images[few]).latent_dist
+        error = F.mse_loss(drawn.float(), images[few]) + 0.1 * F.l1_loss(drawn.float(), images[few])
         vae_loss = error + F.mse_loss(seen.mean.float(), clean[few]) + 1e-3 * (seen.logvar.float() + 6).square().mean()
         vae_optimizer.zero_grad()
         vae_loss.backward()

@@ -110,7 +110,7 @@ impl Runtime {
         !self.device.is_cpu() && !cfg!(feature = "cudnn")
     }
 
-    /// Memory of the device that is free right now, in bytes; `None` where nobody says.
+    /// Memory of the device that is free right now, in bytes; `None` if unknown.
     pub fn free_memory(&self) -> Option<u64> {
         match &self.device {
             Device::Cpu => free_host_memory(),
@@ -130,7 +130,7 @@ pub fn out_of_memory(error: &anyhow::Error) -> Option<&'static str> {
             .any(|words| text.contains(words))
     });
     ran_out.then_some(
-        "the device ran out of memory\nhint: --offload keeps no block on the device, --max-vram SIZE as many as fit; smaller pictures (--width, --height), batches and --dtype bf16 take less too",
+        "the device ran out of memory\nhint: --offload keeps no block on the device, --max-vram SIZE as many as fit; smaller images (--width, --height), batches and --dtype bf16 take less too",
     )
 }
 
@@ -140,7 +140,7 @@ pub fn free_host_memory() -> Option<u64> {
     Some(in_container().map_or(machine, |left| left.min(machine)))
 }
 
-/// What is left of the memory that this container may use (cgroup v2); `None` where it has no limit.
+/// What is left of the memory that this container may use (cgroup v2); `None` if it has no limit.
 fn in_container() -> Option<u64> {
     let read = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/memory.{name}")).ok();
     let limit: u64 = read("max")?.trim().parse().ok()?;
@@ -184,7 +184,7 @@ impl fmt::Display for Runtime {
 /// Why a GPU was passed over.
 static UNUSED: OnceLock<String> = OnceLock::new();
 
-/// Why no GPU is used where nobody said which device to take, although there seems to be one.
+/// Why no GPU is used if no flag names a device, although there seems to be one.
 pub fn unused_gpu() -> Option<&'static str> {
     UNUSED.get().map(String::as_str)
 }

@@ -7,7 +7,7 @@ use clap::Parser;
 use fastflux::files::output::install_signal_handlers;
 use fastflux::{cli::Cli, commands, device, ui};
 
-/// Keeps the memory of tensors that come and go, where the system's allocator would return it page by page.
+/// Keeps the memory of tensors that come and go; the system's allocator would return it page by page.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -16,29 +16,29 @@ pub fn set_quiet(quiet: bool) {
     QUIET.store(quiet, Ordering::Relaxed);
 }
 
-/// A line on stderr. Whether anybody hears it (a terminal that has gone, a full disk behind it) is no matter of the work.
-fn say(line: &str) {
+/// A line on stderr. Ignores write errors: a closed stderr must not abort the run.
+fn print_line(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Says something to the person at the terminal, on stderr.
 pub fn note(text: impl AsRef<str>) {
     if !QUIET.load(Ordering::Relaxed) {
-        say(text.as_ref());
+        print_line(text.as_ref());
     }
 }
 
 /// Something that may need attention; shown even with `--quiet`.
 pub fn warn(text: impl AsRef<str>) {
-    say(&format!("warning: {}", text.as_ref()));
+    print_line(&format!("warning: {}", text.as_ref()));
 }
 
 /// Prints an error and its causes in one line, once, at the end of `main`; hints follow on lines of their own.
 pub fn error(error: &anyhow::Error) {
     let (message, hints) = message(error);
-    say(&format!("error: {message}"));
+    print_line(&format!("error: {message}"));
     for hint in hints {
-        say(&hint);
+        print_line(&hint);
     }
 }
 

@@ -258,7 +258,7 @@ fn the_vae_gives_diffusers_numbers_both_ways() -> Result<()> {
             DType::F32,
             &Device::Cpu,
         )?;
-        let mean = vae.encode_mean(&expected[&format!("{name}.vae.picture")])?;
+        let mean = vae.encode_mean(&expected[&format!("{name}.vae.image")])?;
         let reference = golden(&format!("{name}/reference.safetensors"))?;
         let image = vae.decode(&reference["vae.latents"])?;
         let errors = (

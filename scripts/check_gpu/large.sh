@@ -84,12 +84,12 @@ step_bench() {
     [[ -n $quick ]] && return
     attempt bench-pruned 60 "$binary" bench --config "$work/pruned.json" "${sizes[@]}" --seconds "$longest" --step-only --json
     pruned_ms=$(calc "1000 * $(row bench-pruned step median)")
-    local forecast speed_up
-    forecast=$(calc "$(row "bench-$best" step flops) / $(row bench-pruned step flops)")
+    local estimate speed_up
+    estimate=$(calc "$(row "bench-$best" step flops) / $(row bench-pruned step flops)")
     speed_up=$(calc "$full_ms / $pruned_ms")
-    figure bench 'step, 11 of 57 blocks replaced' "$pruned_ms" ms '' "$(calc "$full_ms / $forecast")"
-    figure bench 'speed-up of that' "$speed_up" times '>= 1.2' "$forecast"
-    figure bench 'share of what its FLOPs forecast' "$(calc "$speed_up / $forecast")" '' '>= 0.95'
+    figure bench 'step, 11 of 57 blocks replaced' "$pruned_ms" ms '' "$(calc "$full_ms / $estimate")"
+    figure bench 'speed-up of that' "$speed_up" times '>= 1.2' "$estimate"
+    figure bench 'share of what its FLOPs estimate' "$(calc "$speed_up / $estimate")" '' '>= 0.95'
     attempt bench-blocks 60 "$binary" bench "${subject[@]}" "${sizes[@]}" --seconds 0.5
     note "blocks, attention $best:"
     cat "$output/logs/bench-blocks.out" >>"$notes"
@@ -144,7 +144,7 @@ parts() {
     for ((i = 0; i < 8; i++)); do echo "a red circle at the left, number $i"; done >"$work/prompts.txt"
     model=(--model "$checkpoint" --text-encoders "$work/parts" --vae "$work/parts/vae")
     format=(--device cuda --dtype bf16)
-    picture=(--width "$side" --height "$side")
+    image=(--width "$side" --height "$side")
 }
 
 step_full() {
@@ -160,27 +160,27 @@ step_full() {
     draw() {
         name=$1
         shift
-        attempt "$name" 60 "$binary" generate "${model[@]}" "${format[@]}" "${picture[@]}" --prompt 'a red circle' --output "$work/$name.png" --force "$@"
+        attempt "$name" 60 "$binary" generate "${model[@]}" "${format[@]}" "${image[@]}" --prompt 'a red circle' --output "$work/$name.png" --force "$@"
     }
     draw generate-1 --steps 1
     local first
-    first=$(calc "$(when generate-1 'drew 1 picture') - $(when generate-1 'encoded 1 prompt')")
+    first=$(calc "$(when generate-1 'generated 1 image') - $(when generate-1 'encoded 1 prompt')")
     figure full 'from the file to the first step' "$first" s
     figure full 'that over reading the file' "$(calc "$first / $reading")" times '<= 1.3'
     draw generate-plain --steps 28
-    plain_step=$(calc "$(told generate-plain 'drew 1 picture') / 28")
+    plain_step=$(calc "$(told generate-plain 'generated 1 image') / 28")
     figure full 'a step of generate' "$plain_step" s '' "$([[ -n ${full_ms:-} ]] && calc "$full_ms / 1000")"
     figure full 'generate: peak on the GPU' "$peak" MiB
     for most in "${limits[@]}"; do
         draw "generate-$most" --steps $steps --max-vram "$most"
         of=$(calc "$(sed 's/GiB/* 1024/; s/MiB//' <<<"$most")")
-        figure full "a step within $most" "$(calc "$(told "generate-$most" 'drew 1 picture') / $steps")" s
+        figure full "a step within $most" "$(calc "$(told "generate-$most" 'generated 1 image') / $steps")" s
         figure full "generate within $most: peak on the GPU" "$peak" MiB "${peak:+<= $of}"
         grep -o '[0-9]* of [0-9]* blocks stay.*' "$output/logs/generate-$most.err" | head -n 1 >>"$notes"
     done
     draw generate-offload --steps $steps --offload
     local offload copy slower
-    offload=$(calc "$(told generate-offload 'drew 1 picture') / $steps")
+    offload=$(calc "$(told generate-offload 'generated 1 image') / $steps")
     copy=$(calc "$(stat -c %s "$checkpoint") / ${pinned:-0}")
     slower=$(awk -v a="${copy:-0}" -v b="${plain_step:-0}" 'BEGIN { print (a > b ? a : b) }')
     figure full 'a step with --offload' "$offload" s '' "$slower"
@@ -201,20 +201,20 @@ mib() { calc "$1 / 1048576"; }
 step_whole() {
     wait_for_checkpoint
     parts whole || return
-    local at samples fewer
-    echo '{"score": {"held-out": 8}}' >"$work/prune-recipe.json" # of one picture
-    samples=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --samples 4 --steps 8)
-    fewer=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --samples 2 --steps 2)
-    attempt generate-4 60 "$binary" generate "${model[@]}" "${format[@]}" "${picture[@]}" --prompt-file <(head -n 4 "$work/prompts.txt") --steps 8 --output "$work/four" --force
-    attempt calibrate-forecast 20 "$binary" calibrate "${model[@]}" "${format[@]}" "${picture[@]}" "${samples[@]}" --dry-run --json
+    local at prompts fewer
+    echo '{"score": {"held-out": 8}}' >"$work/prune-recipe.json" # of one image
+    prompts=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --num-prompts 4 --steps 8)
+    fewer=(--recipe "$work/prune-recipe.json" --prompts "$work/prompts.txt" --num-prompts 2 --steps 2)
+    attempt generate-4 60 "$binary" generate "${model[@]}" "${format[@]}" "${image[@]}" --prompt-file <(head -n 4 "$work/prompts.txt") --steps 8 --output "$work/four" --force
+    attempt calibrate-estimate 20 "$binary" calibrate "${model[@]}" "${format[@]}" "${image[@]}" "${prompts[@]}" --dry-run --json
     local stats
     stats=$(room $((gigabytes - 5)))/stats.safetensors
-    attempt calibrate 90 "$binary" calibrate "${model[@]}" "${format[@]}" "${picture[@]}" "${samples[@]}" --output "$stats" --force --json
+    attempt calibrate 90 "$binary" calibrate "${model[@]}" "${format[@]}" "${image[@]}" "${prompts[@]}" --output "$stats" --force --json
     rm -f "$stats" # 17 GB
-    figure whole 'calibrate of 4 prompts × 8 steps: peak on the GPU' "$peak" MiB '' "$(mib "$(value calibrate-forecast device)")"
+    figure whole 'calibrate of 4 prompts × 8 steps: peak on the GPU' "$peak" MiB '' "$(mib "$(value calibrate-estimate device)")"
     local sampling gathering
-    # calibration samples held-out pictures too
-    sampling=$(calc "$(told generate-4 'drew 4 pictures') * $(value calibrate-forecast prompts) / 4")
+    # calibration draws held-out images too
+    sampling=$(calc "$(told generate-4 'generated 4 images') * $(value calibrate-estimate prompts) / 4")
     gathering=$(grep -o '([0-9.]* s)$' "$output/logs/calibrate.err" 2>/dev/null | tr -d '()s' | awk '{ sum += $1 } END { if (NR) print sum }')
     figure whole 'sampling the same' "$sampling" s
     figure whole 'calibrating' "$gathering" s
@@ -223,28 +223,28 @@ step_whole() {
     # eleven neighbours: one layer in their place, and one sandwich to train
     at=$(room $((gigabytes - 2)))
     echo "{\"replace\": [{\"replaces\": [$(printf '"single.%02d", ' {14..24} | sed 's/, $//')], \"form\": \"linear\"}]}" >"$work/plan.json"
-    attempt prune-forecast 20 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${picture[@]}" --dry-run --json
-    attempt prune 90 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${picture[@]}" --output "$at/pruned" --force --json
+    attempt prune-estimate 20 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${image[@]}" --dry-run --json
+    attempt prune 90 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${image[@]}" --output "$at/pruned" --force --json
     figure whole 'prune --plan of 11 blocks' "$seconds" s
-    figure whole 'prune --plan: peak on the GPU' "$peak" MiB '' "$(mib "$(value prune-forecast device)")"
-    echo '{"data": {"samples": 2, "steps": 2, "held-out": 1}}' >"$work/train.json"
-    local train=(train-sandwich --model "$at/pruned" "${format[@]}" --recipe "$work/train.json" --prompts "$work/prompts.txt" --batch 1 "${picture[@]}"
-        --steps 5 --finish 3 --max-vram "$train_limit" --json)
+    figure whole 'prune --plan: peak on the GPU' "$peak" MiB '' "$(mib "$(value prune-estimate device)")"
+    echo '{"data": {"num-prompts": 2, "steps": 2, "held-out": 1}}' >"$work/train.json"
+    local train=(train-sandwich --model "$at/pruned" "${format[@]}" --recipe "$work/train.json" --prompts "$work/prompts.txt" --batch 1 "${image[@]}"
+        --steps 5 --finetune 3 --max-vram "$train_limit" --json)
     local trained
     trained=$(room $((gigabytes - 2)))/trained
-    attempt train-forecast 30 "$binary" "${train[@]}" --output "$trained" --dry-run
+    attempt train-estimate 30 "$binary" "${train[@]}" --output "$trained" --dry-run
     attempt train 120 "$binary" "${train[@]}" --output "$trained" --force --log "$output/logs/losses-full.jsonl"
-    figure whole 'train-sandwich: peak on the GPU' "$peak" MiB "${peak:+<= $(calc "$(sed 's/GiB/* 1024/; s/MiB//' <<<"$train_limit")")}" "$(mib "$(value train-forecast peak_bytes)")"
+    figure whole 'train-sandwich: peak on the GPU' "$peak" MiB "${peak:+<= $(calc "$(sed 's/GiB/* 1024/; s/MiB//' <<<"$train_limit")")}" "$(mib "$(value train-estimate peak_bytes)")"
     figure whole 'train-sandwich, 5 + 3 steps' "$seconds" s
     # the log has tokens per second since a phase began: without its first and its last step, at which more is done
     local tokens=$((side * side / 256 + text)) each
-    each=$(grep -v finish "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 4)
+    each=$(grep -v finetune "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 4)
     figure whole 'train-sandwich: a step of the sandwich' "$each" s '' "${peer_train:+$(calc "$peer_train / 1000")}"
     [[ -z ${peer_train:-} ]] || figure whole "that over PyTorch's" "$(calc "1000 * $each / $peer_train")" times '<= 1.1'
-    figure whole 'train-sandwich: a step of the finish' "$(grep finish "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 2)" s
+    figure whole 'train-sandwich: a step of the finetuning' "$(grep finetune "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 2)" s
     [[ -d $trained ]] || trained=$at/pruned
-    attempt generate-trained 60 "$binary" generate --model "$trained" "${format[@]}" "${picture[@]}" --prompt 'a red circle' --steps 8 --output "$work/trained.png" --force
-    figure whole 'the result draws: a step' "$(calc "$(told generate-trained 'drew 1 picture') / 8")" s
-    attempt eval 60 "$binary" eval --model "$trained" "${format[@]}" "${picture[@]}" --prompts "$work/prompts.txt" --num 1 --steps 2 --output "$work/eval" --force --json
+    attempt generate-trained 60 "$binary" generate --model "$trained" "${format[@]}" "${image[@]}" --prompt 'a red circle' --steps 8 --output "$work/trained.png" --force
+    figure whole 'the result draws: a step' "$(calc "$(told generate-trained 'generated 1 image') / 8")" s
+    attempt eval 60 "$binary" eval --model "$trained" "${format[@]}" "${image[@]}" --prompts "$work/prompts.txt" --num-prompts 1 --steps 2 --output "$work/eval" --force --json
     figure whole 'eval ends well' "$code" '' '= 0'
 }

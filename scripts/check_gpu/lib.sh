@@ -11,7 +11,7 @@ left() { (($(elapsed) + 5 < limit)); }
 note() { printf '%s\n' "$*" | tee -a "$notes"; }
 fact() { printf '%s\t%s\n' "$1" "$2" >>"$facts"; }
 
-# figure STEP NAME VALUE UNIT [GOAL] [FORECAST]: GOAL is `<= 3`, `>= 1.2`, `= ok` or nothing.
+# figure STEP NAME VALUE UNIT [GOAL] [ESTIMATE]: GOAL is `<= 3`, `>= 1.2`, `= ok` or nothing.
 figure() {
     local verdict='' goal=${5:-}
     if [[ -n $goal ]]; then
@@ -25,13 +25,13 @@ figure() {
         }')
     fi
     printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$1" "$2" "${3:--}" "$4" "${goal:--}" "${6:--}" "${verdict:--}" >>"$figures"
-    printf '   %-52s %12s %-6s %s\n' "$2" "${3:--}" "$4" "${goal:+goal $goal }${6:+forecast $6 }$verdict"
+    printf '   %-52s %12s %-6s %s\n' "$2" "${3:--}" "$4" "${goal:+goal $goal }${6:+estimate $6 }$verdict"
 }
 
 stamp() { while IFS= read -r line; do printf '%s %s\n' "$EPOCHREALTIME" "$line"; done; }
 
 # attempt NAME SECONDS COMMAND…: stdout to logs/NAME.out, stderr with times to logs/NAME.err. Sets code, seconds, peak (MiB on
-# the GPU beyond the least that was used meanwhile, as the one before may still be leaving; empty where nobody says).
+# the GPU beyond the least that was used meanwhile, as the one before may still be leaving; empty if unknown).
 attempt() {
     local name=$1 most=$2 before base rest
     shift 2
@@ -73,7 +73,7 @@ row() {
         /^    }/ { if (here) { print found; exit } here = 0; found = "" }' "$output/logs/$1.out" 2>/dev/null
 }
 
-# A folder with room for so many gigabytes beside what is there: in memory where possible.
+# A folder with room for so many gigabytes in addition to what is there: in memory where possible.
 room() {
     local free
     free=$(df --output=avail -B1000000000 "$shm" 2>/dev/null | tail -n 1)
@@ -87,7 +87,7 @@ report() {
         echo "fastflux on a GPU, $(date -u '+%Y-%m-%d %H:%M') UTC, $(elapsed) s${rehearse:+, a rehearsal with tiny models}"
         awk -F'\t' '{ printf "%-20s %s\n", $1, $2 }' "$facts"
         echo
-        awk -F'\t' 'BEGIN { printf "%-9s %-52s %12s %-6s %-14s %-14s\n", "step", "", "measured", "", "goal", "forecast" }
+        awk -F'\t' 'BEGIN { printf "%-9s %-52s %12s %-6s %-14s %-14s\n", "step", "", "measured", "", "goal", "estimate" }
             { printf "%-9s %-52s %12s %-6s %-14s %-14s %s\n", $1, $2, $3, $4, $5, $6, $7 }' "$figures"
         echo
         awk -F'\t' 'BEGIN { printf "%-28s %6s %10s %12s\n", "run", "status", "seconds", "GPU MiB" } { printf "%-28s %6s %10.2f %12s\n", $1, $2, $3, $4 }' "$runs"
@@ -113,7 +113,7 @@ report() {
         END {
             print "{"
             list("facts", "F", "name value"); print ","
-            list("figures", "G", "step name value unit goal forecast verdict"); print ","
+            list("figures", "G", "step name value unit goal estimate verdict"); print ","
             list("runs", "R", "name status seconds gpu_mib"); print ","
             list("notes", "N", "text"); print "\n}"
         }' /dev/null kind=F "$facts" kind=G "$figures" kind=R "$runs" kind=N "$notes" >"$output/report.json"

@@ -95,10 +95,10 @@ step_verify() {
     [[ -n $found ]] || note "verify: left out, as $pipelines holds no recorded pipeline"
 }
 
-# The largest difference of two pictures, of 255; without Python only whether there is none.
+# The largest difference of two images, of 255; without Python only whether there is none.
 difference() {
     if [[ -n $python3 ]]; then
-        "$python3" "$here/pictures.py" "$1" "$2" 2>/dev/null
+        "$python3" "$here/images.py" "$1" "$2" 2>/dev/null
     elif cmp -s "$1" "$2"; then
         echo 0
     fi
@@ -109,9 +109,9 @@ step_bundled() {
     local losses=()
     mkdir -p "$at"
     for device in cuda cpu; do
-        attempt "bundled-prune-$device" 60 "$binary" prune --device "$device" --dtype f32 --ratio 0.2 --samples 16 --steps 2 --output "$at/pruned-$device" --json
+        attempt "bundled-prune-$device" 60 "$binary" prune --device "$device" --dtype f32 --ratio 0.2 --num-prompts 16 --steps 2 --output "$at/pruned-$device" --json
         # both devices train what the CPU's rounding has no part in: the same pruned model
-        attempt "bundled-train-$device" 60 "$binary" train-sandwich --device "$device" --dtype f32 --model "$at/pruned-cuda" --samples 16 --steps 3 --finish 3 \
+        attempt "bundled-train-$device" 60 "$binary" train-sandwich --device "$device" --dtype f32 --model "$at/pruned-cuda" --num-prompts 16 --steps 3 --finetune 3 \
             --log "$output/logs/losses-$device.jsonl" --output "$at/trained-$device" --json
         for dtype in f32 bf16; do
             attempt "bundled-generate-$device-$dtype" 40 "$binary" generate --device "$device" --dtype "$dtype" --prompt "$prompt" --seed 3 --steps 12 \
@@ -131,9 +131,9 @@ step_bundled() {
             while (match($0, /"loss":[-0-9.e+]+/)) { got[n++] = substr($0, RSTART + 7, RLENGTH - 7); $0 = substr($0, RSTART + RLENGTH) }
             if (n == 2) { d = (got[0] - got[1]) / got[1]; if (d < 0) d = -d; if (d > most) most = d; seen++ }
         } END { if (seen) printf "%.2e", most }')" '' '<= 1e-4'
-    figure bundled "picture in f32: largest difference from the CPU's" "$(difference "$at/cuda-f32.png" "$at/cpu-f32.png")" /255 '<= 3'
+    figure bundled "image in f32: largest difference from the CPU's" "$(difference "$at/cuda-f32.png" "$at/cpu-f32.png")" /255 '<= 3'
     # bf16 rounds every sum in another order: it may not be further from f32 than the CPU's bf16 is
     local own
     own=$(difference "$at/cpu-bf16.png" "$at/cpu-f32.png")
-    figure bundled "picture in bf16: largest difference from f32" "$(difference "$at/cuda-bf16.png" "$at/cpu-f32.png")" /255 "<= $((${own:-0} > 3 ? own : 3))"
+    figure bundled "image in bf16: largest difference from f32" "$(difference "$at/cuda-bf16.png" "$at/cpu-f32.png")" /255 "<= $((${own:-0} > 3 ? own : 3))"
 }

@@ -103,7 +103,7 @@ struct Thread {
     std::vector<Copy> copies;  // into shared memory, not yet waited for
 };
 
-constexpr int STACK = 1 << 16, WARP = 32, MOST_THREADS = 1024;
+constexpr int STACK = 1 << 16, WARP = 32, MAX_THREADS = 1024;
 static std::vector<Thread> threads;
 static void *scheduler;
 static int current;
@@ -111,7 +111,7 @@ static bool on_a_stack;
 static const Kernel *running;
 static void **parameters;
 static unsigned shared_bytes;
-alignas(16) static char exchanged[MOST_THREADS][32];
+alignas(16) static char exchanged[MAX_THREADS][32];
 
 static void check(const char *what, Address from, size_t bytes);
 
@@ -203,7 +203,7 @@ static std::map<Address, size_t> allocations;
 static size_t used, most;
 static long launches;
 
-// What is still done where memory is only counted: fastflux compares its kernels with their twins at such sizes.
+// What is still done where memory is only counted: fastflux compares its kernels with their reference implementations at such sizes.
 constexpr size_t SMALL_COPY = 2 << 20;
 constexpr double SMALL_LAUNCH = 3e5;
 
@@ -408,7 +408,7 @@ Result cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned
     const bool nothing = !grid_x || !grid_y || !grid_z || !x || !y || !z;
     const bool large = grid_x > 2147483647u || grid_y > 65535 || grid_z > 65535 || z > 64 ||
                        shared > ((Kernel *)function)->shared;
-    if (nothing || large || (uint64_t)x * y * z > MOST_THREADS) return INVALID_VALUE;
+    if (nothing || large || (uint64_t)x * y * z > MAX_THREADS) return INVALID_VALUE;
     launches++;
     if (only_counts() && 1.0 * grid_x * grid_y * grid_z * x * y * z > SMALL_LAUNCH) return OK;
     running = (Kernel *)function;

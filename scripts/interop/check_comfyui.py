@@ -105,7 +105,7 @@ def check(args, base, work, blocks, form, joint):
     from comfyui_fastflux import LoadFastFlux
 
     recipe, pruned, reference = work / "recipe.json", work / "pruned", work / "reference.safetensors"
-    recipe.write_text(json.dumps({"calibration": {"samples": 8}, "fit": {"joint": joint}}))
+    recipe.write_text(json.dumps({"calibration": {"num-prompts": 8}, "fit": {"joint": joint}}))
     command = ["prune", "--model", base, "--blocks", blocks, "--form", form, "--recipe", recipe, "--output", pruned, "--quiet"]
     subprocess.run([args.fastflux, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
     if form == "remove":

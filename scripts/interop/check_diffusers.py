@@ -7,7 +7,7 @@
     python scripts/interop/check_diffusers.py [--fastflux target/release/fastflux] [--model configs/tiny] [--cases linear,remove]
 
 Each case prunes with `--layout diffusers`, opens the folder with `AutoModel` (removed blocks: with diffusers' own class), records the velocity
-and a whole picture, and has `fastflux verify` compare them. The same model as one file with original names must give the same tensors by
+and a whole image, and has `fastflux verify` compare them. The same model as one file with original names must give the same tensors by
 `from_single_file`. Exit status 1 when a case fails.
 """
 
@@ -67,7 +67,7 @@ def open_folder(folder, form):
 
 def check(args, work, blocks, form, joint):
     recipe = work / "recipe.json"
-    recipe.write_text(json.dumps({"calibration": {"samples": 32}, "fit": {"joint": joint}}))
+    recipe.write_text(json.dumps({"calibration": {"num-prompts": 32}, "fit": {"joint": joint}}))
     pruned = work / "pruned"
     command = ["prune", "--model", args.model, "--blocks", blocks, "--form", form, "--recipe", recipe, "--layout", "diffusers", "--output", pruned]
     if fastflux(args, *command).returncode != 0:
@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--fastflux", default=ROOT / "target/release/fastflux")
     parser.add_argument("--model", default=ROOT / "configs/tiny", help="pipeline folder in diffusers layout; default: the bundled model")
     parser.add_argument("--cases", help="those whose names start so, separated by commas; default: all")
-    parser.add_argument("--steps", type=int, default=4, help="of the picture")
+    parser.add_argument("--steps", type=int, default=4, help="of the image")
     parser.add_argument("--threads", type=int, help="of PyTorch")
     args = parser.parse_args()
     if args.threads:

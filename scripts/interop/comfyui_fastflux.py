@@ -76,7 +76,7 @@ class ReplacedDouble(Replaced):
 
 
 class ReplacedSingle(Replaced):
-    """In the place of a single block, whose tokens are those of the text and then those of the picture."""
+    """In the place of a single block, whose tokens are those of the text and then those of the image."""
 
     def forward(self, x, vec, transformer_options, **_):
         text = transformer_options["img_slice"][0]
@@ -150,7 +150,7 @@ def load(path, **options):
         setattr(model.diffusion_model, f"{kind}_blocks", stack)
         # what ComfyUI names the blocks of a LoRA by
         model.model_config.unet_config[depth] = len(stack)
-    patcher.size = 0  # counted anew
+    patcher.size = 0  # counted again
     patcher.cached_patcher_init = (load, (path,))
     return patcher
 

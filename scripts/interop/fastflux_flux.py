@@ -1,6 +1,6 @@
 """FLUX.1 transformers pruned by fastflux, in diffusers.
 
-`fastflux prune --layout diffusers` and `fastflux train-sandwich --layout diffusers` put this file beside the weights:
+`fastflux prune --layout diffusers` and `fastflux train-sandwich --layout diffusers` put this file next to the weights:
 
     transformer = AutoModel.from_pretrained("pruned/transformer", trust_remote_code=True, torch_dtype=torch.bfloat16)
     pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", transformer=transformer, torch_dtype=torch.bfloat16)

@@ -64,7 +64,7 @@ pub struct Row {
     /// Median of the first model's step by this one's, if there are two.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub speed_up: Option<f64>,
-    /// Most memory that a step took beyond the weights, in bytes; measured on the CPU where there is one model.
+    /// Most memory that a step took beyond the weights, in bytes; measured on the CPU if there is one model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub activation_bytes: Option<u64>,
     /// The same as it is estimated before a model is run, in bytes.

@@ -20,7 +20,7 @@ pub struct Timing {
     pub low: f64,
     /// A quarter took at least this long.
     pub high: f64,
-    /// The middle time until the device had been told all it had to do; the same as the others on a CPU. Where it comes
+    /// The middle time until all work had been handed to the device; the same as the others on a CPU. Where it comes
     /// close to them the device waits for its instructions.
     pub launched: f64,
 }
@@ -181,7 +181,7 @@ pub struct MemoryWatch {
 }
 
 impl MemoryWatch {
-    /// Starts; `free` is the device's free memory now, where it has memory of its own.
+    /// Starts; `free` is the device's free memory now, if it has memory of its own.
     pub fn start(free: Option<u64>) -> Self {
         Self {
             // Linux: 5 makes the peak what is used now
@@ -197,7 +197,7 @@ impl MemoryWatch {
     }
 
     /// Most memory of this process since the start, in bytes, with the parts of mapped files that are in memory; `None`
-    /// where the system does not say.
+    /// if the system does not say.
     pub fn host(&self) -> Option<u64> {
         self.fresh.then(most_resident).flatten()
     }
@@ -207,7 +207,7 @@ impl MemoryWatch {
         Some(self.host()?.saturating_sub(status("RssFile:")?))
     }
 
-    /// Memory of this process now, in bytes, without the parts of mapped files; `None` where the system does not say.
+    /// Memory of this process now, in bytes, without the parts of mapped files; `None` if the system does not say.
     pub fn host_now() -> Option<u64> {
         status("RssAnon:")
     }

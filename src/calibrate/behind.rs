@@ -4,7 +4,7 @@
 use anyhow::Result;
 use indicatif::ProgressBar;
 
-use super::{noised::States, stats::CalibrationStats};
+use super::{noised::NoisedLatents, stats::CalibrationStats};
 use crate::{
     device::Runtime,
     model::{Block, Conditioning, Flux, Observer, Stream, Trunk},
@@ -19,14 +19,14 @@ pub fn gather_behind(
     flux: &Flux,
     pruned: &Trunk,
     mut stats: CalibrationStats,
-    states: &States,
+    noised: &NoisedLatents,
     batch: usize,
     runtime: &Runtime,
     progress: &ProgressBar,
 ) -> Result<CalibrationStats> {
-    for (forward, range) in states.batches(batch).enumerate() {
-        stats.start_forward(2 * forward as u64); // the first entry, where it is kept, counts one on
-        let batch = states.batch(range, &runtime.device, runtime.dtype)?;
+    for (forward, range) in noised.batches(batch).enumerate() {
+        stats.start_forward(2 * forward as u64); // the first entry, if it is kept, counts one on
+        let batch = noised.batch(range, &runtime.device, runtime.dtype)?;
         let (stream, conditioning) = flux.embed(&batch.inputs())?;
         pairs(flux, pruned, stream, &conditioning, &mut stats)?;
         progress.inc(1);

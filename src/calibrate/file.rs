@@ -1,5 +1,5 @@
 //! A calibration as a file: the sums of every block, the images they were gathered of, and what made them. Files of
-//! shards add up to that of one run. Gathering is `pass`' business.
+//! shards add up to that of one run. `pass` gathers.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,6 +19,10 @@ use crate::{
     layout::{BlockId, BlockSpec},
 };
 
+/// How the names of the images' tensors begin, and how they began in version 0.1.
+const IMAGES: &str = "images";
+const OLD_IMAGES: &str = "pictures";
+
 /// The metadata key of the header.
 const KEY: &str = "fastflux-statistics";
 
@@ -30,7 +34,7 @@ pub struct Calibration {
     /// The sums.
     pub stats: CalibrationStats,
     /// Packed latents of the images of each unit, (prompts, tokens, 4 · channels), f32 on the CPU.
-    pub pictures: BTreeMap<usize, Tensor>,
+    pub images: BTreeMap<usize, Tensor>,
 }
 
 impl Calibration {
@@ -42,7 +46,7 @@ impl Calibration {
         Self {
             header,
             stats,
-            pictures: BTreeMap::new(),
+            images: BTreeMap::new(),
         }
     }
 
@@ -50,10 +54,10 @@ impl Calibration {
     ///
     /// # Errors
     /// When units are missing.
-    pub fn all_pictures(&self) -> Result<Tensor> {
+    pub fn all_images(&self) -> Result<Tensor> {
         ensure!(self.header.is_complete(), "the calibration is not complete");
-        let pictures: Vec<&Tensor> = self.pictures.values().collect();
-        Ok(Tensor::cat(&pictures, 0)?)
+        let images: Vec<&Tensor> = self.images.values().collect();
+        Ok(Tensor::cat(&images, 0)?)
     }
 
     /// Adds another part of the same calibration.
@@ -69,7 +73,7 @@ impl Calibration {
         }
         self.stats.add(other.stats)?;
         self.header.done.extend(other.header.done);
-        self.pictures.extend(other.pictures);
+        self.images.extend(other.images);
         Ok(())
     }
 
@@ -128,8 +132,8 @@ impl Calibration {
                 }
             }
         }
-        for (unit, pictures) in &self.pictures {
-            file.insert(format!("pictures.{unit:06}"), Source::dense(pictures)?);
+        for (unit, images) in &self.images {
+            file.insert(format!("{IMAGES}.{unit:06}"), Source::dense(images)?);
         }
         Ok(file)
     }
@@ -188,12 +192,12 @@ impl Calibration {
                 }
             }
         }
-        out.read_pictures(&name, &file)?;
+        out.read_images(&name, &file)?;
         Ok(out)
     }
 
     /// The images of all units that are done, each as many as it has prompts, of the recipe's size.
-    fn read_pictures(&mut self, name: &str, file: &Checkpoint) -> Result<()> {
+    fn read_images(&mut self, name: &str, file: &Checkpoint) -> Result<()> {
         let header = &self.header;
         let division = header.validate()?;
         // a token is 16×16 pixels
@@ -201,17 +205,15 @@ impl Calibration {
         let tokens = tokens(header.recipe.width).saturating_mul(tokens(header.recipe.height));
         let mut channels = None;
         for unit in &header.done {
-            let reader = Reader {
-                name,
-                file,
-                prefix: "pictures".to_owned(),
-            };
             let unit_name = format!("{unit:06}");
+            let old = file.contains(&format!("{OLD_IMAGES}.{unit_name}"));
+            let prefix = if old { OLD_IMAGES } else { IMAGES }.to_owned();
+            let reader = Reader { name, file, prefix };
             let source = reader.source(&unit_name)?;
             let channels = *channels.get_or_insert(source.shape().last().copied().unwrap_or(0));
             let shape = [division.prompts_of(*unit).len(), tokens, channels];
-            let pictures = reader.pictures(&unit_name, &shape)?;
-            self.pictures.insert(*unit, pictures);
+            let images = reader.images(&unit_name, &shape)?;
+            self.images.insert(*unit, images);
         }
         Ok(())
     }
@@ -248,7 +250,7 @@ impl Reader<'_> {
     }
 
     /// Images in f32 of this shape.
-    fn pictures(&self, what: &str, shape: &[usize]) -> Result<Tensor> {
+    fn images(&self, what: &str, shape: &[usize]) -> Result<Tensor> {
         let source = self.of_form(what, shape, safetensors::Dtype::F32)?;
         let tensor = source.tensor(&Device::Cpu)?;
         let sum = tensor.sum_all()?.to_scalar::<f32>()?;
@@ -259,7 +261,7 @@ impl Reader<'_> {
     fn ensure_finite(&self, what: &str, sum: f64) -> Result<()> {
         ensure!(
             sum.is_finite(),
-            "`{}`: tensor `{}.{what}` holds NaN or infinite numbers\nhint: `fastflux calibrate` makes the file anew",
+            "`{}`: tensor `{}.{what}` holds NaN or infinite numbers\nhint: `fastflux calibrate` makes the file again",
             self.name,
             self.prefix
         );
@@ -306,7 +308,7 @@ pub fn open(path: &Path) -> Result<(Checkpoint, Header)> {
         .with_context(|| format!("`{name}`: its statistics header is damaged"))?;
     header.validate().with_context(|| {
         format!(
-            "`{name}`: its statistics header is damaged\nhint: `fastflux calibrate` makes the file anew"
+            "`{name}`: its statistics header is damaged\nhint: `fastflux calibrate` makes the file again"
         )
     })?;
     Ok((file, header))

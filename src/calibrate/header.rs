@@ -25,7 +25,8 @@ pub struct Header {
     /// Prompts of the images for statistics, then those held out.
     pub prompts: Vec<String>,
     /// How many of the prompts are for statistics.
-    pub samples: usize,
+    #[serde(alias = "samples")]
+    pub num_prompts: usize,
     /// Blocks whose products were gathered.
     pub products: Vec<BlockId>,
     /// Units of the whole calibration.
@@ -48,8 +49,11 @@ impl Header {
         let recipe = &self.recipe;
         recipe.validate()?;
         for (name, is_there) in [
-            ("samples", recipe.samples.is_some()),
-            ("draws", recipe.draws.is_some()),
+            ("num-prompts", recipe.num_prompts.is_some()),
+            (
+                "noise-levels-per-image",
+                recipe.noise_levels_per_image.is_some(),
+            ),
             ("steps", recipe.steps.is_some()),
             ("guidance", recipe.guidance.is_some()),
             ("width", recipe.width.is_some()),
@@ -60,20 +64,20 @@ impl Header {
         }
         let prompts = self.prompts.len();
         ensure!(
-            (1..prompts).contains(&self.samples),
-            "`samples` is {} of {prompts} prompts: there must be some of each kind",
-            self.samples
+            (1..prompts).contains(&self.num_prompts),
+            "`num-prompts` is {} of {prompts} prompts: there must be some of each kind",
+            self.num_prompts
         );
         let division = Division {
             prompts,
-            samples: self.samples,
+            num_prompts: self.num_prompts,
             batch: recipe.batch.unwrap_or(1),
         };
         ensure!(
             self.units == division.units(),
             "`units` is {}, but {} for statistics of {prompts} prompts in batches of {} are {}",
             self.units,
-            self.samples,
+            self.num_prompts,
             division.batch,
             division.units()
         );

@@ -6,10 +6,10 @@ use anyhow::{Result, ensure};
 use candle::{DType, Device, Tensor};
 use indicatif::ProgressBar;
 
-use super::noised::{Batch, States};
+use super::noised::{Batch, NoisedLatents};
 use crate::model::{Block, Flux, Stream, Trunk, memory::BATCHES_PER_LOAD};
 
-/// Held-out states with the unpruned model's velocity on them.
+/// Held-out noised latents with the unpruned model's velocity on them.
 pub struct HeldOut {
     batches: Vec<(Batch, Tensor)>,
     /// Σ ‖v‖² of the unpruned model.
@@ -17,21 +17,21 @@ pub struct HeldOut {
 }
 
 impl HeldOut {
-    /// Runs the unpruned model on `states`.
+    /// Runs the unpruned model on `noised`.
     ///
     /// # Errors
     /// When a forward fails or its result is not finite.
     pub fn new(
         flux: &Flux,
-        states: &States,
+        noised: &NoisedLatents,
         batch: usize,
         device: &Device,
         dtype: DType,
     ) -> Result<Self> {
         let mut batches = Vec::new();
         let mut norm_sq = 0.0;
-        for range in states.batches(batch) {
-            let batch = states.batch(range, device, dtype)?;
+        for range in noised.batches(batch) {
+            let batch = noised.batch(range, device, dtype)?;
             let velocity = flux
                 .forward(&batch.inputs(), &mut ())?
                 .to_dtype(DType::F32)?;
@@ -62,7 +62,7 @@ impl HeldOut {
 
     /// The error of `trunk` with each of `candidates` (index in the trunk → replacement) exchanged in turn.
     ///
-    /// The trunk is a fold, so the prefix before a block is computed once for all candidates behind it. Where blocks are
+    /// The trunk is a fold, so the prefix before a block is computed once for all candidates behind it. If blocks are
     /// read whenever they are run, several candidates go through each together; the numbers are the same.
     ///
     /// # Errors
@@ -88,7 +88,7 @@ impl HeldOut {
                 let last = group.last().copied().unwrap_or(start);
                 // what came out of the candidates so far, on its way to the end
                 let mut under_way: Vec<(usize, Stream)> = Vec::new();
-                trunk.walk(start..trunk.len(), &mut |index, _, block| {
+                trunk.visit(start..trunk.len(), &mut |index, _, block| {
                     for (_, stream) in &mut under_way {
                         *stream = block.forward(stream, &conditioning)?;
                     }

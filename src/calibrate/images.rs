@@ -12,7 +12,7 @@ use crate::{
     ui,
 };
 
-/// The images of a folder in the order of their names, with the captions beside them.
+/// The images of a folder in the order of their names, with the captions next to them.
 pub(super) fn captioned(folder: &Path) -> Result<(Vec<String>, Vec<PathBuf>)> {
     let name = folder.display();
     let entries =
@@ -60,10 +60,10 @@ pub(super) fn encode(
     let progress = ui::progress(images.len(), "encoding images");
     let mut out = Vec::new();
     for path in images {
-        let picture = image::read(path).context("--images")?;
-        let picture = image::covering(&picture, size.width, size.height)?.unsqueeze(0)?;
-        let picture = picture.to_device(&runtime.device)?;
-        let latents = vae.encode(&picture.to_dtype(runtime.dtype)?)?;
+        let image = image::read(path).context("--images")?;
+        let image = image::covering(&image, size.width, size.height)?.unsqueeze(0)?;
+        let image = image.to_device(&runtime.device)?;
+        let latents = vae.encode(&image.to_dtype(runtime.dtype)?)?;
         let packed = latents::pack(&latents.to_dtype(candle::DType::F32)?)?;
         out.push(packed.to_device(&candle::Device::Cpu)?);
         progress.inc(1);

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use super::{options::ResolvedOptions, pass::Shard, recipe::StateSource};
+use super::{options::ResolvedOptions, pass::Shard, recipe::LatentSource};
 use crate::{
     layout::FluxConfig,
     model::cost,
@@ -27,7 +27,7 @@ pub(super) fn blocks_within(config: &FluxConfig, memory: Option<u64>) -> usize {
     fit.clamp(1, all.max(1))
 }
 
-/// Bytes of the sums that are kept where there is room for `memory` bytes of them; 0 if the limit is unknown.
+/// Bytes of the sums that are kept if there is room for `memory` bytes of them; 0 if the limit is unknown.
 pub fn bytes_of_kept(config: &FluxConfig, memory: Option<u64>) -> u64 {
     memory.map_or(0, |bytes| {
         blocks_within(config, Some(bytes)) as u64 * bytes_of_sums(config)
@@ -39,14 +39,11 @@ pub fn bytes_of_kept(config: &FluxConfig, memory: Option<u64>) -> u64 {
 pub(super) fn activity(
     pipeline: &Pipeline,
     budget: &MemoryBudget,
-    settings: &ResolvedOptions,
+    options: &ResolvedOptions,
     given: Option<u64>,
 ) -> (Activity, Option<u64>) {
     let config = &pipeline.config;
-    let (batch, tokens) = (
-        settings.batch,
-        settings.size.tokens() + settings.text_tokens,
-    );
+    let (batch, tokens) = (options.batch, options.size.tokens() + options.text_tokens);
     // one stream of one block in f32 (f64 on the CPU), its change, and the fresh products next to the sums
     let wide = if budget.on_cpu() { 8 } else { 4 };
     let stream = (batch * tokens * config.hidden_size) as u64;
@@ -94,7 +91,7 @@ pub struct Bytes {
     /// The widest moment of a forward, and the products next to the sums.
     pub activations: u64,
     /// Latents of all images.
-    pub pictures: u64,
+    pub images: u64,
     /// The statistics file.
     pub file: u64,
     /// Fitted layers and the solver.
@@ -123,7 +120,7 @@ pub struct CalibrationEstimate {
     /// Text tokens.
     pub text_tokens: usize,
     /// Noised latents in one forward.
-    #[serde(rename = "states_in_a_forward")]
+    #[serde(rename = "noised_latents_per_forward")]
     pub batch: usize,
     /// Forwards, of this shard.
     pub forwards: Forwards,
@@ -158,51 +155,57 @@ struct Details {
 }
 
 impl CalibrationEstimate {
-    /// Of `settings` with at most `stats_memory` bytes of sums; with `fitting`, of scores and fits after it too.
+    /// Of `options` with at most `stats_memory` bytes of sums; with `fitting`, of scores and fits after it too.
     ///
     /// # Errors
     /// When the memory limit is too low for a forward.
     pub fn new(
         pipeline: &Pipeline,
         budget: &MemoryBudget,
-        settings: &ResolvedOptions,
+        options: &ResolvedOptions,
         shard: Shard,
         stats_memory: Option<u64>,
         fitting: bool,
     ) -> Result<Self> {
         let runtime = budget.runtime();
         let config = &pipeline.config;
-        let steps = settings.recipe.steps.context("steps are resolved")?;
-        let draws = settings.recipe.draws.context("draws are resolved")?;
-        let (samples, prompts, batch) = (settings.samples, settings.prompts.len(), settings.batch);
-        let sampling = match settings.recipe.source {
-            StateSource::Images => 0,
-            StateSource::Latents | StateSource::Trajectory => prompts * steps,
+        let steps = options.recipe.steps.context("steps are resolved")?;
+        let noise_levels_per_image = options
+            .recipe
+            .noise_levels_per_image
+            .context("noise_levels_per_image are resolved")?;
+        let (num_prompts, prompts, batch) =
+            (options.num_prompts, options.prompts.len(), options.batch);
+        let sampling = match options.recipe.source {
+            LatentSource::Images => 0,
+            LatentSource::Latents | LatentSource::Trajectory => prompts * steps,
         };
-        let gathered = match settings.recipe.source {
-            StateSource::Trajectory => 0,
-            StateSource::Latents | StateSource::Images => (samples as f64 * draws).ceil() as usize,
+        let gathered = match options.recipe.source {
+            LatentSource::Trajectory => 0,
+            LatentSource::Latents | LatentSource::Images => {
+                (num_prompts as f64 * noise_levels_per_image).ceil() as usize
+            }
         };
-        let of_shard = |states: usize| states.div_ceil(shard.of);
-        let image_tokens = settings.size.tokens();
-        let tokens = image_tokens + settings.text_tokens;
-        let per_state = cost::model(config, image_tokens, settings.text_tokens);
-        let flops = |states: usize| of_shard(states) as f64 * per_state.flops() as f64;
-        let (activity, room) = self::activity(pipeline, budget, settings, stats_memory);
+        let of_shard = |count: usize| count.div_ceil(shard.of);
+        let image_tokens = options.size.tokens();
+        let tokens = image_tokens + options.text_tokens;
+        let per_latent = cost::model(config, image_tokens, options.text_tokens);
+        let flops = |count: usize| of_shard(count) as f64 * per_latent.flops() as f64;
+        let (activity, room) = self::activity(pipeline, budget, options, stats_memory);
         let kept = blocks_within(config, room);
-        let residence = budget.residence(config, activity)?;
+        let offload_plan = budget.offload_plan(config, activity)?;
         let d = config.hidden_size as u64;
-        let noised = match settings.recipe.source {
-            StateSource::Trajectory => samples * steps,
-            StateSource::Latents | StateSource::Images => gathered,
+        let noised = match options.recipe.source {
+            LatentSource::Trajectory => num_prompts * steps,
+            LatentSource::Latents | LatentSource::Images => gathered,
         };
-        let rows = match settings.recipe.tokens_per_forward {
+        let rows = match options.recipe.tokens_per_forward {
             None => noised * tokens,
             Some(limit) => noised.div_ceil(batch) * (2 * limit).min(batch * tokens),
         };
         // 2 · rows · (k² / 2 + k d) multiply-adds
         let products = (kept * of_shard(rows)) as f64 * 2.0 * (d as f64) * (1.5 * d as f64);
-        let weights = residence.bytes;
+        let weights = offload_plan.bytes;
         let sums = kept as u64 * bytes_of_sums(config);
         let element = runtime.dtype.size_in_bytes() as u64;
         let on_cpu = runtime.device.is_cpu();
@@ -210,12 +213,12 @@ impl CalibrationEstimate {
         // one stream of one block in f32 (f64 on the CPU), its change, and the fresh products next to the sums
         let wide = if on_cpu { 8 } else { 4 };
         let activations = forward + (batch * tokens) as u64 * 2 * d * wide + bytes_of_sums(config);
-        let pictures = (prompts * image_tokens * config.in_channels * 4) as u64;
+        let images = (prompts * image_tokens * config.in_channels * 4) as u64;
         // a layer for each stream of every block with sums, f32, and a few matrices of the solver's in f64
         let (solving, streams) = if fitting {
             let layers = kept as u64 * 2 * d * (d + 1) * 4;
             let solver = 6 * (d + 1) * (d + 1) * 8;
-            let held = (samples * settings.draws_later() * tokens) as u64;
+            let held = (num_prompts * options.noise_levels_later() * tokens) as u64;
             (layers + solver, 2 * held * d * element)
         } else {
             (0, 0)
@@ -228,7 +231,7 @@ impl CalibrationEstimate {
             prompts,
             steps,
             image_tokens,
-            text_tokens: settings.text_tokens,
+            text_tokens: options.text_tokens,
             batch,
             forwards: Forwards {
                 sampling: of_shard(sampling).div_ceil(batch),
@@ -241,17 +244,17 @@ impl CalibrationEstimate {
             },
             blocks: config.kept_ids().len(),
             blocks_with_sums: kept,
-            blocks_on_the_device: residence.count(),
+            blocks_on_the_device: offload_plan.count(),
             bytes: Bytes {
                 weights,
                 statistics: sums,
                 activations,
-                pictures,
-                file: sums + pictures,
+                images,
+                file: sums + images,
                 solving,
                 streams,
                 device: weights + if on_cpu { work } else { sums + activations },
-                host: pictures
+                host: images
                     + if on_cpu {
                         weights + work
                     } else {
@@ -261,11 +264,11 @@ impl CalibrationEstimate {
             free: runtime.free_memory(),
             shard: (shard != Shard::WHOLE).then(|| format!("{}/{}", shard.index, shard.of)),
             details: Details {
-                width: settings.size.width,
-                height: settings.size.height,
+                width: options.size.width,
+                height: options.size.height,
                 noised,
                 sums_of_a_block: bytes_of_sums(config),
-                all_blocks: residence.total(),
+                all_blocks: offload_plan.total(),
                 fitting,
                 on_cpu,
             },
@@ -289,7 +292,7 @@ impl CalibrationEstimate {
                 ui::flops(self.flops.sampling)
             ),
             format!(
-                "statistics  {} states, {} forwards more: {} and {} for the sums",
+                "statistics  {} noised latents, {} forwards more: {} and {} for the sums",
                 d.noised,
                 self.forwards.statistics,
                 ui::flops(self.flops.statistics),

@@ -6,8 +6,8 @@ use candle::Tensor;
 use self::{
     file::Calibration,
     held_out::HeldOut,
-    noised::States,
-    options::{DRAWS_HELD_OUT, ResolvedOptions},
+    noised::NoisedLatents,
+    options::{HELD_OUT_NOISE_LEVELS, ResolvedOptions},
     pass::Pass,
     sampling::FiniteCheck,
 };
@@ -28,6 +28,7 @@ pub mod header;
 pub mod held_out;
 mod images;
 pub mod memory;
+mod noise_levels;
 pub mod noised;
 mod on_gpu;
 pub mod options;
@@ -42,6 +43,7 @@ mod sums;
 mod token_sums;
 
 pub use behind::gather_behind;
+pub use noise_levels::NoiseLevels;
 pub use sampling::sample;
 
 /// See the module.
@@ -51,7 +53,7 @@ pub struct Calibrator<'a> {
     /// What is computed with.
     pub runtime: &'a Runtime,
     /// What was asked for, nothing left open.
-    pub settings: ResolvedOptions,
+    pub options: ResolvedOptions,
     /// Its transformer.
     pub flux: Flux,
     /// Bytes that the sums may take; `None` if the memory limit is unknown.
@@ -71,22 +73,22 @@ impl<'a> Calibrator<'a> {
     pub fn open(
         pipeline: &'a Pipeline,
         budget: &'a MemoryBudget,
-        settings: ResolvedOptions,
+        options: ResolvedOptions,
         stats_memory: Option<u64>,
     ) -> Result<Self> {
         let runtime = budget.runtime();
         let schedule = load::schedule(pipeline)?;
-        let images = settings.images.as_deref();
+        let images = options.images.as_deref();
         let images = images
-            .map(|images| images::encode(pipeline, runtime, settings.size, images))
+            .map(|images| images::encode(pipeline, runtime, options.size, images))
             .transpose()?;
-        let encoded = load::encode_prompts(pipeline, &settings.prompts, None, runtime)?;
-        let (activity, stats_memory) = memory::activity(pipeline, budget, &settings, stats_memory);
+        let encoded = load::encode_prompts(pipeline, &options.prompts, None, runtime)?;
+        let (activity, stats_memory) = memory::activity(pipeline, budget, &options, stats_memory);
         let flux = budget.flux(pipeline, activity)?;
         Ok(Self {
             pipeline,
             runtime,
-            settings,
+            options,
             flux,
             stats_memory,
             encoded,
@@ -96,7 +98,7 @@ impl<'a> Calibrator<'a> {
     }
 
     fn denoise<'b>(&'b self, flux: &'b Flux) -> Result<Denoise<'b>> {
-        let recipe = &self.settings.recipe;
+        let recipe = &self.options.recipe;
         Ok(Denoise {
             flux,
             dtype: self.runtime.dtype,
@@ -104,7 +106,7 @@ impl<'a> Calibrator<'a> {
             schedule: &self.schedule,
             steps: recipe.steps.context("steps are resolved")?,
             guidance: recipe.guidance.context("guidance is resolved")?,
-            size: self.settings.size.latent(self.pipeline.config.family),
+            size: self.options.size.latent(self.pipeline.config.family),
         })
     }
 
@@ -113,18 +115,27 @@ impl<'a> Calibrator<'a> {
     }
 
     fn pass(&self) -> Result<Pass<'_>> {
-        let recipe = &self.settings.recipe;
+        let recipe = &self.options.recipe;
         Ok(Pass {
             denoise: self.denoise(&self.flux)?,
             prompts: &self.encoded,
-            samples: self.settings.samples,
+            num_prompts: self.options.num_prompts,
             source: recipe.source,
-            draws: recipe.draws.context("draws are resolved")?,
-            batch: self.settings.batch,
+            noise_levels_per_image: recipe
+                .noise_levels_per_image
+                .context("noise_levels_per_image are resolved")?,
+            batch: self.options.batch,
             channels: self.channels(),
             seed: recipe.seed,
             images: self.images.as_ref(),
+            levels: self.noise_levels()?,
         })
+    }
+
+    /// The noise levels that the model is looked at.
+    fn noise_levels(&self) -> Result<NoiseLevels> {
+        let steps = self.options.recipe.steps.context("steps are resolved")?;
+        NoiseLevels::of_model(self.pipeline, self.options.size, steps)
     }
 
     /// One step of one image: a damaged model is named by its block before hours are spent on it.
@@ -133,7 +144,7 @@ impl<'a> Calibrator<'a> {
             steps: 1,
             ..self.denoise(&self.flux)?
         };
-        let noise = starting_noise(self.settings.recipe.seed, 1, self.channels(), probe.size)?;
+        let noise = starting_noise(self.options.recipe.seed, 1, self.channels(), probe.size)?;
         let prompt = self.encoded.range(0..1)?;
         probe
             .run(&noise, &prompt, &mut FiniteCheck, &mut || ())
@@ -145,38 +156,50 @@ impl<'a> Calibrator<'a> {
     ///
     /// # Errors
     /// When the calibration is not complete.
-    pub fn states(&self, calibration: &Calibration) -> Result<AllStates> {
-        let pictures = calibration.all_pictures()?;
+    pub fn noised(&self, calibration: &Calibration) -> Result<NoisedSplit> {
+        let images = calibration.all_images()?;
         let denoise = self.denoise(&self.flux)?;
-        let seed = self.settings.recipe.seed;
-        let noised = |range: std::ops::Range<usize>, draws, seed| -> Result<States> {
-            let part: Tensor = pictures.narrow(0, range.start, range.len())?;
+        let seed = self.options.recipe.seed;
+        let levels = self.noise_levels()?;
+        let noised = |range: std::ops::Range<usize>,
+                      noise_levels_per_image,
+                      seed|
+         -> Result<NoisedLatents> {
+            let part: Tensor = images.narrow(0, range.start, range.len())?;
             let prompts = self.encoded.range(range)?;
-            States::noised(part, prompts, denoise.size, denoise.guidance, draws, seed)
+            let noised = NoisedLatents::new(
+                part,
+                prompts,
+                denoise.size,
+                denoise.guidance,
+                noise_levels_per_image,
+                seed,
+            )?;
+            Ok(noised.with_levels(levels.clone()))
         };
-        let samples = self.settings.samples;
+        let num_prompts = self.options.num_prompts;
         let held_out = noised(
-            samples..self.encoded.len(),
-            DRAWS_HELD_OUT,
+            num_prompts..self.encoded.len(),
+            HELD_OUT_NOISE_LEVELS,
             seed.wrapping_add(2),
         )?;
-        let later = self.settings.draws_later();
-        Ok(AllStates {
-            fit: noised(0..samples, later, seed.wrapping_add(1))?,
-            held_out: held_out.first(self.settings.held_out),
+        let later = self.options.noise_levels_later();
+        Ok(NoisedSplit {
+            fit: noised(0..num_prompts, later, seed.wrapping_add(1))?,
+            held_out: held_out.first(self.options.held_out),
         })
     }
 
-    /// The held-out part of `states` with the unpruned model's velocity on it.
+    /// The held-out part of `noised` with the unpruned model's velocity on it.
     ///
     /// # Errors
     /// When a forward fails or its result is not finite.
-    pub fn held_out(&self, states: &AllStates) -> Result<HeldOut> {
+    pub fn held_out(&self, noised: &NoisedSplit) -> Result<HeldOut> {
         let Runtime { device, dtype } = self.runtime;
         HeldOut::new(
             &self.flux,
-            &states.held_out,
-            self.settings.batch,
+            &noised.held_out,
+            self.options.batch,
             device,
             *dtype,
         )
@@ -191,8 +214,8 @@ impl<'a> Calibrator<'a> {
         let count = count.min(self.encoded.len());
         let last = self.encoded.len() - count..self.encoded.len();
         let encoded = self.encoded.range(last.clone())?;
-        let batch = self.settings.batch;
-        let steps = self.settings.drawing_steps;
+        let batch = self.options.batch;
+        let steps = self.options.drawing_steps;
         let progress = ui::progress(models.len() * steps * count.div_ceil(batch), "generating");
         let mut rows = Vec::new();
         for flux in models {
@@ -201,7 +224,7 @@ impl<'a> Calibrator<'a> {
                 ..self.denoise(flux)?
             };
             // other noise than in calibration
-            let seed = self.settings.recipe.seed.wrapping_add(1000);
+            let seed = self.options.recipe.seed.wrapping_add(1000);
             let latents = sampling::sample(
                 &denoise,
                 &encoded,
@@ -217,14 +240,14 @@ impl<'a> Calibrator<'a> {
             &progress,
             format!("generated {count} prompts with {} models", models.len()),
         );
-        Ok((rows, &self.settings.prompts[last]))
+        Ok((rows, &self.options.prompts[last]))
     }
 }
 
 /// The calibration's images, noised again.
-pub struct AllStates {
+pub struct NoisedSplit {
     /// To fit on.
-    pub fit: States,
+    pub fit: NoisedLatents,
     /// To compare by; of other prompts.
-    pub held_out: States,
+    pub held_out: NoisedLatents,
 }

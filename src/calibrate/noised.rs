@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 
+use super::NoiseLevels;
 use crate::{
     model::Inputs,
     sample::{
@@ -15,17 +16,18 @@ use crate::{
 ///
 /// Only the clean images are held; noise is drawn again from its seed when a batch is asked for.
 #[derive(Clone, Debug)]
-pub struct States {
+pub struct NoisedLatents {
     /// Clean packed latents, (images, image tokens, channels), f32.
-    pictures: Tensor,
+    images: Tensor,
     prompts: Encoded,
     size: LatentSize,
     guidance: f64,
-    /// (image, t, noise seed) of each state.
-    items: Vec<(u32, f32, u64)>,
+    levels: NoiseLevels,
+    /// (image, number in (0, 1) that its noise level follows from, noise seed) of each state.
+    items: Vec<(u32, f64, u64)>,
 }
 
-/// One batch of states on a device, ready for the model.
+/// One batch of noised latents on a device, ready for the model.
 #[derive(Clone, Debug)]
 pub struct Batch {
     pub(crate) img: Tensor,
@@ -79,81 +81,85 @@ pub struct Share {
     pub first: usize,
     /// Number of all images.
     pub of: usize,
-    /// Number of states of all images together.
-    pub states: usize,
+    /// Number of noised latents of all images together.
+    pub num_noised: usize,
 }
 
-/// Times keep this far from 0 and 1, where the velocity is trivial.
-pub(crate) const MARGIN: f64 = 0.01;
 /// The golden ratio's fractional part: its multiples fill an interval evenly.
 const GOLDEN: f64 = 0.618_033_988_749_894_9;
 
-impl States {
-    /// `draws` noised states of each image, times spread evenly over (0, 1).
+impl NoisedLatents {
+    /// `noise_levels_per_image` noised latents of each image, times spread evenly over (0, 1).
     ///
     /// # Errors
     /// When images and prompts differ in number.
-    pub fn noised(
-        pictures: Tensor,
+    pub fn new(
+        images: Tensor,
         prompts: Encoded,
         size: LatentSize,
         guidance: f64,
-        draws: usize,
+        noise_levels_per_image: usize,
         seed: u64,
     ) -> Result<Self> {
         let of = prompts.len();
         let share = Share {
             first: 0,
             of,
-            states: of * draws,
+            num_noised: of * noise_levels_per_image,
         };
-        Self::share(pictures, prompts, share, size, guidance, seed)
+        Self::share(images, prompts, share, size, guidance, seed)
     }
 
-    /// The states of a share of the images: those that [`States::noised`] of all would have of them.
+    /// The noised latents of a share of the images: those that [`NoisedLatents::new`] of all would have of them.
     ///
     /// # Errors
     /// When images and prompts differ in number.
     pub fn share(
-        pictures: Tensor,
+        images: Tensor,
         prompts: Encoded,
         share: Share,
         size: LatentSize,
         guidance: f64,
         seed: u64,
     ) -> Result<Self> {
-        let count = pictures.dim(0)?;
+        let count = images.dim(0)?;
         ensure!(
             count == prompts.len(),
-            "{count} pictures of {} prompts",
+            "{count} images of {} prompts",
             prompts.len()
         );
-        let pictures_of_share = share.first..share.first + count;
-        let items = (0..share.states).filter_map(|i| {
-            // images take turns, so that every stretch of states has all times and many prompts
-            let picture = i % share.of;
-            if !pictures_of_share.contains(&picture) {
+        let images_of_share = share.first..share.first + count;
+        let items = (0..share.num_noised).filter_map(|i| {
+            // images take turns, so that every stretch of noised latents has all times and many prompts
+            let image = i % share.of;
+            if !images_of_share.contains(&image) {
                 return None;
             }
             let even = (i as f64 + 0.5) * GOLDEN % 1.0;
-            let t = MARGIN + (1.0 - 2.0 * MARGIN) * even;
             let seed = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
             Some((
-                (picture - share.first) as u32,
-                t as f32,
+                (image - share.first) as u32,
+                even,
                 seed.wrapping_add(i as u64),
             ))
         });
         Ok(Self {
+            levels: NoiseLevels::Even,
             items: items.collect(),
-            pictures,
+            images,
             prompts,
             size,
             guidance,
         })
     }
 
-    /// The first `len` states, or all where there are fewer.
+    /// The same with other noise levels than those spread evenly.
+    #[must_use]
+    pub fn with_levels(self, levels: NoiseLevels) -> Self {
+        Self { levels, ..self }
+    }
+
+    /// The first `len` noised latents, or all if there are fewer.
     #[must_use]
     pub fn first(&self, len: usize) -> Self {
         let mut out = self.clone();
@@ -161,12 +167,12 @@ impl States {
         out
     }
 
-    /// Keeps the first `len` states.
+    /// Keeps the first `len` noised latents.
     pub fn truncate(&mut self, len: usize) {
         self.items.truncate(len);
     }
 
-    /// Number of states.
+    /// Number of noised latents.
     pub fn len(&self) -> usize {
         self.items.len()
     }
@@ -176,7 +182,7 @@ impl States {
         self.items.is_empty()
     }
 
-    /// The states `range` in the model's dtype on its device.
+    /// The noised latents `range` in the model's dtype on its device.
     ///
     /// # Errors
     /// When the range is out of bounds or memory is short.
@@ -186,20 +192,24 @@ impl States {
         device: &Device,
         dtype: DType,
     ) -> Result<Batch> {
-        let items = self.items.get(range).context("states out of range")?;
-        let (_, tokens, channels) = self.pictures.dims3()?;
+        let items = self
+            .items
+            .get(range)
+            .context("noised latents out of range")?;
+        let (_, tokens, channels) = self.images.dims3()?;
         let mut noises = Vec::with_capacity(items.len());
         for (_, _, seed) in items {
             noises.push(noise::Generator::new(*seed).randn((tokens, channels), &Device::Cpu)?);
         }
         let noise = Tensor::stack(&noises, 0)?;
-        let which: Vec<u32> = items.iter().map(|(picture, _, _)| *picture).collect();
+        let which: Vec<u32> = items.iter().map(|(image, _, _)| *image).collect();
         let prompts = self.prompts.select(&which)?;
         let which = Tensor::new(which, &Device::Cpu)?;
-        let times: Vec<f32> = items.iter().map(|(_, t, _)| *t).collect();
+        let times = items.iter().map(|(_, even, _)| self.levels.at(*even));
+        let times: Vec<f32> = times.collect();
         let t = Tensor::new(times, &Device::Cpu)?.reshape((items.len(), 1, 1))?;
         let clean = self
-            .pictures
+            .images
             .to_device(&Device::Cpu)?
             .index_select(&which, 0)?;
         let img = (clean.broadcast_mul(&t.affine(-1.0, 1.0)?)? + noise.broadcast_mul(&t)?)?;
@@ -216,19 +226,20 @@ impl States {
         })
     }
 
-    /// The times of the states `range` (fewer where there are fewer).
+    /// The times of the noised latents `range` (fewer if there are fewer).
     pub fn times(&self, range: std::ops::Range<usize>) -> Vec<f32> {
         let items = self.items.get(range).unwrap_or_default();
-        items.iter().map(|(_, t, _)| *t).collect()
+        let times = items.iter().map(|(_, even, _)| self.levels.at(*even));
+        times.collect()
     }
 
-    /// The image that each of the states `range` is made of (fewer where there are fewer).
-    pub fn pictures(&self, range: std::ops::Range<usize>) -> Vec<u32> {
+    /// The image that each of the noised latents `range` is made of (fewer if there are fewer).
+    pub fn images(&self, range: std::ops::Range<usize>) -> Vec<u32> {
         let items = self.items.get(range).unwrap_or_default();
-        items.iter().map(|(picture, _, _)| *picture).collect()
+        items.iter().map(|(image, _, _)| *image).collect()
     }
 
-    /// The ranges of all batches of at most `size` states.
+    /// The ranges of all batches of at most `size` noised latents.
     pub fn batches(
         &self,
         size: usize,

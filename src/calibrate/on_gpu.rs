@@ -1,4 +1,4 @@
-//! Statistics on a GPU that multiplies 16-bit numbers: nobody waits for it before a forward is through. Scalars stay on the
+//! Statistics on a GPU that multiplies 16-bit numbers: the host waits for it only at the end of a forward. Scalars stay on the
 //! device until then; products add up there.
 
 use anyhow::{Context, Result};
@@ -41,8 +41,8 @@ pub(super) struct Known {
 }
 
 impl Share {
-    /// The scalars of the tokens `x` → `y`, both (batch, tokens, d). Nothing where another way has to be taken.
-    pub(super) fn of(x: &Tensor, y: &Tensor) -> Result<Option<Self>> {
+    /// The scalars of the tokens `x` → `y`, both (batch, tokens, d). Nothing if another way has to be taken.
+    pub(super) fn new(x: &Tensor, y: &Tensor) -> Result<Option<Self>> {
         let Some(each) = ops::token_sums(x, y)? else {
             return Ok(None);
         };
@@ -53,7 +53,7 @@ impl Share {
         }))
     }
 
-    /// Adds the products of the tokens `x` → `y` to `stats`: of all, or of the `chosen` rows. False where another way has
+    /// Adds the products of the tokens `x` → `y` to `stats`: of all, or of the `chosen` rows. False if another way has
     /// to be taken, and nothing was added.
     pub(super) fn multiply(
         &mut self,
@@ -68,7 +68,7 @@ impl Share {
                 let rows = Tensor::new(rows, x.device())?;
                 let pick = |t: &Tensor| t.flatten_to(1)?.index_select(&rows, 0)?.unsqueeze(0);
                 let (x, y) = (pick(x)?, pick(y)?);
-                let Some(share) = Self::of(&x, &y)? else {
+                let Some(share) = Self::new(&x, &y)? else {
                     return Ok(false);
                 };
                 (x, y, share.sums.narrow(1, 1, 1)?)

@@ -11,10 +11,10 @@ use super::{
     file,
     header::Header,
     images::captioned,
-    recipe::{CalibrationRecipe, StateSource},
+    recipe::{CalibrationRecipe, LatentSource},
 };
 use crate::{
-    checkpoint::{advise, record},
+    checkpoint::{record, with_hint},
     pipeline::{Pipeline, prompts},
     sample::size::{ImageSize, TOKENS_PER_FORWARD},
 };
@@ -23,15 +23,15 @@ use crate::{
 pub const AGAIN: &str = "make it again with `fastflux calibrate`";
 
 /// Prompts sampled for calibration unless asked otherwise.
-const SAMPLES: usize = 640;
+const NUM_PROMPTS: usize = 640;
 /// The same for models whose images have many tokens: each image is thousands of rows.
-const SAMPLES_LARGE: usize = 96;
-/// Noised states that later fits look at, of small and of large images, where that is at most as many of a image as
+const NUM_PROMPTS_LARGE: usize = 96;
+/// Noised latents that later fits look at, of small and of large images, if that is at most as many of an image as
 /// of a held-out one.
-const STATES_LATER: usize = 1280;
-const STATES_LATER_LARGE: usize = 256;
-/// Noised states of a held-out image.
-pub(super) const DRAWS_HELD_OUT: usize = 8;
+const LATENTS_LATER: usize = 1280;
+const LATENTS_LATER_LARGE: usize = 256;
+/// Noised latents of a held-out image.
+pub(super) const HELD_OUT_NOISE_LEVELS: usize = 8;
 
 /// A calibration as it is asked for: recipe and flags.
 #[derive(Clone, Debug)]
@@ -76,8 +76,8 @@ pub struct ResolvedOptions {
     /// Prompts to gather statistics of, then those held out.
     pub prompts: Vec<String>,
     /// How many of the prompts are for statistics.
-    pub samples: usize,
-    /// Held-out states that blocks are compared on.
+    pub num_prompts: usize,
+    /// Held-out noised latents that blocks are compared on.
     pub held_out: usize,
     /// Sampling steps of images for people to look at: those asked for, or the model's own default.
     pub drawing_steps: usize,
@@ -134,42 +134,44 @@ impl ResolvedOptions {
         (recipe.width, recipe.height) = (Some(size.width), Some(size.height));
         let drawing_steps = recipe.steps.unwrap_or(pipeline.default_steps());
         let default = match recipe.source {
-            StateSource::Trajectory => pipeline.default_steps(),
+            LatentSource::Trajectory => pipeline.default_steps(),
             _ => pipeline.default_steps_of_data(),
         };
         let steps = *recipe.steps.get_or_insert(default);
         recipe.guidance.get_or_insert(pipeline.default_guidance());
         let default = size.default_held_out();
         let held_out = held_out.unwrap_or(default);
-        let draws = match recipe.source {
-            StateSource::Latents => steps as f64 / 5.0,
-            StateSource::Trajectory => steps as f64,
-            StateSource::Images => 4.0,
+        let noise_levels_per_image = match recipe.source {
+            LatentSource::Latents => steps as f64 / 5.0,
+            LatentSource::Trajectory => steps as f64,
+            LatentSource::Images => 4.0,
         };
-        recipe.draws.get_or_insert(draws);
-        let held_out_prompts = held_out.div_ceil(DRAWS_HELD_OUT);
-        let (samples, total) = match given {
+        recipe
+            .noise_levels_per_image
+            .get_or_insert(noise_levels_per_image);
+        let held_out_prompts = held_out.div_ceil(HELD_OUT_NOISE_LEVELS);
+        let (num_prompts, total) = match given {
             None => {
                 let default = if size.is_large() {
-                    SAMPLES_LARGE
+                    NUM_PROMPTS_LARGE
                 } else {
-                    SAMPLES
+                    NUM_PROMPTS
                 };
-                let samples = recipe.samples.unwrap_or(default);
-                (samples, samples + held_out_prompts)
+                let num_prompts = recipe.num_prompts.unwrap_or(default);
+                (num_prompts, num_prompts + held_out_prompts)
             }
             // an eighth of the images is kept for comparing
             Some(given) => {
-                let samples = given - (given / 8).clamp(1, held_out_prompts);
-                let samples = samples.min(recipe.samples.unwrap_or(samples));
+                let num_prompts = given - (given / 8).clamp(1, held_out_prompts);
+                let num_prompts = num_prompts.min(recipe.num_prompts.unwrap_or(num_prompts));
                 ensure!(
-                    samples > 0,
-                    "--images: at least two pictures are needed, one to fit on and one to compare by"
+                    num_prompts > 0,
+                    "--images: at least two images are needed, one to fit on and one to compare by"
                 );
-                (samples, given.min(samples + held_out_prompts))
+                (num_prompts, given.min(num_prompts + held_out_prompts))
             }
         };
-        recipe.samples = Some(samples);
+        recipe.num_prompts = Some(num_prompts);
         let text_tokens = pipeline.default_text_length()?;
         let default = (TOKENS_PER_FORWARD / (size.tokens() + text_tokens)).max(1);
         let batch = *recipe.batch.get_or_insert(default);
@@ -178,7 +180,7 @@ impl ResolvedOptions {
             size,
             // a short list is drawn from again, with other noise
             prompts: prompts.iter().cycle().take(total).cloned().collect(),
-            samples,
+            num_prompts,
             held_out,
             drawing_steps,
             batch,
@@ -192,13 +194,13 @@ impl ResolvedOptions {
     fn of_header(pipeline: &Pipeline, header: &Header, held_out: Option<usize>) -> Result<Self> {
         let recipe = &header.recipe;
         let size = pipeline.image_size(recipe.width, recipe.height)?;
-        let kept = (header.prompts.len() - header.samples) * DRAWS_HELD_OUT;
+        let kept = (header.prompts.len() - header.num_prompts) * HELD_OUT_NOISE_LEVELS;
         let default = size.default_held_out();
         Ok(Self {
             recipe: recipe.clone(),
             size,
             prompts: header.prompts.clone(),
-            samples: header.samples,
+            num_prompts: header.num_prompts,
             held_out: held_out.unwrap_or(default).min(kept),
             drawing_steps: pipeline.default_steps(),
             batch: recipe.batch.context("the statistics name no batch")?,
@@ -208,21 +210,21 @@ impl ResolvedOptions {
         })
     }
 
-    /// Noised states of each image that later fits look at.
-    pub(super) fn draws_later(&self) -> usize {
-        let states = if self.size.is_large() {
-            STATES_LATER_LARGE
+    /// Noised latents of each image that later fits look at.
+    pub(super) fn noise_levels_later(&self) -> usize {
+        let count = if self.size.is_large() {
+            LATENTS_LATER_LARGE
         } else {
-            STATES_LATER
+            LATENTS_LATER
         };
-        (states / self.samples.max(1)).clamp(1, DRAWS_HELD_OUT)
+        (count / self.num_prompts.max(1)).clamp(1, HELD_OUT_NOISE_LEVELS)
     }
 }
 
 /// The header of a complete calibration of this model.
 fn read_header(pipeline: &Pipeline, path: &Path) -> Result<Header> {
     let name = path.display();
-    let (_, header) = advise(file::open(path), AGAIN).context("--stats")?;
+    let (_, header) = with_hint(file::open(path), AGAIN).context("--stats")?;
     let found = record::fingerprint(&pipeline.transformer)?;
     anyhow::ensure!(
         header.model == found,

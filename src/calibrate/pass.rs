@@ -7,8 +7,9 @@ use candle::{Device, Tensor};
 use indicatif::ProgressBar;
 
 use super::{
-    noised::{Share, States},
-    recipe::StateSource,
+    NoiseLevels,
+    noised::{NoisedLatents, Share},
+    recipe::LatentSource,
     stats::CalibrationStats,
 };
 use crate::{
@@ -24,19 +25,21 @@ pub struct Pass<'a> {
     /// Prompts of the images to gather statistics of, then those held out.
     pub prompts: &'a Encoded,
     /// How many of the prompts are for statistics.
-    pub samples: usize,
-    /// Where states come from.
-    pub source: StateSource,
-    /// Noised states of each image, on average.
-    pub draws: f64,
-    /// Prompts and states in one forward.
+    pub num_prompts: usize,
+    /// Where noised latents come from.
+    pub source: LatentSource,
+    /// Noised latents of each image, on average.
+    pub noise_levels_per_image: f64,
+    /// Prompts and noised latents in one forward.
     pub batch: usize,
     /// Latent channels.
     pub channels: usize,
-    /// Seed of starting noise; states are noised from the next.
+    /// Seed of starting noise; noised latents take the next.
     pub seed: u64,
     /// Given images as packed latents (prompts, tokens, 4 · channels); otherwise they are sampled.
     pub images: Option<&'a Tensor>,
+    /// Noise levels of the noised latents.
+    pub levels: NoiseLevels,
 }
 
 impl Pass<'_> {
@@ -53,17 +56,17 @@ impl Pass<'_> {
     fn division(&self) -> Division {
         Division {
             prompts: self.prompts.len(),
-            samples: self.samples,
+            num_prompts: self.num_prompts,
             batch: self.batch,
         }
     }
 
-    /// States of all images that statistics are gathered of.
-    pub fn states(&self) -> usize {
+    /// Noised latents of all images that statistics are gathered of.
+    pub fn num_noised(&self) -> usize {
         match self.source {
-            StateSource::Trajectory => self.samples * self.denoise.steps,
-            StateSource::Latents | StateSource::Images => {
-                (self.samples as f64 * self.draws).ceil() as usize
+            LatentSource::Trajectory => self.num_prompts * self.denoise.steps,
+            LatentSource::Latents | LatentSource::Images => {
+                (self.num_prompts as f64 * self.noise_levels_per_image).ceil() as usize
             }
         }
     }
@@ -76,12 +79,13 @@ impl Pass<'_> {
         } else {
             self.denoise.steps
         };
-        let gathered = prompts.start < self.samples && self.source != StateSource::Trajectory;
-        let states = |i: usize| i % self.samples >= prompts.start && i % self.samples < prompts.end;
-        let states = (0..self.states())
-            .filter(|i| gathered && states(*i))
+        let gathered = prompts.start < self.num_prompts && self.source != LatentSource::Trajectory;
+        let in_unit =
+            |i: usize| i % self.num_prompts >= prompts.start && i % self.num_prompts < prompts.end;
+        let count = (0..self.num_noised())
+            .filter(|i| gathered && in_unit(*i))
             .count();
-        sampling + states.div_ceil(self.batch)
+        sampling + count.div_ceil(self.batch)
     }
 
     /// Carries out one unit: adds to `stats` and gives the images, packed latents (prompts, tokens, 4 · channels) in
@@ -97,35 +101,37 @@ impl Pass<'_> {
     ) -> Result<Tensor> {
         let range = self.prompts_of(unit);
         ensure!(!range.is_empty(), "no unit {unit} in this calibration");
-        let gather = range.start < self.samples;
+        let gather = range.start < self.num_prompts;
         // every forward has a number of its own, whoever runs it: they are counted from here
         stats.start_forward((unit as u64) << 20);
         let prompts = self.prompts.range(range.clone())?;
-        let pictures = match self.images {
+        let images = match self.images {
             Some(images) => images.narrow(0, range.start, range.len())?,
             None => {
-                let along = gather && self.source == StateSource::Trajectory;
+                let along = gather && self.source == LatentSource::Trajectory;
                 let observer: &mut dyn Observer = if along { stats } else { &mut () };
                 self.sample(range.clone(), &prompts, observer, progress)?
             }
         };
-        if gather && self.source != StateSource::Trajectory {
+        if gather && self.source != LatentSource::Trajectory {
             let share = Share {
                 first: range.start,
-                of: self.samples,
-                states: self.states(),
+                of: self.num_prompts,
+                num_noised: self.num_noised(),
             };
             let (size, guidance) = (self.denoise.size, self.denoise.guidance);
             let seed = self.seed.wrapping_add(1);
-            let states = States::share(pictures.clone(), prompts, share, size, guidance, seed)?;
-            for range in states.batches(self.batch) {
-                let batch = states.batch(range, self.denoise.device, self.denoise.dtype)?;
+            let noised =
+                NoisedLatents::share(images.clone(), prompts, share, size, guidance, seed)?
+                    .with_levels(self.levels.clone());
+            for range in noised.batches(self.batch) {
+                let batch = noised.batch(range, self.denoise.device, self.denoise.dtype)?;
                 trunk_only(self.denoise.flux, &batch.inputs(), stats)?;
                 progress.inc(1);
             }
         }
         stats.settle()?;
-        Ok(pictures)
+        Ok(images)
     }
 
     /// Samples prompts; image i starts from the noise of seed `seed + i`, whatever the unit.
@@ -149,28 +155,28 @@ impl Pass<'_> {
     }
 }
 
-/// How prompts make units. The batch is at least 1, and samples are at most all prompts.
+/// How prompts make units. The batch is at least 1, and `num_prompts` is at most all prompts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Division {
     /// All prompts.
     pub(super) prompts: usize,
     /// Those for statistics, which come first.
-    pub(super) samples: usize,
+    pub(super) num_prompts: usize,
     /// Prompts of a unit.
     pub(super) batch: usize,
 }
 
 impl Division {
     pub(super) fn units(self) -> usize {
-        let held_out = self.prompts - self.samples;
-        self.samples.div_ceil(self.batch) + held_out.div_ceil(self.batch)
+        let held_out = self.prompts - self.num_prompts;
+        self.num_prompts.div_ceil(self.batch) + held_out.div_ceil(self.batch)
     }
 
     pub(super) fn prompts_of(self, unit: usize) -> std::ops::Range<usize> {
-        let of_statistics = self.samples.div_ceil(self.batch);
+        let of_statistics = self.num_prompts.div_ceil(self.batch);
         let (start, end) = match unit.checked_sub(of_statistics) {
-            None => (unit * self.batch, self.samples),
-            Some(unit) => (self.samples + unit * self.batch, self.prompts),
+            None => (unit * self.batch, self.num_prompts),
+            Some(unit) => (self.num_prompts + unit * self.batch, self.prompts),
         };
         start.min(end)..(start + self.batch).min(end)
     }
@@ -207,7 +213,7 @@ impl std::str::FromStr for Shard {
     }
 }
 
-/// All blocks, without the head: nobody asks for the velocity.
+/// All blocks, without the head: the velocity is not used.
 fn trunk_only(
     flux: &Flux,
     inputs: &crate::model::Inputs,

@@ -7,21 +7,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::pipeline::defaults::MAX_STEPS_OF_DATA;
 
-/// Where the states come from whose activations are looked at.
+/// Where the noised latents come from whose activations are looked at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum StateSource {
-    /// The model's own images, noised again at times spread evenly: the default, as fits made of few such states come
-    /// out better than those of many more states of a trajectory (README, "How it works").
+pub enum LatentSource {
+    /// The model's own images, noised again at times spread evenly: the default, as fits made of few such noised latents come
+    /// out better than those of many more noised latents of a trajectory (README, "How it works").
     #[default]
     Latents,
-    /// The states that sampling itself passes through, at the scheduler's times: no forward more than sampling takes.
+    /// The noised latents that sampling itself passes through, at the scheduler's times: no forward more than sampling takes.
     Trajectory,
     /// Given images with captions, noised.
     Images,
 }
 
-impl fmt::Display for StateSource {
+impl fmt::Display for LatentSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Latents => "latents",
@@ -31,7 +31,7 @@ impl fmt::Display for StateSource {
     }
 }
 
-impl FromStr for StateSource {
+impl FromStr for LatentSource {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -46,13 +46,15 @@ impl FromStr for StateSource {
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct CalibrationRecipe {
     /// `latents`, `trajectory` or `images`.
-    pub source: StateSource,
+    pub source: LatentSource,
     /// Prompts to sample (or images to take); `null`: 640 for small images and 96 for large ones.
-    pub samples: Option<usize>,
-    /// Noised states of each image, on average; `null`: a fifth of the sampling steps, so that the pass over them
+    #[serde(alias = "samples")]
+    pub num_prompts: Option<usize>,
+    /// Noised latents of each image, on average; `null`: a fifth of the sampling steps, so that the pass over them
     /// adds a fifth to the time that sampling takes, and 4 for given images.
-    pub draws: Option<f64>,
-    /// Sampling steps; `null`: 8, or the model's own default where that is lower or the source is `trajectory`. Many
+    #[serde(alias = "draws")]
+    pub noise_levels_per_image: Option<f64>,
+    /// Sampling steps; `null`: 8, or the model's own default if that is lower or the source is `trajectory`. Many
     /// images drawn in few steps make better fits than few in many.
     pub steps: Option<usize>,
     /// Guidance; `null`: the model's own default.
@@ -61,9 +63,9 @@ pub struct CalibrationRecipe {
     pub width: Option<usize>,
     /// Image height in pixels; `null`: the model's own default.
     pub height: Option<usize>,
-    /// Seed of starting noise and noised states.
+    /// Seed of starting noise and noised latents.
     pub seed: u64,
-    /// States in one forward; `null`: as many as make some 1,536 tokens, whatever the memory: which rows share a product
+    /// Noised latents in one forward; `null`: as many as make some 1,536 tokens, whatever the memory: which rows share a product
     /// shows in its last bits, and the same settings give the same bytes everywhere.
     pub batch: Option<usize>,
     /// Tokens of each stream that enter the products of one forward; `null`: all.
@@ -73,9 +75,9 @@ pub struct CalibrationRecipe {
 impl Default for CalibrationRecipe {
     fn default() -> Self {
         Self {
-            source: StateSource::Latents,
-            samples: None,
-            draws: None,
+            source: LatentSource::Latents,
+            num_prompts: None,
+            noise_levels_per_image: None,
             steps: None,
             guidance: None,
             width: None,
@@ -88,8 +90,8 @@ impl Default for CalibrationRecipe {
 }
 
 /// Bounds of what a recipe may ask for: beyond them a number is a slip, and would exhaust memory before it is noticed.
-pub(crate) const MAX_SAMPLES: usize = 1_000_000;
-const MAX_DRAWS: f64 = 1000.0;
+pub(crate) const MAX_PROMPTS: usize = 1_000_000;
+const MAX_NOISE_LEVELS: f64 = 1000.0;
 pub(crate) const MAX_BATCH: usize = 65_536;
 
 impl CalibrationRecipe {
@@ -101,9 +103,9 @@ impl CalibrationRecipe {
         let within = |value: Option<usize>, most| value.is_none_or(|v| (1..=most).contains(&v));
         let number = |value: Option<usize>| value.map_or_else(String::new, |v| v.to_string());
         ensure!(
-            within(self.samples, MAX_SAMPLES),
-            "--num-prompts {}: expected 1 to {MAX_SAMPLES} prompts",
-            number(self.samples)
+            within(self.num_prompts, MAX_PROMPTS),
+            "--num-prompts {}: expected 1 to {MAX_PROMPTS} prompts",
+            number(self.num_prompts)
         );
         ensure!(
             within(self.steps, MAX_STEPS_OF_DATA),
@@ -111,8 +113,9 @@ impl CalibrationRecipe {
             number(self.steps)
         );
         ensure!(
-            self.draws.is_none_or(|d| d > 0.0 && d <= MAX_DRAWS),
-            "recipe: `calibration.draws` must be above 0 and at most {MAX_DRAWS}"
+            self.noise_levels_per_image
+                .is_none_or(|d| d > 0.0 && d <= MAX_NOISE_LEVELS),
+            "recipe: `calibration.noise-levels-per-image` must be above 0 and at most {MAX_NOISE_LEVELS}"
         );
         ensure!(
             within(self.batch, MAX_BATCH),

@@ -16,14 +16,14 @@ use super::{
     header::Header,
     held_out::HeldOut,
     memory::{blocks_within, bytes_of_sums},
-    noised::{Share, States},
+    noised::{NoisedLatents, Share},
     options::{AGAIN, ResolvedOptions},
     pass::Shard,
     sampling,
     stats::CalibrationStats,
 };
 use crate::{
-    checkpoint::{advise, record},
+    checkpoint::{record, with_hint},
     layout::{BlockId, FluxConfig},
     model::{Block, ReplacementBlock, memory::BATCHES_PER_LOAD},
     pipeline::load,
@@ -52,7 +52,7 @@ pub struct RunOptions {
 
 /// Where unfinished work on `output` is kept: `stats.safetensors.partial`.
 fn partial(output: &Path) -> PathBuf {
-    // by its components: `pruned/` too is saved beside the folder, not in it
+    // by its components: `pruned/` too is saved next to the folder, not in it
     let mut name = output.components().as_path().as_os_str().to_owned();
     name.push(".partial");
     name.into()
@@ -64,16 +64,16 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
     let path = &options.partial;
     let mut pass = calibrator.pass()?;
     if !options.sums {
-        pass.draws = 0.0;
+        pass.noise_levels_per_image = 0.0;
     }
     let mut header = header(calibrator, pass.units())?;
     let mut out = if path.exists() {
         let restart = "delete the file to start again";
-        let (_, before) = advise(file::open(path), restart)?;
+        let (_, before) = with_hint(file::open(path), restart)?;
         header.products.clone_from(&before.products); // chosen by the run that began
         if let Some(difference) = header.difference(&before)? {
             bail!(
-                "`{}` is unfinished work with other settings ({difference})\nhint: give the same settings to go on, or delete the file to start again",
+                "`{}` is unfinished work with other options ({difference})\nhint: give the same options to go on, or delete the file to start again",
                 path.display()
             );
         }
@@ -83,7 +83,7 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
                 path.display()
             );
         }
-        let read = advise(Calibration::read(path, &calibrator.runtime.device), restart)?;
+        let read = with_hint(Calibration::read(path, &calibrator.runtime.device), restart)?;
         ui::note(format!(
             "going on from `{}`: {} of {} units are done",
             path.display(),
@@ -106,8 +106,8 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
     let begun = Instant::now();
     let (mut last, mut cost) = (Instant::now(), Duration::ZERO);
     for (position, unit) in todo.iter().enumerate() {
-        let pictures = pass.run(*unit, &mut out.stats, &progress)?;
-        out.pictures.insert(*unit, pictures);
+        let images = pass.run(*unit, &mut out.stats, &progress)?;
+        out.images.insert(*unit, images);
         out.header.done.insert(*unit);
         let due = last.elapsed() >= options.save_every.max(cost * SAVING_SHARE);
         let last_one = position + 1 == todo.len();
@@ -119,7 +119,7 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
         }
     }
     let seen = out.stats.blocks.iter().any(|b| b.moments().tokens > 0.0);
-    let what = match (options.sums, calibrator.settings.recipe.source) {
+    let what = match (options.sums, calibrator.options.recipe.source) {
         _ if todo.is_empty() => "nothing was left to calibrate".to_owned(),
         (true, _) if !seen => {
             "this shard holds only held-out images; nothing to accumulate".to_owned()
@@ -128,8 +128,11 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
             let done = out.header.done.len();
             format!("calibrated {done} of {} units", out.header.units)
         }
-        (true, source) => format!("calibrated on {} states ({source})", pass.states()),
-        (false, _) => format!("sampled {} images", calibrator.settings.prompts.len()),
+        (true, source) => format!(
+            "calibrated on {} noised latents ({source})",
+            pass.num_noised()
+        ),
+        (false, _) => format!("sampled {} images", calibrator.options.prompts.len()),
     };
     ui::done(&progress, what);
     load::check_kernels(calibrator.runtime);
@@ -143,9 +146,9 @@ fn header(calibrator: &Calibrator, units: usize) -> Result<Header> {
     let ResolvedOptions {
         recipe,
         prompts,
-        samples,
+        num_prompts,
         ..
-    } = &calibrator.settings;
+    } = &calibrator.options;
     Ok(Header {
         version: Header::VERSION,
         model: record::fingerprint(&calibrator.pipeline.transformer)?,
@@ -153,7 +156,7 @@ fn header(calibrator: &Calibrator, units: usize) -> Result<Header> {
         runtime: calibrator.runtime.to_string(),
         recipe: recipe.clone(),
         prompts: prompts.clone(),
-        samples: *samples,
+        num_prompts: *num_prompts,
         products: Vec::new(),
         units,
         done: BTreeSet::new(),
@@ -172,9 +175,9 @@ fn warn_of_few_rows(stats: &CalibrationStats, config: &FluxConfig) {
 }
 
 /// Images that the first, cheap choice of candidates looks at.
-const CHEAP_PICTURES: usize = 4;
+const CHEAP_IMAGES: usize = 4;
 
-/// The blocks whose sums are kept: all where they fit, otherwise those whose removal changes the velocity least.
+/// The blocks whose sums are kept: all if they fit, otherwise those whose removal changes the velocity least.
 fn products(calibrator: &Calibrator) -> Result<Vec<BlockId>> {
     let config = &calibrator.pipeline.config;
     let all = config.kept_ids();
@@ -206,9 +209,9 @@ fn products(calibrator: &Calibrator) -> Result<Vec<BlockId>> {
 /// The velocity error of removing each block alone, on a few noised images: half a forward for each block and state.
 fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
     let pass = calibrator.pass()?;
-    let count = CHEAP_PICTURES.min(calibrator.settings.samples);
+    let count = CHEAP_IMAGES.min(calibrator.options.num_prompts);
     let prompts = pass.prompts.range(0..count)?;
-    let pictures: Tensor = match pass.images {
+    let images: Tensor = match pass.images {
         Some(images) => images.narrow(0, 0, count)?,
         None => {
             let progress =
@@ -228,14 +231,15 @@ fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
     let share = Share {
         first: 0,
         of: count,
-        states: count,
+        num_noised: count,
     };
     let (size, guidance) = (pass.denoise.size, pass.denoise.guidance);
-    let states = States::share(pictures, prompts, share, size, guidance, pass.seed)?;
+    let noised = NoisedLatents::share(images, prompts, share, size, guidance, pass.seed)?
+        .with_levels(pass.levels.clone());
     let runtime = calibrator.runtime;
     let held_out = HeldOut::new(
         &calibrator.flux,
-        &states,
+        &noised,
         pass.batch,
         &runtime.device,
         runtime.dtype,
@@ -279,7 +283,7 @@ impl RunOptions {
 }
 
 impl Calibrator<'_> {
-    /// Calibrates: what an earlier, killed run of the same settings saved is not done again.
+    /// Calibrates: what an earlier, killed run of the same options saved is not done again.
     ///
     /// # Errors
     /// When unfinished work of another kind is in the way, a forward fails, or a disk is full.
@@ -287,17 +291,17 @@ impl Calibrator<'_> {
         run(self, options)
     }
 
-    /// The calibration that was made before, if the settings name one, otherwise one made now.
+    /// The calibration that was made before, if the options name one, otherwise one made now.
     ///
     /// # Errors
     /// As [`Self::run`]; when the file is damaged or holds images of another model.
     pub fn load_or_run(&self, options: &RunOptions) -> Result<Calibration> {
-        let Some(path) = &self.settings.stats else {
+        let Some(path) = &self.options.stats else {
             return self.run(options);
         };
-        let calibration = advise(Calibration::open(path), AGAIN).context("--stats")?;
+        let calibration = with_hint(Calibration::open(path), AGAIN).context("--stats")?;
         let channels = self.pipeline.config.out_channels;
-        for images in calibration.pictures.values() {
+        for images in calibration.images.values() {
             let found = images.dims().last().copied().unwrap_or(0);
             ensure!(
                 found == channels,

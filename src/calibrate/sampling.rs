@@ -12,7 +12,7 @@ use crate::{
 
 /// Samples one image for each prompt, `batch` at a time; packed latents (prompts, tokens, channels), f32, on the CPU.
 ///
-/// Image i starts from the noise of seed `seed + i`, whatever the batch. Where blocks are read whenever they are run,
+/// Image i starts from the noise of seed `seed + i`, whatever the batch. If blocks are read whenever they are run,
 /// `together` batches share each reading.
 ///
 /// # Errors
@@ -30,7 +30,7 @@ pub fn sample(
     let stored = trunk.has_offloaded(0..trunk.len());
     let together = if stored { together.max(1) } else { 1 };
     let starts: Vec<usize> = (0..prompts.len()).step_by(batch).collect();
-    let mut pictures = Vec::new();
+    let mut images = Vec::new();
     for some in starts.chunks(together) {
         let given = some.iter().map(|start| {
             let range = *start..(start + batch).min(prompts.len());
@@ -42,10 +42,10 @@ pub fn sample(
         });
         let given: Vec<(Tensor, Encoded)> = given.collect::<Result<_>>()?;
         for latents in denoise.run_each(&given, &mut || progress.inc(1))? {
-            pictures.push(latents.to_device(&candle::Device::Cpu)?);
+            images.push(latents.to_device(&candle::Device::Cpu)?);
         }
     }
-    Ok(Tensor::cat(&pictures, 0)?)
+    Ok(Tensor::cat(&images, 0)?)
 }
 
 /// Fails at the first block whose output is NaN or infinite, and names it.

@@ -113,7 +113,7 @@ impl CalibrationStats {
         Ok(())
     }
 
-    /// Adds the tokens `x` → `y` of a stream, where a GPU does so without being waited for.
+    /// Adds the tokens `x` → `y` of a stream, if a GPU does so without being waited for.
     fn add_on_gpu(
         &mut self,
         place: Place,
@@ -121,7 +121,7 @@ impl CalibrationStats {
         y: &Tensor,
         timestep: &Tensor,
     ) -> Result<bool> {
-        let Some(mut share) = Share::of(x, y)? else {
+        let Some(mut share) = Share::new(x, y)? else {
             return Ok(false);
         };
         let Some(block) = self.blocks.iter_mut().find(|b| b.id == place.id) else {
@@ -133,7 +133,7 @@ impl CalibrationStats {
             &mut block.img
         };
         if self.products.contains(&place.id) {
-            let chosen = self.rows.of(x.dim(0)? * x.dim(1)?);
+            let chosen = self.rows.indices(x.dim(0)? * x.dim(1)?);
             if !share.multiply(stream, x, y, chosen)? {
                 return Ok(false);
             }
@@ -174,7 +174,7 @@ impl CalibrationStats {
         }
     }
 
-    /// Fewest tokens in the products of any stream of any block, 0 where none were gathered.
+    /// Fewest tokens in the products of any stream of any block, 0 if none were gathered.
     pub fn fewest_rows(&self) -> f64 {
         let blocks = self.blocks.iter().filter(|b| self.products.contains(&b.id));
         let rows = blocks.flat_map(|b| [b.txt.rows, b.img.rows]);

@@ -14,8 +14,8 @@ pub(super) struct TokenSubset {
 }
 
 impl TokenSubset {
-    /// `None` where all `n` tokens are taken.
-    pub(super) fn of(self, n: usize) -> Option<Vec<u32>> {
+    /// `None` if all `n` tokens are taken.
+    pub(super) fn indices(self, n: usize) -> Option<Vec<u32>> {
         const GOLDEN: f64 = 0.618_033_988_749_894_9;
         let limit = self.limit.filter(|limit| *limit < n)?;
         let stride = n as f64 / limit as f64;
@@ -30,7 +30,7 @@ impl TokenSubset {
 ///
 /// # Errors
 /// When memory is short.
-pub fn of_samples(
+pub fn from_samples(
     samples: usize,
     tokens: usize,
     limit: Option<usize>,
@@ -48,7 +48,7 @@ pub fn of_samples(
     Ok(Some(Tensor::new(chosen, device)?))
 }
 
-/// `x` (b, n, …) at the chosen tokens and samples; all where `None`.
+/// `x` (b, n, …) at the chosen tokens and samples; all if `None`.
 ///
 /// # Errors
 /// When an index is out of range.
@@ -76,7 +76,7 @@ mod tests {
                 limit: Some(4),
                 forward,
             }
-            .of(12)
+            .indices(12)
             .unwrap()
         };
         assert_eq!(rows(0), [0, 3, 6, 9]);
@@ -88,13 +88,13 @@ mod tests {
             limit: Some(12),
             forward: 3,
         };
-        assert_eq!(all.of(12), None);
+        assert_eq!(all.indices(12), None);
     }
 
     #[test]
     fn tokens_are_spread_evenly_and_move_on() {
         let chosen = |limit, batch| {
-            let chosen = of_samples(2, 100, limit, batch, &Device::Cpu).unwrap();
+            let chosen = from_samples(2, 100, limit, batch, &Device::Cpu).unwrap();
             chosen.map(|t| t.to_vec1::<u32>().unwrap())
         };
         assert_eq!(chosen(None, 0), None);

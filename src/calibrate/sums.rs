@@ -85,9 +85,9 @@ impl WaitingGram {
 pub struct StreamStats {
     /// Scalar sums over all tokens, by [`bucket`] of their timestep.
     pub buckets: [Moments; BUCKETS],
-    /// Sums for the fit; `None` until tokens were seen, or where only scalars were asked for.
+    /// Sums for the fit; `None` until tokens were seen, or if only scalars were asked for.
     pub gram: Option<Gram>,
-    /// The same where they have not been read from their file.
+    /// The same if they have not been read from their file.
     pub waiting: Option<WaitingGram>,
     /// Tokens in [`Self::gram`]: all, or those that subsampling chose.
     pub rows: f64,
@@ -128,7 +128,7 @@ impl StreamStats {
         self.gram.is_some() || self.waiting.is_some()
     }
 
-    /// The sums for the fit, read from their file where they wait there.
+    /// The sums for the fit, read from their file if they wait there.
     ///
     /// # Errors
     /// When memory is short.
@@ -170,7 +170,7 @@ impl StreamStats {
         let width = x.dim(candle::D::Minus1)?;
         let product = product_dtype(x.device());
         let (x, y) = (x.reshape(((), width))?, y.reshape(((), width))?);
-        let (x, y) = match choice.of(x.dim(0)?) {
+        let (x, y) = match choice.indices(x.dim(0)?) {
             None => (x, y),
             Some(rows) => {
                 let rows = Tensor::new(rows, x.device())?;
@@ -179,6 +179,6 @@ impl StreamStats {
         };
         self.rows += x.dim(0)? as f64;
         let (x, y) = (x.to_dtype(product)?, y.to_dtype(product)?);
-        Gram::of(&with_ones(&x)?, &(y - &x)?)?.add_to(&mut self.gram)
+        Gram::from_rows(&with_ones(&x)?, &(y - &x)?)?.add_to(&mut self.gram)
     }
 }

@@ -355,7 +355,7 @@ fn rotary(
     let fits = head == released.axes.iter().sum::<usize>();
     let axes = axes.or_else(|| fits.then(|| released.axes.to_vec()));
     let axes = axes.with_context(|| {
-        format!("`{name}` does not say how its rotary axes divide the head size {head}\nhint: put a config.json with `axes_dims_rope` beside it, or name one with --config")
+        format!("`{name}` does not say how its rotary axes divide the head size {head}\nhint: put a config.json with `axes_dims_rope` next to it, or name one with --config")
     })?;
     ensure!(
         are_axes(&axes) && axes.len() == count && axes.iter().sum::<usize>() == head,

@@ -37,7 +37,7 @@ impl Target {
         };
         match self {
             Self::Plain(dtype) => StorageDType::Plain(dtype),
-            // what was packed before gains nothing by being widened
+            // what was packed before gains nothing by dequantizing
             Self::Float8 { .. }
                 if of_replacement && source.format().dtype() != Some(Dtype::F8_E4M3) =>
             {

@@ -46,7 +46,7 @@ impl StorageDType {
         }
     }
 
-    /// The candle dtype in which a fit or another changed value is stored in such a tensor's place: its own where that
+    /// The candle dtype in which a fit or another changed value is stored in such a tensor's place: its own if that
     /// is a float of at least 16 bits, bf16 in place of packed values, f32 otherwise.
     pub fn of_changed(self) -> DType {
         match self {

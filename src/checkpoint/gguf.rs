@@ -60,7 +60,7 @@ fn formats() -> impl Iterator<Item = StorageDType> {
 ///
 /// # Errors
 /// When the file is cut off, lies about a length or an offset, is of another architecture than FLUX, or has a tensor in a
-/// format that is not read; the message names the file, and the tensor where it is one's.
+/// format that is not read; the message names the file, and the tensor if it is one's.
 pub(super) fn read(name: &str, blob: &Blob) -> Result<Checkpoint> {
     header(name, blob).with_context(|| format!("`{name}` cannot be read as GGUF"))
 }

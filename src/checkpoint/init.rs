@@ -12,7 +12,7 @@ const BIAS: f32 = 0.02;
 const GAIN: f32 = 1.0;
 /// Gates of this size let the residual stream grow by a few per cent a block: 57 blocks stay far inside 16-bit floats.
 const MODULATION_GAIN: f32 = 0.3;
-/// A replacement's y = x + Wx multiplies the stream, where a block adds to it.
+/// A replacement's y = x + Wx multiplies the stream; a block adds to it.
 const REPLACEMENT_GAIN: f32 = 0.1;
 
 /// The checkpoint, under canonical names. Every tensor depends on the seed and its own name alone.

@@ -116,7 +116,7 @@ impl Checkpoint {
                 .with_context(|| format!("`{name}`: the shard of `{tensor}` is not a file name"))?;
             ensure!(
                 !shard.contains(['/', '\\']) && shard != "..",
-                "`{name}` names the shard `{shard}`, which is not a file beside it"
+                "`{name}` names the shard `{shard}`, which is not a file next to it"
             );
             if !shards.contains(&shard) {
                 shards.push(shard);
@@ -329,7 +329,7 @@ fn damaged(file: &str, blob: &[u8], error: &safetensors::SafeTensorError) -> any
 ///
 /// # Errors
 /// Those of `result`.
-pub fn advise<T>(result: Result<T>, hint: &str) -> Result<T> {
+pub fn with_hint<T>(result: Result<T>, hint: &str) -> Result<T> {
     result.map_err(|error| {
         let text = format!("{error:#}");
         if text.contains("\nhint:") {

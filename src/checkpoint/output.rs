@@ -79,7 +79,7 @@ pub fn metadata(record: Option<&Record>) -> Result<BTreeMap<String, String>> {
 }
 
 /// Writes the weights and the `config.json` of a canonical checkpoint into `folder`: `flux.safetensors` and
-/// `config.json`, or both in diffusers' `transformer` sub-folder, with the Python class for it where diffusers has none.
+/// `config.json`, or both in diffusers' `transformer` sub-folder, with the Python class for it if diffusers has none.
 ///
 /// # Errors
 /// When the folder is not writable or the disk is full.

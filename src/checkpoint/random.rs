@@ -92,7 +92,7 @@ impl Random {
 /// N(0, 1) by Box and Muller.
 struct Normal {
     engine: Mt,
-    spare: Option<f32>,
+    second: Option<f32>,
 }
 
 impl Normal {
@@ -103,7 +103,7 @@ impl Normal {
             .chain([chunk as u32, (chunk >> 32) as u32]);
         Self {
             engine: Mt::new_with_key(key),
-            spare: None,
+            second: None,
         }
     }
 
@@ -113,12 +113,12 @@ impl Normal {
     }
 
     fn draw(&mut self) -> f32 {
-        if let Some(spare) = self.spare.take() {
-            return spare;
+        if let Some(second) = self.second.take() {
+            return second;
         }
         let radius = (-2.0 * libm::logf(self.uniform())).sqrt();
         let (sin, cos) = libm::sincosf(std::f32::consts::TAU * self.uniform());
-        self.spare = Some(radius * sin);
+        self.second = Some(radius * sin);
         radius * cos
     }
 }

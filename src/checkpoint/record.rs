@@ -20,7 +20,7 @@ pub fn software() -> String {
     concat!("fastflux ", env!("CARGO_PKG_VERSION")).to_owned()
 }
 
-/// Where the other parts of a model's pipeline were, where flags named them; absolute.
+/// Where the other parts of a model's pipeline were, if flags named them; absolute.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct RecordedParts {

@@ -1,4 +1,4 @@
-//! The scales of float8 weights, which stand as tensors of their own beside them: found on reading, put back on writing.
+//! The scales of float8 weights, which are separate tensors next to them: found on reading, put back on writing.
 //!
 //! ComfyUI's files: `<layer>.scale_weight` and the marker `scaled_fp8`, or `<layer>.weight_scale` and a JSON
 //! `<layer>.comfy_quant`. Scales of activations (`scale_input`, `input_scale`) are for products in float8, which are not
@@ -15,10 +15,10 @@ use crate::{files::Blob, quant::QuantType};
 const MARKER: &str = "scaled_fp8";
 /// What a layer's scale is called, by both generations of files; the first is written.
 const WEIGHT: [&str; 2] = [".scale_weight", ".weight_scale"];
-/// Beside a layer, of no use here.
+/// Next to a layer, of no use here.
 const DROPPED: [&str; 3] = [".scale_input", ".input_scale", ".comfy_quant"];
 
-/// The checkpoint with each scale at its weight, and nothing else beside the weights.
+/// The checkpoint with each scale at its weight, and no other tensor next to a weight.
 ///
 /// # Errors
 /// When a scale has no weight, another shape than (), (1) or (rows, 1), or the layer says it is in another format.

@@ -119,7 +119,7 @@ impl Source {
         })
     }
 
-    /// The same numbers in another format, converted a part at a time while they are written; as it is where it has the
+    /// The same numbers in another format, converted a part at a time while they are written; as it is if it has the
     /// format (and scale) already. `scale` is what float8 values are multiplied by again.
     #[must_use]
     pub fn converted(&self, format: StorageDType, scale: Option<f32>) -> Self {
@@ -141,7 +141,7 @@ impl Source {
     pub fn with_scale(mut self, scale: Vec<f32>) -> Result<Self> {
         ensure!(
             self.format == StorageDType::Quantized(QuantType::F8E4M3),
-            "a tensor of {} has a scale beside it, which only F8_E4M3 may have",
+            "a tensor of {} has a scale next to it, which only F8_E4M3 may have",
             self.format
         );
         let rows = self.shape.first().copied().unwrap_or(1);
@@ -208,7 +208,7 @@ impl Source {
         ])
     }
 
-    /// The bytes in row-major order, as safetensors stores them; borrowed where they lie in one piece of a file.
+    /// The bytes in row-major order, as safetensors stores them; borrowed if they lie in one piece of a file.
     ///
     /// # Errors
     /// When a dense tensor cannot be cast or copied from its device.
@@ -262,7 +262,7 @@ impl Source {
         }
     }
 
-    /// The bytes in row-major order where they lie in mapped files.
+    /// The bytes in row-major order if they lie in mapped files.
     #[cfg(feature = "cuda")]
     pub(super) fn mapped_parts(&self) -> Option<Vec<&[u8]>> {
         let Data::Pieces(pieces) = &self.data else {

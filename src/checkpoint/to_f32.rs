@@ -5,10 +5,10 @@ use half::f16;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-/// Values that one task widens.
+/// Values that one task converts.
 const TASK: usize = 1 << 16;
 
-/// The values of little-endian `bytes` in `dtype`; `None` for formats that are not widened here.
+/// The values of little-endian `bytes` in `dtype`; `None` for formats that are not converted here.
 pub(super) fn to_f32(bytes: &[u8], dtype: Dtype) -> Option<Vec<f32>> {
     if !matches!(dtype, Dtype::BF16 | Dtype::F16) {
         return None;

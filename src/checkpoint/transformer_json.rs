@@ -1,4 +1,4 @@
-//! A [`FluxConfig`] as diffusers' `transformer/config.json`, both ways, where there are no tensors to ask.
+//! A [`FluxConfig`] as diffusers' `transformer/config.json`, both ways, if there are no tensors to ask.
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -86,7 +86,8 @@ pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
         .map(|v| Record::from_value(&file.name, v.clone()))
         .transpose()?;
     let guidance_embed = match get("guidance_embeds") {
-        None => false,
+        // as the classes of diffusers have it
+        None => family == Family::FLUX2,
         Some(value) => value
             .as_bool()
             .with_context(|| format!("`{}`: `guidance_embeds` must be true or false", file.name))?,
@@ -251,6 +252,23 @@ mod tests {
         assert_eq!(dev.0.axes_dims, [16, 56, 56]);
         let schnell = read(&file(include_str!("../../configs/flux1/schnell.json"))).unwrap();
         assert_eq!(cost::model(&schnell.0, 1, 1).parameters, 11_891_178_560);
+    }
+
+    #[test]
+    fn the_shipped_configurations_of_flux2_have_the_published_sizes() {
+        let klein = |text| read(&file(text)).unwrap().0;
+        let small = klein(include_str!("../../configs/flux2/klein-4b.json"));
+        assert_eq!(cost::model(&small, 1, 1).parameters, 3_875_544_576);
+        assert_eq!(small.family, Family::FLUX2);
+        let large = klein(include_str!("../../configs/flux2/klein-9b.json"));
+        // its file on the hub has 18,157,185,168 bytes, of which 22,672 are the header
+        assert_eq!(2 * cost::model(&large, 1, 1).parameters, 18_157_162_496);
+        for config in [small, large] {
+            let name = "again".to_owned();
+            let json = write(&config, None);
+            assert_eq!(json["_class_name"], "Flux2Transformer2DModel");
+            assert_eq!(read(&ConfigFile { name, json }).unwrap(), (config, None));
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::{
     units::{bytes, whole},
 };
 use crate::{
-    calibrate::{pass::Shard, recipe::StateSource},
+    calibrate::{pass::Shard, recipe::LatentSource},
     pipeline::defaults::MAX_STEPS_OF_DATA,
 };
 
@@ -51,7 +51,7 @@ pub struct CalibrationArgs {
     /// Noised latents to run: latents (the model's own images, noised again) or trajectory (those of sampling itself).
     /// Default: latents.
     #[arg(long, conflicts_with = "images")]
-    pub source: Option<StateSource>,
+    pub source: Option<LatentSource>,
     /// Sampling steps of calibration. Default: 8, or the model's own if that is lower.
     #[arg(long, value_parser = whole(1, MAX_STEPS_OF_DATA))]
     pub steps: Option<usize>,

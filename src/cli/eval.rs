@@ -20,7 +20,7 @@ use crate::device::DTypeChoice;
     mut_arg("steps", |arg| arg.help("Sampling steps. Default: the baseline's own")),
     mut_arg("guidance", |arg| arg.help("Guidance scale. Default: the baseline's own")),
     mut_arg("seed", |arg| arg.help("Image i starts from the noise of this seed + i. Default: 10000")),
-    mut_arg("output", |arg| written(arg, "DIR", "report", "Folder to write: report.html, report.json, pictures.png"))
+    mut_arg("output", |arg| written(arg, "DIR", "report", "Folder to write: report.html, report.json, images.png"))
 )]
 pub struct EvalArgs {
     /// A model to evaluate, named as elsewhere (folder, file or hub id); may be given several times.
@@ -87,8 +87,8 @@ pub struct BenchArgs {
     /// The model, named as elsewhere (folder, file or hub id). Default: the bundled tiny model.
     #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
     pub model: Option<String>,
-    /// Time random weights of this shape instead of a model: flux1-dev, flux1-schnell, or a transformer config.json
-    /// (also one that `prune` wrote).
+    /// Time random weights of this shape instead of a model: flux1-dev, flux1-schnell, flux2-klein-4b,
+    /// flux2-klein-9b, or a transformer config.json (also one that `prune` wrote).
     #[arg(
         long,
         value_name = "FILE|NAME",

@@ -1,4 +1,4 @@
-//! Flags that several commands take, each defined once. Where a command says more about a flag than is said here, its
+//! Flags that several commands take, each defined once. If a command says more about a flag than is said here, its
 //! own arguments change the help text or the default.
 
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use crate::{
     pipeline::defaults::{MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MIN_SIDE},
 };
 
-/// The model's own description, where its tensors do not tell all.
+/// The model's own description, if its tensors do not tell all.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Model")]
 pub struct ConfigArgs {

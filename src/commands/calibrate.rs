@@ -21,16 +21,16 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     }
     let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
     let calibration = options::calibration(&args.calibration, None, &recipe);
-    let settings = ResolvedOptions::new(&pipeline, &calibration)?;
+    let options = ResolvedOptions::new(&pipeline, &calibration)?;
     let shard = args.shard.unwrap_or(Shard::WHOLE);
     let memory = calibration.stats_memory;
     if args.dry_run.dry_run {
         let estimate =
-            CalibrationEstimate::new(&pipeline, &budget, &settings, shard, memory, false)?;
+            CalibrationEstimate::new(&pipeline, &budget, &options, shard, memory, false)?;
         return super::show(args.output.print, &estimate, || estimate.text());
     }
     target::check_writable(output)?;
-    let calibrator = Calibrator::open(&pipeline, &budget, settings, memory)?;
+    let calibrator = Calibrator::open(&pipeline, &budget, options, memory)?;
     let run = RunOptions {
         shard,
         more: false, // the output is written at once

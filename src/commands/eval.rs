@@ -29,7 +29,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let options = options(args, &baseline)?;
     target::check_writable(&args.output.path)?;
     for plan in plans {
-        let budget = budget.clone().of(&baseline);
+        let budget = budget.clone().for_pipeline(&baseline);
         models.push(plan.carry_out(&baseline, &budget, &args.output.path)?);
     }
     let evaluation = eval::run(&baseline, &models, &options, clip.as_ref(), &budget)?;
@@ -39,7 +39,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let report = &evaluation.report;
     super::show(args.output.print, report, || report.table())?;
     ui::note(format!(
-        "wrote `{}`: report.html, report.json, pictures.png",
+        "wrote `{}`: report.html, report.json, images.png",
         args.output.path.display()
     ));
     Ok(())

@@ -74,9 +74,9 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
         args.decode.vae_tile,
     )?;
     for (i, job) in jobs.iter().enumerate() {
-        let picture = decoder.pictures(&latents.narrow(0, i, 1)?)?;
-        let picture = picture.first().context("the VAE gave no image")?;
-        write(job, picture, &pipeline)?;
+        let image = decoder.images(&latents.narrow(0, i, 1)?)?;
+        let image = image.first().context("the VAE gave no image")?;
+        write(job, image, &pipeline)?;
         if !args.output.print.json {
             ui::data(job.path.display().to_string())?;
         }
@@ -138,7 +138,7 @@ fn create_folders(jobs: &[ImageJob]) -> Result<()> {
     Ok(())
 }
 
-fn write(job: &ImageJob, picture: &Image, pipeline: &Pipeline) -> Result<()> {
+fn write(job: &ImageJob, image: &Image, pipeline: &Pipeline) -> Result<()> {
     let size = format!("{}x{}", job.width, job.height);
     let text = [
         ("prompt", job.prompt.as_str()),
@@ -147,8 +147,8 @@ fn write(job: &ImageJob, picture: &Image, pipeline: &Pipeline) -> Result<()> {
         ("steps", &job.steps.to_string()),
         ("guidance", &job.guidance.unwrap_or_default().to_string()),
         ("size", &size),
-        ("model", &pipeline.locator),
+        ("model", &pipeline.model_ref),
         ("Software", &record::software()),
     ];
-    picture.save(&job.path, &text)
+    image.save(&job.path, &text)
 }

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     calibrate::{file::Calibration, options::AGAIN, report::CalibrationReport},
-    checkpoint::{advise, target},
+    checkpoint::{target, with_hint},
     cli::MergeStatsArgs,
     ui,
 };
@@ -20,9 +20,9 @@ pub(super) fn run(args: &MergeStatsArgs) -> Result<()> {
         .next()
         .context("merge-stats takes at least one file")?;
     // sums stay in the files and are added up a part at a time while the result is written
-    let mut sum = advise(Calibration::open(first), AGAIN)?;
+    let mut sum = with_hint(Calibration::open(first), AGAIN)?;
     for path in files {
-        sum.add(advise(Calibration::open(path), AGAIN)?)
+        sum.add(with_hint(Calibration::open(path), AGAIN)?)
             .with_context(|| {
                 format!("`{}` does not add to `{}`", path.display(), first.display())
             })?;

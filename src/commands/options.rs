@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use anyhow::{Result, ensure};
 
 use crate::{
-    calibrate::{options::CalibrationOptions, recipe::StateSource},
+    calibrate::{options::CalibrationOptions, recipe::LatentSource},
     cli::{
         CalibrationArgs, GoalArgs, MemoryArgs, ModelArgs, PipelineArgs, PruneArgs, RunArgs,
         StatsArgs, TrainArgs,
@@ -71,7 +71,7 @@ pub(super) fn open_within(
 ) -> Result<(Pipeline, MemoryBudget)> {
     let runtime = runtime(run)?;
     let pipeline = open(&model_choice(pipeline))?;
-    let budget = MemoryBudget::new(memory(memory_args), &runtime).of(&pipeline);
+    let budget = MemoryBudget::new(memory(memory_args), &runtime).for_pipeline(&pipeline);
     Ok((pipeline, budget))
 }
 
@@ -83,14 +83,14 @@ pub(super) fn recipe(args: &CalibrationArgs) -> Result<PruneRecipe> {
     };
     let c = &mut recipe.calibration;
     if args.images.is_some() {
-        c.source = StateSource::Images;
+        c.source = LatentSource::Images;
     }
     c.source = args.source.unwrap_or(c.source);
     ensure!(
-        (c.source == StateSource::Images) == args.images.is_some(),
+        (c.source == LatentSource::Images) == args.images.is_some(),
         "calibrating on images takes --images DIR"
     );
-    c.samples = args.prompts.num_prompts.or(c.samples);
+    c.num_prompts = args.prompts.num_prompts.or(c.num_prompts);
     c.steps = args.steps.or(c.steps);
     c.width = args.size.width.or(c.width);
     c.height = args.size.height.or(c.height);
@@ -165,7 +165,7 @@ pub(super) fn train(args: &TrainArgs, teacher: &Pipeline) -> Result<TrainOptions
     recipe.lora.rank = args.rank.or(recipe.lora.rank).filter(|_| !args.no_lora);
     recipe.lora.alpha = args.alpha.or(recipe.lora.alpha);
     let d = &mut recipe.data;
-    d.samples = args.prompts.num_prompts.or(d.samples);
+    d.num_prompts = args.prompts.num_prompts.or(d.num_prompts);
     d.batch = args.batch.or(d.batch);
     d.accumulate = args.accumulate.unwrap_or(d.accumulate);
     d.cache = args.cache.unwrap_or(d.cache);

@@ -26,9 +26,9 @@ pub(super) fn run(args: &PlanArgs) -> Result<()> {
     let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
     let wanted = PruneTarget::new(&options::goal(&args.goal, None), &recipe, &pipeline)?;
     let calibration = options::calibration(&args.calibration, Some(&args.stats), &recipe);
-    let settings = ResolvedOptions::new(&pipeline, &calibration)?;
-    recipe.resolve(&pipeline, &settings);
-    let workload = goal::workload(&pipeline, budget.runtime(), &settings);
+    let resolved = ResolvedOptions::new(&pipeline, &calibration)?;
+    recipe.resolve(&pipeline, &resolved);
+    let workload = goal::workload(&pipeline, budget.runtime(), &resolved);
     target::check_writable(output)?;
     target::check_other(
         output,
@@ -45,14 +45,14 @@ pub(super) fn run(args: &PlanArgs) -> Result<()> {
                 select::by_scores(&pipeline, &goal, &protect, &scores, args.metric)?
             } else {
                 let memory = calibration.stats_memory;
-                let calibrator = Calibrator::open(&pipeline, &budget, settings, memory)?;
+                let calibrator = Calibrator::open(&pipeline, &budget, resolved, memory)?;
                 let run = RunOptions::for_output(output, calibration.save_every);
                 let calibration = calibrator.load_or_run(&run)?;
-                let states = calibrator.states(&calibration)?;
-                let held_out = calibrator.held_out(&states)?;
+                let noised = calibrator.noised(&calibration)?;
+                let held_out = calibrator.held_out(&noised)?;
                 let (stats, r) = (calibration.stats, &recipe);
                 let (selection, plan) =
-                    select::by_model(&calibrator, r, stats, &states, &held_out, &goal, &protect)?;
+                    select::by_model(&calibrator, r, stats, &noised, &held_out, &goal, &protect)?;
                 run.remove_partial()?;
                 RankedPlan {
                     plan,

@@ -21,10 +21,10 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     }
     let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
     if args.dry_run.dry_run {
-        let settings = ResolvedOptions::new(&pipeline, &options.calibration)?;
+        let resolved = ResolvedOptions::new(&pipeline, &options.calibration)?;
         let memory = options.calibration.stats_memory;
         let estimate =
-            CalibrationEstimate::new(&pipeline, &budget, &settings, Shard::WHOLE, memory, true)?;
+            CalibrationEstimate::new(&pipeline, &budget, &resolved, Shard::WHOLE, memory, true)?;
         return super::show(args.output.print, &estimate, || estimate.text());
     }
     let report = prune::run::run(&pipeline, &budget, &options)?;

@@ -24,11 +24,11 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     target::check_file(&chart, args.output.force)?;
     let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
     let calibration = options::calibration(&args.calibration, Some(&args.stats), &recipe);
-    let settings = ResolvedOptions::new(&pipeline, &calibration)?;
+    let resolved = ResolvedOptions::new(&pipeline, &calibration)?;
     target::check_writable(output)?;
     target::check_writable(&chart)?;
     target::check_other(output, &[args.stats.stats.as_deref()])?;
-    let calibrator = Calibrator::open(&pipeline, &budget, settings, calibration.stats_memory)?;
+    let calibrator = Calibrator::open(&pipeline, &budget, resolved, calibration.stats_memory)?;
     let run = RunOptions::for_output(output, calibration.save_every);
     let calibration = calibrator.load_or_run(&run)?;
     let scores = measure::score(&calibrator, &calibration, args.metric, recipe.fit.ridge)?;

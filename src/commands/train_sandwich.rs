@@ -7,8 +7,9 @@ use anyhow::{Context, Result, bail};
 use super::options;
 use crate::{
     checkpoint::{
-        advise, save,
+        save,
         target::{self, OutputFolder},
+        with_hint,
     },
     cli::TrainArgs,
     pipeline::{LORA_FILE, ModelChoice, Pipeline, placement::MemoryBudget},
@@ -68,7 +69,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     }
     target::check_folder(output, force)?;
     let state = StateFile::new(&folder, settings.clone());
-    let saved = advise(state.load(), "--restart starts over")?;
+    let saved = with_hint(state.load(), "--restart starts over")?;
     if let Some(saved) = &saved {
         ui::note(format!(
             "resuming the run saved in `{}`: {} of its phases done, {} steps of the next",
@@ -123,7 +124,8 @@ fn open_pruned(args: &TrainArgs, choice: &ModelChoice, folder: &Path) -> Result<
         ui::note("pruning the bundled tiny model at 20 % first; --model names a pruned model");
         let runtime = super::runtime(args.run)?;
         let pipeline = Pipeline::open(&ModelChoice::default())?;
-        let budget = MemoryBudget::new(super::memory(args.memory), &runtime).of(&pipeline);
+        let budget =
+            MemoryBudget::new(super::memory(args.memory), &runtime).for_pipeline(&pipeline);
         let options = PruneOptions {
             output: folder.to_path_buf(),
             ..PruneOptions::default()

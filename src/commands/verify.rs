@@ -10,7 +10,7 @@ use crate::{
     verify::{self, Reference},
 };
 
-/// Exit status 1 where a tensor is off.
+/// Exit status 1 if a tensor is off.
 pub(super) fn run(args: &VerifyArgs) -> Result<ExitCode> {
     verify::check_tolerance(args.tolerance)?;
     let runtime = super::runtime(args.run)?;

@@ -2,7 +2,7 @@
 //!
 //! The driver copies from ordinary memory with one thread through a small buffer of its own: 9 GB/s on a machine with an
 //! H100 whose bus does 55. Here all cores copy into a few page-locked buffers, which the GPU reads while the next one is
-//! filled: 36 GB/s there. A file that is read again and again can be page-locked as a whole ([`PageLocked`]), where there is
+//! filled: 36 GB/s there. A file that is read again and again can be page-locked as a whole ([`PageLocked`]), if there is
 //! memory for it; the GPU then reads it where it lies, with no work for the CPU.
 #![expect(
     unsafe_code,
@@ -78,7 +78,7 @@ pub struct PageLocked {
 static LOCKED: Mutex<Vec<Range<usize>>> = Mutex::new(Vec::new());
 
 impl PageLocked {
-    /// Page-locks `bytes`, read-only, which `owner` keeps alive. `None` off GPUs, and where the driver refuses: uploads then
+    /// Page-locks `bytes`, read-only, which `owner` keeps alive. `None` off GPUs, and if the driver refuses: uploads then
     /// take the way over buffers.
     pub fn new(bytes: &[u8], owner: Box<dyn Send + Sync>, device: &Device) -> Option<Self> {
         let Device::Cuda(device) = device else {
@@ -187,7 +187,7 @@ fn copy(parts: &[&[u8]], mut to: u64, device: &CudaDevice) -> Result<()> {
     for (turn, chunk) in chunks.enumerate() {
         let buffer = &buffers[turn % BUFFERS];
         buffer.read.synchronize().w()?;
-        // SAFETY: `BUFFER` bytes, which the GPU has read, and which nobody else sees while `held` is locked
+        // SAFETY: `BUFFER` bytes, which the GPU has read, and which no other thread sees while `held` is locked
         let room = unsafe { std::slice::from_raw_parts_mut(buffer.data, chunk.len()) };
         let tasks = room.par_chunks_mut(TASK).zip(chunk.par_chunks(TASK));
         tasks.for_each(|(to, from)| to.copy_from_slice(from));

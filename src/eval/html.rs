@@ -155,7 +155,7 @@ fn figure(pair: &Pair, shown: &ShownPair, names: &[&str]) -> String {
 fn by_time(report: &Report) -> Result<Option<String>> {
     let curve = |model: &ModelReport| {
         let times = &model.against_baseline.as_ref()?.velocity.by_time;
-        let seen = times.iter().filter(|t| t.states > 0);
+        let seen = times.iter().filter(|t| t.noised_latents > 0);
         Some(Curve {
             name: model.name.clone(),
             points: seen

@@ -6,7 +6,7 @@ use candle::Tensor;
 use super::{report::Memory, velocity::Velocities};
 use crate::{
     bench::timing::{self, Effort, MemoryWatch, Timing},
-    calibrate::{self, noised::States},
+    calibrate::{self, NoiseLevels, noised::NoisedLatents},
     device::Runtime,
     model::{Flux, memory::BATCHES_PER_LOAD},
     pipeline::{
@@ -56,14 +56,14 @@ pub(super) struct Measured {
 impl Task<'_> {
     /// Measures the baseline and then each model on the baseline's images.
     pub(super) fn all(&self, baseline: &Pipeline, models: &[Pipeline]) -> Result<Vec<Measured>> {
-        let (before, states) = self.baseline(baseline)?;
+        let (before, noised) = self.baseline(baseline)?;
         let mut measured = vec![before];
         for model in models {
-            measured.push(self.model(model, &states)?);
+            measured.push(self.model(model, &noised)?);
         }
         if self.together {
             let all: Vec<&Pipeline> = std::iter::once(baseline).chain(models).collect();
-            let timings = self.in_turn(&all, &states)?;
+            let timings = self.in_turn(&all, &noised)?;
             for (measured, timing) in measured.iter_mut().zip(timings) {
                 measured.step = timing;
             }
@@ -72,34 +72,36 @@ impl Task<'_> {
     }
 
     /// Samples the baseline's images; noised again, they are the latents that all velocities are compared on.
-    fn baseline(&self, pipeline: &Pipeline) -> Result<(Measured, States)> {
-        let mut states = None;
+    fn baseline(&self, pipeline: &Pipeline) -> Result<(Measured, NoisedLatents)> {
+        let mut compared = None;
+        let levels = NoiseLevels::of_model(pipeline, self.size, self.steps)?;
         let measured = self.run(pipeline, &mut |latents: &Tensor| {
             let wanted = self.size.default_held_out();
-            let draws = wanted.div_ceil(self.encoded.len());
-            let noised = States::noised(
+            let noise_levels = wanted.div_ceil(self.encoded.len());
+            let noised = NoisedLatents::new(
                 latents.clone(),
                 self.encoded.clone(),
                 self.size.latent(pipeline.config.family),
                 self.guidance,
-                draws,
+                noise_levels,
                 self.seed.wrapping_add(1),
-            )?;
-            states = Some(noised.first(wanted));
-            Ok(states.clone())
+            )?
+            .with_levels(levels.clone());
+            compared = Some(noised.first(wanted));
+            Ok(compared.clone())
         })?;
-        Ok((measured, states.context("the baseline sampled nothing")?))
+        Ok((measured, compared.context("the baseline sampled nothing")?))
     }
 
-    /// Samples a model's images and takes its velocity on `states`.
-    fn model(&self, pipeline: &Pipeline, states: &States) -> Result<Measured> {
-        self.run(pipeline, &mut |_: &Tensor| Ok(Some(states.clone())))
+    /// Samples a model's images and takes its velocity on `noised`.
+    fn model(&self, pipeline: &Pipeline, noised: &NoisedLatents) -> Result<Measured> {
+        self.run(pipeline, &mut |_: &Tensor| Ok(Some(noised.clone())))
     }
 
     fn run(
         &self,
         pipeline: &Pipeline,
-        states: &mut dyn FnMut(&Tensor) -> Result<Option<States>>,
+        noised: &mut dyn FnMut(&Tensor) -> Result<Option<NoisedLatents>>,
     ) -> Result<Measured> {
         let runtime = self.runtime;
         let free = || {
@@ -110,7 +112,7 @@ impl Task<'_> {
         let mut memory = MemoryWatch::start(free());
         let tokens = self.size.tokens() + self.encoded.txt.dim(1)?;
         let default = TOKENS_PER_FORWARD / tokens;
-        let budget = self.budget.clone().of(pipeline);
+        let budget = self.budget.clone().for_pipeline(pipeline);
         let batch = budget.batch(&pipeline.config, tokens, default);
         let activity = Activity {
             batch,
@@ -145,16 +147,16 @@ impl Task<'_> {
             format!("sampled {images} images with `{}`", pipeline.name),
         );
         memory.sample(free());
-        let states = states(&latents)?.context("no states to compare on")?;
-        let progress = ui::progress(states.batches(batch).len(), "comparing");
-        let velocities = Velocities::of(&flux, &states, batch, runtime, &progress)
+        let noised = noised(&latents)?.context("no noised latents to compare on")?;
+        let progress = ui::progress(noised.batches(batch).len(), "comparing");
+        let velocities = Velocities::new(&flux, &noised, batch, runtime, &progress)
             .with_context(|| format!("`{}`", pipeline.name))?;
         progress.finish_and_clear();
         memory.sample(free());
         let timings = if self.together {
             Vec::new()
         } else {
-            self.time(&[flux], &states)?
+            self.time(&[flux], &noised)?
         };
         Ok(Measured {
             latents,
@@ -168,15 +170,15 @@ impl Task<'_> {
     }
 
     /// Times one step of each model, in turn, so that a busy machine slows all of them alike.
-    fn in_turn(&self, pipelines: &[&Pipeline], states: &States) -> Result<Vec<Timing>> {
+    fn in_turn(&self, pipelines: &[&Pipeline], noised: &NoisedLatents) -> Result<Vec<Timing>> {
         let load = |pipeline: &&Pipeline| load::flux(pipeline, self.runtime);
         let models: Vec<Flux> = pipelines.iter().map(load).collect::<Result<_>>()?;
-        self.time(&models, states)
+        self.time(&models, noised)
     }
 
-    fn time(&self, models: &[Flux], states: &States) -> Result<Vec<Timing>> {
+    fn time(&self, models: &[Flux], noised: &NoisedLatents) -> Result<Vec<Timing>> {
         let (device, dtype) = (&self.runtime.device, self.runtime.dtype);
-        let one = states.batch(0..1, device, dtype)?;
+        let one = noised.batch(0..1, device, dtype)?;
         let step = |flux: &Flux| -> Result<()> {
             flux.forward(&one.inputs(), &mut ())?;
             Ok(())

@@ -1,4 +1,4 @@
-//! Distances between two images or latents, and what many of them amount to. Reading scenes is `detect`'s business.
+//! Distances between two images or latents, and what many of them amount to. `detect` reads scenes.
 
 use anyhow::{Result, ensure};
 use serde::Serialize;
@@ -124,8 +124,8 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Of these numbers; all zero where there are none.
-    pub fn of(values: &[f64]) -> Self {
+    /// Of these numbers; all zero if there are none.
+    pub fn from_values(values: &[f64]) -> Self {
         let count = values.len();
         if count == 0 {
             return Self::default();
@@ -258,11 +258,11 @@ mod tests {
 
     #[test]
     fn summaries_and_intervals() {
-        let s = Summary::of(&[4.0, 1.0, 3.0, 2.0]);
+        let s = Summary::from_values(&[4.0, 1.0, 3.0, 2.0]);
         assert_eq!((s.count, s.least, s.most), (4, 1.0, 4.0));
         assert!((s.mean - 2.5).abs() < 1e-12 && (s.median - 2.5).abs() < 1e-12);
         assert!((s.deviation - (5.0f64 / 3.0).sqrt()).abs() < 1e-12);
-        assert_eq!(Summary::of(&[]), Summary::default());
+        assert_eq!(Summary::from_values(&[]), Summary::default());
         // computed by hand from Wilson's formula
         let share = Share::wilson(62, 64);
         assert!((share.low - 0.893_027_082_290_416_9).abs() < 1e-12);

@@ -132,7 +132,9 @@ pub fn run(
             peak_memory: measured.memory,
             against_baseline: against.transpose()?,
             prompt_following: PromptFollowing::from_verdicts(&verdicts),
-            clip_score: clip_scores.as_ref().map(|all| Summary::of(&all[i])),
+            clip_score: clip_scores
+                .as_ref()
+                .map(|all| Summary::from_values(&all[i])),
             recipe: pipeline.record.as_ref().map(|r| r.recipe.clone()),
         });
     }
@@ -172,7 +174,7 @@ fn decode(
 ) -> Result<(Vec<Vec<Image>>, f64)> {
     let one = measured[0].latents.narrow(0, 0, 1)?;
     let work = &mut || {
-        decoder.pictures(&one)?;
+        decoder.images(&one)?;
         Ok(())
     };
     let device = &budget.runtime().device;
@@ -181,7 +183,7 @@ fn decode(
     let progress = ui::progress(measured.len() * count, "decoding");
     let mut images = Vec::new();
     for measured in measured {
-        images.push(decoder.pictures(&measured.latents)?);
+        images.push(decoder.images(&measured.latents)?);
         progress.inc(count as u64);
     }
     ui::done(

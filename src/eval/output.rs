@@ -21,13 +21,13 @@ const MAX_SHOWN: usize = 24;
 const MAX_SHOWN_LARGE: usize = 12;
 /// Longest side of images on the page, in pixels.
 const SHOWN_SIDE: u32 = 640;
-/// Pairs in pictures.png.
+/// Pairs in images.png.
 const MAX_IN_GRID: usize = 64;
 /// Image tokens from which fewer are shown.
 const LARGE: usize = 1024;
 
 impl Evaluation {
-    /// Writes report.json, report.html and pictures.png into `folder`; scores and losses that lie next to `models` are on
+    /// Writes report.json, report.html and images.png into `folder`; scores and losses that lie next to `models` are on
     /// the page.
     ///
     /// # Errors
@@ -52,7 +52,7 @@ impl Evaluation {
         }
         let page = html::page(report, &assets)?;
         save::write_bytes(&folder.join("report.html"), page.as_bytes())?;
-        self.write_grid(&folder.join("pictures.png"), &order, large)
+        self.write_grid(&folder.join("images.png"), &order, large)
     }
 
     /// The worst pairs first, each model's row below the baseline's.

@@ -57,7 +57,7 @@ pub struct Settings {
     pub text_tokens: usize,
     /// Device and number format, `cpu, f32`.
     pub runtime: String,
-    /// The CLIP model, where one was named.
+    /// The CLIP model, if one was named.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip: Option<String>,
     /// How steps were timed: `models in turn`, which a busy machine slows alike, or `models one after another`.
@@ -93,10 +93,10 @@ pub struct ModelReport {
     /// Against the baseline; `None` for the baseline itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub against_baseline: Option<Distances>,
-    /// How well images match captions of the bundled model's grammar; `None` where there are no such captions.
+    /// How well images match captions of the bundled model's grammar; `None` if there are no such captions.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_following: Option<PromptFollowing>,
-    /// CLIP score: 100 · cosine of image and prompt; `None` where no CLIP model was named.
+    /// CLIP score: 100 · cosine of image and prompt; `None` if no CLIP model was named.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_score: Option<Summary>,
     /// The recipe in the checkpoint.
@@ -107,9 +107,9 @@ pub struct ModelReport {
 /// Bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Memory {
-    /// Of the process; `None` where the system does not say.
+    /// Of the process; `None` if the system does not say.
     pub host: Option<u64>,
-    /// Of the device, where it has memory of its own.
+    /// Of the device, if it has memory of its own.
     pub device: Option<u64>,
 }
 
@@ -172,7 +172,7 @@ pub struct Pair {
     pub prompt: String,
     /// Seed of its noise.
     pub seed: u64,
-    /// What the baseline's image shows, where the prompt is a caption of the grammar.
+    /// What the baseline's image shows, if the prompt is a caption of the grammar.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub baseline: Option<Verdict>,
     /// CLIP score of the baseline's image.
@@ -191,7 +191,7 @@ pub struct PairOfModel {
     pub psnr: f64,
     /// Structural similarity.
     pub ssim: f64,
-    /// What the image shows, where the prompt is a caption of the grammar.
+    /// What the image shows, if the prompt is a caption of the grammar.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Verdict>,
     /// CLIP score.
@@ -222,9 +222,9 @@ impl Distances {
         worst.truncate(WORST);
         Self {
             velocity,
-            latent_mse: Summary::of(&values(|p| p.latent_mse)),
-            ssim: Summary::of(&values(|p| p.ssim)),
-            psnr: Summary::of(&psnr),
+            latent_mse: Summary::from_values(&values(|p| p.latent_mse)),
+            ssim: Summary::from_values(&values(|p| p.ssim)),
+            psnr: Summary::from_values(&psnr),
             worst,
         }
     }
@@ -328,7 +328,7 @@ mod tests {
         };
         let pairs: Vec<Pair> = [30.0, 10.0, 20.0].map(pair).into();
         let velocity = VelocityError {
-            states: 0,
+            noised_latents: 0,
             error: 0.0,
             by_time: vec![],
         };

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::{
     calibrate::{
-        noised::States,
+        noised::NoisedLatents,
         stats::{BUCKETS, bucket},
     },
     device::Runtime,
@@ -17,7 +17,7 @@ use crate::{
 /// A model's velocity on noised latents.
 #[derive(Clone, Debug)]
 pub struct Velocities {
-    /// (states, image tokens · channels), f32 on the CPU.
+    /// (noised latents, image tokens · channels), f32 on the CPU.
     values: Tensor,
     /// Noise level of each state, in (0, 1).
     times: Vec<f32>,
@@ -30,38 +30,38 @@ pub struct AtTime {
     pub from: f64,
     /// Upper end.
     pub to: f64,
-    /// States between them.
-    pub states: usize,
-    /// Σ ‖v − v₀‖² / Σ ‖v₀‖²; 0 where there is no state.
+    /// Noised latents between them.
+    pub noised_latents: usize,
+    /// Σ ‖v − v₀‖² / Σ ‖v₀‖²; 0 if there is no state.
     pub error: f64,
 }
 
 /// How far a velocity is from another.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct VelocityError {
-    /// Number of states.
-    pub states: usize,
-    /// Σ ‖v − v₀‖² / Σ ‖v₀‖² over all states.
+    /// Number of noised latents.
+    pub noised_latents: usize,
+    /// Σ ‖v − v₀‖² / Σ ‖v₀‖² over all noised latents.
     pub error: f64,
     /// The same by noise level.
     pub by_time: Vec<AtTime>,
 }
 
 impl Velocities {
-    /// Runs `flux` on `states`, `batch` at a time.
+    /// Runs `flux` on `noised`, `batch` at a time.
     ///
     /// # Errors
     /// When a forward fails or its result is not finite.
-    pub fn of(
+    pub fn new(
         flux: &Flux,
-        states: &States,
+        noised: &NoisedLatents,
         batch: usize,
         runtime: &Runtime,
         progress: &ProgressBar,
     ) -> Result<Self> {
         let mut values = Vec::new();
-        for range in states.batches(batch) {
-            let batch = states.batch(range, &runtime.device, runtime.dtype)?;
+        for range in noised.batches(batch) {
+            let batch = noised.batch(range, &runtime.device, runtime.dtype)?;
             let velocity = flux.forward(&batch.inputs(), &mut ())?;
             let velocity = velocity.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
             values.push(velocity.flatten_from(1)?);
@@ -72,49 +72,49 @@ impl Velocities {
         ensure!(sum.is_finite(), "the velocity is NaN or infinite");
         Ok(Self {
             values,
-            times: states.times(0..states.len()),
+            times: noised.times(0..noised.len()),
         })
     }
 
-    /// How far `other` is from this velocity on the same states.
+    /// How far `other` is from this velocity on the same noised latents.
     ///
     /// # Errors
-    /// When they are of different states, or this velocity is zero.
+    /// When they are of different noised latents, or this velocity is zero.
     pub fn error_of(&self, other: &Self) -> Result<VelocityError> {
         ensure!(
             self.times == other.times,
-            "velocities on different states cannot be compared"
+            "velocities on different noised latents cannot be compared"
         );
         let sums = |t: Tensor| -> Result<Vec<f32>> { Ok(t.sqr()?.sum(1)?.to_vec1()?) };
         let errors = sums((&other.values - &self.values)?)?;
         let norms = sums(self.values.clone())?;
         let relative = |of: &dyn Fn(f32) -> bool| {
-            let (mut states, mut error, mut norm) = (0, 0.0, 0.0);
+            let (mut count, mut error, mut norm) = (0, 0.0, 0.0);
             for ((t, e), n) in self.times.iter().zip(&errors).zip(&norms) {
                 if of(*t) {
-                    states += 1;
+                    count += 1;
                     error += f64::from(*e);
                     norm += f64::from(*n);
                 }
             }
-            (states, if norm > 0.0 { error / norm } else { 0.0 })
+            (count, if norm > 0.0 { error / norm } else { 0.0 })
         };
         ensure!(
             norms.iter().any(|n| *n > 0.0),
             "the velocity compared with is zero"
         );
-        let (states, error) = relative(&|_| true);
+        let (noised_latents, error) = relative(&|_| true);
         let by_time = (0..BUCKETS).map(|i| {
-            let (states, error) = relative(&|t| bucket(t) == i);
+            let (noised_latents, error) = relative(&|t| bucket(t) == i);
             AtTime {
                 from: i as f64 / BUCKETS as f64,
                 to: (i + 1) as f64 / BUCKETS as f64,
-                states,
+                noised_latents,
                 error,
             }
         });
         Ok(VelocityError {
-            states,
+            noised_latents,
             error,
             by_time: by_time.collect(),
         })
@@ -135,9 +135,9 @@ mod tests {
         let a = of(&[[3.0, 4.0], [1.0, 0.0], [0.0, 1.0], [2.0, 0.0]], &times);
         let b = of(&[[3.0, 4.0], [1.0, 1.0], [0.0, 1.0], [0.0, 0.0]], &times);
         let error = a.error_of(&b).unwrap();
-        assert_eq!(error.states, 4);
+        assert_eq!(error.noised_latents, 4);
         assert!((error.error - 5.0 / 31.0).abs() < 1e-9);
-        let at = |i: usize| (error.by_time[i].states, error.by_time[i].error);
+        let at = |i: usize| (error.by_time[i].noised_latents, error.by_time[i].error);
         assert_eq!(at(0), (1, 0.0));
         assert_eq!(at(5), (2, 0.5));
         assert_eq!(at(9), (1, 1.0));

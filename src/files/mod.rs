@@ -273,7 +273,7 @@ impl Files {
     }
 
     /// The text that opens this folder again with `--model` from any working directory.
-    pub fn locator(&self) -> String {
+    pub fn model_ref(&self) -> String {
         match &self.root {
             Root::Bundled => BUNDLED.to_owned(),
             Root::Folder(dir) => {

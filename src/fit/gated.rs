@@ -11,7 +11,7 @@ use candle::{DType, Device, Tensor};
 use faer::{Mat, Side, linalg::solvers::Solve};
 
 use super::{
-    gram::{of_samples, square, with_bias},
+    gram::{from_samples, square, with_bias},
     ridge::{Solution, to_faer},
 };
 
@@ -42,8 +42,8 @@ impl GatedGram {
         let gated = target.broadcast_mul(&gate.unsqueeze(1)?)?;
         let root = gate.sqr()?.mean_keepdim(1)?.sqrt()?; // (b, 1)
         let weighted = z.broadcast_mul(&root.unsqueeze(2)?)?;
-        let mean = of_samples(&weighted, &ones.broadcast_mul(&root)?, &gated)?.gram;
-        let cross = of_samples(z, &ones, &gated)?.cross;
+        let mean = from_samples(&weighted, &ones.broadcast_mul(&root)?, &gated)?.gram;
+        let cross = from_samples(z, &ones, &gated)?.cross;
         let add = |sum: Option<Tensor>, share: Tensor| match sum {
             None => Ok(share),
             Some(sum) => sum + share,

@@ -23,7 +23,7 @@ impl Gram {
     ///
     /// # Errors
     /// When a product fails.
-    pub fn of(features: &Tensor, target: &Tensor) -> Result<Self> {
+    pub fn from_rows(features: &Tensor, target: &Tensor) -> Result<Self> {
         let (gram, cross) = products(features, target)?;
         Ok(Self {
             gram,
@@ -135,7 +135,7 @@ fn products_cpu(z: &Tensor, r: &Tensor) -> Result<(Tensor, Tensor)> {
 ///
 /// # Errors
 /// When shapes disagree or a product fails.
-pub fn of_samples(x: &Tensor, c: &Tensor, target: &Tensor) -> Result<Gram> {
+pub fn from_samples(x: &Tensor, c: &Tensor, target: &Tensor) -> Result<Gram> {
     let (_, tokens, width) = x.dims3()?;
     let rows = x.reshape(((), width))?;
     let target_rows = target.reshape(((), target.dim(2)?))?;
@@ -201,9 +201,9 @@ mod tests {
         )
         .unwrap();
         let all = with_ones(&repeated.reshape(((), 7)).unwrap()).unwrap();
-        let want = Gram::of(&all, &target.reshape(((), 2)).unwrap()).unwrap();
+        let want = Gram::from_rows(&all, &target.reshape(((), 2)).unwrap()).unwrap();
         let c = with_bias(Some(&c.squeeze(1).unwrap()), &x).unwrap();
-        let got = of_samples(&x, &c, &target).unwrap();
+        let got = from_samples(&x, &c, &target).unwrap();
         for (got, want) in [(&got.gram, &want.gram), (&got.cross, &want.cross)] {
             let difference = (got - want).unwrap().abs().unwrap().max_all().unwrap();
             assert!(difference.to_scalar::<f64>().unwrap() < 1e-11);

@@ -10,7 +10,7 @@ use super::gram::Gram;
 /// Ridges that are tried when none is given, relative to the mean diagonal.
 pub const RIDGES: [f64; 6] = [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2];
 
-/// The ridge where none is given and none can be chosen.
+/// The ridge if none is given and none can be chosen.
 pub const DEFAULT_RIDGE: f64 = 1e-4;
 
 /// A least-squares solution.
@@ -27,7 +27,7 @@ pub struct Solution {
 /// How often the ridge is raised when the Gram matrix is not positive definite.
 const ATTEMPTS: usize = 14;
 
-/// Minimises ‖R − Z B‖² + λ‖B‖² with λ = `ridge` × mean diagonal of ZᵀZ; the smallest larger λ where that is singular.
+/// Minimises ‖R − Z B‖² + λ‖B‖² with λ = `ridge` × mean diagonal of ZᵀZ; the smallest larger λ if that is singular.
 ///
 /// # Errors
 /// When the sums are NaN or infinite, or singular whatever the ridge.
@@ -53,7 +53,7 @@ pub fn solve_with_best_ridge(sums: &Gram, held_out: &Gram, ridges: &[f64]) -> Re
     solve(&sums.plus(held_out)?, best.1)
 }
 
-/// Solves with `ridge` on all sums, or with the best of `ridges` where none is given and rows were left out to tell.
+/// Solves with `ridge` on all sums, or with the best of `ridges` if none is given and rows were left out to tell.
 ///
 /// # Errors
 /// As [`solve`]; when there are no sums.
@@ -189,7 +189,7 @@ mod tests {
     }
 
     fn gram(x: &Tensor, target: &Tensor) -> Gram {
-        Gram::of(&with_ones(x).unwrap(), target).unwrap()
+        Gram::from_rows(&with_ones(x).unwrap(), target).unwrap()
     }
 
     #[test]

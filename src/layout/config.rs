@@ -55,7 +55,7 @@ pub enum ShiftRule {
     TokensAndSteps,
 }
 
-/// What differs between the families of FLUX besides sizes. The code of the model is one for all.
+/// What differs between the families of FLUX in addition to sizes. The code of the model is one for all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Family {
     /// Whether projections have biases. Layers that replace blocks always have one.
@@ -159,7 +159,7 @@ impl FluxConfig {
         self.family.modulation == ModulationSource::Shared
     }
 
-    /// Each layout entry with the tensor-name prefix of its slot, `None` where it has no tensors.
+    /// Each layout entry with the tensor-name prefix of its slot, `None` if it has no tensors.
     ///
     /// Slots are numbered contiguously per kind, so that loaders which count blocks by name see no gap; the
     /// identity in the original model stays in the entry.

@@ -7,7 +7,7 @@ use candle_nn::VarBuilder;
 
 use super::double::DoubleBlock;
 use super::linear::{Linear, Lora};
-use super::modulation::Modulation;
+use super::modulation::{BlockModulation, FIRST_OF_IMG, FIRST_OF_TXT, Modulation, OF_SINGLE};
 use super::output_projection::OutputProjection;
 use super::replacement::ReplacementBlock;
 use super::single::SingleBlock;
@@ -27,7 +27,7 @@ pub enum Block {
     Offloaded(Box<Offloaded>),
 }
 
-/// A block whose weights are not on the device, and the LoRA beside them, which is.
+/// A block whose weights are not on the device, and the LoRA next to them, which is.
 #[derive(Clone)]
 pub struct Offloaded {
     config: Arc<FluxConfig>,
@@ -105,7 +105,7 @@ impl Block {
         Ok(block)
     }
 
-    /// Waits until all that this thread has started on a offloaded block's device is done.
+    /// Waits until all that this thread has started on an offloaded block's device is done.
     pub(super) fn synchronize(&self) -> Result<()> {
         match self {
             Self::Offloaded(offloaded) => offloaded.vb.device().synchronize(),
@@ -113,10 +113,10 @@ impl Block {
         }
     }
 
-    /// Puts `linear` in the place of the projection `name`. A offloaded block keeps it where its tensors are, so that they
+    /// Puts `linear` in the place of the projection `name`. An offloaded block keeps it where its tensors are, so that they
     /// may wait on the host, and brings it to the device with the rest.
     ///
-    /// Fails where there is no projection of that name.
+    /// Fails if there is no projection of that name.
     pub fn exchange(&mut self, name: &'static str, linear: Linear) -> Result<()> {
         if let Self::Offloaded(offloaded) = self {
             offloaded.exchanged.retain(|(other, _)| *other != name);
@@ -184,25 +184,25 @@ impl Block {
     }
 
     /// Shift, scale and gate of the block's first branch, for its text and its image tokens, as a modulated
-    /// replacement keeps them; `None` for replacements and for blocks that share their modulation.
-    pub fn modulations(&self) -> Result<Option<[Modulation<3>; 2]>> {
-        let modulations = match self {
-            Self::Double(block) => block.modulations(),
-            Self::Single(block) => block.modulations(),
-            Self::Replacement(_) => None,
+    /// replacement keeps them; `None` for replacements.
+    pub fn modulations(&self) -> Result<Option<[BlockModulation<3>; 2]>> {
+        let (modulations, shared) = match self {
+            Self::Double(block) => (block.modulations(), [FIRST_OF_TXT, FIRST_OF_IMG]),
+            Self::Single(block) => (block.modulations(), [OF_SINGLE; 2]),
+            Self::Replacement(_) => return Ok(None),
             Self::Offloaded(_) => return self.resident()?.modulations(),
         };
         let Some([txt, img]) = modulations else {
-            return Ok(None);
+            return Ok(Some(shared.map(BlockModulation::Shared)));
         };
         // the first three parts of three (single) or six (double)
-        let first = |lin: &Linear| -> Result<Modulation<3>> {
+        let first = |lin: &Linear| -> Result<BlockModulation<3>> {
             let rows = 3 * lin.shape()?.1;
             let weight = lin.weight()?.narrow(0, 0, rows)?;
             let bias = lin.bias().map(|b| b.narrow(0, 0, rows)).transpose()?;
-            Ok(Modulation {
+            Ok(BlockModulation::Own(Modulation {
                 lin: Linear::new(weight, bias)?,
-            })
+            }))
         };
         Ok(Some([first(txt)?, first(img)?]))
     }
@@ -223,7 +223,7 @@ impl Block {
     }
 
     /// Every projection with its canonical name below the block (`img_attn.qkv`, `linear1`, `linear.img`): the one
-    /// place to attach LoRA, merge or count. None for a offloaded block: make it [`resident`](Self::resident) first.
+    /// place to attach LoRA, merge or count. None for an offloaded block: make it [`resident`](Self::resident) first.
     pub fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
         match self {
             Self::Double(block) => block.linears_mut(),

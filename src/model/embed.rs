@@ -18,7 +18,7 @@ const MAX_PERIOD: f64 = 10_000.0;
 /// Timesteps in [0, 1] and guidance are embedded in thousandths (BFL `time_factor`).
 const TIME_FACTOR: f64 = 1000.0;
 
-/// The inputs of one call of the transformer. Converted to the model's dtype where they are not.
+/// The inputs of one call of the transformer. Converted to the model's dtype if they are not.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
     /// Packed latents, (batch, image tokens, in_channels).

@@ -1,5 +1,5 @@
 //! The only projection type: a weight, dense or quantized, with an optional LoRA.
-//! Knows no names; which projection is where is the blocks' business.
+//! Knows no names; the blocks know which projection is where.
 
 use candle::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;

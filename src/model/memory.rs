@@ -13,7 +13,7 @@ pub const BATCHES_PER_LOAD: usize = 8;
 pub struct ElementSizes {
     /// Bytes of an activation.
     pub element: u64,
-    /// Bytes of a weight, on average: fewer where weights stay packed.
+    /// Bytes of a weight, on average: fewer if weights stay packed.
     pub weight: f64,
     /// Whether attention holds matrices of scores: see `ops::holds_scores`.
     pub scores: bool,
@@ -91,7 +91,7 @@ impl OffloadPlan {
     }
 
     /// As many blocks as fit into `limit` bytes, spread evenly, so that each of them gives time to read the next one;
-    /// `None` where not even two at a time fit.
+    /// `None` if not even two at a time fit.
     pub fn within(config: &FluxConfig, format: ElementSizes, limit: u64) -> Option<Self> {
         let all = Self::all(config, format);
         if all.bytes <= limit {
@@ -115,16 +115,16 @@ impl OffloadPlan {
         let all = of_originals(&|_| true).max(1);
         // what the blocks so far were given of the room; a block stays when that pays for it
         let (mut given, mut spent) = (0u128, 0u64);
-        let stays = bytes.iter().enumerate().map(|(i, bytes)| {
+        let fits = bytes.iter().enumerate().map(|(i, bytes)| {
             if !original(i) {
                 return true;
             }
             given += u128::from(room.min(all)) * u128::from(*bytes) / u128::from(all);
-            let stays = u128::from(spent + bytes) <= given;
-            spent += if stays { *bytes } else { 0 };
-            stays
+            let fits = u128::from(spent + bytes) <= given;
+            spent += if fits { *bytes } else { 0 };
+            fits
         });
-        let resident: Vec<bool> = stays.collect();
+        let resident: Vec<bool> = fits.collect();
         let largest = |i: usize| if resident[i] { 0 } else { bytes[i] };
         let largest = (0..bytes.len()).map(largest).max().unwrap_or(0);
         // the one that computes, the next one, and a tensor of it in the file's format
@@ -150,7 +150,7 @@ impl OffloadPlan {
 
     /// How many entries stay on the device.
     pub fn count(&self) -> usize {
-        self.resident.iter().filter(|stays| **stays).count()
+        self.resident.iter().filter(|resident| **resident).count()
     }
 
     /// How many entries there are.
@@ -196,12 +196,12 @@ mod tests {
         let mut last = 0;
         for gigabytes in [2, 4, 8, 12, 16, 20, 23] {
             let limit = gigabytes * 1_000_000_000;
-            let residence = OffloadPlan::within(&config, BF16, limit).unwrap();
-            assert!(residence.bytes <= limit, "{gigabytes}");
-            assert!(residence.count() >= last, "{gigabytes}");
-            last = residence.count();
+            let offload_plan = OffloadPlan::within(&config, BF16, limit).unwrap();
+            assert!(offload_plan.bytes <= limit, "{gigabytes}");
+            assert!(offload_plan.count() >= last, "{gigabytes}");
+            last = offload_plan.count();
             // at most a block's worth of room is left
-            let left = limit - residence.bytes;
+            let left = limit - offload_plan.bytes;
             assert!(left < 1_400_000_000, "{gigabytes}: {left} left");
         }
         let half = OffloadPlan::within(&config, BF16, 12_500_000_000).unwrap();

@@ -29,7 +29,7 @@ pub use block::Block;
 pub use double::DoubleBlock;
 pub use embed::Inputs;
 pub use linear::{Linear, Lora};
-pub use modulation::Modulation;
+pub use modulation::{BlockModulation, Modulation};
 pub use output_projection::OutputProjection;
 pub use replacement::{AffineLayer, ReplacementBlock};
 pub use rope::Rope;
@@ -58,13 +58,13 @@ pub struct Flux {
 impl Flux {
     /// Reads the model in the dtype and on the device of `vb`, under the original names (`double_blocks.0.img_attn.qkv`).
     ///
-    /// Fails where a tensor is missing or has another shape than `config` says.
+    /// Fails if a tensor is missing or has another shape than `config` says.
     #[expect(
         clippy::needless_pass_by_value,
         reason = "every model on candle is built from a `VarBuilder` by value"
     )]
     pub fn new(config: &FluxConfig, vb: VarBuilder) -> Result<Self> {
-        Self::of(config, Trunk::load(config, &vb), &vb)
+        Self::from_trunk(config, Trunk::load(config, &vb), &vb)
     }
 
     /// The same with blocks that are read from `vb` whenever they are run, except those for which `resident` says yes.
@@ -75,10 +75,10 @@ impl Flux {
         vb: &VarBuilder<'static>,
         resident: &dyn Fn(usize) -> bool,
     ) -> Result<Self> {
-        Self::of(config, Trunk::offloaded(config, vb, resident), vb)
+        Self::from_trunk(config, Trunk::offloaded(config, vb, resident), vb)
     }
 
-    fn of(config: &FluxConfig, trunk: Result<Trunk>, vb: &VarBuilder) -> Result<Self> {
+    fn from_trunk(config: &FluxConfig, trunk: Result<Trunk>, vb: &VarBuilder) -> Result<Self> {
         let head_dim = config.axes_dims.iter().sum::<usize>();
         if config.num_heads * head_dim != config.hidden_size {
             candle::bail!(
@@ -97,7 +97,7 @@ impl Flux {
 
     /// The same embeddings with other blocks, and the head read from `vb`: a pruned model that shares what it can.
     ///
-    /// Fails where a tensor of the head is missing or has another shape than `config` says.
+    /// Fails if a tensor of the head is missing or has another shape than `config` says.
     pub fn with_trunk_and_head(
         &self,
         config: &FluxConfig,

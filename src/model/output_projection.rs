@@ -1,4 +1,4 @@
-//! Input, gate and residual of a block.s output projection, exposed so that `prune` can refit it.
+//! Input, gate and residual of a block's output projection, exposed so that `prune` can refit it.
 
 use candle::Tensor;
 

@@ -81,12 +81,12 @@ impl SingleBlock {
     /// From what `linear1` is applied to, to what `linear2` is: (batch, tokens, hidden + mlp).
     fn inside(&self, x: &Tensor, conditioning: &Conditioning) -> Result<Tensor> {
         match self.activation {
-            Activation::Gelu => self.beside_gelu(x, &conditioning.rope),
-            Activation::SwiGlu => self.beside_swiglu(x, &conditioning.rope),
+            Activation::Gelu => self.with_gelu(x, &conditioning.rope),
+            Activation::SwiGlu => self.with_swiglu(x, &conditioning.rope),
         }
     }
 
-    fn beside_gelu(&self, x: &Tensor, rope: &Rope) -> Result<Tensor> {
+    fn with_gelu(&self, x: &Tensor, rope: &Rope) -> Result<Tensor> {
         let Self {
             linear1,
             norms,
@@ -97,7 +97,7 @@ impl SingleBlock {
         if linear1.lora().is_none()
             && x.device().is_cpu()
             && !x.track_op()
-            && let Some(y) = ops::attend_beside_gelu_of_product(
+            && let Some(y) = ops::attend_with_gelu_of_product(
                 x,
                 &linear1.weight()?,
                 bias,
@@ -110,10 +110,10 @@ impl SingleBlock {
         }
         // (batch, tokens, 3·hidden + mlp)
         let qkv = &linear1.product(x)?;
-        ops::attend_beside_gelu(&Projected { qkv, bias, norms }, *num_heads, rope)
+        ops::attend_with_gelu(&Projected { qkv, bias, norms }, *num_heads, rope)
     }
 
-    fn beside_swiglu(&self, x: &Tensor, rope: &Rope) -> Result<Tensor> {
+    fn with_swiglu(&self, x: &Tensor, rope: &Rope) -> Result<Tensor> {
         // (batch, tokens, 3·hidden + 2·mlp)
         let projected = self.linear1.forward(x)?;
         let of_qkv = 3 * self.num_heads * rope.head_dim();

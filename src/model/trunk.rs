@@ -129,7 +129,7 @@ impl Trunk {
     ///
     /// While it looks at a block, another thread reads the next one that is not on the device, so that of those no more
     /// than two are there at a time.
-    pub fn walk(
+    pub fn visit(
         &self,
         range: Range<usize>,
         visit: &mut dyn FnMut(usize, &BlockSpec, &Block) -> Result<()>,
@@ -150,7 +150,7 @@ impl Trunk {
                 };
                 let next = entries[at + 1..].iter().find(|(_, b)| b.is_offloaded());
                 if let Some((_, next)) = next.filter(|_| ahead.is_none()) {
-                    // started is not done on a GPU: where it is slower than reading is, the weights of all blocks that it
+                    // started is not done on a GPU: if it is slower than reading is, the weights of all blocks that it
                     // has yet to compute would be on it
                     next.synchronize()?;
                     ahead = Some(scope.spawn(|| next.load_on_thread()));
@@ -170,7 +170,7 @@ impl Trunk {
         observer: &mut dyn Observer,
     ) -> Result<Stream> {
         let mut stream = stream.clone();
-        self.walk(range, &mut |index, spec, block| {
+        self.visit(range, &mut |index, spec, block| {
             let output = block.forward(&stream, conditioning)?;
             observer.block(index, spec, conditioning, &stream, &output)?;
             stream = output;
@@ -194,7 +194,7 @@ impl Trunk {
                 conditionings.len()
             );
         }
-        self.walk(range, &mut |_, _, block| {
+        self.visit(range, &mut |_, _, block| {
             for (stream, conditioning) in streams.iter_mut().zip(conditionings) {
                 *stream = block.forward(stream, conditioning)?;
             }
@@ -285,8 +285,8 @@ mod tests {
         let want = whole.forward(&inputs.borrowed(), &mut ())?;
         for resident in [vec![], vec![0, 3], vec![1, 2, 5], vec![0, 1, 2, 3, 4, 5]] {
             let asked = Asked::default();
-            let stays = |index: usize| resident.contains(&index);
-            let flux = Flux::offloaded(&config, &asked.weights(), &stays)?;
+            let is_resident = |index: usize| resident.contains(&index);
+            let flux = Flux::offloaded(&config, &asked.weights(), &is_resident)?;
             assert_eq!(asked.singles(), resident);
             for round in 0..2 {
                 let mut observer = OneAhead(asked.clone());
@@ -301,7 +301,7 @@ mod tests {
                     .0
                     .lock()
                     .unwrap()
-                    .retain(|name| !stays_named(name, &stays));
+                    .retain(|name| !is_resident_name(name, &is_resident));
             }
             // those that stay once, the others in each forward
             let streamed = 6 - resident.len();
@@ -343,10 +343,10 @@ mod tests {
         Ok(())
     }
 
-    fn stays_named(name: &str, stays: &dyn Fn(usize) -> bool) -> bool {
+    fn is_resident_name(name: &str, resident: &dyn Fn(usize) -> bool) -> bool {
         let slot = name.strip_prefix("single_blocks.");
         let slot = slot.and_then(|rest| rest.split('.').next()?.parse().ok());
-        slot.is_some_and(stays)
+        slot.is_some_and(resident)
     }
 
     #[test]

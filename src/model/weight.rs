@@ -1,10 +1,10 @@
-//! A projection's weight as it lies on the device: numbers, or packed bytes that are widened whenever it is used.
+//! A projection's weight as it lies on the device: numbers, or packed bytes that are dequantized whenever it is used.
 //! A 12-billion-parameter model stored in 8 or 4 bits stays that small; only one weight at a time is wide.
 //!
 //! candle's `QMatMul` multiplies GGML's blocks as they are. On two busy CPU cores, one product with a 3072 × 3072 weight in
-//! q8_0 takes it 8, 10, 23 and 383 ms for 1, 4, 64 and 1,280 rows, where widening and multiplying take 93, 79, 106 and
+//! q8_0 takes it 8, 10, 23 and 383 ms for 1, 4, 64 and 1,280 rows; converting and multiplying take 93, 79, 106 and
 //! 688 ms (q4_k: 8, 11, 28, 314 against 72, 73, 109, 804). But it rounds the input to 8 bits: its results are off by 6e-3
-//! from what the packed numbers give, where ours are off by 4e-7. So it is not used.
+//! from what the packed numbers give; ours are off by 4e-7. So it is not used.
 
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ pub(super) enum Weight {
     Quantized(Box<QuantizedWeight>),
 }
 
-/// A packed weight and what it is widened to.
+/// A packed weight and what it is dequantized to.
 #[derive(Clone, Debug)]
 pub(super) struct QuantizedWeight {
     format: QuantType,
@@ -44,7 +44,7 @@ enum Bytes {
 }
 
 impl Weight {
-    /// Reads `weight` (output, input), packed where `vb` has it so.
+    /// Reads `weight` (output, input), packed if `vb` has it so.
     pub(super) fn load(output: usize, input: usize, vb: &VarBuilder) -> Result<Self> {
         const NAME: &str = "weight";
         let mut formats = QuantType::ALL.into_iter();

@@ -45,7 +45,7 @@ pub(super) struct Components {
 
 impl ModelChoice {
     /// Fills in what flags left open from where it was before, as far as it is still there.
-    pub(super) fn take_parts(&mut self, parts: Option<&RecordedParts>) {
+    pub(super) fn fill_from_record(&mut self, parts: Option<&RecordedParts>) {
         let Some(parts) = parts else {
             return;
         };
@@ -117,13 +117,13 @@ impl Pipeline {
             return Ok(own.clone());
         }
         if let Some(base) = &self.components.base {
-            let found = locate(Some(base)).with_context(|| {
+            let located = locate(Some(base)).with_context(|| {
                 format!(
                     "`{}` takes {what} from its base model `{base}`\nhint: name them with {flag}",
                     self.name
                 )
             })?;
-            if let Some(files) = found.pipeline
+            if let Some(files) = located.pipeline
                 && has(&files)?
             {
                 return Ok(files);

@@ -21,7 +21,7 @@ const COUNTED: u64 = 1 << 31;
 const MIN_ROWS: usize = 4;
 
 /// Latents (b, c, h, w) → images in about \[-1, 1\], f32 on the CPU, one at a time: decoding takes far more memory
-/// than anything else per image. In `bands` where they are given.
+/// than anything else per image. In `bands` if they are given.
 pub fn decode(
     vae: &Vae,
     latents: &Tensor,
@@ -80,7 +80,7 @@ pub struct Decoder<'a> {
 
 impl Decoder<'_> {
     /// Packed latents (b, tokens, 4c) → images.
-    pub fn pictures(&self, packed: &Tensor) -> Result<Vec<Image>> {
+    pub fn images(&self, packed: &Tensor) -> Result<Vec<Image>> {
         let bands = self.bands.as_ref();
         let images = decode_packed(&self.vae, packed, self.size, bands, self.runtime)?;
         (0..images.dim(0)?)
@@ -90,7 +90,7 @@ impl Decoder<'_> {
 }
 
 impl MemoryBudget {
-    /// The VAE, for images of one size: at once where they fit, otherwise in bands.
+    /// The VAE, for images of one size: at once if they fit, otherwise in bands.
     pub fn decoder(
         &self,
         files: &VaeFiles,
@@ -140,8 +140,8 @@ impl MemoryBudget {
         config.decode_memory(size, rows, element, self.runtime.unfolds_convolutions())
     }
 
-    /// Bytes for what is decoded; no bound where nobody says.
-    fn room_beside(&self, config: &VaeConfig, element: u64) -> u64 {
+    /// Bytes for what is decoded; no bound if unknown.
+    fn room_to_decode(&self, config: &VaeConfig, element: u64) -> u64 {
         let weights = config.decoder_parameters() * element;
         self.limit
             .map_or(u64::MAX, |limit| limit.saturating_sub(weights))
@@ -152,7 +152,7 @@ impl MemoryBudget {
         self.on_cpu() || take.largest < COUNTED
     }
 
-    /// Where bands wait: on the device where they fit with what is computed.
+    /// Where bands wait: on the device if they fit with what is computed.
     fn offload_device(
         &self,
         config: &VaeConfig,
@@ -161,17 +161,17 @@ impl MemoryBudget {
         element: u64,
     ) -> Device {
         let take = self.decoding(config, size, Some(rows), element);
-        let room = self.room_beside(config, element);
-        if take.work + take.parked <= room {
+        let room = self.room_to_decode(config, element);
+        if take.work + take.offloaded <= room {
             self.runtime.device.clone()
         } else {
             Device::Cpu
         }
     }
 
-    /// The widest bands that fit; `None` where the whole image does.
+    /// The widest bands that fit; `None` if the whole image does.
     fn bands(&self, config: &VaeConfig, size: LatentSize, element: u64) -> Option<InBands> {
-        let room = self.room_beside(config, element);
+        let room = self.room_to_decode(config, element);
         let whole = self.decoding(config, size, None, element);
         if whole.work <= room && self.counts(whole) {
             return None;
@@ -181,8 +181,8 @@ impl MemoryBudget {
         let fitting = |with_parked: bool| {
             choices.iter().copied().find(|rows| {
                 let take = self.decoding(config, size, Some(*rows), element);
-                let parked = if with_parked { take.parked } else { 0 };
-                take.work + parked <= room && self.counts(take)
+                let offloaded = if with_parked { take.offloaded } else { 0 };
+                take.work + offloaded <= room && self.counts(take)
             })
         };
         let least = choices.last().copied().unwrap_or(MIN_ROWS);

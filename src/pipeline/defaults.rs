@@ -1,4 +1,4 @@
-//! What a model's makers recommend for `generate`, and the bounds of what anybody may ask for.
+//! What a model's makers recommend for `generate`, and the bounds of what flags and recipes may ask for.
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::{Pipeline, locate::DAMAGED};
 pub use crate::sample::size::{MAX_SIDE, MIN_SIDE};
 use crate::{
-    checkpoint::{advise, record::Record},
+    checkpoint::{record::Record, with_hint},
     files::Files,
     layout::{Family, FluxConfig, TextModel},
     sample::size::ImageSize,
@@ -113,6 +113,14 @@ impl Pipeline {
             && self.defaults.distilled != Some(true)
     }
 
+    /// Whether the model was distilled to so few steps that it is evaluated at their noise levels only: FLUX.2 [klein]
+    /// without `base`.
+    pub fn has_few_steps(&self) -> bool {
+        self.config.family == Family::FLUX2
+            && !self.config.guidance_embed
+            && self.defaults.distilled != Some(false)
+    }
+
     /// Whether guidance has an effect.
     pub fn takes_guidance(&self) -> bool {
         self.config.guidance_embed || self.takes_negative_prompt()
@@ -159,7 +167,7 @@ impl Pipeline {
         let size = size.map_or(1024, |size| size as usize);
         ensure!(
             (MIN_SIDE..=MAX_SIDE).contains(&size),
-            "`{}`: `sample_size` is {size}: pictures are between {MIN_SIDE} and {MAX_SIDE} pixels wide and high\nhint: correct it, or name a size with --width and --height",
+            "`{}`: `sample_size` is {size}: images are between {MIN_SIDE} and {MAX_SIDE} pixels wide and high\nhint: correct it, or name a size with --width and --height",
             vae.describe("config.json")
         );
         Ok(size)
@@ -246,7 +254,7 @@ pub(super) fn of_model(
         anyhow::Ok(defaults)
     };
     if let Some(record) = record {
-        return advise(read(record.defaults.clone()), DAMAGED)
+        return with_hint(read(record.defaults.clone()), DAMAGED)
             .with_context(|| format!("`{name}`: the defaults in its fastflux metadata"));
     }
     let Some(files) = pipeline else {
@@ -255,7 +263,7 @@ pub(super) fn of_model(
     let Some(json) = files.json(DEFAULTS_FILE)? else {
         return Ok(Defaults::default());
     };
-    advise(read(json), "correct it, or take it out")
+    with_hint(read(json), "correct it, or take it out")
         .with_context(|| format!("`{}`", files.describe(DEFAULTS_FILE)))
 }
 

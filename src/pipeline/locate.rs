@@ -7,18 +7,19 @@ use serde_json::Value;
 
 use crate::{
     checkpoint::{
-        Checkpoint, advise,
+        Checkpoint,
         config::ConfigFile,
         output::{DIFFUSERS_STEM, ORIGINAL_STEM},
+        with_hint,
     },
     files::{BUNDLED, Blob, Files, parse_id},
 };
 
 /// A transformer as found on disk, before anything is known about it.
-pub(super) struct Found {
+pub(super) struct Located {
     pub(super) raw: Checkpoint,
-    pub(super) locator: String,
-    /// Config files beside the weights.
+    pub(super) model_ref: String,
+    /// Config files next to the weights.
     pub(super) configs: Vec<ConfigFile>,
     /// The folder of the whole pipeline, when there is one.
     pub(super) pipeline: Option<Files>,
@@ -31,7 +32,7 @@ const NAME_ONE: &str =
 pub(super) const DAMAGED: &str = "fetch the file again, or name another with --model";
 
 /// Finds the transformer that a `--model` value names.
-pub(super) fn locate(model: Option<&str>) -> Result<Found> {
+pub(super) fn locate(model: Option<&str>) -> Result<Located> {
     let Some(model) = model.filter(|m| *m != BUNDLED) else {
         return in_pipeline(Files::bundled());
     };
@@ -64,10 +65,10 @@ pub(super) fn locate(model: Option<&str>) -> Result<Found> {
     }
 }
 
-fn in_folder(path: &Path) -> Result<Found> {
+fn in_folder(path: &Path) -> Result<Located> {
     let files = Files::folder(path);
-    if let Some(found) = in_pipeline_or_bare(&files)? {
-        return Ok(found);
+    if let Some(located) = in_pipeline_or_bare(&files)? {
+        return Ok(located);
     }
     let is_weights = |name: &String| {
         Path::new(name)
@@ -90,16 +91,16 @@ fn in_folder(path: &Path) -> Result<Found> {
 }
 
 /// A whole pipeline, or a bare transformer folder; `None` when it is neither.
-fn in_pipeline_or_bare(files: &Files) -> Result<Option<Found>> {
+fn in_pipeline_or_bare(files: &Files) -> Result<Option<Located>> {
     if !files.sub("transformer").list()?.is_empty() {
         return in_pipeline(files.clone()).map(Some);
     }
     let stems = [DIFFUSERS_STEM, ORIGINAL_STEM];
     for stem in stems {
-        if let Some(raw) = advise(Checkpoint::open_if_present(files, stem), DAMAGED)? {
-            return Ok(Some(Found {
+        if let Some(raw) = with_hint(Checkpoint::open_if_present(files, stem), DAMAGED)? {
+            return Ok(Some(Located {
                 raw,
-                locator: files.locator(),
+                model_ref: files.model_ref(),
                 configs: config_file(files, "config.json")?,
                 pipeline: Some(files.clone()),
             }));
@@ -108,18 +109,18 @@ fn in_pipeline_or_bare(files: &Files) -> Result<Option<Found>> {
     Ok(None)
 }
 
-fn in_pipeline(files: Files) -> Result<Found> {
+fn in_pipeline(files: Files) -> Result<Located> {
     let transformer = files.sub("transformer");
-    let raw = advise(Checkpoint::open(&transformer, DIFFUSERS_STEM), DAMAGED)?;
-    Ok(Found {
+    let raw = with_hint(Checkpoint::open(&transformer, DIFFUSERS_STEM), DAMAGED)?;
+    Ok(Located {
         raw,
-        locator: files.locator(),
+        model_ref: files.model_ref(),
         configs: config_file(&transformer, "config.json")?,
         pipeline: Some(files),
     })
 }
 
-fn in_file(path: &Path) -> Result<Found> {
+fn in_file(path: &Path) -> Result<Located> {
     let folder = path
         .parent()
         .filter(|p| !p.as_os_str().is_empty())
@@ -130,19 +131,19 @@ fn in_file(path: &Path) -> Result<Found> {
         .and_then(|n| n.to_str())
         .context("the file name is not UTF-8")?;
     let raw = if name.ends_with(".index.json") {
-        advise(Checkpoint::open_index(&files, name), DAMAGED)?
+        with_hint(Checkpoint::open_index(&files, name), DAMAGED)?
     } else {
         check_whole(path, &files, name)?;
         let blob = Blob::map(path)?;
-        advise(
+        with_hint(
             Checkpoint::from_blob(&path.display().to_string(), &blob),
             DAMAGED,
         )?
     };
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
-    Ok(Found {
+    Ok(Located {
         raw,
-        locator: absolute.display().to_string(),
+        model_ref: absolute.display().to_string(),
         configs: config_file(&files, "config.json")?,
         pipeline: Some(files),
     })
@@ -157,7 +158,7 @@ fn check_whole(path: &Path, files: &Files, name: &str) -> Result<()> {
     let (path, place) = (path.display(), files.describe(&index));
     ensure!(
         files.get(&index)?.is_some(),
-        "`{path}` is only shard {shard} of a model\nhint: put all shards and their index `{index}` beside it, and name the index with --model"
+        "`{path}` is only shard {shard} of a model\nhint: put all shards and their index `{index}` next to it, and name the index with --model"
     );
     bail!("`{path}` is only shard {shard} of a model\nhint: name their index: --model {place}")
 }
@@ -170,7 +171,7 @@ fn shard(name: &str) -> Option<(&str, String)> {
     (count > 1).then(|| (stem, format!("{number} of {count}")))
 }
 
-/// A JSON file beside the weights, when it is there and speaks of a FLUX transformer.
+/// A JSON file next to the weights, when it is there and speaks of a FLUX transformer.
 fn config_file(files: &Files, name: &str) -> Result<Vec<ConfigFile>> {
     let json = files.json(name)?.filter(speaks_of_flux);
     Ok(json

@@ -9,9 +9,10 @@ use serde_json::Value;
 
 use crate::{
     checkpoint::{
-        Checkpoint, advise,
+        Checkpoint,
         config::{self, ConfigFile},
         record::{self, Record},
+        with_hint,
     },
     files::{BUNDLED, Files},
     layout::{BlockKind, Family, FluxConfig},
@@ -53,7 +54,7 @@ pub struct Pipeline {
     /// How messages and tables name the model.
     pub name: String,
     /// The `--model` value that opens it again from anywhere.
-    pub locator: String,
+    pub model_ref: String,
     /// The transformer under the original names.
     pub transformer: Checkpoint,
     /// Whether the file had diffusers' names.
@@ -88,17 +89,17 @@ impl Pipeline {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_original(choice: &ModelChoice, of: Option<&Record>) -> Result<Self> {
-        let found = locate(choice.model.as_deref())?;
-        let record = Record::read(&found.raw.name, &found.raw.metadata);
-        let record = advise(record, DAMAGED)?;
-        let diffusers = crate::checkpoint::diffusers::is_diffusers(&found.raw);
-        let transformer = advise(config::canonical(&found.raw), DAMAGED)?;
+        let located = locate(choice.model.as_deref())?;
+        let record = Record::read(&located.raw.name, &located.raw.metadata);
+        let record = with_hint(record, DAMAGED)?;
+        let diffusers = crate::checkpoint::diffusers::is_diffusers(&located.raw);
+        let transformer = with_hint(config::canonical(&located.raw), DAMAGED)?;
         let mut configs = Vec::new();
         if let Some(path) = &choice.config {
             configs.push(ConfigFile::read(path).context("--config")?);
         }
-        configs.extend(found.configs);
-        configs.extend(metadata_config(&found.raw));
+        configs.extend(located.configs);
+        configs.extend(metadata_config(&located.raw));
         let known = match (&record, of) {
             (None, Some(of)) if record::fingerprint(&transformer)? == of.base_fingerprint => {
                 configs.push(ConfigFile {
@@ -112,22 +113,25 @@ impl Pipeline {
         let config = config::infer(&transformer, record.as_ref(), &configs)?;
         let (scheduler, scheduler_name) = scheduler::of_model(
             &configs,
-            found.pipeline.as_ref(),
+            located.pipeline.as_ref(),
             known,
             &config,
-            &found.raw.name,
+            &located.raw.name,
         )?;
-        let defaults =
-            defaults::of_model(found.pipeline.as_ref(), record.as_ref(), &found.raw.name)?
-                .with_distilled(&config, found.pipeline.as_ref(), &found.locator)?;
+        let defaults = defaults::of_model(
+            located.pipeline.as_ref(),
+            record.as_ref(),
+            &located.raw.name,
+        )?
+        .with_distilled(&config, located.pipeline.as_ref(), &located.model_ref)?;
         if let Some(record) = &record {
-            warn_of_kept_lora(record, found.pipeline.as_ref(), &found.raw.name)?;
+            warn_of_kept_lora(record, located.pipeline.as_ref(), &located.raw.name)?;
         }
         let mut choice = choice.clone();
-        choice.take_parts(known.map(|r| &r.parts));
+        choice.fill_from_record(known.map(|r| &r.parts));
         Ok(Self {
             name: choice.model.clone().unwrap_or_else(|| BUNDLED.to_owned()),
-            locator: found.locator,
+            model_ref: located.model_ref,
             transformer,
             diffusers,
             scheduler,
@@ -136,7 +140,7 @@ impl Pipeline {
             negative_prompt: String::new(),
             components: Components {
                 choice,
-                own: found.pipeline,
+                own: located.pipeline,
                 base: record.as_ref().map(|r| r.base.clone()),
                 hub: components::hub(&config),
             },
@@ -153,7 +157,7 @@ impl Pipeline {
         self.base_with(&ModelChoice::default())
     }
 
-    /// The same with flags for what lies beside the transformer; `choice.model` counts for nothing.
+    /// The same with flags for what lies next to the transformer; `choice.model` counts for nothing.
     ///
     /// # Errors
     /// As [`Self::base`].
@@ -167,10 +171,10 @@ impl Pipeline {
         };
         let base = Self::open_original(&choice, Some(record))
             .with_context(|| format!("`{}` was pruned from `{}`", self.name, record.base))?;
-        let found = record::fingerprint(&base.transformer)?;
+        let fingerprint = record::fingerprint(&base.transformer)?;
         ensure!(
-            found == record.base_fingerprint,
-            "`{}` is not the model that `{}` was pruned from (fingerprint {found}, expected {})",
+            fingerprint == record.base_fingerprint,
+            "`{}` is not the model that `{}` was pruned from (fingerprint {fingerprint}, expected {})",
             record.base,
             self.name,
             record.base_fingerprint
@@ -187,7 +191,7 @@ impl Pipeline {
         Ok(Record {
             version: record::VERSION,
             tool: record::software(),
-            base: before.map_or_else(|| self.locator.clone(), |r| r.base.clone()),
+            base: before.map_or_else(|| self.model_ref.clone(), |r| r.base.clone()),
             base_fingerprint: match before {
                 Some(before) => before.base_fingerprint.clone(),
                 None => record::fingerprint(&self.transformer)?,
@@ -213,6 +217,7 @@ impl Pipeline {
             c.original_blocks(BlockKind::Single),
         );
         if c.family == Family::FLUX2 {
+            // dev has a guidance embedding, and its text encoder is another
             let size = match (blocks, c.hidden_size) {
                 ((5, 20), 3072) => "4B",
                 ((8, 24), 4096) => "9B",
@@ -254,7 +259,7 @@ fn metadata_config(raw: &Checkpoint) -> Option<ConfigFile> {
     })
 }
 
-/// The LoRA that `train-sandwich --keep-lora` writes beside the checkpoint.
+/// The LoRA that `train-sandwich --keep-lora` writes next to the checkpoint.
 pub const LORA_FILE: &str = "lora.safetensors";
 
 /// Says that a model was trained with a LoRA that is not in its weights.
@@ -264,10 +269,10 @@ fn warn_of_kept_lora(record: &Record, folder: Option<&Files>, name: &str) -> Res
     };
     let recorded = training["kept-lora"].as_bool();
     // earlier versions did not record it
-    let beside = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
-    if recorded.map_or_else(beside, Ok)? {
+    let in_folder = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
+    if recorded.map_or_else(in_folder, Ok)? {
         crate::ui::warn(format!(
-            "`{name}` was trained together with a LoRA, `{LORA_FILE}`, that is not in its weights and is not applied here: pictures and numbers are those without it\nhint: `fastflux train-sandwich` without --keep-lora merges it; diffusers applies it with `load_lora_weights`"
+            "`{name}` was trained together with a LoRA, `{LORA_FILE}`, that is not in its weights and is not applied here: images and numbers are those without it\nhint: `fastflux train-sandwich` without --keep-lora merges it; diffusers applies it with `load_lora_weights`"
         ));
     }
     Ok(())

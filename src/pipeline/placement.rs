@@ -45,7 +45,7 @@ pub struct MemoryBudget {
 /// What is on the device while a transformer runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Activity {
-    /// States in a forward.
+    /// Noised latents in a forward.
     pub batch: usize,
     /// Image and text tokens of a state.
     pub tokens: usize,
@@ -75,7 +75,7 @@ impl MemoryBudget {
 
     /// With the weights of `pipeline`, which may stay packed.
     #[must_use]
-    pub fn of(mut self, pipeline: &Pipeline) -> Self {
+    pub fn for_pipeline(mut self, pipeline: &Pipeline) -> Self {
         self.weight = pipeline.bytes_of_a_weight(self.runtime.dtype);
         self
     }
@@ -118,7 +118,7 @@ impl MemoryBudget {
         memory::waiting(config, batch, tokens, self.format(config))
     }
 
-    /// `default` states in a forward, or as few as fit.
+    /// `default` noised latents in a forward, or as few as fit.
     pub fn batch(&self, config: &FluxConfig, tokens: usize, default: usize) -> usize {
         let format = self.format(config);
         let least = OffloadPlan::none(config, format).bytes;
@@ -132,7 +132,7 @@ impl MemoryBudget {
         }
         if batch < default {
             ui::note(format!(
-                "{batch} states in a forward instead of {default}, so that they fit into {}",
+                "{batch} noised latents in a forward instead of {default}, so that they fit into {}",
                 ui::bytes(self.limit.unwrap_or_default() as f64)
             ));
         }
@@ -153,7 +153,7 @@ impl MemoryBudget {
     }
 
     /// Which blocks stay on the device.
-    pub fn residence(&self, config: &FluxConfig, activity: Activity) -> Result<OffloadPlan> {
+    pub fn offload_plan(&self, config: &FluxConfig, activity: Activity) -> Result<OffloadPlan> {
         let format = self.format(config);
         if self.offload {
             return Ok(OffloadPlan::none(config, format));
@@ -163,8 +163,8 @@ impl MemoryBudget {
         };
         let at_work = self.at_work(config, activity);
         let room = limit.saturating_sub(at_work);
-        if let Some(residence) = OffloadPlan::within(config, format, room) {
-            return Ok(residence);
+        if let Some(offload_plan) = OffloadPlan::within(config, format, room) {
+            return Ok(offload_plan);
         }
         let least = OffloadPlan::none(config, format);
         let size = |bytes: u64| ui::bytes(bytes as f64);
@@ -180,12 +180,12 @@ impl MemoryBudget {
         if self.asked {
             // what is drawn goes one by one before this; what is gathered keeps its batch
             let fewer = if activity.batch > 1 {
-                ", or fewer states in a forward (`calibration.batch` in the recipe)"
+                ", or fewer noised latents in a forward (`calibration.batch` in the recipe)"
             } else {
                 ""
             };
             bail!(
-                "--max-vram: {text}\nhint: allow {}, or draw smaller pictures (--width, --height){fewer}, or take --dtype bf16",
+                "--max-vram: {text}\nhint: allow {}, or draw smaller images (--width, --height){fewer}, or take --dtype bf16",
                 size(least.bytes + at_work)
             );
         }
@@ -196,8 +196,8 @@ impl MemoryBudget {
     /// The transformer, with as many of its blocks on the device as there is room for.
     pub fn flux(&self, pipeline: &Pipeline, activity: Activity) -> Result<Flux> {
         let config = &pipeline.config;
-        let residence = self.residence(config, activity)?;
-        if residence.is_all() {
+        let offload_plan = self.offload_plan(config, activity)?;
+        if offload_plan.is_all() {
             return load::flux(pipeline, &self.runtime);
         }
         let size = |bytes: u64| ui::bytes(bytes as f64);
@@ -205,9 +205,9 @@ impl MemoryBudget {
         ui::note(format!(
             "`{}`: {} of {} blocks stay on the device, the others are read when they are run; {} of weights at a time and {} for the rest{}",
             pipeline.name,
-            residence.count(),
-            residence.total(),
-            size(residence.bytes),
+            offload_plan.count(),
+            offload_plan.total(),
+            size(offload_plan.bytes),
             size(self.at_work(config, activity)),
             limit.map_or_else(String::new, |limit| format!(", of {}", size(limit)))
         ));
@@ -215,7 +215,7 @@ impl MemoryBudget {
         let vb = pipeline
             .transformer
             .offloaded_var_builder(self.runtime.dtype, &self.runtime.device);
-        Flux::offloaded(config, &vb, &|index| residence.is_resident(index))
+        Flux::offloaded(config, &vb, &|index| offload_plan.is_resident(index))
             .with_context(|| format!("cannot load the transformer of `{}`", pipeline.name))
     }
 }

@@ -58,7 +58,7 @@ pub fn knows_only_scenes(pipeline: &Pipeline) -> bool {
     let caption = SCENES.lines().next().unwrap_or_default();
     match (spells(caption), spells("a photograph of a village")) {
         (Ok(caption), Ok(other)) => other && !caption,
-        // where text encoders cannot be opened, that is said when they are needed
+        // if text encoders cannot be opened, that is said when they are needed
         _ => false,
     }
 }

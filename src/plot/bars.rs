@@ -50,7 +50,7 @@ pub fn svg_of(bars: &BlockBars) -> Result<String> {
     })
 }
 
-/// Names of the blocks: all of them where there is room, otherwise every n-th.
+/// Names of the blocks: all of them if there is room, otherwise every n-th.
 fn names(bars: &BlockBars) -> Axis {
     let every = bars.blocks.len().div_ceil(MAX_NAMES);
     let names = bars.blocks.iter().enumerate().map(|(i, bar)| {

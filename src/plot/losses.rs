@@ -24,7 +24,7 @@ pub struct LossPoint<'a> {
     pub step: usize,
     /// Training loss.
     pub loss: Option<f64>,
-    /// Held-out loss, where it was taken.
+    /// Held-out loss, if it was taken.
     pub held_out: Option<f64>,
 }
 

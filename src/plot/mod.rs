@@ -190,7 +190,7 @@ impl Ranged for Axis {
     }
 }
 
-/// 1, 2 and 5 times powers of ten; powers of ten alone where there would be many.
+/// 1, 2 and 5 times powers of ten; powers of ten alone if there would be many.
 fn log_marks(low: f64, high: f64) -> Vec<f64> {
     let steps: &[f64] = if high / low > 200.0 {
         &[1.0]

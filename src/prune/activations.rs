@@ -33,9 +33,9 @@ impl FitSplit {
         parts.filter(|(part, _)| part.elem_count() > 0)
     }
 
-    /// The tokens of `x` (b, n, …) that sums are made of; all where `None`.
+    /// The tokens of `x` (b, n, …) that sums are made of; all if `None`.
     pub(super) fn tokens(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        subsample::of_samples(x.dim(0)?, x.dim(1)?, self.limit, self.batch, x.device())
+        subsample::from_samples(x.dim(0)?, x.dim(1)?, self.limit, self.batch, x.device())
     }
 }
 
@@ -57,7 +57,7 @@ impl PairedActivations {
     }
 }
 
-/// Both on `device`; moved once where they are one stream, as they are until something is replaced.
+/// Both on `device`; moved once if they are one stream, as they are until something is replaced.
 fn both(original: &Stream, pruned: &Stream, device: &Device) -> Result<(Stream, Stream)> {
     let moved_original = moved(original, device)?;
     if original.tokens.id() == pruned.tokens.id() {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use candle::DType;
 
-use super::{plan::PruningPlan, projections::Outputs};
+use super::{plan::PruningPlan, projections::OutputProjections};
 use crate::{
     checkpoint::{Checkpoint, Source, keys},
     fit::layers::LayerMap,
@@ -67,7 +67,7 @@ pub fn apply(
         let prefix = target(&BlockSpec::Replaced(replacement.clone()))
             .context("a replacement has no slot")?;
         let dtype = block_dtype(checkpoint, &old, id);
-        for (name, tensor) in layers.tensors() {
+        for (name, tensor) in layers.tensors()? {
             out.insert(
                 format!("{prefix}.{name}"),
                 Source::dense_as(&tensor, dtype)?,
@@ -81,12 +81,12 @@ pub fn apply(
 ///
 /// # Errors
 /// When the checkpoint lacks one.
-pub fn put_outputs(
+pub fn put_output_projections(
     checkpoint: &mut Checkpoint,
     pruned: &FluxConfig,
-    outputs: &Outputs,
+    projections: &OutputProjections,
 ) -> Result<()> {
-    for ((block, name), projection) in outputs {
+    for ((block, name), projection) in projections {
         let prefix = match block {
             None => (*name).to_owned(),
             Some(id) => {

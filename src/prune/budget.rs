@@ -48,7 +48,7 @@ impl crate::score::ablation::Goal for Budget<'_> {
     }
 
     fn worth(&self, block: BlockId) -> f64 {
-        let before = ModelCost::of(self.config, self.workload);
+        let before = ModelCost::for_config(self.config, self.workload);
         let after = self.estimate(&[block]);
         match self.goal {
             Goal::Blocks(_) => 1.0,
@@ -86,7 +86,7 @@ impl Budget<'_> {
             Goal::Parameters(most) => self.estimate(blocks).parameters <= most,
             Goal::Memory(most) => self.estimate(blocks).memory_bytes <= most,
             Goal::SpeedUp(least) => {
-                let before = ModelCost::of(self.config, self.workload);
+                let before = ModelCost::for_config(self.config, self.workload);
                 self.estimate(blocks).speed_up(&before) >= least
             }
         }
@@ -108,7 +108,7 @@ impl Budget<'_> {
             return Ok(());
         }
         let best = self.estimate(most);
-        let before = ModelCost::of(self.config, self.workload);
+        let before = ModelCost::for_config(self.config, self.workload);
         let count = most.len();
         if free.is_empty() {
             bail!("no block may be replaced\nhint: name fewer blocks with --protect");
@@ -130,7 +130,7 @@ impl Budget<'_> {
                 best.parameters
             ),
             Goal::Memory(wanted) => bail!(
-                "--budget-vram of {}: with all {count} blocks replaced that may go, drawing still takes {}\nhint: draw smaller pictures (--width, --height)",
+                "--budget-vram of {}: with all {count} blocks replaced that may go, drawing still takes {}\nhint: draw smaller images (--width, --height)",
                 binary(wanted),
                 binary(best.memory_bytes)
             ),
@@ -263,7 +263,7 @@ mod tests {
         let ids = config.kept_ids();
         let importance: BTreeMap<_, _> = ids.iter().copied().zip(values).collect();
         for share in [0.9, 0.7, 0.5, 0.3] {
-            let whole = ModelCost::of(&config, budget(&config, Goal::Blocks(1)).workload);
+            let whole = ModelCost::for_config(&config, budget(&config, Goal::Blocks(1)).workload);
             let most = (whole.parameters as f64 * share) as u64;
             let budget = budget(&config, Goal::Parameters(most));
             let total = |set: &[BlockId]| set.iter().map(|b| importance[b]).sum::<f64>();

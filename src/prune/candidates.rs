@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::recipe::PruneRecipe;
 use crate::{
-    calibrate::{self, AllStates, Calibrator, stats::CalibrationStats},
+    calibrate::{self, Calibrator, NoisedSplit, stats::CalibrationStats},
     fit::layers::LayerMap,
     layout::BlockId,
     model::{Block, Trunk},
@@ -19,22 +19,22 @@ use crate::{
 const ROWS_PER_CHANNEL: usize = 48;
 
 /// Fits every block in the first round; in later ones again, on the activations of the trunk with the earlier choices
-/// replaced, where the recipe says so.
-pub(super) struct Refits<'a> {
+/// replaced, if the recipe says so.
+pub(super) struct RefitCandidates<'a> {
     pub(super) calibrator: &'a Calibrator<'a>,
     pub(super) recipe: &'a PruneRecipe,
-    pub(super) states: &'a AllStates,
+    pub(super) noised: &'a NoisedSplit,
     pub(super) protect: &'a [BlockId],
     /// The original's own statistics, until the first round has used them.
     pub(super) stats: Option<CalibrationStats>,
     pub(super) first: Option<(CalibrationStats, LayerMap)>,
 }
 
-impl Candidates for Refits<'_> {
+impl Candidates for RefitCandidates<'_> {
     fn fit(&mut self, trunk: &Trunk, chosen: &[BlockId]) -> Result<BTreeMap<usize, Block>> {
         let (first, mut stats) = match (self.stats.take(), &self.first) {
             (Some(stats), _) => (true, stats),
-            (None, Some((_, fits))) if self.recipe.score.refit == Some(false) => {
+            (None, Some((_, fits))) if self.recipe.score.refit_between_rounds == Some(false) => {
                 return self.blocks(trunk, fits, chosen);
             }
             (None, _) => (false, self.gather_behind(trunk)?),
@@ -49,14 +49,14 @@ impl Candidates for Refits<'_> {
         }
         let blocks = self.blocks(trunk, &fits, chosen)?;
         if first {
-            stats.forget_products(); // gigabytes for a wide model, and nobody needs them any more
+            stats.forget_products(); // gigabytes for a wide model, and not needed any more
             self.first = Some((stats, fits));
         }
         Ok(blocks)
     }
 }
 
-impl Refits<'_> {
+impl RefitCandidates<'_> {
     /// The fits of those that may still be given up, by trunk entry.
     fn blocks(
         &self,
@@ -76,24 +76,24 @@ impl Refits<'_> {
         Ok(out)
     }
 
-    /// The statistics behind the earlier choices, from part of the states.
+    /// The statistics behind the earlier choices, from part of the noised latents.
     fn gather_behind(&self, trunk: &Trunk) -> Result<CalibrationStats> {
         let calibrator = self.calibrator;
         let width = calibrator.pipeline.config.hidden_size;
         let fewest = calibrator
-            .settings
+            .options
             .size
             .tokens()
-            .min(calibrator.settings.text_tokens);
+            .min(calibrator.options.text_tokens);
         let rows = ROWS_PER_CHANNEL * width;
-        let states = self.states.fit.first(rows.div_ceil(fewest.max(1)));
-        let batch = calibrator.settings.batch;
-        let progress = ui::progress(states.batches(batch).len(), "calibrating");
+        let noised = self.noised.fit.first(rows.div_ceil(fewest.max(1)));
+        let batch = calibrator.options.batch;
+        let progress = ui::progress(noised.batches(batch).len(), "calibrating");
         let stats = calibrate::gather_behind(
             &calibrator.flux,
             trunk,
             self.empty(),
-            &states,
+            &noised,
             batch,
             calibrator.runtime,
             &progress,

@@ -20,7 +20,7 @@ pub struct Workload {
     pub text_tokens: usize,
     /// Bytes of one activation: 2 for bf16.
     pub element: usize,
-    /// Bytes of one weight in memory, on average: 2 for bf16, less where weights stay packed.
+    /// Bytes of one weight in memory, on average: 2 for bf16, less if weights stay packed.
     pub weight_bytes: f64,
     /// Bytes of the whole unpruned checkpoint on disk for each parameter.
     pub file_bytes: f64,
@@ -36,13 +36,13 @@ pub struct ModelCost {
     /// Floating-point operations of one step at batch 1.
     pub flops: u64,
     /// Device memory while drawing one image: the transformer's weights and the widest moment of a block. Text
-    /// encoders and VAE come before and after it, not beside it.
+    /// encoders and VAE come before and after it, never at the same time.
     pub memory_bytes: u64,
 }
 
 impl ModelCost {
     /// Of a model as it is.
-    pub fn of(config: &FluxConfig, workload: Workload) -> Self {
+    pub fn for_config(config: &FluxConfig, workload: Workload) -> Self {
         let Workload {
             image_tokens,
             text_tokens,
@@ -72,7 +72,7 @@ impl ModelCost {
             layout: plan.layout(config),
             ..config.clone()
         };
-        Self::of(&pruned, workload)
+        Self::for_config(&pruned, workload)
     }
 
     /// How many times faster than `before` a step is, by its arithmetic alone.

@@ -104,11 +104,11 @@ impl PruneTarget {
 }
 
 /// Where the model is to run: what estimates count for.
-pub fn workload(pipeline: &Pipeline, runtime: &Runtime, settings: &ResolvedOptions) -> Workload {
+pub fn workload(pipeline: &Pipeline, runtime: &Runtime, options: &ResolvedOptions) -> Workload {
     let file_bytes = pipeline.transformer.bytes() as f64;
     Workload {
-        image_tokens: settings.size.tokens(),
-        text_tokens: settings.text_tokens,
+        image_tokens: options.size.tokens(),
+        text_tokens: options.text_tokens,
         element: runtime.dtype.size_in_bytes(),
         weight_bytes: pipeline.bytes_of_a_weight(runtime.dtype),
         file_bytes: file_bytes / pipeline.transformer.parameters().max(1) as f64,

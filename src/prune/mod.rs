@@ -11,7 +11,7 @@ use self::{
     sequential::{Fits, Fitting},
 };
 use crate::{
-    calibrate::{AllStates, Calibrator, memory::bytes_of_kept},
+    calibrate::{Calibrator, NoisedSplit, memory::bytes_of_kept},
     checkpoint::{Checkpoint, record::Record},
     layout::FluxConfig,
     model::Flux,
@@ -51,7 +51,7 @@ pub struct Pruned {
     pub record: Record,
 }
 
-/// Carries out `plan`: fits its layers on `states`, and what is kept behind them as `recipe` says.
+/// Carries out `plan`: fits its layers on `noised`, and what is kept behind them as `recipe` says.
 ///
 /// # Errors
 /// When the plan does not fit the model, a forward fails, or activations are NaN or infinite.
@@ -59,27 +59,27 @@ pub fn prune(
     calibrator: &Calibrator,
     recipe: &PruneRecipe,
     plan: PruningPlan,
-    states: &AllStates,
+    noised: &NoisedSplit,
 ) -> Result<Pruned> {
-    let (pipeline, settings) = (calibrator.pipeline, &calibrator.settings);
+    let (pipeline, options) = (calibrator.pipeline, &calibrator.options);
     let f = &recipe.fit;
-    let refit = f.refit.context("what to refit is resolved")?;
+    let refit_projections = f.refit_projections.context("what to refit is resolved")?;
     let fitting = Fitting {
         ridge: f.ridge,
         sequential: f.sequential,
-        refit,
-        batch: settings.batch,
-        tokens: settings.recipe.tokens_per_forward,
+        refit_projections,
+        batch: options.batch,
+        tokens: options.recipe.tokens_per_forward,
         // there were sums of calibration, which are gone now
         on_device: bytes_of_kept(&pipeline.config, calibrator.stats_memory),
     };
     let flux = &calibrator.flux;
-    let batches = states.fit.batches(settings.batch).len();
-    let steps = sequential::steps(&flux.trunk, batches, &plan.replace, refit);
+    let batches = noised.fit.batches(options.batch).len();
+    let steps = sequential::steps(&flux.trunk, batches, &plan.replace, refit_projections);
     let progress = ui::progress(steps, "fitting");
     let fits = sequential::fit_layers(
         flux,
-        &states.fit,
+        &noised.fit,
         &plan.replace,
         fitting,
         calibrator.runtime,
@@ -93,7 +93,7 @@ pub fn prune(
     );
     let (mut checkpoint, config) =
         apply::apply(&pipeline.transformer, &pipeline.config, &plan, &fits.layers)?;
-    apply::put_outputs(&mut checkpoint, &config, &fits.outputs)?;
+    apply::put_output_projections(&mut checkpoint, &config, &fits.output_projections)?;
     let record = pipeline.record_of(&config, json!({ "prune": recipe, "plan": plan }))?;
     Ok(Pruned {
         plan,
@@ -112,7 +112,7 @@ impl Pruned {
     pub fn flux(&self, calibrator: &Calibrator) -> Result<Flux> {
         let (flux, runtime) = (&calibrator.flux, calibrator.runtime);
         let mut out = trunk::pruned(flux, &self.plan.replace, &self.fits.layers, runtime)?;
-        projections::put(&mut out, &self.fits.outputs, runtime)?;
+        projections::put(&mut out, &self.fits.output_projections, runtime)?;
         Ok(out)
     }
 }

@@ -30,13 +30,15 @@ pub struct PruneOptions {
 
 impl PruneRecipe {
     /// Fills in what the recipe leaves open, so that it says what was used.
-    pub fn resolve(&mut self, pipeline: &Pipeline, settings: &ResolvedOptions) {
-        self.calibration = settings.recipe.clone();
-        self.score.held_out = Some(settings.held_out);
+    pub fn resolve(&mut self, pipeline: &Pipeline, resolved: &ResolvedOptions) {
+        self.calibration = resolved.recipe.clone();
+        self.score.held_out = Some(resolved.held_out);
         let width = pipeline.config.hidden_size;
-        self.score.refit.get_or_insert(width <= NARROW);
+        self.score
+            .refit_between_rounds
+            .get_or_insert(width <= NARROW);
         let default = RefitProjections::for_width(width);
-        self.fit.refit.get_or_insert(default);
+        self.fit.refit_projections.get_or_insert(default);
     }
 }
 

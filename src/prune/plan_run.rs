@@ -56,15 +56,15 @@ impl PlanRun {
             held_out: self.recipe.score.held_out,
             ..CalibrationOptions::default()
         };
-        let settings = ResolvedOptions::new(base, &options)?;
-        self.recipe.resolve(base, &settings);
-        let calibrator = Calibrator::open(base, budget, settings, Some(0))?;
+        let resolved = ResolvedOptions::new(base, &options)?;
+        self.recipe.resolve(base, &resolved);
+        let calibrator = Calibrator::open(base, budget, resolved, Some(0))?;
         let run = RunOptions {
             sums: false,
             ..RunOptions::for_output(output, options.save_every)
         };
-        let states = calibrator.states(&calibrator.run(&run)?)?;
-        let pruned = prune(&calibrator, &self.recipe, self.plan, &states)
+        let noised = calibrator.noised(&calibrator.run(&run)?)?;
+        let pruned = prune(&calibrator, &self.recipe, self.plan, &noised)
             .with_context(|| format!("`{}`", self.name))?;
         run.remove_partial()?;
         let mut out = base.clone();

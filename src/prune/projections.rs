@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     device::Runtime,
     fit::{
-        gram::{self, Gram, of_samples, with_bias},
+        gram::{self, Gram, from_samples, with_bias},
         ridge,
     },
     layout::BlockId,
@@ -39,7 +39,7 @@ pub enum RefitProjections {
 const NARROW: usize = 1024;
 
 impl RefitProjections {
-    /// What a model `hidden` wide is given where the recipe does not say.
+    /// What a model `hidden` wide is given if the recipe does not say.
     pub fn for_width(hidden: usize) -> Self {
         if hidden <= NARROW {
             Self::All
@@ -50,7 +50,7 @@ impl RefitProjections {
 }
 
 /// Ridges tried for changes, relative to the mean diagonal. Strong ones: the change has as many parameters as the
-/// projection, and is small where the block does its work well already.
+/// projection, and is small if the block does its work well already.
 pub const RIDGES: [f64; 4] = [1e-2, 3e-2, 1e-1, 3e-1];
 
 /// A projection's new values, f32 on the CPU.
@@ -63,23 +63,23 @@ pub struct Projection {
 }
 
 /// New projections by kept block (`None`: the head) and name below it.
-pub type Outputs = BTreeMap<(Option<BlockId>, &'static str), Projection>;
+pub type OutputProjections = BTreeMap<(Option<BlockId>, &'static str), Projection>;
 
 /// The head's projection.
 pub const HEAD: &str = "final_layer.linear";
 
 /// Sums of one gated problem.
 #[derive(Debug, Default)]
-pub struct OutputSums {
+pub struct OutputProjectionSums {
     fitted: Option<Gram>,
     left_out: Option<Gram>,
     /// Σ a g², (d), and Σ a² over samples.
     gate: Option<(Tensor, f64)>,
 }
 
-impl OutputSums {
+impl OutputProjectionSums {
     /// Adds samples: `z` (b, n, k), the `residual` (b, n, d) that the change is to make up for, the `gate` (b, d), 1
-    /// where `None`. Products are f32.
+    /// if `None`. Products are f32.
     ///
     /// # Errors
     /// When a value is NaN or infinite, or a product fails.
@@ -99,7 +99,7 @@ impl OutputSums {
         let (sums, u, a) = match gate {
             None => {
                 let c = with_bias(None, &z)?;
-                (of_samples(&z, &c, &residual)?, None, 0.0)
+                (from_samples(&z, &c, &residual)?, None, 0.0)
             }
             Some(gate) => {
                 let gate = gate.to_dtype(DType::F32)?;
@@ -110,7 +110,7 @@ impl OutputSums {
                 let c = with_bias(None, &z)?.broadcast_mul(&root)?;
                 let weighted = z.broadcast_mul(&root.unsqueeze(2)?)?;
                 let target = residual.broadcast_mul(&gate.broadcast_div(&root)?.unsqueeze(1)?)?;
-                let mut sums = of_samples(&weighted, &c, &target)?;
+                let mut sums = from_samples(&weighted, &c, &target)?;
                 sums.target_sq = gram::square(&residual)?;
                 let u = square.broadcast_mul(&a)?.sum(0)?.to_dtype(DType::F64)?;
                 (sums, Some(u), gram::square(&a)?)
@@ -191,8 +191,8 @@ impl Projection {
 ///
 /// # Errors
 /// When the model lacks one.
-pub fn put(flux: &mut Flux, outputs: &Outputs, runtime: &Runtime) -> Result<()> {
-    for ((block, name), projection) in outputs {
+pub fn put(flux: &mut Flux, projections: &OutputProjections, runtime: &Runtime) -> Result<()> {
+    for ((block, name), projection) in projections {
         let Some(id) = block else {
             *flux.head_linear_mut() = projection.linear(runtime)?;
             continue;
@@ -238,7 +238,7 @@ mod tests {
     fn what_a_projection_lacks_is_found_behind_a_gate_and_without() {
         let (before, change, shift) = (before(), random(&[4, 6]), random(&[4]));
         for gated in [false, true] {
-            let mut sums = OutputSums::default();
+            let mut sums = OutputProjectionSums::default();
             for part in 0..8 {
                 let z = random(&[10, 5, 6]);
                 let lack = z
@@ -270,7 +270,7 @@ mod tests {
     #[test]
     fn a_projection_that_lacks_nothing_stays() {
         let before = before();
-        let mut sums = OutputSums::default();
+        let mut sums = OutputProjectionSums::default();
         let zeros = Tensor::zeros((8, 3, 4), DType::F32, &Device::Cpu).unwrap();
         sums.add(&random(&[8, 3, 6]), &zeros, Some(&random(&[8, 4])), false)
             .unwrap();

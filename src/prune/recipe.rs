@@ -24,11 +24,12 @@ pub struct PruneRecipe {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct ScoreRecipe {
-    /// Held-out states that blocks are compared on; `null`: 256, or fewer where images are large.
+    /// Held-out noised latents that blocks are compared on; `null`: 256, or fewer if images are large.
     pub held_out: Option<usize>,
     /// Fit all candidates again behind each choice before they are compared; `null`: for models up to 1,024 wide, where
     /// that costs seconds. Otherwise they are compared by their fits on the original's activations.
-    pub refit: Option<bool>,
+    #[serde(alias = "refit")]
+    pub refit_between_rounds: Option<bool>,
 }
 
 /// Ridge least squares.
@@ -41,13 +42,14 @@ pub struct FitRecipe {
     pub joint: bool,
     /// Neighbouring replaced blocks become one layer.
     pub collapse: bool,
-    /// Ridge, relative to the mean diagonal of the Gram matrix; `null`: chosen by the residual on states left out.
+    /// Ridge, relative to the mean diagonal of the Gram matrix; `null`: chosen by the residual on noised latents left out.
     pub ridge: Option<f64>,
     /// Fit in network order on the activations of the already pruned prefix.
     pub sequential: bool,
     /// Output projections of what is kept that are refitted: `none`, `head`, or `all` (also of kept blocks behind a
     /// replaced one); `null`: `all` up to a width of 1,024, where that takes seconds, and `head` above.
-    pub refit: Option<RefitProjections>,
+    #[serde(alias = "refit")]
+    pub refit_projections: Option<RefitProjections>,
 }
 
 impl Default for PruneRecipe {
@@ -69,7 +71,7 @@ impl Default for FitRecipe {
             collapse: true,
             ridge: None,
             sequential: true,
-            refit: None,
+            refit_projections: None,
         }
     }
 }

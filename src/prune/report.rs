@@ -48,7 +48,7 @@ pub struct PruneReport {
     /// Scores of every block; `None` if the plan was given.
     pub blocks: Option<Vec<BlockScore>>,
     /// The image before and after, if there is a VAE.
-    pub picture: Option<String>,
+    pub image: Option<String>,
     /// What was asked for, nothing left open.
     pub recipe: PruneRecipe,
     /// Every block of the model, for the table.
@@ -102,8 +102,8 @@ impl PruneReport {
         output: &Path,
     ) -> Self {
         let pipeline = calibrator.pipeline;
-        let settings = &calibrator.settings;
-        let (image, text) = (settings.size.tokens(), settings.text_tokens);
+        let resolved = &calibrator.options;
+        let (image, text) = (resolved.size.tokens(), resolved.text_tokens);
         let size = |config: &FluxConfig, checkpoint: &Checkpoint| Size {
             parameters: checkpoint.parameters(),
             bytes: checkpoint.bytes(),
@@ -135,7 +135,7 @@ impl PruneReport {
             after: size(&pruned.config, written),
             layers: pruned.plan.replace.iter().map(layer).collect(),
             blocks: None,
-            picture: None,
+            image: None,
             recipe: recipe.clone(),
             all: pipeline.config.kept_ids(),
             total: pipeline.config.original_ids().count(),
@@ -187,7 +187,7 @@ impl PruneReport {
             ),
         ];
         format!(
-            "{}\n\n{}\n\n{} of {} blocks replaced\nthe pruned velocity is off by {:.4} (relative MSE, held-out states)",
+            "{}\n\n{}\n\n{} of {} blocks replaced\nthe pruned velocity is off by {:.4} (relative MSE, held-out noised latents)",
             ui::table(&header, &rows, &[1, 2]),
             ui::table(&["", "before", "after", ""], &totals, &[1, 2, 3]),
             self.replaced.len(),
@@ -236,7 +236,7 @@ impl PlanReport {
     /// Of a plan for `pipeline` that was written to `output`.
     pub fn new(pipeline: &Pipeline, ranked: RankedPlan, workload: Workload, output: &Path) -> Self {
         let config = &pipeline.config;
-        let before = ModelCost::of(config, workload);
+        let before = ModelCost::for_config(config, workload);
         let after = ModelCost::of_plan(config, &ranked.plan, workload);
         let importance = ranked.importance.iter();
         Self {

@@ -47,10 +47,10 @@ pub fn run(
 ) -> Result<PruneReport> {
     let mut recipe = options.recipe.clone();
     let target = PruneTarget::new(&options.goal, &recipe, pipeline)?;
-    let settings = ResolvedOptions::new(pipeline, &options.calibration)?;
-    recipe.resolve(pipeline, &settings);
+    let resolved = ResolvedOptions::new(pipeline, &options.calibration)?;
+    recipe.resolve(pipeline, &resolved);
     if let PruneTarget::Goal { goal, protect } = &target {
-        let workload = goal::workload(pipeline, budget.runtime(), &settings);
+        let workload = goal::workload(pipeline, budget.runtime(), &resolved);
         goal::budget(pipeline, workload, &recipe, *goal, protect)?; // before the long part
     }
     target::check_writable(&options.output)?;
@@ -61,7 +61,7 @@ pub fn run(
     } else {
         Some(0)
     };
-    let calibrator = Calibrator::open(pipeline, budget, settings, stats_memory)?;
+    let calibrator = Calibrator::open(pipeline, budget, resolved, stats_memory)?;
     let calibration = calibrator.load_or_run(&run)?;
     let found = find(&calibrator, &recipe, calibration, target)?;
     let report = write(calibrator, &recipe, found, budget, options)?;
@@ -87,22 +87,22 @@ fn find(
     calibration: Calibration,
     target: PruneTarget,
 ) -> Result<Found> {
-    let states = calibrator.states(&calibration)?;
-    let held_out = calibrator.held_out(&states)?;
+    let noised = calibrator.noised(&calibration)?;
+    let held_out = calibrator.held_out(&noised)?;
     let (selection, plan): (Option<GreedySelection>, PruningPlan) = match target {
         PruneTarget::Plan(plan) => (None, plan),
         PruneTarget::Goal { goal, protect } => {
             let pipeline = calibrator.pipeline;
-            let workload = goal::workload(pipeline, calibrator.runtime, &calibrator.settings);
+            let workload = goal::workload(pipeline, calibrator.runtime, &calibrator.options);
             let budget = goal::budget(pipeline, workload, recipe, goal, &protect)?;
             let stats = calibration.stats;
             let (selection, plan) = select::by_model(
-                calibrator, recipe, stats, &states, &held_out, &budget, &protect,
+                calibrator, recipe, stats, &noised, &held_out, &budget, &protect,
             )?;
             (Some(selection), plan)
         }
     };
-    let pruned = prune(calibrator, recipe, plan, &states)?;
+    let pruned = prune(calibrator, recipe, plan, &noised)?;
     let flux = pruned.flux(calibrator)?;
     let velocity_error = held_out.error(&flux, &flux.trunk)?;
     ensure!(
@@ -166,7 +166,7 @@ fn write(
     drop((pruned, selection));
     let tile = options.vae_tile;
     let drawn = before_and_after(calibrator, flux, &title, budget, tile, folder)?;
-    report.picture = drawn.then(|| IMAGE.to_owned());
+    report.image = drawn.then(|| IMAGE.to_owned());
     output.finish()?;
     Ok(report)
 }
@@ -188,7 +188,7 @@ fn before_and_after(
             return Ok(false);
         }
     };
-    let size = calibrator.settings.size;
+    let size = calibrator.options.size;
     let count = if size.is_large() {
         IMAGES_LARGE
     } else {
@@ -199,7 +199,7 @@ fn before_and_after(
     let family = calibrator.pipeline.config.family;
     drop((calibrator, pruned));
     let decoder = budget.decoder(&files, size.latent(family), vae_tile)?;
-    let rows: Result<Vec<_>> = latents.iter().map(|x| decoder.pictures(x)).collect();
+    let rows: Result<Vec<_>> = latents.iter().map(|x| decoder.images(x)).collect();
     let text = [
         ("Title", title),
         ("prompts", &prompts),

@@ -6,12 +6,12 @@ use anyhow::{Context, Result, ensure};
 
 use super::{
     budget::{Budget, Goal},
-    candidates::Refits,
+    candidates::RefitCandidates,
     plan::PruningPlan,
     recipe::PruneRecipe,
 };
 use crate::{
-    calibrate::{AllStates, Calibrator, held_out::HeldOut, stats::CalibrationStats},
+    calibrate::{Calibrator, NoisedSplit, held_out::HeldOut, stats::CalibrationStats},
     checkpoint::record,
     fit::layers::LayerMap,
     layout::BlockId,
@@ -47,15 +47,15 @@ fn greedy_selection(
     calibrator: &Calibrator,
     recipe: &PruneRecipe,
     stats: CalibrationStats,
-    states: &AllStates,
+    noised: &NoisedSplit,
     held_out: &HeldOut,
     budget: &Budget,
     protect: &[BlockId],
 ) -> Result<GreedySelection> {
-    let mut refits = Refits {
+    let mut refits = RefitCandidates {
         calibrator,
         recipe,
-        states,
+        noised,
         protect,
         stats: Some(stats),
         first: None,
@@ -86,7 +86,7 @@ pub fn by_model(
     calibrator: &Calibrator,
     recipe: &PruneRecipe,
     stats: CalibrationStats,
-    states: &AllStates,
+    noised: &NoisedSplit,
     held_out: &HeldOut,
     budget: &Budget,
     protect: &[BlockId],
@@ -100,7 +100,7 @@ pub fn by_model(
         let count = candidates.len();
         format!("{count} blocks have sums and may be chosen (see --stats-memory, --protect)")
     })?;
-    let selection = greedy_selection(calibrator, recipe, stats, states, held_out, budget, protect)?;
+    let selection = greedy_selection(calibrator, recipe, stats, noised, held_out, budget, protect)?;
     let chosen: Vec<BlockId> = selection.greedy.choices.iter().map(|c| c.block).collect();
     let reason = format!(
         "greedy: {} of {} blocks, each the one whose replacement by its linear fit costs the final velocity least",

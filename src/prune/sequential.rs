@@ -11,12 +11,12 @@ use indicatif::ProgressBar;
 
 use super::{
     activations::{FitSplit, PairedActivations, moved},
-    projections::{self, OutputSums, Outputs, RefitProjections},
+    projections::{self, OutputProjectionSums, OutputProjections, RefitProjections},
     replacement::Sums,
     trunk::{pieces, resident, runs},
 };
 use crate::{
-    calibrate::{noised::States, subsample},
+    calibrate::{noised::NoisedLatents, subsample},
     device::Runtime,
     fit::layers::LayerMap,
     layout::Replacement,
@@ -26,17 +26,17 @@ use crate::{
 /// How to fit.
 #[derive(Clone, Copy, Debug)]
 pub struct Fitting {
-    /// Relative to the mean diagonal; `None`: chosen by the residual on states left out.
+    /// Relative to the mean diagonal; `None`: chosen by the residual on noised latents left out.
     pub ridge: Option<f64>,
     /// On the activations of the already pruned prefix.
     pub sequential: bool,
     /// Output projections of what is kept that are refitted.
-    pub refit: RefitProjections,
-    /// States in one forward.
+    pub refit_projections: RefitProjections,
+    /// Noised latents in one forward.
     pub batch: usize,
     /// Tokens of each stream in one forward that sums are made of, evenly spread; `None`: all.
     pub tokens: Option<usize>,
-    /// Bytes of token streams that may stay on a device of its own memory, where that is more than 2 GiB.
+    /// Bytes of token streams that may stay on a device of its own memory, if that is more than 2 GiB.
     pub on_device: u64,
 }
 
@@ -46,10 +46,10 @@ pub struct Fits {
     /// What stands for the replaced blocks.
     pub layers: LayerMap,
     /// New output projections of what is kept.
-    pub outputs: Outputs,
+    pub output_projections: OutputProjections,
 }
 
-/// The states of one image in eight are left out of the fit to choose the ridge, and used after that.
+/// The noised latents of one image in eight are left out of the fit to choose the ridge, and used after that.
 const LEFT_OUT: u32 = 8;
 /// Bytes of token streams that may stay on a device of its own memory in any case; more are held in the host's and visit
 /// the device a batch at a time.
@@ -69,13 +69,13 @@ struct SequentialFit<'a> {
     progress: &'a ProgressBar,
 }
 
-/// Fits `replace` on `states`, and the outputs of what is kept as `fitting` says. Without replacements nothing is.
+/// Fits `replace` on `noised`, and the outputs of what is kept as `fitting` says. Without replacements nothing is.
 ///
 /// # Errors
 /// When a replacement's blocks are not neighbours, activations are NaN or infinite, or a forward fails.
 pub fn fit_layers(
     flux: &Flux,
-    states: &States,
+    noised: &NoisedLatents,
     replace: &[Replacement],
     fitting: Fitting,
     runtime: &Runtime,
@@ -85,16 +85,16 @@ pub fn fit_layers(
     if runs.is_empty() {
         return Ok(Fits::default());
     }
-    let mut walk = SequentialFit::new(flux, states, fitting, runtime, progress)?;
+    let mut fit = SequentialFit::new(flux, noised, fitting, runtime, progress)?;
     for (first, replacement) in runs {
-        walk.to(first)?;
-        walk.replace(replacement)?;
+        fit.to(first)?;
+        fit.replace(replacement)?;
     }
-    if fitting.refit != RefitProjections::None {
-        walk.to(flux.trunk.len())?;
-        walk.head()?;
+    if fitting.refit_projections != RefitProjections::None {
+        fit.to(flux.trunk.len())?;
+        fit.head()?;
     }
-    Ok(walk.out)
+    Ok(fit.out)
 }
 
 /// Steps of `progress` that [`fit_layers`] takes.
@@ -120,17 +120,17 @@ pub fn steps(
 impl<'a> SequentialFit<'a> {
     fn new(
         flux: &'a Flux,
-        states: &States,
+        noised: &NoisedLatents,
         fitting: Fitting,
         runtime: &'a Runtime,
         progress: &'a ProgressBar,
     ) -> Result<Self> {
         let mut batches = Vec::new();
         let mut offload_device = runtime.device.clone();
-        for (index, range) in states.batches(fitting.batch).enumerate() {
+        for (index, range) in noised.batches(fitting.batch).enumerate() {
             let (mut fit, mut left_out) = (Vec::new(), Vec::new());
-            for (sample, picture) in (0u32..).zip(states.pictures(range.clone())) {
-                let part = if picture % LEFT_OUT == LEFT_OUT - 1 {
+            for (sample, image) in (0u32..).zip(noised.images(range.clone())) {
+                let part = if image % LEFT_OUT == LEFT_OUT - 1 {
                     &mut left_out
                 } else {
                     &mut fit
@@ -151,11 +151,11 @@ impl<'a> SequentialFit<'a> {
                 batch: index,
                 limit: fitting.tokens,
             };
-            let batch = states.batch(range, &runtime.device, runtime.dtype)?;
+            let batch = noised.batch(range, &runtime.device, runtime.dtype)?;
             let (stream, conditioning) = flux.embed(&batch.inputs())?;
             if index == 0 {
                 let bytes = stream.tokens.elem_count() * stream.tokens.dtype().size_in_bytes();
-                let all = 2 * bytes * states.batches(fitting.batch).len();
+                let all = 2 * bytes * noised.batches(fitting.batch).len();
                 if all as u64 > fitting.on_device.max(ON_DEVICE) {
                     offload_device = Device::Cpu;
                 }
@@ -182,7 +182,7 @@ impl<'a> SequentialFit<'a> {
 
     /// Up to the trunk entry `index`, which is ahead.
     fn to(&mut self, index: usize) -> Result<()> {
-        if self.fitting.refit == RefitProjections::All && !self.out.layers.is_empty() {
+        if self.fitting.refit_projections == RefitProjections::All && !self.out.layers.is_empty() {
             for kept in self.at..index {
                 self.kept(kept)?;
             }
@@ -261,7 +261,7 @@ impl<'a> SequentialFit<'a> {
     fn kept(&mut self, index: usize) -> Result<()> {
         let mut block = self.block(index)?.resident()?;
         let id = self.flux.trunk.entries()[index].0.id();
-        let mut projections: Vec<(&'static str, Linear, OutputSums)> = Vec::new();
+        let mut projections: Vec<(&'static str, Linear, OutputProjectionSums)> = Vec::new();
         for batch in &mut self.batches {
             let (before, pruned) = batch.load(&self.runtime.device)?;
             let conditioning = &batch.conditioning;
@@ -275,7 +275,7 @@ impl<'a> SequentialFit<'a> {
                         .into_iter()
                         .find(|(name, _)| *name == step.name)
                         .with_context(|| format!("block {id} has no `{}`", step.name))?;
-                    projections.push((step.name, linear.clone(), OutputSums::default()));
+                    projections.push((step.name, linear.clone(), OutputProjectionSums::default()));
                 }
                 let (_, linear, sums) = &mut projections[place];
                 let tokens = step.x.dim(1)?;
@@ -301,7 +301,9 @@ impl<'a> SequentialFit<'a> {
                 .solve(&linear, self.fitting.ridge)
                 .with_context(|| format!("block {id}, `{name}`"))?;
             block.exchange(name, projection.linear(self.runtime)?)?;
-            self.out.outputs.insert((Some(id), name), projection);
+            self.out
+                .output_projections
+                .insert((Some(id), name), projection);
         }
         self.pass(&block)
     }
@@ -310,7 +312,7 @@ impl<'a> SequentialFit<'a> {
     fn head(&mut self) -> Result<()> {
         let mut flux = self.flux.clone();
         let linear = flux.head_linear_mut().clone();
-        let mut sums = OutputSums::default();
+        let mut sums = OutputProjectionSums::default();
         for batch in &self.batches {
             let (original, pruned) = batch.load(&self.runtime.device)?;
             let wide = |t: Tensor| t.to_dtype(DType::F32);
@@ -327,7 +329,7 @@ impl<'a> SequentialFit<'a> {
         }
         let projection = sums.solve(&linear, self.fitting.ridge).context("head")?;
         self.out
-            .outputs
+            .output_projections
             .insert((None, projections::HEAD), projection);
         Ok(())
     }

@@ -86,7 +86,7 @@ fn read_jpeg(bytes: &[u8]) -> Result<Image> {
     Ok(Image { width, height, rgb })
 }
 
-/// The image, made smaller (Lanczos) where a side is longer than `most` pixels.
+/// The image, made smaller (Lanczos) if a side is longer than `most` pixels.
 ///
 /// # Errors
 /// When the image is empty.

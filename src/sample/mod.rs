@@ -19,7 +19,7 @@ pub mod vae;
 /// # Errors
 /// When the device is out of memory.
 pub fn is_finite(x: &candle::Tensor) -> candle::Result<bool> {
-    // 0 · x is NaN where x is not finite, and no sum of zeros overflows
+    // 0 · x is NaN if x is not finite, and no sum of zeros overflows
     let zeros = x.to_dtype(candle::DType::F32)?.affine(0.0, 0.0)?;
     Ok(zeros.sum_all()?.to_scalar::<f32>()?.is_finite())
 }

@@ -211,7 +211,7 @@ impl Schedule {
         Ok(sigmas)
     }
 
-    /// What the transformer is told at noise level `sigma`: the timestep in [0, 1].
+    /// The timestep in [0, 1] that the transformer gets at noise level `sigma`.
     pub fn timestep(&self, sigma: f32) -> f32 {
         // the pipeline divides by 1000 whatever the training steps were
         sigma * self.num_train_timesteps as f32 / 1000.0

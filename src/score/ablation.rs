@@ -46,7 +46,7 @@ pub trait Candidates {
 pub trait Goal {
     /// Whether these blocks are enough.
     fn is_reached(&self, chosen: &[BlockId]) -> bool;
-    /// What a block brings towards the goal; the same for all where only their number counts.
+    /// What a block brings towards the goal; the same for all if only their number counts.
     fn worth(&self, block: BlockId) -> f64;
 }
 

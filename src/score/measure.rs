@@ -38,7 +38,7 @@ pub fn score(
     let fits = fits(&calibration.stats, ridge)?;
     let mut measured: BTreeMap<Metric, BTreeMap<BlockId, f64>> = BTreeMap::new();
     if !metric.is_cheap() {
-        let held_out = calibrator.held_out(&calibrator.states(calibration)?)?;
+        let held_out = calibrator.held_out(&calibrator.noised(calibration)?)?;
         for metric in [Metric::Ablation, Metric::Removal] {
             measured.insert(metric, ablate(calibrator, &held_out, &fits, metric)?);
         }

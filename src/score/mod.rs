@@ -25,7 +25,7 @@ pub mod moments;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Metric {
-    /// Relative MSE of the final velocity on held-out states with the block replaced by its linear fit: the default,
+    /// Relative MSE of the final velocity on held-out noised latents with the block replaced by its linear fit: the default,
     /// as it chose best by far (README, "Which blocks").
     #[default]
     Ablation,
@@ -88,7 +88,7 @@ pub struct Part {
     pub relative_change: f64,
     /// 1 − mean cosine of x and y.
     pub cosine: f64,
-    /// 1 − R² of the linear fit, where one was made.
+    /// 1 − R² of the linear fit, if one was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fit_error: Option<f64>,
 }

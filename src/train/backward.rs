@@ -1,5 +1,5 @@
-//! Gradients of a range of blocks, whole or one block at a time. What the blocks compute is `model`'s business, how the
-//! error is judged the caller's.
+//! Gradients of a range of blocks, whole or one block at a time. `model` decides what the blocks compute, the caller how the
+//! error is judged.
 
 use std::ops::Range;
 

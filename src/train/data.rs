@@ -5,7 +5,10 @@ use anyhow::{Result, ensure};
 use candle::{Device, Tensor};
 
 use crate::{
-    calibrate::noised::{Batch, MARGIN, with_references},
+    calibrate::{
+        NoiseLevels,
+        noised::{Batch, with_references},
+    },
     device::Runtime,
     sample::{
         denoise::{Encoded, LatentSize},
@@ -23,6 +26,7 @@ pub struct Images {
     img_ids: Tensor,
     txt_ids: Tensor,
     guidance: f64,
+    levels: NoiseLevels,
     runtime: Runtime,
 }
 
@@ -52,8 +56,15 @@ impl Images {
             img_ids: size.img_ids()?,
             txt_ids: size.txt_ids(text_len)?,
             guidance,
+            levels: NoiseLevels::Even,
             runtime: runtime.clone(),
         })
+    }
+
+    /// The same with other noise levels than those spread evenly.
+    #[must_use]
+    pub fn with_levels(self, levels: NoiseLevels) -> Self {
+        Self { levels, ..self }
     }
 
     /// Splits off the last `count` images.
@@ -102,7 +113,7 @@ impl Images {
         Ok((self.prompts.txt.dim(1)?, self.latents.dim(1)?))
     }
 
-    /// `count` states drawn by `key` alone: random images and noise, times spread evenly over (0, 1).
+    /// `count` noised latents drawn by `key` alone: random images and noise, times spread evenly over (0, 1).
     ///
     /// # Errors
     /// When memory is short.
@@ -113,7 +124,7 @@ impl Images {
         for i in 0..count {
             which.push((random.bits() % self.len() as u64) as u32);
             let even = (i as f64 + random.uniform()) / count as f64;
-            times.push((MARGIN + (1.0 - 2.0 * MARGIN) * even) as f32);
+            times.push(self.levels.at(even));
             let mut generator = noise::Generator::new(random.bits());
             noises.push(generator.randn((tokens, channels), &Device::Cpu)?);
         }
@@ -145,14 +156,14 @@ impl Images {
 pub struct Key {
     /// The run's seed.
     pub seed: u64,
-    /// What the numbers are for: held-out states, factors, or the number of a phase.
+    /// What the numbers are for: held-out noised latents, factors, or the number of a phase.
     pub purpose: u64,
     /// The number of the draw.
     pub index: u64,
 }
 
 impl Key {
-    /// Held-out states.
+    /// Held-out noised latents.
     pub const HELD_OUT: u64 = 1 << 32;
     /// LoRA factors.
     pub const FACTORS: u64 = 1 << 33;

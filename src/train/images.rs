@@ -8,8 +8,8 @@ use serde_json::json;
 
 use super::{data::Images, setup::TrainSetup, state::IMAGES_STEM, strategy::MemoryStrategy};
 use crate::{
-    calibrate,
-    checkpoint::{Checkpoint, Source, advise, save},
+    calibrate::{self, NoiseLevels},
+    checkpoint::{Checkpoint, Source, save, with_hint},
     files::Files,
     model::Flux,
     pipeline::load,
@@ -44,9 +44,12 @@ pub(super) fn sample_or_load(
     let flux = || pair.flux(strategy.offload, runtime);
     let data = &options.recipe.data;
     let guidance = data.guidance.context("guidance is resolved")?;
+    let steps = data.steps.context("steps are resolved")?;
+    let levels = NoiseLevels::of_model(&pair.teacher, options.size, steps)?;
     let latent = options.size.latent(pair.teacher.config.family);
     let new = |latents: Tensor, prompts: Encoded| {
-        Images::new(latents, prompts, latent, guidance, runtime)
+        let images = Images::new(latents, prompts, latent, guidance, runtime)?;
+        anyhow::Ok(images.with_levels(levels.clone()))
     };
     let seed = seed_of_images(options.recipe.seed);
     // what the images depend on, and nothing else
@@ -63,7 +66,7 @@ pub(super) fn sample_or_load(
     let files = Files::folder(folder);
     let path = folder.join(format!("{IMAGES_STEM}.safetensors"));
     if path.exists()
-        && let Some(found) = advise(
+        && let Some(found) = with_hint(
             Checkpoint::open_if_present(&files, IMAGES_STEM),
             "delete the file to sample the images again, or start over with --restart",
         )?
@@ -84,7 +87,7 @@ pub(super) fn sample_or_load(
         dtype: runtime.dtype,
         device: &runtime.device,
         schedule: &schedule,
-        steps: data.steps.context("steps are resolved")?,
+        steps,
         guidance,
         size: latent,
     };

@@ -10,10 +10,10 @@ pub struct Entry {
     pub phase: String,
     /// Steps done.
     pub step: usize,
-    /// Loss of the step; `None` where only the held-out loss was taken.
+    /// Loss of the step; `None` if only the held-out loss was taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss: Option<f64>,
-    /// Held-out loss after the step, where it was taken.
+    /// Held-out loss after the step, if it was taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_out: Option<f64>,
     /// Learning rate of the step.

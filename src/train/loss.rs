@@ -12,7 +12,7 @@ use crate::{
     sample::noise::Generator,
 };
 
-/// Share of the mean weight that every direction gets at least, where weights come from the velocity.
+/// Share of the mean weight that every direction gets at least, if weights come from the velocity.
 const FLOOR: f64 = 0.05;
 
 /// A quadratic form over the error of each token.
@@ -46,7 +46,7 @@ struct Moments {
 }
 
 impl Moments {
-    fn of(parts: &[Tensor]) -> Result<Self> {
+    fn new(parts: &[Tensor]) -> Result<Self> {
         let rows: Vec<Tensor> = parts
             .iter()
             .map(|t| t.flatten_to(1)?.to_dtype(DType::F32))
@@ -77,7 +77,7 @@ fn scalar(t: &Tensor) -> Result<f64> {
 
 impl Loss {
     /// Normalised by what `targets` look like. `last`: nothing but image tokens is read of what comes out here.
-    /// `sensitivity` is what [`sensitivity`] found, where the recipe normalises by the velocity.
+    /// `sensitivity` is what [`sensitivity`] found, if the recipe normalises by the velocity.
     ///
     /// # Errors
     /// When the targets are NaN, infinite or all the same.
@@ -89,7 +89,7 @@ impl Loss {
     ) -> Result<Self> {
         let parts = |part: fn(&Stream) -> candle::Result<Tensor>| -> Result<Moments> {
             let parts: Vec<Tensor> = targets.iter().map(part).collect::<candle::Result<_>>()?;
-            Moments::of(&parts)
+            Moments::new(&parts)
         };
         let (txt, img) = (parts(Stream::txt)?, parts(Stream::img)?);
         for moments in [&txt, &img] {

@@ -16,11 +16,11 @@ use crate::{
     model::cost,
 };
 
-/// Scores that the backward pass of attention holds at once where no kernel does it: four tensors of f32 of this many
+/// Scores that the backward pass of attention holds at once if no kernel does it: four tensors of f32 of this many
 /// elements.
 const SCORES: f64 = (1u64 << 26) as f64;
 
-/// Bytes on the device for batches that pass through a stored block together, where there is room for so many.
+/// Bytes on the device for batches that pass through a stored block together, if there is room for so many.
 const MAX_LOADED_BATCH_BYTES: f64 = (1u64 << 31) as f64;
 /// Batches from which reading takes a small part of the time: more would only take memory.
 const MAX_BATCHES_PER_LOAD: usize = 64;
@@ -34,13 +34,13 @@ const MAX_BATCHES_PER_LOAD: usize = 64;
 pub struct Workload {
     /// Bytes of an activation.
     pub element: f64,
-    /// Bytes of a frozen weight, on average: fewer where weights stay packed.
+    /// Bytes of a frozen weight, on average: fewer if weights stay packed.
     pub weight: f64,
     /// Whether on the CPU.
     pub cpu: bool,
     /// Whether the backward pass of attention holds matrices of scores: see `ops::holds_scores_backward`.
     pub scores: bool,
-    /// States in a forward.
+    /// Noised latents in a forward.
     pub batch: usize,
     /// Text and image tokens of a state.
     pub tokens: (usize, usize),
@@ -165,7 +165,7 @@ pub fn estimate(
     // the way back needs packed matrices wide, of one block or of all
     let each = config.layout[range.clone()].iter();
     let originals = each.filter(|spec| matches!(spec, BlockSpec::Original(_)));
-    let widened = match (s.weight < s.element, s.gradient_checkpointing) {
+    let dequantized = match (s.weight < s.element, s.gradient_checkpointing) {
         (false, _) => 0.0,
         (true, true) => originals.map(wide).fold(0.0, f64::max),
         (true, false) => originals.map(wide).sum(),
@@ -193,7 +193,7 @@ pub fn estimate(
     };
     MemoryEstimate {
         trainables,
-        weights: weights + widened,
+        weights: weights + dequantized,
         // on the CPU the best values so far are next to them
         optimiser: if s.cpu { 20.0 } else { 16.0 } * trainables,
         // next to the graph: the sample (input and target) and gradients of the widest tensor

@@ -12,7 +12,7 @@ const DEFAULT_LARGE_IMAGES: usize = 128;
 const HELD_OUT_SHARE: usize = 8;
 /// Tokens in one forward if the recipe names no batch.
 const TOKENS_PER_FORWARD: usize = 1344;
-/// Image tokens of all held-out states if the recipe names no number, within [`MIN_HELD_OUT`] and [`MAX_HELD_OUT`].
+/// Image tokens of all held-out noised latents if the recipe names no number, within [`MIN_HELD_OUT`] and [`MAX_HELD_OUT`].
 const HELD_OUT_TOKENS: usize = 65_536;
 const MIN_HELD_OUT: usize = 8;
 const MAX_HELD_OUT: usize = 192;
@@ -28,9 +28,9 @@ pub struct TrainOptions {
     pub prompts: Vec<String>,
     /// Text tokens of a prompt.
     pub text_tokens: usize,
-    /// States in a forward.
+    /// Noised latents in a forward.
     pub batch: usize,
-    /// Held-out states.
+    /// Held-out noised latents.
     pub held_out: usize,
     /// Steps after which a run is saved.
     pub save_every: usize,
@@ -59,7 +59,7 @@ impl TrainOptions {
         } else {
             prompts.len()
         };
-        let count = *d.samples.get_or_insert(default.max(2));
+        let count = *d.num_prompts.get_or_insert(default.max(2));
         ensure!(
             count >= 2,
             "--num-prompts {count}: at least two prompts are needed, one of them to be held out"

@@ -104,7 +104,7 @@ impl Pair {
             .with_context(|| format!("cannot load the transformer of `{}`", self.teacher.name))
     }
 
-    /// The pruned model: the teacher's blocks where the file holds the same bytes, and how many of them there are
+    /// The pruned model: the teacher's blocks if the file holds the same bytes, and how many of them there are
     /// before the first other one.
     ///
     /// # Errors

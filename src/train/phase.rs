@@ -159,8 +159,8 @@ impl Measure {
         let streams: Vec<Stream> = held_out.iter().map(Sample::target_stream).collect();
         let last = sandwich.student.end == entries;
         let sensitivity = if recipe.loss.normalise == Normalise::Velocity {
-            let states = streams.iter().cloned();
-            let samples: Vec<_> = states
+            let inputs = streams.iter().cloned();
+            let samples: Vec<_> = inputs
                 .zip(held_out.iter().map(|s| s.conditioning.clone()))
                 .take(SENSITIVITY_BATCHES)
                 .collect();

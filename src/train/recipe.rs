@@ -39,7 +39,8 @@ pub struct SandwichRecipe {
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct DataRecipe {
     /// Prompts to sample; `null`: all of the list, 128 if images are large.
-    pub samples: Option<usize>,
+    #[serde(alias = "samples")]
+    pub num_prompts: Option<usize>,
     /// Sampling steps; `null`: 8, or the model's own default if that is lower.
     pub steps: Option<usize>,
     /// Guidance; `null`: the model's own default.
@@ -48,11 +49,11 @@ pub struct DataRecipe {
     pub width: Option<usize>,
     /// Image height in pixels; `null`: the model's own default.
     pub height: Option<usize>,
-    /// States in one forward; `null`: as many as make some 1,344 tokens, at least 1.
+    /// Noised latents in one forward; `null`: as many as make some 1,344 tokens, at least 1.
     pub batch: Option<usize>,
     /// Forwards whose gradients are summed for one step.
     pub accumulate: usize,
-    /// Held-out states, of prompts that are not trained on; `null`: 192, fewer if images have more than 341 tokens, at least 8.
+    /// Held-out noised latents, of prompts that are not trained on; `null`: 192, fewer if images have more than 341 tokens, at least 8.
     pub held_out: Option<usize>,
     /// Batches of activations that are kept in memory and used again; 0: new noise for every step.
     pub cache: usize,
@@ -207,7 +208,7 @@ impl Default for SandwichRecipe {
 impl Default for DataRecipe {
     fn default() -> Self {
         Self {
-            samples: None,
+            num_prompts: None,
             steps: None,
             guidance: None,
             width: None,
@@ -280,7 +281,7 @@ impl Default for FinetuneRecipe {
 }
 
 impl LoraRecipe {
-    /// What a LoRA of this recipe is scaled by: alpha / rank; 1 where there is none.
+    /// What a LoRA of this recipe is scaled by: alpha / rank; 1 if there is none.
     pub fn scale(&self) -> f64 {
         match (self.alpha, self.rank) {
             (Some(alpha), Some(rank)) => alpha / rank as f64,

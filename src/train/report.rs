@@ -22,7 +22,7 @@ pub const REPORT: &str = "training.json";
 pub struct TrainReport {
     /// The folder that was written.
     pub output: String,
-    /// Relative mean squared error of the velocity on held-out states.
+    /// Relative mean squared error of the velocity on held-out noised latents.
     pub velocity_error: BeforeAfter,
     /// What became of each phase.
     pub phases: Vec<PhaseReport>,
@@ -66,7 +66,7 @@ impl TrainReport {
             .collect();
         let header = ["trained", "steps", "values", "before", "after", ""];
         format!(
-            "held-out loss before and after each phase\n{}\n\nthe velocity of the pruned model is off by {:.4} instead of {:.4}\n(relative MSE, held-out states)",
+            "held-out loss before and after each phase\n{}\n\nthe velocity of the pruned model is off by {:.4} instead of {:.4}\n(relative MSE, held-out noised latents)",
             ui::table(&header, &rows, &[1, 2, 3, 4]),
             self.velocity_error.after,
             self.velocity_error.before
@@ -83,7 +83,7 @@ pub struct DryRunReport {
     pub peak_bytes: f64,
     /// Images to sample.
     pub images: usize,
-    /// States in a forward.
+    /// Noised latents in a forward.
     pub batch: usize,
     /// Text and image tokens of a state.
     pub tokens: usize,
@@ -170,7 +170,7 @@ impl DryRunReport {
             String::new()
         };
         format!(
-            "{}\n\n{} images, {} states of {} tokens in a forward\n{loads}peak on the device: {}",
+            "{}\n\n{} images, {} noised latents of {} tokens in a forward\n{loads}peak on the device: {}",
             ui::table(&header, &rows, &[1, 2, 3, 4, 5, 6]),
             self.images,
             self.batch,

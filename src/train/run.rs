@@ -50,17 +50,17 @@ pub struct Training<'a> {
     pub images: Images,
     /// What the held-out loss is taken on.
     pub held_out: Images,
-    /// States in a forward.
+    /// Noised latents in a forward.
     pub batch: usize,
-    /// Held-out states.
-    pub held_out_states: usize,
+    /// Held-out noised latents.
+    pub num_held_out: usize,
     /// The recipe.
     pub recipe: &'a SandwichRecipe,
     /// Steps after which a run is saved.
     pub save_every: usize,
     /// Whether to keep the input of each block only and compute the rest again on the way back.
     pub gradient_checkpointing: bool,
-    /// Batches that pass through a block together where it is read whenever it is run; at least 1. Changes no number.
+    /// Batches that pass through a block together if it is read whenever it is run; at least 1. Changes no number.
     pub batches_per_load: usize,
 }
 
@@ -90,7 +90,7 @@ impl Training<'_> {
         Ok(saved)
     }
 
-    /// Relative mean squared error of the velocity on held-out states.
+    /// Relative mean squared error of the velocity on held-out noised latents.
     ///
     /// # Errors
     /// When a forward fails.

@@ -1,6 +1,6 @@
 //! Batches at the entry of what is trained: drawn by number, run through the frozen blocks of pruned model and teacher.
 //!
-//! Where those blocks are not on the device, several batches pass through each before the next one is read. A batch
+//! If those blocks are not on the device, several batches pass through each before the next one is read. A batch
 //! depends on seed, phase and number alone, so neither that nor where a run went on after a kill changes any of them.
 
 use std::{borrow::Cow, collections::VecDeque, ops::Range};
@@ -29,13 +29,13 @@ impl Training<'_> {
         }
     }
 
-    /// The held-out states at the entry of `phase`.
+    /// The held-out noised latents at the entry of `phase`.
     pub(super) fn held_out_samples(&self, phase: &Phase) -> Result<Vec<Sample>> {
-        let states = self.held_out_states;
-        let starts = (0..states).step_by(self.batch);
+        let count = self.num_held_out;
+        let starts = (0..count).step_by(self.batch);
         let batches: Vec<(u64, usize)> = starts
             .enumerate()
-            .map(|(index, start)| (index as u64, self.batch.min(states - start)))
+            .map(|(index, start)| (index as u64, self.batch.min(count - start)))
             .collect();
         let mut out = Vec::new();
         for some in batches.chunks(self.batches_at_once(phase)) {
@@ -129,7 +129,7 @@ pub(super) struct Samples<'a> {
     training: &'a Training<'a>,
     phase: &'a Phase,
     purpose: u64,
-    /// Those that are used again and again, where that is asked for.
+    /// Those that are used again and again, if that is asked for.
     kept: Vec<Option<Sample>>,
     /// The next ones, and the number of the first of them.
     prefetched: (usize, VecDeque<Sample>),

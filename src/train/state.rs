@@ -86,7 +86,7 @@ impl StateFile {
         }
     }
 
-    /// The saved run; `None` where there is none.
+    /// The saved run; `None` if there is none.
     ///
     /// # Errors
     /// When the file is damaged or of another run; the message names the first setting that differs.
@@ -107,7 +107,9 @@ impl StateFile {
         let found: Value =
             serde_json::from_str(text).with_context(|| format!("`{name}` is damaged\n{again}"))?;
         let mut found = from_bits(found);
-        rename_old(&mut found["settings"]["recipe"]);
+        if let Some(recipe) = found.pointer_mut("/settings/recipe") {
+            rename_old(recipe);
+        }
         if let Some(what) = difference("", &found["settings"], &self.settings) {
             bail!("`{name}` is of a run with other settings: {what}\n{again}");
         }
@@ -201,10 +203,17 @@ fn is_ours(name: &str) -> bool {
 
 /// Gives keys of a recipe that an earlier version wrote the names of today.
 fn rename_old(recipe: &mut Value) {
-    if let Some(recipe) = recipe.as_object_mut()
-        && let Some(finetune) = recipe.shift_remove("finish")
+    rename(recipe, "finish", "finetune");
+    if let Some(data) = recipe.get_mut("data") {
+        rename(data, "samples", "num-prompts");
+    }
+}
+
+fn rename(object: &mut Value, old: &str, new: &str) {
+    if let Some(object) = object.as_object_mut()
+        && let Some(value) = object.shift_remove(old)
     {
-        recipe.insert("finetune".to_owned(), finetune);
+        object.insert(new.to_owned(), value);
     }
 }
 

@@ -20,16 +20,16 @@ pub struct Trained {
     pub student: Flux,
     /// The trained values, and what became of every phase.
     pub saved: Saved,
-    /// Relative mean squared error of the velocity on held-out states.
+    /// Relative mean squared error of the velocity on held-out noised latents.
     pub velocity_error: BeforeAfter,
     /// How long training took.
     pub seconds: f64,
 }
 
-/// Trains from the start or from where `saved` was; `state` is the folder where the run is kept.
+/// Trains from the start or from where `saved` was; `state` is the folder in which the run is kept.
 ///
 /// # Errors
-/// When the two models differ where they must not, or training fails (see [`Training::run`]).
+/// When the two models differ in what must be equal, or training fails (see [`Training::run`]).
 pub fn train(
     setup: &TrainSetup,
     strategy: MemoryStrategy,
@@ -51,7 +51,7 @@ pub fn train(
         images,
         held_out,
         batch: options.batch,
-        held_out_states: options.held_out,
+        num_held_out: options.held_out,
         recipe: &options.recipe,
         save_every: options.save_every,
         gradient_checkpointing: strategy.gradient_checkpointing,

@@ -101,11 +101,11 @@ impl Check<'_> {
             let image = decoder::decode(&vae, &latents, None, self.runtime)?;
             self.compare("vae.image", &image, true)?;
         }
-        drawn.map_or(Ok(()), |drawn| self.pictures(&vae, &drawn))
+        drawn.map_or(Ok(()), |drawn| self.images(&vae, &drawn))
     }
 
     /// The whole pipeline, from prompt and noise to the image.
-    fn pictures(&mut self, vae: &Vae, drawn: &Drawn) -> Result<()> {
+    fn images(&mut self, vae: &Vae, drawn: &Drawn) -> Result<()> {
         let reference = self.reference;
         if reference.has("pipeline.final_latents") {
             let final_latents = match drawn.size.family.noise {

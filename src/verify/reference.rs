@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 
 use crate::{
-    checkpoint::{Checkpoint, advise},
+    checkpoint::{Checkpoint, with_hint},
     files::Blob,
     layout::Family,
     pipeline::defaults::{MAX_STEPS, MAX_TEXT_TOKENS},
@@ -29,7 +29,7 @@ impl Reference {
     /// When the file cannot be read or is no safetensors file.
     pub fn open(path: &Path) -> Result<Self> {
         let blob = Blob::map(path).context("--reference")?;
-        let tensors = advise(
+        let tensors = with_hint(
             Checkpoint::from_blob(&path.display().to_string(), &blob),
             "record it again with scripts/make_reference.py, or name another with --reference",
         )?;
@@ -55,7 +55,7 @@ impl Reference {
         })
     }
 
-    /// The same where it has this shape; dimensions that are `None` are as long as they are, but not empty.
+    /// The same if it has this shape; dimensions that are `None` are as long as they are, but not empty.
     pub(super) fn shaped(&self, name: &str, shape: &[Option<usize>]) -> Result<Tensor> {
         let found = self.tensors.expect(name)?.shape();
         let fits = found.len() == shape.len()

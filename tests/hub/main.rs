@@ -21,7 +21,7 @@ fn files_are_fetched_when_read_and_then_come_from_the_cache() {
         ["config.json", "model.safetensors"]
     );
     assert_eq!(files.list().unwrap(), ["README.md", "transformer"]);
-    assert_eq!(files.locator(), format!("{ID}@{COMMIT}"));
+    assert_eq!(files.model_ref(), format!("{ID}@{COMMIT}"));
     assert_eq!(files.resolved(), Some(format!("{ID}@{COMMIT}")));
     assert_eq!(files.note(), None);
     assert_eq!(setup.hub.count("resolve"), 0);

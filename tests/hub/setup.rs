@@ -70,7 +70,7 @@ impl Setup {
         Self::new(stored(300_000))
     }
 
-    /// Gives up where nothing comes, at once.
+    /// Gives up at once if nothing comes.
     pub(crate) fn impatient() -> Self {
         let mut setup = Self::small();
         setup.settings.patience = Duration::ZERO;

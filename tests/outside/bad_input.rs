@@ -214,8 +214,8 @@ fn bad_arguments_are_refused_before_any_work() {
     );
     refused(
         w,
-        &["generate", "--prompt", "x", "--output", "picture.jpg"],
-        &["picture.jpg"],
+        &["generate", "--prompt", "x", "--output", "image.jpg"],
+        &["image.jpg"],
     );
     #[cfg(not(feature = "cuda"))]
     refused(
@@ -310,7 +310,13 @@ fn damaged_work_of_an_earlier_run_is_to_be_deleted() {
     fs::write(work.path().join("s.safetensors.partial"), b"half").unwrap();
     refused(
         work.path(),
-        &["calibrate", "--samples", "4", "--output", "s.safetensors"],
+        &[
+            "calibrate",
+            "--num-prompts",
+            "4",
+            "--output",
+            "s.safetensors",
+        ],
         &["s.safetensors.partial", "hint: delete the file"],
     );
 }

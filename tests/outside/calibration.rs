@@ -6,8 +6,8 @@ use serde_json::Value;
 
 use crate::common::*;
 
-/// Several units, few states.
-const UNITS: &str = r#"{"calibration": {"samples": 24, "steps": 3, "draws": 1.5, "batch": 5}, "score": {"held-out": 16}}"#;
+/// Several units, few noised latents.
+const UNITS: &str = r#"{"calibration": {"num-prompts": 24, "steps": 3, "noise-levels-per-image": 1.5, "batch": 5}, "score": {"held-out": 16}}"#;
 
 fn calibrate(folder: &Path, output: &str, more: &[&str]) -> Value {
     fs::write(folder.join("units.json"), UNITS).unwrap();
@@ -286,7 +286,7 @@ fn a_plan_made_of_scores_is_carried_out() {
         ],
         &["--target-speedup"],
     );
-    // what was forecast is what is written
+    // what was estimated is what is written
     let args = [
         "prune",
         "--plan",
@@ -339,7 +339,7 @@ fn plans_that_make_no_sense_are_refused() {
 }
 
 #[test]
-fn pictures_with_captions_serve_as_well() {
+fn images_with_captions_serve_as_well() {
     let work = folder();
     let w = work.path();
     let drawn = [
@@ -372,8 +372,8 @@ fn pictures_with_captions_serve_as_well() {
     }
     let stats = json(w, &args);
     assert_eq!(stats["recipe"]["source"], "images");
-    assert_eq!(stats["recipe"]["samples"], 8);
-    // 8 pictures, 4 states of each, 16 tokens
+    assert_eq!(stats["recipe"]["num-prompts"], 8);
+    // 8 images, 4 noised latents of each, 16 tokens
     assert_eq!(stats["blocks"][0]["tokens"]["img"], 512.0);
     fs::create_dir(w.join("none")).unwrap();
     refused(

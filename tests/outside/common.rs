@@ -123,8 +123,7 @@ pub(crate) fn safetensors(path: &Path, header: &str, data: &[u8]) {
 }
 
 /// Pruning settings that take a second.
-pub(crate) const QUICK: &str =
-    r#"{"calibration": {"samples": 8, "draws": 4, "steps": 2}, "score": {"held-out": 16}}"#;
+pub(crate) const QUICK: &str = r#"{"calibration": {"num-prompts": 8, "noise-levels-per-image": 4, "steps": 2}, "score": {"held-out": 16}}"#;
 
 pub(crate) fn quick_prune(folder: &Path, output: &str, more: &[&str]) -> Value {
     fs::write(folder.join("quick.json"), QUICK).unwrap();

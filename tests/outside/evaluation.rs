@@ -107,7 +107,7 @@ fn a_worse_model_has_worse_numbers_and_the_report_is_complete() {
         serde_json::from_slice(&fs::read(w.join("report/report.json")).unwrap()).unwrap();
     assert_eq!(written, report);
     assert!(
-        fs::read(w.join("report/pictures.png"))
+        fs::read(w.join("report/images.png"))
             .unwrap()
             .starts_with(b"\x89PNG")
     );
@@ -125,11 +125,11 @@ fn a_worse_model_has_worse_numbers_and_the_report_is_complete() {
     assert_eq!(without_timings(again), without_timings(report));
 }
 
-/// Nothing is fetched, every picture and chart is inside, and every tag is closed.
-fn check_page(page: &str, pictures: usize) {
+/// Nothing is fetched, every image and chart is inside, and every tag is closed.
+fn check_page(page: &str, images: usize) {
     assert_eq!(
         page.matches("src=\"data:image/png;base64,iVBOR").count(),
-        pictures
+        images
     );
     assert_eq!(
         page.matches("src=\"").count(),
@@ -154,7 +154,7 @@ fn check_page(page: &str, pictures: usize) {
         assert_eq!(open, page.matches(&format!("</{tag}>")).count(), "<{tag}>");
     }
     assert!(page.contains("name=\"viewport\"") && page.contains("prefers-color-scheme: dark"));
-    // pictures may spell anything
+    // images may spell anything
     let text: String = page
         .split("base64,")
         .map(|part| part.split_once('"').map_or(part, |(_, text)| text))
@@ -178,8 +178,8 @@ fn chromium() -> Option<String> {
     names.into_iter().find(there).map(str::to_owned)
 }
 
-/// Lays the page out at a width: nothing may be wider than the window, and every picture must have been decoded.
-fn check_in_browser(chromium: &str, folder: &Path, page: &str, width: u32, pictures: usize) {
+/// Lays the page out at a width: nothing may be wider than the window, and every image must have been decoded.
+fn check_in_browser(chromium: &str, folder: &Path, page: &str, width: u32, images: usize) {
     // a frame, as windows have a least width
     let probe = r#"<script>
 addEventListener("load", () => {
@@ -221,7 +221,7 @@ addEventListener("load", () => {
     let (room, scroll) = (number(&seen, "/width"), number(&seen, "/scroll"));
     assert!(room > f64::from(width) - 30.0, "{seen}");
     assert!(scroll <= room, "the page is wider than the window: {seen}");
-    assert_eq!(seen["images"], pictures, "{seen}");
+    assert_eq!(seen["images"], images, "{seen}");
     for fault in ["broken", "empty", "beyond"] {
         assert_eq!(seen[fault], 0, "{seen}");
     }

@@ -145,7 +145,7 @@ fn packed_models_are_pruned_and_pruned_models_packed() {
 }
 
 #[test]
-fn packed_models_draw_the_same_picture_wherever_their_blocks_are() {
+fn packed_models_draw_the_same_image_wherever_their_blocks_are() {
     let work = folder();
     let w = work.path();
     let prompt = "a red circle left of a blue square on a white background";
@@ -209,7 +209,7 @@ fn models_pruned_from_packed_ones_are_trained() {
         w.join("recipe.json"),
         r#"{ "data": { "steps": 2, "held-out": 8, "width": 64, "height": 64 }, "steps": 4,
              "evaluate-every": 2, "optimiser": { "lr": 3e-5, "warmup": 1 },
-             "finish": { "steps": 4, "lr": 3e-5 } }"#,
+             "finetune": { "steps": 4, "lr": 3e-5 } }"#,
     )
     .unwrap();
     for (model, format, kept) in [
@@ -241,7 +241,15 @@ fn models_pruned_from_packed_ones_are_trained() {
                     "--recipe",
                     "recipe.json",
                 ];
-                let few = ["--samples", "8", "--batch", "8", "--rank", "4", "--json"];
+                let few = [
+                    "--num-prompts",
+                    "8",
+                    "--batch",
+                    "8",
+                    "--rank",
+                    "4",
+                    "--json",
+                ];
                 let all = [&args[..], &few, &["--output", output], teacher, more].concat();
                 let report = json(w, &all);
                 let error = report["velocity_error"]["before"].as_f64().unwrap();
@@ -250,7 +258,7 @@ fn models_pruned_from_packed_ones_are_trained() {
                 (trained, report["phases"].clone())
             };
             // without flags: what the bare file does not say, the pruned model remembers
-            let trained = train(&format!("{name}-whole"), &[], &["--recompute"]);
+            let trained = train(&format!("{name}-whole"), &[], &["--gradient-checkpointing"]);
             let offloaded = train(&format!("{name}-offload"), &teacher, &["--offload"]);
             assert!(trained == offloaded, "{name}");
             if own {

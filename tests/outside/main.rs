@@ -232,7 +232,7 @@ fn kept_tensors_are_copied_byte_for_byte() {
         "transformer_blocks.4.ff.net.2.bias",
         "double_blocks.4.img_mlp.2.bias",
     );
-    // behind the replaced block only the output projections are fitted anew
+    // behind the replaced block only the output projections are fitted again
     same(
         "single_transformer_blocks.4.norm.linear.weight",
         "single_blocks.4.modulation.lin.weight",
@@ -253,7 +253,7 @@ fn kept_tensors_are_copied_byte_for_byte() {
 }
 
 #[test]
-fn pictures_depend_on_the_seed_alone_and_carry_their_settings() {
+fn images_depend_on_the_seed_alone_and_carry_their_settings() {
     let work = folder();
     let prompt = "a green cross in the center on a black background";
     let draw = |name: &str, seed: &str| {

@@ -8,7 +8,7 @@ use crate::common::*;
 const WHOLE: u64 = 22_500_000;
 
 #[test]
-fn pictures_are_the_same_wherever_the_blocks_are() {
+fn images_are_the_same_wherever_the_blocks_are() {
     let work = folder();
     let w = work.path();
     let draw = |output: &str, more: &[&str]| {
@@ -55,7 +55,7 @@ fn pixels(path: &std::path::Path) -> Vec<u8> {
 }
 
 #[test]
-fn a_picture_decoded_in_bands_is_the_picture() {
+fn a_image_decoded_in_bands_is_the_image() {
     let work = folder();
     let w = work.path();
     let draw = |output: &str, tile: &str| {
@@ -113,24 +113,24 @@ fn pruning_gives_the_same_bytes_without_a_block_on_the_device() {
         let read = |folder: &str| fs::read(w.join(folder).join(file)).unwrap();
         assert!(read("whole") == read("offload"), "{file}");
     }
-    let demand = |more: &[&str]| {
+    let estimate = |more: &[&str]| {
         let args = ["prune", "--dry-run", "--json", "--recipe", "quick.json"];
         json(w, &[&args, more].concat())
     };
-    let (whole, few) = (demand(&[]), demand(&["--offload"]));
+    let (whole, few) = (estimate(&[]), estimate(&["--offload"]));
     assert_eq!(whole["blocks_on_the_device"], 15);
     assert_eq!(few["blocks_on_the_device"], 0);
-    let weights = |demand: &serde_json::Value| demand["bytes"]["weights"].as_u64().unwrap();
+    let weights = |estimate: &serde_json::Value| estimate["bytes"]["weights"].as_u64().unwrap();
     assert!(weights(&whole) > WHOLE - 500_000 && weights(&whole) < WHOLE + 500_000);
     assert!(weights(&few) < WHOLE / 3, "{}", weights(&few));
 }
 
-/// States that share a forward are part of what a calibration is: little memory takes blocks away, never states.
+/// Noised latents that share a forward are part of what a calibration is: little memory takes blocks away, never noised latents.
 #[test]
 fn statistics_are_the_same_bytes_in_little_memory() {
     let work = folder();
     let w = work.path();
-    let recipe = r#"{"calibration": {"samples": 12, "steps": 2, "draws": 1, "batch": 6}, "score": {"held-out": 8}}"#;
+    let recipe = r#"{"calibration": {"num-prompts": 12, "steps": 2, "noise-levels-per-image": 1, "batch": 6}, "score": {"held-out": 8}}"#;
     fs::write(w.join("recipe.json"), recipe).unwrap();
     let calibrate = |output: &str, more: &[&str]| {
         let args = ["calibrate", "--recipe", "recipe.json", "--output", output];
@@ -157,7 +157,7 @@ fn statistics_are_the_same_bytes_in_little_memory() {
     refused(
         w,
         &[args.as_slice(), &few].concat(),
-        &["--max-vram", "6 states of", "calibration.batch"],
+        &["--max-vram", "6 noised latents of", "calibration.batch"],
     );
 }
 

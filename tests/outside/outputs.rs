@@ -13,7 +13,7 @@ fn force_replaces_neither_inputs_nor_what_others_wrote() {
     let work = folder();
     let w = work.path();
     copy(Path::new(&golden("dev/pipe")), &w.join("pipe"));
-    let q = "--model pipe --samples 4 --steps 1 --width 32 --height 32 --force";
+    let q = "--model pipe --num-prompts 4 --steps 1 --width 32 --height 32 --force";
     let q: Vec<&str> = q.split(' ').collect();
     let with = |first: &[&'static str], more: &[&'static str]| [first, &q, more].concat();
     refused(
@@ -59,7 +59,7 @@ fn force_replaces_neither_inputs_nor_what_others_wrote() {
 
 #[test]
 #[cfg(unix)]
-fn nobody_listening_is_no_reason_to_stop() {
+fn a_closed_stderr_does_not_stop_the_work() {
     let work = folder();
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);

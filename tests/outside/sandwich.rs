@@ -40,7 +40,7 @@ fn prepared() -> &'static Path {
             "prune",
             "--blocks",
             blocks,
-            "--samples",
+            "--num-prompts",
             "16",
             "--steps",
             "2",
@@ -49,7 +49,7 @@ fn prepared() -> &'static Path {
         fs::write(
             folder.path().join("recipe.json"),
             r#"{ "evaluate-every": 2, "data": { "steps": 2, "held-out": 12 },
-                 "optimiser": { "lr": 3e-5, "warmup": 1 }, "finish": { "lr": 3e-5 } }"#,
+                 "optimiser": { "lr": 3e-5, "warmup": 1 }, "finetune": { "lr": 3e-5 } }"#,
         )
         .unwrap();
         fs::write(folder.path().join("empty.txt"), "\n  \n").unwrap();
@@ -177,7 +177,10 @@ fn a_run_that_is_killed_again_and_again_ends_with_the_same_bytes() {
 #[test]
 fn blocks_elsewhere_and_activations_computed_again_change_nothing() {
     let folder = prepared();
-    ok(folder, &train(&["--output", "recomputed", "--recompute"]));
+    ok(
+        folder,
+        &train(&["--output", "recomputed", "--gradient-checkpointing"]),
+    );
     ok(folder, &train(&["--output", "offloaded", "--offload"]));
     assert!(bytes(folder, "recomputed") == bytes(folder, "offloaded"));
 }
@@ -254,7 +257,7 @@ fn a_kept_lora_leaves_the_weights_alone_and_has_the_names_of_peft() {
 #[test]
 fn a_merged_lora_is_the_kept_one_added_to_the_weights() {
     let folder = prepared();
-    ok(folder, &train(&["--output", "beside", "--keep-lora"]));
+    ok(folder, &train(&["--output", "kept-lora", "--keep-lora"]));
     ok(folder, &train(&["--output", "merged"]));
     let load = |path: &str| {
         candle::safetensors::load(folder.join(path), &candle::Device::Cpu)
@@ -264,8 +267,8 @@ fn a_merged_lora_is_the_kept_one_added_to_the_weights() {
             .collect::<std::collections::HashMap<_, _>>()
     };
     let (kept, lora) = (
-        load("beside/flux.safetensors"),
-        load("beside/lora.safetensors"),
+        load("kept-lora/flux.safetensors"),
+        load("kept-lora/lora.safetensors"),
     );
     let merged = load("merged/flux.safetensors");
     for (module, original) in [

@@ -1,4 +1,4 @@
-//! The same tokens on a GPU and, as the slow twin, on the CPU in f64.
+//! The same tokens on a GPU and, as the reference implementation, on the CPU in f64.
 
 use candle::Device;
 

@@ -64,7 +64,7 @@ fn both_formats_of_a_pruned_model_open_as_the_same_model() {
     let record = Record {
         version: record::VERSION,
         tool: "test".to_owned(),
-        base: base.locator.clone(),
+        base: base.model_ref.clone(),
         base_fingerprint: record::fingerprint(&base.transformer).unwrap(),
         layout: config.layout.clone(),
         axes_dims: config.axes_dims.clone(),

@@ -32,7 +32,7 @@ pub struct ClipModel {
 
 impl ClipModel {
     /// Opens a folder or hub repository in transformers layout: `config.json`, `model.safetensors`, the tokenizer's files
-    /// and, where there is one, `preprocessor_config.json`. Computes in f32.
+    /// and, if there is one, `preprocessor_config.json`. Computes in f32.
     ///
     /// # Errors
     /// When files are missing or damaged, or a tensor has another shape than the config says; the message names it.
@@ -44,7 +44,7 @@ impl ClipModel {
             )
         })?;
         let checkpoint = Checkpoint::open(files, "model")?;
-        let name = || format!("`{}`", files.locator());
+        let name = || format!("`{}`", files.model_ref());
         let vision: VisionConfig =
             serde_json::from_value(config.get("vision_config").cloned().unwrap_or_default())
                 .with_context(|| files.describe("config.json"))?;
@@ -127,7 +127,7 @@ mod tests {
     }
 
     fn recorded_images(recorded: &Checkpoint) -> Vec<Image> {
-        let names = (0..).map(|i| format!("picture.{i}"));
+        let names = (0..).map(|i| format!("image.{i}"));
         let found = names.map_while(|name| recorded.get(&name));
         let image = |source: &crate::checkpoint::Source| Image {
             height: source.shape()[0] as u32,

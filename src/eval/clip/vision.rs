@@ -1,4 +1,4 @@
-//! CLIP's vision model. Preparing images is `pixels`' business, comparing embeddings the parent's.
+//! CLIP's vision model. `pixels` prepares images; the parent compares embeddings.
 //!
 //! Source: transformers `models/clip/modeling_clip.py` (`CLIPVisionModel`).
 

@@ -40,7 +40,7 @@ pub(super) fn headline(model: &ModelReport, report: &Report) -> String {
         cards.push((
             format!("{:.4}", d.velocity.error),
             "velocity error",
-            format!("relative MSE, {} states", d.velocity.states),
+            format!("relative MSE, {} noised latents", d.velocity.noised_latents),
         ));
         cards.push((
             format!("{:.1} dB", d.psnr.mean),

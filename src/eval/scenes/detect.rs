@@ -19,7 +19,7 @@ const SMALLEST: usize = 16;
 pub struct Seen {
     /// The nearest of the colours.
     pub colour: Colour,
-    /// `None` where no shape fits.
+    /// `None` if no shape fits.
     pub shape: Option<Shape>,
     /// Overlap with the best shape.
     pub overlap: f64,

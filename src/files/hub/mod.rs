@@ -28,7 +28,7 @@ pub(super) struct Repo {
     revision: Option<String>,
     /// The commit that the revision names; all files are of this one.
     commit: String,
-    /// Every file with its size, in bytes, where the hub said it.
+    /// Every file with its size, in bytes, if the hub said it.
     files: BTreeMap<String, Option<u64>>,
     cache: Cache,
     source: Source,
@@ -144,7 +144,7 @@ impl Repo {
         }
     }
 
-    /// Why only the cache is asked, when nobody wished it so.
+    /// Why only the cache is asked, if no flag asked for that.
     pub(super) fn note(&self) -> Option<String> {
         let Source::Unreachable(why) = &self.source else {
             return None;

@@ -85,7 +85,7 @@ pub fn check_file(path: &Path, force: bool) -> Result<()> {
             "`{}` is not a file that can be replaced\nhint: choose another --output",
             path.display()
         ),
-        _ => check_absent(path, force),
+        _ => check_new(path, force),
     }
 }
 
@@ -100,7 +100,7 @@ pub fn check_folder(path: &Path, force: bool) -> Result<()> {
     if std::fs::symlink_metadata(path).is_err() {
         return Ok(());
     }
-    check_absent(path, force)?;
+    check_new(path, force)?;
     ensure!(
         path.is_dir(),
         "`{shown}` is not a folder\nhint: remove it, or choose another --output"
@@ -125,7 +125,7 @@ pub fn check_folder(path: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
-fn check_absent(path: &Path, force: bool) -> Result<()> {
+fn check_new(path: &Path, force: bool) -> Result<()> {
     ensure!(
         force || std::fs::symlink_metadata(path).is_err(),
         "`{}` exists already\nhint: add --force to overwrite it, or choose another --output",

@@ -40,8 +40,8 @@ pub fn attend(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Te
 }
 
 /// What a single block puts between its two projections: `attend` of the first 3·hidden columns of `projected`
-/// (batch, tokens, 3·hidden + mlp) beside the GELU of the rest; (batch, tokens, hidden + mlp).
-pub fn attend_beside_gelu(projected: &Projected, num_heads: usize, rope: &Rope) -> Result<Tensor> {
+/// (batch, tokens, 3·hidden + mlp) and the GELU of the rest; (batch, tokens, hidden + mlp).
+pub fn attend_with_gelu(projected: &Projected, num_heads: usize, rope: &Rope) -> Result<Tensor> {
     let hidden = num_heads * rope.head_dim();
     let stored = [OwnedProjection::new(projected)];
     let mlp = stored[0].qkv.dim(2)?.saturating_sub(3 * hidden);

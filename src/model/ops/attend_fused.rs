@@ -6,7 +6,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::attention::exp_in_place;
-use super::cpu::{Operand, Rows, sum_map, sum_product, vectorized};
+use super::cpu::{Operand, RowView, sum_map, sum_product, vectorized};
 use super::gelu::gelu_backward_row;
 use super::heads::heads;
 use super::types::{HEADS_EPS, Heads, OwnedProjection, Projected};
@@ -17,7 +17,7 @@ const ROWS: usize = 128;
 
 /// Gradients of the projections, each of its projection's shape, from that of the result.
 ///
-/// `grad` (batch, tokens, at least hidden). Where a projection is wider than 3·hidden, what is left of `grad` is the
+/// `grad` (batch, tokens, at least hidden). If a projection is wider than 3·hidden, what is left of `grad` is the
 /// gradient of the GELU of its remaining columns, whose bias is `mlp_bias`.
 pub(super) fn backward(
     streams: &[OwnedProjection],
@@ -148,7 +148,7 @@ fn unrotate_unnorm(
 }
 
 /// Gradients of queries, keys and values, each (batch, heads, tokens, head size).
-fn attention_backward(Heads { q, k, v }: &Heads, grad: Rows<f32>) -> Result<[Vec<f32>; 3]> {
+fn attention_backward(Heads { q, k, v }: &Heads, grad: RowView<f32>) -> Result<[Vec<f32>; 3]> {
     let (batch, heads, tokens, size) = q.dims4()?;
     let scale = 1.0 / (size as f32).sqrt();
     let block = tokens * size;

@@ -50,7 +50,7 @@ fn plain(q: &Tensor, k: &Tensor, v: &Tensor, max_scores: usize) -> Result<Tensor
         (max_scores / (batch * heads * tokens).max(1)).clamp(1, tokens.max(1))
     };
     let scale = scale_of(q)?;
-    // made once, and only where it is needed
+    // made once, and only if it is needed
     let mut wide_k = None;
     let mut out = Vec::new();
     for start in (0..tokens).step_by(rows) {
@@ -93,7 +93,7 @@ fn as_f32<'a, T: Element>(x: &'a [T], scratch: &'a mut Vec<f32>) -> &'a [f32] {
         return x;
     }
     scratch.clear();
-    scratch.extend(x.iter().map(|x| x.widen()));
+    scratch.extend(x.iter().map(|x| x.to_f32()));
     scratch
 }
 

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::avx512::{Avx512, Columns, GROUP, LANES, VECTORS, Vector};
 use super::cpu::{Element, exp, vectorized};
-use super::gemm::{room, widen};
+use super::gemm::{room, slice_to_f32};
 use super::uninit::Uninit;
 use half::bf16;
 
@@ -136,8 +136,8 @@ fn strip<T: Vector>(
             (_, Some((k, v))) => (Factor::Singles(k), v),
             _ => {
                 let (keys, values) = (room(keys, count * size), room(values, count * size));
-                widen(k, keys);
-                widen(v, values);
+                slice_to_f32(k, keys);
+                slice_to_f32(v, values);
                 (Factor::Singles(keys), &*values)
             }
         };
@@ -170,9 +170,9 @@ fn strip<T: Vector>(
             };
             for group in (0..size).step_by(GROUP) {
                 let columns = if pairs.is_some() {
-                    Columns::PairsBeside(&v[group..], size)
+                    Columns::AdjacentPairs(&v[group..], size)
                 } else {
-                    Columns::Beside(&v[group..], size)
+                    Columns::Adjacent(&v[group..], size)
                 };
                 let attended = &mut attended[group * lanes..];
                 simd.multiply(weights, units, vectors, columns, attended, start > 0);

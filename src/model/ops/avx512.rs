@@ -32,7 +32,7 @@ mod layout;
 
 use layout::{pack_rows, pack_rows_of_pairs, packed, write_rows};
 
-/// Rows in one vector.
+/// RowView in one vector.
 pub(super) const LANES: usize = 16;
 /// Most vectors side by side in a panel: with [`GROUP`] columns, 24 of 32 registers are sums.
 pub(super) const VECTORS: usize = 3;
@@ -53,9 +53,9 @@ pub(super) enum Columns<'a> {
     /// The same in bf16, two numbers to the unit.
     PairsApart(&'a [bf16], [usize; GROUP]),
     /// Column n is `data[n]`, `data[n + step]` and so on.
-    Beside(&'a [f32], usize),
+    Adjacent(&'a [f32], usize),
     /// The same with two bf16 in the bits of each number.
-    PairsBeside(&'a [f32], usize),
+    AdjacentPairs(&'a [f32], usize),
 }
 
 /// Number formats that vectors are loaded from and stored to; computed in f32.
@@ -157,7 +157,7 @@ impl Avx512 {
         vec![simd, Self { pairs: false }]
     }
 
-    /// Rows of `inner` numbers, `stride` apart, into a panel of `vectors` vectors, a unit for each number; lanes
+    /// RowView of `inner` numbers, `stride` apart, into a panel of `vectors` vectors, a unit for each number; lanes
     /// without a row are zero.
     pub(super) fn pack<T: Vector>(
         self,
@@ -199,13 +199,13 @@ impl Avx512 {
         assert!(panel.len() >= units * vectors * LANES && out.len() >= GROUP * vectors * LANES);
         let (panel, out) = (panel.as_ptr(), out.as_mut_ptr());
         macro_rules! call {
-            ($kernel:ident, $beside:literal, $start:expr, $step:expr) => {
+            ($kernel:ident, $adjacent:literal, $start:expr, $step:expr) => {
                 // SAFETY: `self` proves the instructions; panel, columns and out were measured above
                 unsafe {
                     match vectors {
-                        1 => $kernel::<1, $beside>(units, panel, $start, $step, out, add),
-                        2 => $kernel::<2, $beside>(units, panel, $start, $step, out, add),
-                        3 => $kernel::<VECTORS, $beside>(units, panel, $start, $step, out, add),
+                        1 => $kernel::<1, $adjacent>(units, panel, $start, $step, out, add),
+                        2 => $kernel::<2, $adjacent>(units, panel, $start, $step, out, add),
+                        3 => $kernel::<VECTORS, $adjacent>(units, panel, $start, $step, out, add),
                         _ => panic!("a panel of {vectors} vectors"),
                     }
                 }
@@ -224,11 +224,11 @@ impl Avx512 {
                 let starts = starts.map(|start| unsafe { data.as_ptr().add(start).cast() });
                 call!(multiply_bf16, false, &starts, 1);
             }
-            Columns::Beside(data, step) => {
+            Columns::Adjacent(data, step) => {
                 assert!(units == 0 || (units - 1) * step + GROUP <= data.len());
                 call!(multiply_f32, true, &[data.as_ptr(); GROUP], step);
             }
-            Columns::PairsBeside(data, step) => {
+            Columns::AdjacentPairs(data, step) => {
                 assert!(self.pairs && (units == 0 || (units - 1) * step + GROUP <= data.len()));
                 call!(multiply_bf16, true, &[data.as_ptr(); GROUP], step);
             }
@@ -265,10 +265,10 @@ macro_rules! kernel {
         /// [`Avx512::multiply`] for one width of panel and one layout of columns.
         ///
         /// # Safety
-        /// The CPU has the features; `panel` holds `units` · `V` · 16 numbers and `out` 8 · `V` · 16. `BESIDE`:
+        /// The CPU has the features; `panel` holds `units` · `V` · 16 numbers and `out` 8 · `V` · 16. `ADJACENT`:
         /// `columns[0]` points to `units` times 8 units, `step` units apart; otherwise each column to `units` units.
         #[target_feature(enable = $features)]
-        unsafe fn $name<const V: usize, const BESIDE: bool>(
+        unsafe fn $name<const V: usize, const ADJACENT: bool>(
             units: usize,
             panel: *const f32,
             columns: &[*const f32; GROUP],
@@ -287,7 +287,7 @@ macro_rules! kernel {
                 for n in 0..GROUP {
                     // SAFETY: unit u of column n; read as 32 bits wherever it starts
                     let $b = _mm512_set1_ps(unsafe {
-                        if BESIDE {
+                        if ADJACENT {
                             columns[0].add(u * step + n).read_unaligned()
                         } else {
                             columns[n].add(u).read_unaligned()

@@ -18,8 +18,8 @@ pub(super) enum Avx512 {}
 pub(super) enum Columns<'a> {
     Apart(&'a [f32], [usize; GROUP]),
     PairsApart(&'a [bf16], [usize; GROUP]),
-    Beside(&'a [f32], usize),
-    PairsBeside(&'a [f32], usize),
+    Adjacent(&'a [f32], usize),
+    AdjacentPairs(&'a [f32], usize),
 }
 
 pub(super) trait Vector: Element {}

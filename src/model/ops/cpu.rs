@@ -2,7 +2,7 @@
 //! Each kernel stands in the file of its operation; `plain` holds the compositions that they are compared with.
 //!
 //! Kernels are plain loops over slices. [`vectorized`] compiles them once per instruction set and picks at run time,
-//! so a binary built for any x86-64 still uses AVX-512 where the CPU has it; functions called inside must be
+//! so a binary built for any x86-64 still uses AVX-512 if the CPU has it; functions called inside must be
 //! `#[inline(always)]`, otherwise they are compiled for the baseline only.
 
 use std::sync::LazyLock;
@@ -21,13 +21,13 @@ pub(super) const LANES: usize = 16;
 
 /// A stored number format. The kernels compute in f32.
 pub(super) trait Element: WithDType {
-    fn widen(self) -> f32;
+    fn to_f32(self) -> f32;
     fn narrow(x: f32) -> Self;
-    /// The slice itself where it is f32 already.
+    /// The slice itself if it is f32 already.
     fn as_f32(_: &[Self]) -> Option<&[f32]> {
         None
     }
-    /// The slice itself where it is bf16.
+    /// The slice itself if it is bf16.
     fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
         None
     }
@@ -35,7 +35,7 @@ pub(super) trait Element: WithDType {
 
 impl Element for f32 {
     #[inline(always)]
-    fn widen(self) -> f32 {
+    fn to_f32(self) -> f32 {
         self
     }
     #[inline(always)]
@@ -49,7 +49,7 @@ impl Element for f32 {
 
 impl Element for f16 {
     #[inline(always)]
-    fn widen(self) -> f32 {
+    fn to_f32(self) -> f32 {
         self.to_f32()
     }
     #[inline(always)]
@@ -63,7 +63,7 @@ impl Element for bf16 {
         Some(x)
     }
     #[inline(always)]
-    fn widen(self) -> f32 {
+    fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
     /// Rounds to nearest, ties to even, in integer arithmetic that the compiler turns into vector instructions.
@@ -102,7 +102,7 @@ macro_rules! by_dtype {
 }
 pub(super) use by_dtype;
 
-/// A locked CPU tensor; keeps the storage readable while [`Rows`] borrow from it.
+/// A locked CPU tensor; keeps the storage readable while [`RowView`] borrow from it.
 pub(super) struct Operand<'a> {
     storage: StorageRef<'a>,
     layout: &'a Layout,
@@ -141,7 +141,7 @@ impl<'a> Operand<'a> {
 
     /// The tensor as rows of its last dimension: (batch, tokens, width), (batch, width) read once for all tokens of a
     /// sample, or (width,) read for all.
-    pub(super) fn rows<T: Element>(&self) -> Result<Rows<'_, T>> {
+    pub(super) fn rows<T: Element>(&self) -> Result<RowView<'_, T>> {
         let data = self.cpu()?.as_slice::<T>()?;
         let data = &data[self.layout.start_offset()..];
         let (dims, strides) = (self.layout.dims(), self.layout.stride());
@@ -157,7 +157,7 @@ impl<'a> Operand<'a> {
                 "a CPU kernel needs rows that lie in one piece, found shape {dims:?}, strides {strides:?}"
             ),
         };
-        Ok(Rows {
+        Ok(RowView {
             data,
             batch,
             token,
@@ -166,16 +166,16 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// Rows of an [`Operand`], possibly strided (a narrowed view) or repeated.
+/// RowView of an [`Operand`], possibly strided (a narrowed view) or repeated.
 #[derive(Clone, Copy)]
-pub(super) struct Rows<'a, T> {
+pub(super) struct RowView<'a, T> {
     data: &'a [T],
     batch: usize,
     token: usize,
     pub(super) width: usize,
 }
 
-impl<'a, T> Rows<'a, T> {
+impl<'a, T> RowView<'a, T> {
     #[inline(always)]
     pub(super) fn row(&self, batch: usize, token: usize) -> &'a [T] {
         let start = batch * self.batch + token * self.token;
@@ -190,7 +190,7 @@ pub(super) fn vectorized<R>(kernel: impl FnOnce() -> R) -> R {
     ARCH.dispatch(kernel)
 }
 
-/// The rows that `kernel(row index, row)` writes, in parallel where there is enough of it.
+/// The rows that `kernel(row index, row)` writes, in parallel if there is enough of it.
 pub(super) fn for_rows<T: Element>(
     rows: usize,
     width: usize,
@@ -225,11 +225,11 @@ pub(super) fn sum_map<T: Element>(row: &[T], f: impl Fn(f32) -> f32) -> f32 {
     let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {
         for (a, x) in acc.iter_mut().zip(chunk) {
-            *a += f(x.widen());
+            *a += f(x.to_f32());
         }
     }
     for (a, x) in acc.iter_mut().zip(rest) {
-        *a += f(x.widen());
+        *a += f(x.to_f32());
     }
     // in halves: additions one after the other would wait for each other
     let mut half = LANES / 2;

@@ -1,5 +1,5 @@
 //! Values computed outside of candle's graph, put into it with a backward pass of their own. What the passes compute
-//! stands beside the operations.
+//! stands next to the operations.
 //!
 //! A forward of fused kernels or of several tensor operations becomes one node: nothing in between is kept, and the
 //! gradient is what `backward` says. Candle's own products, norms and softmax keep every intermediate result and form

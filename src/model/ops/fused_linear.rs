@@ -21,7 +21,7 @@ fn joinable(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Option<DType>
 }
 
 /// `gelu(x·weightᵀ + bias)`: `x` (batch, tokens, in), `weight` (out, in), `bias` (out,) to (batch, tokens, out); nothing
-/// where that has to be composed.
+/// if that has to be composed.
 pub fn gelu_of_product(
     x: &Tensor,
     weight: &Tensor,
@@ -65,9 +65,9 @@ fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
 }
 
 /// What a single block puts between its two projections, from what the first is applied to, `x` (batch, tokens, hidden):
-/// attention from its first 3·hidden rows beside the GELU of the rest, (batch, tokens, hidden + mlp); nothing where that
+/// attention from its first 3·hidden rows and the GELU of the rest, (batch, tokens, hidden + mlp); nothing if that
 /// has to be composed.
-pub fn attend_beside_gelu_of_product(
+pub fn attend_with_gelu_of_product(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
@@ -105,10 +105,10 @@ pub fn attend_beside_gelu_of_product(
     }
     let weight = part(weight, 3 * hidden)?;
     let bias = bias.map(|bias| part(bias, 3 * hidden)).transpose()?;
-    by_dtype!(dtype, beside(simd, &heads, x, &weight, bias.as_ref())).map(Some)
+    by_dtype!(dtype, with_gelu(simd, &heads, x, &weight, bias.as_ref())).map(Some)
 }
 
-fn beside<T: Vector>(
+fn with_gelu<T: Vector>(
     simd: Avx512,
     heads: &Heads,
     x: &Tensor,
@@ -141,7 +141,7 @@ fn beside<T: Vector>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{attend_beside_gelu, gelu};
+    use super::super::{attend_with_gelu, gelu};
     use super::*;
     use crate::model::testing::{close, random, skip};
 
@@ -177,9 +177,9 @@ mod tests {
                         bias,
                         norms: &norms,
                     };
-                    let want = attend_beside_gelu(&projected, num_heads, &rope)?;
+                    let want = attend_with_gelu(&projected, num_heads, &rope)?;
                     let got =
-                        attend_beside_gelu_of_product(&x, &weight, bias, &norms, num_heads, &rope)?;
+                        attend_with_gelu_of_product(&x, &weight, bias, &norms, num_heads, &rope)?;
                     match got {
                         Some(got) => close(&got, &want, tolerance)?,
                         None => {

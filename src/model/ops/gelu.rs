@@ -13,13 +13,13 @@ const CUBIC: f32 = 0.044_715;
 
 /// `a ‖ gelu(x + bias)` along the last dimension, with the tanh approximation of GELU.
 ///
-/// `x` (batch, tokens, width), may be a narrowed view; `bias` (width,); `beside` (batch, tokens, any), put in front.
-pub fn gelu(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Result<Tensor> {
+/// `x` (batch, tokens, width), may be a narrowed view; `bias` (width,); `prefix` (batch, tokens, any), put in front.
+pub fn gelu(x: &Tensor, bias: Option<&Tensor>, prefix: Option<&Tensor>) -> Result<Tensor> {
     if bias.is_some_and(Tensor::track_op) {
-        return plain::gelu(x, bias, beside);
+        return plain::gelu(x, bias, prefix);
     }
     let (data, bias) = (x.detach(), bias.cloned());
-    let beside_data = beside.map(Tensor::detach);
+    let beside_data = prefix.map(Tensor::detach);
     let operands = [&data].into_iter().chain(&bias).chain(&beside_data);
     let y = match fusable(operands) {
         Some(dtype) => by_dtype!(dtype, fused(&data, bias.as_ref(), beside_data.as_ref())),
@@ -28,8 +28,8 @@ pub fn gelu(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Resul
             None => plain::gelu(&data, bias.as_ref(), beside_data.as_ref()),
         },
     }?;
-    let inputs: Vec<&Tensor> = [x].into_iter().chain(beside).collect();
-    let front = beside.map_or(Ok(0), |t| t.dim(2))?;
+    let inputs: Vec<&Tensor> = [x].into_iter().chain(prefix).collect();
+    let front = prefix.map_or(Ok(0), |t| t.dim(2))?;
     custom_op(&inputs, y, move |grad| {
         let (width, own) = (data.dim(2)?, grad.narrow(2, front, data.dim(2)?)?);
         let mut out = if fusable([&data].into_iter().chain(&bias)) == Some(DType::F32) {
@@ -94,25 +94,25 @@ fn gelu_slope(x: f32) -> f32 {
     s + 2.0 * x * s * (1.0 - s) * SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x)
 }
 
-fn fused<T: Element>(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Result<Tensor> {
+fn fused<T: Element>(x: &Tensor, bias: Option<&Tensor>, prefix: Option<&Tensor>) -> Result<Tensor> {
     let (batch, tokens, width) = x.dims3()?;
     check_bias(bias, width)?;
-    let offset = beside.map_or(Ok(0), |t| t.dim(2))?;
-    if beside.is_some_and(|t| t.dims() != [batch, tokens, offset]) {
+    let offset = prefix.map_or(Ok(0), |t| t.dim(2))?;
+    if prefix.is_some_and(|t| t.dims() != [batch, tokens, offset]) {
         candle::bail!(
-            "({batch}, {tokens}, any) was expected beside {:?}",
+            "({batch}, {tokens}, any) was expected as the prefix of {:?}",
             x.shape()
         );
     }
     let out = {
-        let (x, bias, beside) = (
+        let (x, bias, prefix) = (
             Operand::new(x),
             bias.map(Operand::new),
-            beside.map(Operand::new),
+            prefix.map(Operand::new),
         );
         let x = x.rows::<T>()?;
         let bias = bias.as_ref().map(Operand::rows::<T>).transpose()?;
-        let beside = beside.as_ref().map(Operand::rows::<T>).transpose()?;
+        let prefix = prefix.as_ref().map(Operand::rows::<T>).transpose()?;
         for_rows(
             batch * tokens,
             offset + width,
@@ -120,19 +120,19 @@ fn fused<T: Element>(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>)
             |i, out| {
                 let (b, n) = (i / tokens, i % tokens);
                 let (front, out) = out.split_at_mut(offset);
-                if let Some(beside) = beside {
-                    front.copy_from_slice(beside.row(b, n));
+                if let Some(prefix) = prefix {
+                    front.copy_from_slice(prefix.row(b, n));
                 }
                 let x = x.row(b, n);
                 match bias {
                     Some(bias) => {
                         for ((out, x), bias) in out.iter_mut().zip(x).zip(bias.row(b, n)) {
-                            *out = T::narrow(gelu_of(x.widen() + bias.widen()));
+                            *out = T::narrow(gelu_of(x.to_f32() + bias.to_f32()));
                         }
                     }
                     None => {
                         for (out, x) in out.iter_mut().zip(x) {
-                            *out = T::narrow(gelu_of(x.widen()));
+                            *out = T::narrow(gelu_of(x.to_f32()));
                         }
                     }
                 }
@@ -163,12 +163,12 @@ mod tests {
                 let wider = (random("x", (batch, tokens, width + 9))? * 3.0)?.to_dtype(dtype)?;
                 let x = wider.narrow(2, 9, width)?;
                 let bias = random("bias", width)?.to_dtype(dtype)?;
-                let beside = random("beside", (batch, tokens, front))?.to_dtype(dtype)?;
+                let prefix = random("prefix", (batch, tokens, front))?.to_dtype(dtype)?;
                 for bias in [None, Some(&bias)] {
-                    for beside in [None, Some(&beside)] {
+                    for prefix in [None, Some(&prefix)] {
                         close(
-                            &gelu(&x, bias, beside)?,
-                            &plain::gelu(&x, bias, beside)?,
+                            &gelu(&x, bias, prefix)?,
+                            &plain::gelu(&x, bias, prefix)?,
                             tolerance,
                         )?;
                     }

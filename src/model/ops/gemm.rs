@@ -1,5 +1,5 @@
 //! Products with rows of weights, cut into tiles that stay in the caches: how work is shared out and in which order the
-//! inner loops of `avx512` run. Where the CPU lacks those, or has them for f32 alone, weights are widened a tile at a
+//! inner loops of `avx512` run. If the CPU lacks those, or has them for f32 alone, weights are converted to f32 a tile at a
 //! time, never as a whole.
 
 use std::cell::RefCell;
@@ -25,7 +25,7 @@ struct Scratch {
     /// Whose they are: the call and its first row.
     packed: Option<(u64, usize)>,
     sums: Vec<f32>,
-    widened: Vec<f32>,
+    as_f32: Vec<f32>,
 }
 
 thread_local! {
@@ -173,11 +173,14 @@ fn in_panels<T: Vector>(
                             std::array::from_fn(|n| column(n) * inner + start),
                         ),
                         (None, None) => {
-                            let widened = room(&mut scratch.widened, GROUP * deep);
-                            for (n, widened) in widened.chunks_exact_mut(deep).enumerate() {
-                                widen(&weight[column(n) * inner + start..][..units_here], widened);
+                            let as_f32 = room(&mut scratch.as_f32, GROUP * deep);
+                            for (n, as_f32) in as_f32.chunks_exact_mut(deep).enumerate() {
+                                slice_to_f32(
+                                    &weight[column(n) * inner + start..][..units_here],
+                                    as_f32,
+                                );
                             }
-                            Columns::Apart(widened, std::array::from_fn(|n| n * deep))
+                            Columns::Apart(as_f32, std::array::from_fn(|n| n * deep))
                         }
                     };
                     for (row, _, vectors) in of_panels() {
@@ -217,7 +220,7 @@ fn in_panels<T: Vector>(
 #[inline(always)]
 fn gelu_of_columns<T: Vector>(sums: &mut [f32], lanes: usize, bias: Option<&[T]>) {
     for (column, sums) in sums.chunks_exact_mut(lanes).enumerate() {
-        let bias = bias.map_or(0.0, |bias| bias[column].widen());
+        let bias = bias.map_or(0.0, |bias| bias[column].to_f32());
         for sums in sums.as_chunks_mut::<LANES>().0 {
             for x in sums {
                 *x = gelu_of(*x + bias);
@@ -227,12 +230,12 @@ fn gelu_of_columns<T: Vector>(sums: &mut [f32], lanes: usize, bias: Option<&[T]>
 }
 
 /// `x` as f32.
-pub(super) fn widen<T: Vector>(x: &[T], out: &mut [f32]) {
+pub(super) fn slice_to_f32<T: Vector>(x: &[T], out: &mut [f32]) {
     vectorized(
         #[inline(always)]
         || {
             for (out, x) in out.iter_mut().zip(x) {
-                *out = x.widen();
+                *out = x.to_f32();
             }
         },
     );
@@ -257,7 +260,7 @@ fn portable<T: Vector>(
             None => {
                 let wide = room(&mut scratch.panels, rows * inner);
                 if left == 0 {
-                    widen(x, wide);
+                    slice_to_f32(x, wide);
                 }
                 wide
             }
@@ -265,8 +268,8 @@ fn portable<T: Vector>(
         let weight = match T::as_f32(weight) {
             Some(weight) => weight,
             None => {
-                let wide = room(&mut scratch.widened, columns * inner);
-                widen(weight, wide);
+                let wide = room(&mut scratch.as_f32, columns * inner);
+                slice_to_f32(weight, wide);
                 wide
             }
         };
@@ -285,9 +288,9 @@ fn portable<T: Vector>(
             for (column, (out, sum)) in out.iter_mut().zip(sums).enumerate() {
                 let x = match then {
                     Then::Put => *sum,
-                    Then::Add(add) => add[(row, column)].widen() + sum,
+                    Then::Add(add) => add[(row, column)].to_f32() + sum,
                     Then::Gelu(None) => gelu_of(*sum),
-                    Then::Gelu(Some(bias)) => gelu_of(sum + bias[column].widen()),
+                    Then::Gelu(Some(bias)) => gelu_of(sum + bias[column].to_f32()),
                 };
                 *out = T::narrow(x);
             }

@@ -101,12 +101,12 @@ fn fused<T: Element>(streams: &[Projected], num_heads: usize, rope: &Rope) -> Re
                                             for ((s, x), bias) in
                                                 scratch.iter_mut().zip(x).zip(bias)
                                             {
-                                                *s = x.widen() + bias.widen();
+                                                *s = x.to_f32() + bias.to_f32();
                                             }
                                         }
                                         None => {
                                             for (s, x) in scratch.iter_mut().zip(x) {
-                                                *s = x.widen();
+                                                *s = x.to_f32();
                                             }
                                         }
                                     }
@@ -151,7 +151,7 @@ fn norm_rotate<T: Element>(
     let mean = sum_map(x, |x| x * x) / x.len() as f32;
     let factor = 1.0 / (mean + HEADS_EPS as f32).sqrt();
     for (x, w) in x.iter_mut().zip(weight) {
-        *x *= factor * w.widen();
+        *x *= factor * w.to_f32();
     }
     // whole vectors first; the exchange of neighbours is then one shuffle
     let whole = x.len() - x.len() % LANES;

@@ -2,12 +2,12 @@
 //!
 //! Every operation exists twice: a plain composition of candle operations, which runs on every device, and a fused CPU
 //! kernel that does it in one pass; those between the products have a kernel for NVIDIA GPUs too (`cuda`). The choice is
-//! made by the operands: a kernel runs where all are on one such device, in one number format. Where an operand is tracked for gradients the result becomes one node of candle's graph with a
+//! made by the operands: a kernel runs if all are on one such device, in one number format. If an operand is tracked for gradients the result becomes one node of candle's graph with a
 //! backward pass of its own (`custom_op`), again fused or composed, so that no training flag can be forgotten and no
 //! fused operation drops a gradient.
 //!
 //! On CPUs with AVX-512 products and attention run on inner loops of our own (`avx512`), in bf16 on pairs if the CPU
-//! multiplies them; elsewhere on `faer`. Weights are read as they are stored: none is widened or
+//! multiplies them; elsewhere on `faer`. Weights are read as they are stored: none is converted or
 //! repacked as a whole.
 //!
 //! Computed in f32 whatever the dtype: norm statistics, the rotation of queries and keys, softmax, gate and residual of
@@ -25,7 +25,7 @@ mod attention_simd;
 #[cfg_attr(not(target_arch = "x86_64"), path = "avx512_stub.rs")]
 mod avx512;
 mod cpu;
-#[cfg_attr(not(feature = "cuda"), path = "cuda/absent.rs")]
+#[cfg_attr(not(feature = "cuda"), path = "cuda/stub.rs")]
 mod cuda;
 mod custom_op;
 mod dequantize;
@@ -41,11 +41,11 @@ mod swiglu;
 mod types;
 mod uninit;
 
-pub use attend::{attend, attend_beside_gelu, holds_scores_backward};
+pub use attend::{attend, attend_with_gelu, holds_scores_backward};
 pub(super) use attention::MAX_SCORES;
 pub use attention::holds_scores;
 pub use cuda::{add_products, limit_kept_memory, token_sums, trouble};
-pub use fused_linear::{attend_beside_gelu_of_product, gelu_of_product};
+pub use fused_linear::{attend_with_gelu_of_product, gelu_of_product};
 pub use gelu::gelu;
 pub use norm::norm_modulate;
 
@@ -58,7 +58,7 @@ pub use types::{Branch, Norms, Projected};
 
 use candle::{D, Result, Tensor};
 
-/// The sum of all numbers, a scalar; differentiable. Rows first, except on the CPU: candle's GPU kernel gives each result
+/// The sum of all numbers, a scalar; differentiable. RowView first, except on the CPU: candle's GPU kernel gives each result
 /// one block of threads, and so the sum of a whole tensor to one of a hundred processors.
 pub fn total(x: &Tensor) -> Result<Tensor> {
     if x.device().is_cpu() || x.rank() < 2 {

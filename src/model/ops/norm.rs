@@ -57,7 +57,7 @@ fn fused<T: Element>(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tenso
                 let factor = 1.0 / (variance + NORM_EPS as f32).sqrt();
                 for (((out, x), shift), scale) in out.iter_mut().zip(x).zip(shift).zip(scale) {
                     *out = T::narrow(
-                        (x.widen() - mean) * factor * (1.0 + scale.widen()) + shift.widen(),
+                        (x.to_f32() - mean) * factor * (1.0 + scale.to_f32()) + shift.to_f32(),
                     );
                 }
             },

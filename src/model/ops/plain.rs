@@ -53,10 +53,10 @@ pub(super) fn norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Resul
 }
 
 /// See `gelu::gelu`.
-pub(super) fn gelu(x: &Tensor, bias: Option<&Tensor>, beside: Option<&Tensor>) -> Result<Tensor> {
+pub(super) fn gelu(x: &Tensor, bias: Option<&Tensor>, prefix: Option<&Tensor>) -> Result<Tensor> {
     let y = biased(x, bias)?.gelu()?;
-    match beside {
-        Some(beside) => Tensor::cat(&[beside, &y], 2),
+    match prefix {
+        Some(prefix) => Tensor::cat(&[prefix, &y], 2),
         None => Ok(y),
     }
 }

@@ -171,7 +171,7 @@ fn tiled<T: Vector>(a: &Tensor, b: &Tensor, sum: Option<Tensor>) -> Result<Tenso
     Tensor::from_vec(out, (rows, columns), &candle::Device::Cpu)
 }
 
-/// The product of two matrices, each transposed first where asked for, plus `sum`.
+/// The product of two matrices, each transposed first if asked for, plus `sum`.
 fn fused(
     a: &Tensor,
     transpose_a: bool,

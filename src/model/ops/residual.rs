@@ -187,7 +187,7 @@ fn fused<T: Element>(branches: &[Branch]) -> Result<Tensor> {
                 for ((((out, x), y), bias), gate) in
                     out.iter_mut().zip(x).zip(y).zip(bias).zip(gate)
                 {
-                    *out = T::narrow(x.widen() + gate.widen() * (y.widen() + bias.widen()));
+                    *out = T::narrow(x.to_f32() + gate.to_f32() * (y.to_f32() + bias.to_f32()));
                 }
             },
         )

@@ -118,7 +118,7 @@ impl<T: Copy + Send> Uninit<'_, T> {
         let (rows, columns) = (self.nrows(), self.ncols());
         let (start, stride) = self.raw();
         for i in 0..rows {
-            // SAFETY: a row of the matrix, borrowed by nobody else; read only once it is written
+            // SAFETY: a row of the matrix, borrowed nowhere else; read only once it is written
             let slice = unsafe {
                 let start = start.offset(i as isize * stride);
                 std::slice::from_raw_parts_mut(start.cast::<MaybeUninit<T>>(), columns)

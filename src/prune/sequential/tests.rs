@@ -19,23 +19,23 @@ fn random(scale: f32, shape: &[usize]) -> Tensor {
     Tensor::randn(0f32, scale, shape, &Device::Cpu).unwrap()
 }
 
-/// The bundled model, and states of random latents and prompts.
-fn bundled(pictures: usize) -> (Flux, States) {
+/// The bundled model, and noised latents of random latents and prompts.
+fn bundled(images: usize) -> (Flux, NoisedLatents) {
     let pipeline = Pipeline::open(&ModelChoice::default()).unwrap();
     let vb = pipeline.transformer.var_builder(DType::F32, &Device::Cpu);
     let c = &pipeline.config;
     let prompts = Encoded::new(
-        random(1.0, &[pictures, 12, c.context_in_dim]),
-        random(1.0, &[pictures, c.vec_in_dim]),
+        random(1.0, &[images, 12, c.context_in_dim]),
+        random(1.0, &[images, c.vec_in_dim]),
     );
     let size = LatentSize {
         height: 8,
         width: 8,
         family: crate::layout::Family::FLUX1,
     };
-    let latents = random(1.0, &[pictures, 16, c.out_channels]);
-    let states = States::noised(latents, prompts, size, 3.5, 4, 1).unwrap();
-    (Flux::new(c, vb).unwrap(), states)
+    let latents = random(1.0, &[images, 16, c.out_channels]);
+    let noised = NoisedLatents::new(latents, prompts, size, 3.5, 4, 1).unwrap();
+    (Flux::new(c, vb).unwrap(), noised)
 }
 
 fn replace(id: BlockId, form: Form, joint: bool) -> Replacement {
@@ -46,26 +46,31 @@ fn replace(id: BlockId, form: Form, joint: bool) -> Replacement {
     }
 }
 
-fn fit(flux: &Flux, states: &States, replace: &[Replacement], refit: RefitProjections) -> Flux {
+fn fit(
+    flux: &Flux,
+    noised: &NoisedLatents,
+    replace: &[Replacement],
+    refit: RefitProjections,
+) -> Flux {
     let fitting = Fitting {
         ridge: None,
         sequential: true,
-        refit,
+        refit_projections: refit,
         batch: 48,
         tokens: None,
         on_device: 0,
     };
     let bar = ui::progress(1, "");
-    let fits = fit_layers(flux, states, replace, fitting, &runtime(), &bar).unwrap();
+    let fits = fit_layers(flux, noised, replace, fitting, &runtime(), &bar).unwrap();
     let mut out = pruned(flux, replace, &fits.layers, &runtime()).unwrap();
-    projections::put(&mut out, &fits.outputs, &runtime()).unwrap();
+    projections::put(&mut out, &fits.output_projections, &runtime()).unwrap();
     out
 }
 
-/// ‖velocity of `got` − velocity of `want`‖² / ‖velocity of `want`‖² on all states.
-fn off(got: &Flux, want: &Flux, states: &States) -> f64 {
-    let batch = states
-        .batch(0..states.len(), &Device::Cpu, DType::F32)
+/// ‖velocity of `got` − velocity of `want`‖² / ‖velocity of `want`‖² on all noised latents.
+fn off(got: &Flux, want: &Flux, noised: &NoisedLatents) -> f64 {
+    let batch = noised
+        .batch(0..noised.len(), &Device::Cpu, DType::F32)
         .unwrap();
     let velocity = |flux: &Flux| flux.forward(&batch.inputs(), &mut ()).unwrap();
     let (got, want) = (velocity(got), velocity(want));
@@ -74,7 +79,7 @@ fn off(got: &Flux, want: &Flux, states: &States) -> f64 {
 
 #[test]
 fn a_block_that_is_a_layer_of_the_form_is_recovered() {
-    let (flux, states) = bundled(48);
+    let (flux, noised) = bundled(48);
     let layer = |vec: bool| AffineLayer {
         linear: Linear::new(random(0.02, &[128, 128]), Some(random(0.1, &[128]))).unwrap(),
         vec: vec.then(|| Linear::new(random(0.02, &[128, 128]), None).unwrap()),
@@ -98,15 +103,15 @@ fn a_block_that_is_a_layer_of_the_form_is_recovered() {
         let mut known_flux = flux.clone();
         known_flux.trunk = flux.trunk.with_block(7, known.into()).unwrap();
         let replace = [replace(BlockId::single(2), form, joint)];
-        let fitted = fit(&known_flux, &states, &replace, RefitProjections::All);
-        let off = off(&fitted, &known_flux, &states).sqrt();
+        let fitted = fit(&known_flux, &noised, &replace, RefitProjections::All);
+        let off = off(&fitted, &known_flux, &noised).sqrt();
         assert!(off < 1e-5, "{form} joint {joint}: {off}");
     }
 }
 
 #[test]
 fn each_further_refit_brings_the_velocity_nearer() {
-    let (flux, states) = bundled(40);
+    let (flux, noised) = bundled(40);
     let replace = [
         replace(BlockId::double(1), Form::Linear, false),
         replace(BlockId::single(4), Form::Modulated, false),
@@ -116,13 +121,13 @@ fn each_further_refit_brings_the_velocity_nearer() {
         RefitProjections::Head,
         RefitProjections::All,
     ]
-    .map(|refit| off(&fit(&flux, &states, &replace, refit), &flux, &states));
+    .map(|refit| off(&fit(&flux, &noised, &replace, refit), &flux, &noised));
     assert!(all < head && head < none, "{none} {head} {all}");
 }
 
 #[test]
 fn nothing_is_refitted_where_nothing_is_replaced() {
-    let (flux, states) = bundled(2);
-    let same = fit(&flux, &states, &[], RefitProjections::All);
-    assert!(off(&same, &flux, &states) <= 0.0);
+    let (flux, noised) = bundled(2);
+    let same = fit(&flux, &noised, &[], RefitProjections::All);
+    assert!(off(&same, &flux, &noised) <= 0.0);
 }

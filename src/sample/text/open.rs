@@ -9,7 +9,7 @@ use super::ops::Activation;
 use super::t5::T5;
 use super::t5_config::{FeedForward, T5Config};
 use super::{ClipText, flux1::ClipAndT5};
-use crate::checkpoint::{Checkpoint, advise};
+use crate::checkpoint::{Checkpoint, with_hint};
 use crate::files::{Blob, Files};
 use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
 
@@ -64,14 +64,13 @@ impl ClipAndT5 {
         let (clip, clip_config) = open(files, Family::Clip)?;
         let (t5, t5_config) = open(files, Family::T5)?;
         let clip_config = match clip_config {
-            Some(blob) => advise(clip_from_json(&blob), DAMAGED)
+            Some(blob) => with_hint(clip_from_json(&blob), DAMAGED)
                 .with_context(|| describe(files, Family::Clip))?,
             None => infer_clip(&clip)?,
         };
         let t5_config = match t5_config {
-            Some(blob) => {
-                advise(t5_from_json(&blob), DAMAGED).with_context(|| describe(files, Family::T5))?
-            }
+            Some(blob) => with_hint(t5_from_json(&blob), DAMAGED)
+                .with_context(|| describe(files, Family::T5))?,
             None => infer_t5(&t5)?,
         };
         check(&clip, &clip_config.tensors())?;
@@ -121,7 +120,7 @@ impl ClipText {
     }
 }
 
-/// What transformers' `CLIPTextConfig` has where a config says nothing.
+/// What transformers' `CLIPTextConfig` has if a config says nothing.
 fn clip_defaults() -> serde_json::Value {
     serde_json::json!({
         "vocab_size": FLUX1_CLIP_ROWS,
@@ -154,7 +153,7 @@ pub(super) fn describe(files: &Files, family: Family) -> String {
 pub(super) fn open(files: &Files, family: Family) -> Result<(Checkpoint, Option<Blob>)> {
     let (folder, word, known) = names(family);
     let sub = files.sub(folder);
-    let (raw, config) = match advise(Checkpoint::open_if_present(&sub, "model"), DAMAGED)? {
+    let (raw, config) = match with_hint(Checkpoint::open_if_present(&sub, "model"), DAMAGED)? {
         Some(raw) => (raw, sub.get("config.json")?),
         None => (single_file(files, word, folder)?, None),
     };
@@ -190,17 +189,17 @@ fn single_file(files: &Files, word: &str, folder: &str) -> Result<Checkpoint> {
     };
     let found: Vec<String> = files.list()?.into_iter().filter(named).collect();
     match found.as_slice() {
-        [one] => advise(
+        [one] => with_hint(
             Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
             DAMAGED,
         ),
         [] => bail!(
             "`{}` holds no folder `{folder}` with a model.safetensors in it, and no `…{word}….safetensors`\nhint: fetch it, or name a folder with both text encoders with --text-encoders",
-            files.locator()
+            files.model_ref()
         ),
         many => bail!(
             "`{}` holds several {word} text encoders ({}); leave one of them there",
-            files.locator(),
+            files.model_ref(),
             many.join(", ")
         ),
     }
@@ -309,7 +308,7 @@ pub(super) fn t5_token_count(files: &Files, prompt: &str) -> Result<usize> {
     tokenizer(files, Family::T5, FLUX1_T5_ROWS)?.token_count(prompt)
 }
 
-/// The tokenizer in the pipeline's folder, or FLUX.1's where there is none and the embedding has FLUX.1's size.
+/// The tokenizer in the pipeline's folder, or FLUX.1's if there is none and the embedding has FLUX.1's size.
 fn tokenizer(files: &Files, family: Family, rows: usize) -> Result<PromptTokenizer> {
     let folder = match family {
         Family::T5 => "tokenizer_2",
@@ -364,5 +363,5 @@ pub(super) fn tokenizer_in(
         special_tokens_map: map.as_deref(),
     };
     PromptTokenizer::new(family, &tokenizer)
-        .with_context(|| format!("tokenizer in `{}`", sub.locator()))
+        .with_context(|| format!("tokenizer in `{}`", sub.model_ref()))
 }

@@ -10,7 +10,7 @@ use super::{
     qwen3_config::Qwen3Config,
 };
 use crate::{
-    checkpoint::{Checkpoint, advise},
+    checkpoint::{Checkpoint, with_hint},
     files::Files,
     sample::tokenize::{Family, PromptTokenizer},
 };
@@ -26,7 +26,7 @@ impl Qwen3Text {
     ) -> Result<Self> {
         let (qwen, config) = open(files, Family::Qwen2)?;
         let config = match config {
-            Some(blob) => advise(qwen3_from_json(&blob), DAMAGED)
+            Some(blob) => with_hint(qwen3_from_json(&blob), DAMAGED)
                 .with_context(|| describe(files, Family::Qwen2))?,
             None => infer_qwen3(&qwen)?,
         };
@@ -67,7 +67,7 @@ fn infer_qwen3(checkpoint: &Checkpoint) -> Result<Qwen3Config> {
         "num_key_value_heads": heads(kv),
         "head_dim": head_dim,
     }))?;
-    advise(config.check(), DAMAGED).with_context(|| format!("`{}`", checkpoint.name))?;
+    with_hint(config.check(), DAMAGED).with_context(|| format!("`{}`", checkpoint.name))?;
     Ok(config)
 }
 

@@ -154,7 +154,7 @@ mod tests {
         let (got, want) = (of(DType::BF16)?, of(DType::F32)?);
         let size = |x: &Tensor| x.sqr()?.sum_all()?.to_scalar::<f32>();
         let error = (size(&(got - &want)?)? / size(&want)?).sqrt();
-        assert!(error < 5e-3, "{error}"); // 0.017 where they are rounded
+        assert!(error < 5e-3, "{error}"); // 0.017 if they are rounded
         Ok(())
     }
 

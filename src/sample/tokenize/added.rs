@@ -55,7 +55,7 @@ impl AddedTokens {
         let mut names = Vec::new();
         let mut new = Vec::new();
         for name in NAMED {
-            // special_tokens_map.json is only read where the config does not list its added tokens
+            // special_tokens_map.json is only read if the config does not list its added tokens
             let mapped = decoder
                 .is_none()
                 .then(|| &special_map[name])

@@ -19,9 +19,9 @@ pub struct TokenizerFiles<'a> {
     pub class: Option<&'a str>,
     /// `tokenizer.json`.
     pub tokenizer: Option<&'a [u8]>,
-    /// `vocab.json`, read where there is no `tokenizer.json`.
+    /// `vocab.json`, read if there is no `tokenizer.json`.
     pub vocab: Option<&'a [u8]>,
-    /// `merges.txt`, read where there is no `tokenizer.json`.
+    /// `merges.txt`, read if there is no `tokenizer.json`.
     pub merges: Option<&'a [u8]>,
     /// `tokenizer_config.json`.
     pub config: Option<&'a [u8]>,
@@ -128,7 +128,7 @@ impl PromptTokenizer {
             side("padding_side", "padding"),
             side("truncation_side", "truncation"),
         );
-        // transformers writes 1e30 where a tokenizer has no limit
+        // transformers writes 1e30 if a tokenizer has no limit
         let max_length = config["model_max_length"].as_u64().map(|n| n as usize);
         tokenizer
             .with_truncation(None)
@@ -148,7 +148,7 @@ impl PromptTokenizer {
         })
     }
 
-    /// `model_max_length` of the tokenizer's config; `None` where it has no limit.
+    /// `model_max_length` of the tokenizer's config; `None` if it has no limit.
     pub fn model_max_length(&self) -> Option<usize> {
         self.max_length
     }

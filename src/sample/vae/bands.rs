@@ -2,14 +2,14 @@
 //!
 //! Tiles that are decoded apart and blended, as diffusers has them, differ from the whole image: each has group norms of
 //! its own. Here all bands go through a layer before any goes through the next, and a norm sees the statistics of all of
-//! them; a convolution sees the rows beside its band. So nothing is approximate and there are no seams.
+//! them; a convolution sees the rows next to its band. So nothing is approximate and there are no seams.
 
 use candle::{Device, Result, Tensor};
 
 use super::layers::{Conv2d, Level, Norm, Resnet};
 use super::norm::Statistics;
 
-/// A feature map (b, c, h, w) in bands of rows, kept where there is room for all of them.
+/// A feature map (b, c, h, w) in bands of rows, kept if there is room for all of them.
 #[derive(Debug)]
 pub(super) struct Bands {
     /// (b, c, rows, w) each, from top to bottom.
@@ -17,21 +17,21 @@ pub(super) struct Bands {
     /// Where they are computed with.
     device: Device,
     /// Where they are kept.
-    park: Device,
+    offload_device: Device,
 }
 
 impl Bands {
     /// Cuts `x` (b, c, h, w) into bands of `rows` rows, the last one perhaps smaller.
-    pub(super) fn cut(x: &Tensor, rows: usize, park: &Device) -> Result<Self> {
+    pub(super) fn cut(x: &Tensor, rows: usize, offload_device: &Device) -> Result<Self> {
         let (height, rows) = (x.dim(2)?, rows.max(1));
         let parts = (0..height).step_by(rows).map(|first| {
             let band = x.narrow(2, first, rows.min(height - first))?;
-            band.contiguous()?.to_device(park)
+            band.contiguous()?.to_device(offload_device)
         });
         Ok(Self {
             parts: parts.collect::<Result<_>>()?,
             device: x.device().clone(),
-            park: park.clone(),
+            offload_device: offload_device.clone(),
         })
     }
 
@@ -94,7 +94,7 @@ impl Bands {
         };
         let parts = (0..self.parts.len()).map(|i| {
             self.convolved(i, norm.as_ref(), conv)?
-                .to_device(&self.park)
+                .to_device(&self.offload_device)
         });
         Ok(Self {
             parts: parts.collect::<Result<_>>()?,
@@ -107,13 +107,13 @@ impl Bands {
         let mut inner = Self {
             parts: Vec::new(),
             device: self.device.clone(),
-            park: self.park.clone(),
+            offload_device: self.offload_device.clone(),
         };
         let mut statistics = Statistics::default();
         for i in 0..self.parts.len() {
             let y = self.convolved(i, Some(&norm1), &resnet.conv1)?;
             statistics = statistics.join(resnet.norm2.statistics(&y)?);
-            inner.parts.push(y.to_device(&self.park)?);
+            inner.parts.push(y.to_device(&self.offload_device)?);
         }
         let norm2 = resnet.norm2.knowing(statistics);
         for i in 0..self.parts.len() {
@@ -123,8 +123,8 @@ impl Bands {
                 Some(shortcut) => shortcut.forward(&x)?,
                 None => x,
             };
-            // nobody needs the band before the one above any more, nor this one of the input
-            self.parts[i] = (x + y)?.to_device(&self.park)?;
+            // the band before the one above is not needed any more, nor this one of the input
+            self.parts[i] = (x + y)?.to_device(&self.offload_device)?;
             if i > 0 {
                 inner.parts[i - 1] = inner.last_rows(i - 1, resnet.conv2.halo())?;
             }

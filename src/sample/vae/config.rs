@@ -34,9 +34,9 @@ pub struct VaeConfig {
     pub use_quant_conv: bool,
     /// A 1×1 convolution before the decoder.
     pub use_post_quant_conv: bool,
-    act_fn: String,
-    down_block_types: Vec<String>,
-    up_block_types: Vec<String>,
+    pub(super) act_fn: String,
+    pub(super) down_block_types: Vec<String>,
+    pub(super) up_block_types: Vec<String>,
 }
 
 impl Default for VaeConfig {

@@ -80,7 +80,7 @@ impl Conv {
         let mut strips = Vec::new();
         for start in (0..height).step_by(rows) {
             let rows = rows.min(height - start);
-            // the rows that it sees; padded ones only where the stride is 1
+            // the rows that it sees; padded ones only if the stride is 1
             let (first, end) = (start * self.stride, (start + rows - 1) * self.stride + k);
             let (from, to) = (first.saturating_sub(padding), h.min(end - padding));
             let strip = x.narrow(2, from, to - from)?;

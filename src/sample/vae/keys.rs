@@ -1,4 +1,4 @@
-//! The original autoencoder's tensor names ⇄ diffusers' ones, and its sizes where no config says them. Values stay as they are: the
+//! The original autoencoder's tensor names ⇄ diffusers' ones, and its sizes if no config says them. Values stay as they are: the
 //! attention's 1×1 convolutions are read as matrices by `layers.rs`.
 //!
 //! Source: BFL `src/flux/modules/autoencoder.py`, diffusers `loaders/single_file_utils.py` (`convert_ldm_vae_checkpoint`).

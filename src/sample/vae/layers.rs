@@ -55,7 +55,7 @@ impl Conv2d {
         self.geometry.before
     }
 
-    /// Rows that come out for each that goes in, where the size does not shrink.
+    /// Rows that come out for each that goes in, if the size does not shrink.
     pub(super) fn growth(&self) -> usize {
         1 + usize::from(self.geometry.double)
     }
@@ -105,7 +105,7 @@ impl Norm {
     }
 }
 
-/// `x + conv2(silu(norm2(conv1(silu(norm1(x))))))`, with a 1×1 convolution on `x` where the channels change.
+/// `x + conv2(silu(norm2(conv1(silu(norm1(x))))))`, with a 1×1 convolution on `x` if the channels change.
 #[derive(Debug)]
 pub(super) struct Resnet {
     pub(super) norm1: Norm,

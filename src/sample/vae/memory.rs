@@ -2,13 +2,13 @@
 
 use super::{VaeConfig, conv::MAX_UNFOLDED};
 
-/// Bytes that decoding one image takes beside the weights.
+/// Bytes that decoding one image takes in addition to the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryEstimate {
     /// Of what is computed with.
     pub work: u64,
-    /// Of what waits for its turn, where bands are kept; nothing when the image is decoded at once.
-    pub parked: u64,
+    /// Of what waits for its turn, if bands are kept; nothing when the image is decoded at once.
+    pub offloaded: u64,
     /// Numbers, not bytes, of the largest feature map.
     pub largest: u64,
 }
@@ -40,7 +40,7 @@ impl VaeConfig {
     }
 
     /// What decoding latents of `height`×`width` takes, at once or in bands of `rows` rows of them, in numbers of
-    /// `element` bytes; `unfolded` where convolutions write what their taps see, nine times their input, a strip of
+    /// `element` bytes; `unfolded` if convolutions write what their taps see, nine times their input, a strip of
     /// rows at a time, and norms are composed in f32.
     pub fn decode_memory(
         &self,
@@ -53,7 +53,7 @@ impl VaeConfig {
         let mut out = MemoryEstimate::default();
         let mut see = |pixels: u64, kept: u64, work: Work| {
             let all = pixels * height as u64 * width as u64 * element;
-            out.parked = out.parked.max(all * kept);
+            out.offloaded = out.offloaded.max(all * kept);
             // a band has a row of its neighbours on either side
             let share = pixels * (band + 2).min(height as u64) * width as u64;
             let mut bytes = share * work.maps * element;
@@ -61,7 +61,7 @@ impl VaeConfig {
                 bytes += share * work.wide * 4
                     + (share * work.columns).min(MAX_UNFOLDED as u64) * element;
             }
-            // allocators keep some of what is freed: 3.3 GB were measured at 1024² where 2.7 are alive
+            // allocators keep some of what is freed: 3.3 GB were measured at 1024², of which 2.7 are alive
             out.work = out.work.max(bytes / 4 * 5);
             out.largest = out.largest.max(share * work.largest);
         };
@@ -109,7 +109,7 @@ impl VaeConfig {
             }
         }
         if rows.is_none() {
-            out.parked = 0;
+            out.offloaded = 0;
         }
         out
     }
@@ -161,7 +161,7 @@ mod tests {
         );
         let of = |side, rows, unfolded| config.decode_memory((side, side), rows, 2, unfolded);
         let whole = of(128, None, true);
-        assert_eq!(whole.parked, 0);
+        assert_eq!(whole.offloaded, 0);
         // most of it a norm of 256 channels of every pixel, in f32
         assert!((3e9..3.6e9).contains(&(whole.work as f64)), "{whole:?}");
         assert_eq!(whole.largest, 256 << 20);
@@ -169,7 +169,7 @@ mod tests {
         assert!((1.3e9..2.0e9).contains(&(lean.work as f64)), "{lean:?}");
         let bands = of(128, Some(16), true);
         assert!(bands.work < whole.work / 5, "{bands:?}");
-        assert!(bands.parked < whole.work / 4, "{bands:?}");
+        assert!(bands.offloaded < whole.work / 4, "{bands:?}");
         assert!(bands.largest < whole.largest / 6, "{bands:?}");
         // four times the pixels, four times the memory
         assert_eq!(of(256, None, true).work, 4 * whole.work);

@@ -32,7 +32,7 @@ pub struct Vae {
 }
 
 impl Vae {
-    /// Loads the decoder, and the encoder where the tensors hold one.
+    /// Loads the decoder, and the encoder if the tensors hold one.
     pub fn new(config: &VaeConfig, vb: &VarBuilder) -> Result<Self> {
         let decoder = Decoder::new(config, vb)?;
         let encoder = vb
@@ -75,13 +75,18 @@ impl Vae {
     }
 
     /// The same a band of `rows` rows of latents at a time, each layer after the other; what waits for its turn is kept
-    /// on `park`, where the image will be. Takes a little longer and gives the same image up to rounding.
+    /// on `offload_device`, where the image will be. Takes a little longer and gives the same image up to rounding.
     ///
     /// # Errors
     /// As [`Self::decode`].
-    pub fn decode_in_bands(&self, latents: &Tensor, rows: usize, park: &Device) -> Result<Tensor> {
+    pub fn decode_in_bands(
+        &self,
+        latents: &Tensor,
+        rows: usize,
+        offload_device: &Device,
+    ) -> Result<Tensor> {
         let latents = self.unscaled(latents)?.to_dtype(self.dtype)?;
-        self.decoder.in_bands(&latents, rows, park)
+        self.decoder.in_bands(&latents, rows, offload_device)
     }
 
     /// Latents as the transformer makes them → as the decoder takes them, (b, latent_channels, h, w), f32.
@@ -244,8 +249,8 @@ impl Decoder {
         self.mid.forward(&self.conv_in.forward(&x)?)
     }
 
-    fn in_bands(&self, latents: &Tensor, rows: usize, park: &Device) -> Result<Tensor> {
-        let mut x = Bands::cut(&self.lowest(latents)?, rows, park)?;
+    fn in_bands(&self, latents: &Tensor, rows: usize, offload_device: &Device) -> Result<Tensor> {
+        let mut x = Bands::cut(&self.lowest(latents)?, rows, offload_device)?;
         for level in &self.levels {
             x = x.level(level)?;
         }

@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, bail};
 use candle::{DType, Device};
 
 use super::{Vae, VaeConfig, keys};
-use crate::checkpoint::{Checkpoint, advise};
+use crate::checkpoint::{Checkpoint, with_hint};
 use crate::files::{Blob, Files};
 
 /// What to do about a file that is damaged.
@@ -17,7 +17,7 @@ impl Vae {
     /// When files are missing or damaged, or shapes contradict the config; the message names the file.
     pub fn load_folder(files: &Files, dtype: DType, device: &Device) -> Result<Self> {
         let raw = Checkpoint::open_if_present(files, "diffusion_pytorch_model");
-        let raw = match advise(raw, DAMAGED)? {
+        let raw = match with_hint(raw, DAMAGED)? {
             Some(raw) => raw,
             None => only_file(files)?,
         };
@@ -34,7 +34,7 @@ impl Vae {
     /// # Errors
     /// When it is damaged or holds no autoencoder like those of FLUX.1 and FLUX.2.
     pub fn load_file(name: &str, blob: &Blob, dtype: DType, device: &Device) -> Result<Self> {
-        let raw = advise(Checkpoint::from_blob(name, blob), DAMAGED)?;
+        let raw = with_hint(Checkpoint::from_blob(name, blob), DAMAGED)?;
         Self::load(&raw, None, dtype, device)
     }
 
@@ -86,17 +86,17 @@ fn only_file(files: &Files) -> Result<Checkpoint> {
         .filter(|name| name.ends_with(".safetensors"))
         .collect();
     match weights.as_slice() {
-        [one] => advise(
+        [one] => with_hint(
             Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
             DAMAGED,
         ),
         [] => bail!(
             "`{}` holds no VAE: there is no .safetensors file",
-            files.locator()
+            files.model_ref()
         ),
         many => bail!(
             "`{}` holds several .safetensors files ({}); name the VAE's",
-            files.locator(),
+            files.model_ref(),
             many.join(", ")
         ),
     }

@@ -51,7 +51,10 @@ fn numbers_out_of_range_are_refused_by_name() {
     refused(|r| r.data.guidance = Some(-1.0), "data.guidance");
     // nor may a slip of the finger exhaust memory
     refused(|r| r.data.batch = Some(100_000_000), "--batch 1");
-    refused(|r| r.data.samples = Some(usize::MAX), "--num-prompts 18");
+    refused(
+        |r| r.data.num_prompts = Some(usize::MAX),
+        "--num-prompts 18",
+    );
     refused(|r| r.data.cache = usize::MAX, "--cache 18");
     refused(|r| r.data.steps = Some(1 << 63), "data.steps");
     refused(|r| r.data.held_out = Some(1 << 63), "data.held-out");

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 use super::SandwichRecipe;
 use crate::{
-    calibrate::recipe::{MAX_BATCH, MAX_SAMPLES},
+    calibrate::recipe::{MAX_BATCH, MAX_PROMPTS},
     pipeline::defaults::MAX_STEPS_OF_DATA,
 };
 
@@ -72,7 +72,7 @@ impl SandwichRecipe {
         let d = &self.data;
         for (name, value, least, most) in [
             ("--batch", d.batch.unwrap_or(1), 1, MAX_BATCH),
-            ("--num-prompts", d.samples.unwrap_or(1), 1, MAX_SAMPLES),
+            ("--num-prompts", d.num_prompts.unwrap_or(1), 1, MAX_PROMPTS),
             ("--steps", self.steps, 0, MAX_TRAINING_STEPS),
             ("--finetune", self.finetune.steps, 0, MAX_TRAINING_STEPS),
             ("--accumulate", d.accumulate, 1, MAX_ACCUMULATE),

@@ -147,7 +147,7 @@ fn train(
         images,
         held_out,
         batch: 2,
-        held_out_states: 3,
+        num_held_out: 3,
         recipe,
         save_every: 1,
         gradient_checkpointing: true,

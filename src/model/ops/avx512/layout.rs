@@ -6,7 +6,7 @@ use half::bf16;
 
 use super::{LANES, Vector};
 
-/// The first `n` lanes, all where there are more.
+/// The first `n` lanes, all if there are more.
 fn first(n: usize) -> __mmask16 {
     if n >= LANES { !0 } else { (1 << n) - 1 }
 }

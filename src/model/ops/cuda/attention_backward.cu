@@ -1,4 +1,4 @@
-// The backward pass of softmax attention on tensor cores, without matrices of scores in memory. Its slow twin is
+// The backward pass of softmax attention on tensor cores, without matrices of scores in memory. Its reference implementation is
 // `plain::attention_backward`; `attention_backward.rs` compiles it, calls it and compares the two.
 //
 // With S = scale · Q·Kᵀ, P = softmax(S), dP = dO·Vᵀ and D the sum of P ∘ dP over each row:
@@ -19,7 +19,7 @@ __device__ inline unsigned shared_address(const void *at) {
     return address;
 }
 
-// Begins to copy 16 bytes from global to shared memory, or to write as many zeros where `bytes` is 0.
+// Begins to copy 16 bytes from global to shared memory, or to write as many zeros if `bytes` is 0.
 __device__ inline void copy_16_bytes(unsigned to, const void *from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(bytes) : "memory");
 }
@@ -73,21 +73,21 @@ struct TensorBF16 {
 
 // --- tiles -----------------------------------------------------------------------------------------------------------
 
-// Rows that a block of threads keeps, 16 for each warp; rows of a tile; threads.
+// RowView that a block of threads keeps, 16 for each warp; rows of a tile; threads.
 const int KEPT = 128, TILE = 64, THREADS = 2 * KEPT;
 // Columns of S and dP that exist at a time for each warp, in the kernel that keeps queries and in the one that keeps keys.
 const int QUERIES_CHUNK = 32, KEYS_CHUNK = 32;
 
 struct AttentionBackward {
     const void *q, *k, *v;  // (batch, heads, tokens, size), contiguous
-    Rows grad;              // dO: (batch, tokens, heads · size)
+    RowView grad;              // dO: (batch, tokens, heads · size)
     void *out;              // dQ, dK and dV: (3, batch, heads, tokens, size)
     float *sums;            // (2, batch, heads, padded): binary logarithms of the sums of exponentials, and D
     int tokens, padded;     // `padded`: the next multiple of 128
     float scale;
 };
 
-// Rows of one head in global memory.
+// RowView of one head in global memory.
 struct Matrix {
     const unsigned short *data;
     long long stride;

@@ -1,5 +1,5 @@
 //! The backward pass of attention on tensor cores (`attention_backward.cu`). It is compiled and compared with its slow
-//! twin when a device first asks for it: inference has no use for it.
+//! reference when a device first asks for it: inference has no use for it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
@@ -9,7 +9,7 @@ use candle::{CudaDevice, DType, Device, Result, Tensor};
 
 use super::super::plain;
 use super::super::types::Heads;
-use super::launch::{ATTENTION_BACKWARD, AttentionBackward, Module, Rows, address_of};
+use super::launch::{ATTENTION_BACKWARD, AttentionBackward, Module, RowView, address_of};
 
 /// The size of a head that the kernels are made for.
 const HEAD: usize = 128;
@@ -24,8 +24,8 @@ const KEYS: &str = "attention_backward_keys";
 /// Two tiles of each of two operands, and of both sums.
 const SHARED: usize = 4 * TILE * (HEAD * 2 + 4);
 /// The largest second and third size of a grid.
-const MOST_BLOCKS: usize = 65_535;
-/// How far results may be from those of the twin: weights and gradients of scores are rounded before they are
+const MAX_BLOCKS: usize = 65_535;
+/// How far results may be from those of the reference: weights and gradients of scores are rounded before they are
 /// multiplied, the results once more.
 const TOLERANCES: [(DType, f64); 2] = [(DType::F16, 7e-4), (DType::BF16, 5e-3)];
 
@@ -41,7 +41,7 @@ fn loaded(device: &CudaDevice) -> Arc<Loaded> {
 }
 
 fn load(device: &CudaDevice) -> Loaded {
-    let module = Module::of(&ATTENTION_BACKWARD, device, &[QUERIES, KEYS])?;
+    let module = Module::from_program(&ATTENTION_BACKWARD, device, &[QUERIES, KEYS])?;
     match check(&module) {
         Ok(()) => Ok(module),
         Err(why) => {
@@ -73,7 +73,7 @@ pub(in super::super) fn has_attention_backward(device: &Device, dtype: DType, he
 }
 
 /// Gradients of queries, keys and values (each (batch, heads, tokens, head size), contiguous), stacked, from that of the
-/// attended values, (batch, tokens, heads · head size). Nothing where the twin has to do it.
+/// attended values, (batch, tokens, heads · head size). Nothing if the reference has to do it.
 pub(in super::super) fn attention_backward(heads: &Heads, grad: &Tensor) -> Result<Option<Tensor>> {
     let Heads { q, k, v } = heads;
     let alike =
@@ -92,7 +92,7 @@ pub(in super::super) fn attention_backward(heads: &Heads, grad: &Tensor) -> Resu
 fn call(module: &Module, Heads { q, k, v }: &Heads, grad: &Tensor) -> Result<Option<Tensor>> {
     let (dtype, (batch, heads, tokens, size)) = (q.dtype(), q.dims4()?);
     let padded = tokens.next_multiple_of(KEPT);
-    let Some(rows) = Rows::of(grad)? else {
+    let Some(rows) = RowView::new(grad)? else {
         return Ok(None);
     };
     let operands = [q, k, v];
@@ -110,7 +110,7 @@ fn call(module: &Module, Heads { q, k, v }: &Heads, grad: &Tensor) -> Result<Opt
             .any(|x| x.dims() != q.dims() || !x.is_contiguous())
         || grad.dims() != [batch, tokens, heads * size]
         || !aligned
-        || heads.max(batch) > MOST_BLOCKS
+        || heads.max(batch) > MAX_BLOCKS
         || i32::try_from(padded).is_err()
     {
         return Ok(None);
@@ -136,7 +136,7 @@ fn call(module: &Module, Heads { q, k, v }: &Heads, grad: &Tensor) -> Result<Opt
     Ok(Some(out.tensor((3, batch, heads, tokens, size))))
 }
 
-/// Whether the kernels agree with their twin: in one token, in tokens that fill no tile, in more than one tile; with a
+/// Whether the kernels agree with their reference: in one token, in tokens that fill no tile, in more than one tile; with a
 /// gradient among other columns.
 fn check(module: &Module) -> Result<()> {
     for (dtype, tolerance) in TOLERANCES {

@@ -5,7 +5,7 @@ use candle::cuda_backend::WrapErr;
 use candle::cuda_backend::cudarc::cublas::{result as cublas, sys as blas};
 use candle::{DType, Result, Tensor};
 
-use super::launch::{Blank, Module, Rows, address_of};
+use super::launch::{Blank, Module, RowView, address_of};
 
 fn format(dtype: DType) -> blas::cudaDataType_t {
     match dtype {
@@ -68,7 +68,7 @@ impl Module {
     pub(super) fn product_over_tokens(
         &self,
         dtype: DType,
-        [x, y]: [Rows; 2],
+        [x, y]: [RowView; 2],
         [samples, tokens, width]: [usize; 3],
         out: &Blank,
         place: usize,
@@ -78,7 +78,7 @@ impl Module {
         let c = out.address()? + (place * width * width * size_of::<f32>()) as u64;
         for sample in 0..samples {
             let (alpha, beta) = (1f32, if sample == 0 { 0f32 } else { 1f32 });
-            let at = |rows: &Rows| {
+            let at = |rows: &RowView| {
                 let skipped = rows.batch * (sample * dtype.size_in_bytes()) as i64;
                 rows.data + skipped as u64
             };

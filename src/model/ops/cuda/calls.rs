@@ -3,23 +3,25 @@
 use candle::{DType, Result, Tensor};
 
 use super::super::types::{Branch, HEADS_EPS, Heads, NORM_EPS, Projected};
-use super::launch::{self, GatedResidual, Gelu, Module, NormModulate, Rows, Softmax, address_of};
+use super::launch::{
+    self, GatedResidual, Gelu, Module, NormModulate, RowView, Softmax, address_of,
+};
 use crate::model::rope::Rope;
 
 /// Bytes that a thread moves at a time.
 const PIECE: usize = 16;
-/// Threads in a block, where a row does not ask for more.
+/// Threads in a block, if a row does not ask for more.
 const THREADS: usize = 128;
 /// Tokens for which a thread keeps bias and gate.
 const TOKENS: usize = 4;
 /// Pieces of a row that a thread of `norm_modulate` and `softmax` holds (`HELD`), and the most threads there are for a row.
 const HELD: usize = 4;
-const MOST_THREADS: usize = 512;
-const MOST_THREADS_SOFTMAX: usize = 1024;
+const MAX_THREADS: usize = 512;
+const MAX_THREADS_SOFTMAX: usize = 1024;
 /// Threads that add up among themselves.
 const WARP: usize = 32;
 /// The largest second and third size of a grid.
-const MOST_BLOCKS: usize = 65_535;
+const MAX_BLOCKS: usize = 65_535;
 
 /// Collects the operands of a call; remembers what does not fit.
 struct Operands {
@@ -52,9 +54,9 @@ impl Operands {
         self.whole &= width.is_multiple_of(self.piece());
     }
 
-    fn rows<'a>(&mut self, x: &'a Tensor, shape: &[usize]) -> Result<Rows<'a>> {
+    fn rows<'a>(&mut self, x: &'a Tensor, shape: &[usize]) -> Result<RowView<'a>> {
         self.fits(x.dims() == shape);
-        let rows = Rows::of(x)?;
+        let rows = RowView::new(x)?;
         self.fits(rows.is_some());
         let rows = rows.unwrap_or_default();
         let aligned = |bytes: i64| bytes % PIECE as i64 == 0;
@@ -64,8 +66,8 @@ impl Operands {
         Ok(rows)
     }
 
-    fn some_rows<'a>(&mut self, x: Option<&'a Tensor>, shape: &[usize]) -> Result<Rows<'a>> {
-        x.map_or(Ok(Rows::default()), |x| self.rows(x, shape))
+    fn some_rows<'a>(&mut self, x: Option<&'a Tensor>, shape: &[usize]) -> Result<RowView<'a>> {
+        x.map_or(Ok(RowView::default()), |x| self.rows(x, shape))
     }
 
     /// The address of a contiguous tensor of f32.
@@ -79,7 +81,7 @@ impl Operands {
 
 /// Blocks for `columns` pieces of each token, of `tokens` tokens, [`TOKENS`] for a thread, and `batch` samples.
 fn grid(columns: usize, tokens: usize, batch: usize) -> [usize; 3] {
-    let rows = tokens.div_ceil(TOKENS).min(MOST_BLOCKS);
+    let rows = tokens.div_ceil(TOKENS).min(MAX_BLOCKS);
     [columns.div_ceil(THREADS), rows, batch]
 }
 
@@ -101,7 +103,7 @@ pub(super) fn norm_modulate(
     let threads = width
         .div_ceil(operands.piece() * HELD)
         .next_multiple_of(WARP);
-    operands.fits(threads <= MOST_THREADS && batch <= MOST_BLOCKS);
+    operands.fits(threads <= MAX_THREADS && batch <= MAX_BLOCKS);
     if !operands.fits {
         return Ok(None);
     }
@@ -132,7 +134,7 @@ pub(super) fn softmax(module: &Module, scores: &Tensor, dtype: DType) -> Result<
     let threads = width
         .div_ceil(operands.piece() * HELD)
         .next_multiple_of(WARP);
-    operands.fits(threads <= MOST_THREADS_SOFTMAX);
+    operands.fits(threads <= MAX_THREADS_SOFTMAX);
     if !operands.fits {
         return Ok(None);
     }
@@ -163,7 +165,7 @@ pub(super) fn gated_residual(module: &Module, branches: &[Branch]) -> Result<Opt
     let gates = gates.collect::<Result<Vec<_>>>()?;
     let mut operands = Operands::new(dtype);
     operands.width(width);
-    operands.fits(batch <= MOST_BLOCKS);
+    operands.fits(batch <= MAX_BLOCKS);
     let mut parts = Vec::with_capacity(branches.len());
     for (branch, gate) in branches.iter().zip(&gates) {
         let tokens = branch.x.dim(1)?;
@@ -216,7 +218,7 @@ pub(super) fn heads(
     operands.width(size);
     let table = [operands.table(rope.cos())?, operands.table(rope.sin())?];
     let lanes = size.div_ceil(operands.piece()).next_power_of_two();
-    operands.fits(size.is_multiple_of(2) && lanes <= WARP && batch <= MOST_BLOCKS);
+    operands.fits(size.is_multiple_of(2) && lanes <= WARP && batch <= MAX_BLOCKS);
     let mut parts = Vec::with_capacity(streams.len());
     for Projected { qkv, bias, norms } in streams {
         let (_, tokens, width) = qkv.dims3()?;
@@ -290,28 +292,28 @@ pub(super) fn gelu(
     module: &Module,
     x: &Tensor,
     bias: Option<&Tensor>,
-    beside: Option<&Tensor>,
+    prefix: Option<&Tensor>,
 ) -> Result<Option<Tensor>> {
     let (dtype, (batch, tokens, width)) = (x.dtype(), x.dims3()?);
-    let front = beside.map_or(Ok(0), |beside| beside.dim(2))?;
+    let front = prefix.map_or(Ok(0), |prefix| prefix.dim(2))?;
     let mut operands = Operands::new(dtype);
     operands.width(width);
     operands.width(front);
-    operands.fits(batch <= MOST_BLOCKS);
+    operands.fits(batch <= MAX_BLOCKS);
     let rows = [
         operands.rows(x, &[batch, tokens, width])?,
         operands.some_rows(bias, &[width])?,
-        operands.some_rows(beside, &[batch, tokens, front])?,
+        operands.some_rows(prefix, &[batch, tokens, front])?,
     ];
     if !operands.fits {
         return Ok(None);
     }
     let out = module.blank(dtype, batch * tokens * (front + width))?;
-    let [x, bias, beside] = rows;
+    let [x, bias, prefix] = rows;
     let parameters = Gelu {
         x,
         bias,
-        beside,
+        prefix,
         out: out.address()?,
         tokens: tokens as i32,
         front: front as i32,

@@ -1,10 +1,10 @@
 // What calibration asks of the tokens x before a block and y behind it. Behind `numbers.cu`; the Rust side and the slow
-// twins are in `change.rs`. Everything is read as it is and summed in f32, over forwards in f64.
+// reference implementations are in `change.rs`. Everything is read as it is and summed in f32, over forwards in f64.
 
 // --- |x|^2, |y - x|^2 and cos(x, y) of each token: 32 threads for each -----------------------------------------------
 
 struct TokenSums {
-    Rows x, y;
+    RowView x, y;
     void *out;  // (batch, 3, tokens), f32
     int tokens, width, whole;
 };
@@ -42,7 +42,7 @@ __device__ void token_sums(const TokenSums &p) {
 // --- sums of columns: a thread for a column of pieces, of every gridDim.y-th token -----------------------------------
 
 struct ColumnSums {
-    Rows x, y;
+    RowView x, y;
     void *out;  // (batch, gridDim.y, 2, width), f32: of x and of y
     int tokens, width, whole;
 };
@@ -79,8 +79,8 @@ __device__ void column_sums(const ColumnSums &p) {
 // --- new products added to sums in f64: a thread for each number -----------------------------------------------------
 
 struct AddProducts {
-    Rows products;             // x'x and x'y, (2, width, width), f32
-    Rows columns;              // the sums of the columns of x and of y, (2, width), f32
+    RowView products;             // x'x and x'y, (2, width, width), f32
+    RowView columns;              // the sums of the columns of x and of y, (2, width), f32
     const void *gram, *cross;  // the sums until now, or no data
     void *gram_out;            // z'z for z = [x, 1], (width + 1, width + 1), f64
     void *cross_out;           // z'(y - x), (width + 1, width), f64

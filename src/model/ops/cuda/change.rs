@@ -1,5 +1,5 @@
 //! What calibration asks of the tokens x before a block and y behind it (`change.cu`), in the formats whose products are
-//! exact in f32. Compiled and compared with its slow twins when a device first asks for it: inference has no use for it.
+//! exact in f32. Compiled and compared with its reference implementations when a device first asks for it: inference has no use for it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
@@ -9,7 +9,7 @@ use candle::{CudaDevice, D, DType, Device, Result, Tensor};
 
 use super::check::{compare, first_line};
 use super::launch::{
-    AddProducts, CHANGE, ColumnSums, Module, Parameters, Rows, TokenSums, address_of,
+    AddProducts, CHANGE, ColumnSums, Module, Parameters, RowView, TokenSums, address_of,
 };
 
 const KERNELS: [&str; 3] = [TokenSums::KERNEL, ColumnSums::KERNEL, AddProducts::KERNEL];
@@ -21,7 +21,7 @@ const WARP: usize = 32;
 /// The most that tokens are divided by for sums of columns.
 const PARTS: usize = 128;
 /// The largest second and third size of a grid.
-const MOST_BLOCKS: usize = 65_535;
+const MAX_BLOCKS: usize = 65_535;
 /// How far sums may be from exact ones of the same numbers, and those that are differences of larger ones.
 const TOLERANCE: f64 = 5e-6;
 const TOLERANCE_OF_CHANGES: f64 = 1e-4;
@@ -38,7 +38,7 @@ fn loaded(device: &CudaDevice) -> Arc<Loaded> {
 }
 
 fn load(device: &CudaDevice) -> Loaded {
-    let module = Module::of(&CHANGE, device, &KERNELS)?;
+    let module = Module::from_program(&CHANGE, device, &KERNELS)?;
     match check(&module) {
         Ok(()) => Ok(module),
         Err(why) => Err(format!("sums of calibration: {}", first_line(&why))),
@@ -54,7 +54,7 @@ pub(super) fn trouble(device: &CudaDevice) -> Option<String> {
 
 /// The tokens around a block, both (batch, tokens, width).
 struct Pair<'a> {
-    rows: [Rows<'a>; 2],
+    rows: [RowView<'a>; 2],
     dtype: DType,
     sizes: [usize; 3],
     /// Whether everything begins and ends on whole pieces.
@@ -62,23 +62,23 @@ struct Pair<'a> {
 }
 
 impl<'a> Pair<'a> {
-    /// Nothing where the kernels do not take them.
-    fn of(x: &'a Tensor, y: &'a Tensor) -> Result<Option<Self>> {
+    /// Nothing if the kernels do not take them.
+    fn new(x: &'a Tensor, y: &'a Tensor) -> Result<Option<Self>> {
         let (dtype, (batch, tokens, width)) = (x.dtype(), x.dims3()?);
-        let (Some(x_rows), Some(y_rows)) = (Rows::of(x)?, Rows::of(y)?) else {
+        let (Some(x_rows), Some(y_rows)) = (RowView::new(x)?, RowView::new(y)?) else {
             return Ok(None);
         };
         let rows = [x_rows, y_rows];
-        let apart = |rows: &Rows| i32::try_from(rows.token).is_ok_and(|n| n as usize >= width);
+        let apart = |rows: &RowView| i32::try_from(rows.token).is_ok_and(|n| n as usize >= width);
         let fits = matches!(dtype, DType::F16 | DType::BF16)
             && x.elem_count() > 0
-            && batch <= MOST_BLOCKS
-            && width < MOST_BLOCKS
+            && batch <= MAX_BLOCKS
+            && width < MAX_BLOCKS
             && i32::try_from(tokens).is_ok()
             && rows.iter().all(apart);
         let aligned =
             |numbers: i64| numbers.unsigned_abs() as usize * dtype.size_in_bytes() % PIECE == 0;
-        let whole = |rows: &Rows| {
+        let whole = |rows: &RowView| {
             rows.data.is_multiple_of(PIECE as u64) && aligned(rows.batch) && aligned(rows.token)
         };
         let whole = rows.iter().all(whole) && aligned(width as i64);
@@ -142,8 +142,8 @@ impl<'a> Pair<'a> {
         let gram = module.blank(DType::F64, long * long)?;
         let cross = module.blank(DType::F64, long * width)?;
         let before = |sum: Option<&Tensor>| sum.map_or(Ok(0), address_of);
-        let rows = |t| -> Result<Rows> {
-            Rows::of(t)?.ok_or_else(|| candle::Error::Msg("sums are not contiguous".to_owned()))
+        let rows = |t| -> Result<RowView> {
+            RowView::new(t)?.ok_or_else(|| candle::Error::Msg("sums are not contiguous".to_owned()))
         };
         let parameters = AddProducts {
             products: rows(&products)?,
@@ -161,7 +161,7 @@ impl<'a> Pair<'a> {
     }
 }
 
-/// What `call` makes of the tokens, where the kernels take them.
+/// What `call` makes of the tokens, if the kernels take them.
 fn with<T>(
     x: &Tensor,
     y: &Tensor,
@@ -178,7 +178,7 @@ fn with<T>(
     if !alike || x.rank() != 3 {
         return Ok(None);
     }
-    let Some(pair) = Pair::of(x, y)? else {
+    let Some(pair) = Pair::new(x, y)? else {
         return Ok(None);
     };
     match loaded(device).as_ref() {
@@ -187,7 +187,7 @@ fn with<T>(
     }
 }
 
-/// ‖x‖², ‖y − x‖² and cos(x, y) of each token of `x`, `y` (batch, tokens, width): (batch, 3, tokens), f32. Nothing where
+/// ‖x‖², ‖y − x‖² and cos(x, y) of each token of `x`, `y` (batch, tokens, width): (batch, 3, tokens), f32. Nothing if
 /// there is no kernel for it.
 ///
 /// # Errors
@@ -197,7 +197,7 @@ pub fn token_sums(x: &Tensor, y: &Tensor) -> Result<Option<Tensor>> {
 }
 
 /// `sums` (or nothing) and ZᵀZ, (width + 1, width + 1), and Zᵀ(y − x), (width + 1, width), for Z = \[x, 1\], over all
-/// tokens of `x`, `y` (batch, tokens, width): f64. Products are exact and summed in f32. Nothing where there is no kernel
+/// tokens of `x`, `y` (batch, tokens, width): f64. Products are exact and summed in f32. Nothing if there is no kernel
 /// for it.
 ///
 /// # Errors
@@ -239,7 +239,7 @@ fn check(module: &Module) -> Result<()> {
             let part = |t: &Tensor| t.narrow(1, 2, tokens)?.narrow(2, 8, width);
             let on_device = |t: &Tensor| part(&t.to_device(&device)?);
             let (gpu_x, gpu_y) = (on_device(&x)?, on_device(&y)?);
-            let Some(pair) = Pair::of(&gpu_x, &gpu_y)? else {
+            let Some(pair) = Pair::new(&gpu_x, &gpu_y)? else {
                 candle::bail!("the kernels take no such operands")
             };
             let exact = |t: &Tensor| part(&t.to_dtype(DType::F64)?)?.contiguous();
@@ -265,7 +265,7 @@ fn check(module: &Module) -> Result<()> {
     Ok(())
 }
 
-/// The twin of [`token_sums`], in the format of the operands.
+/// The reference of [`token_sums`], in the format of the operands.
 fn plain_token_sums(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     let sum = |t: Tensor| t.sum(D::Minus1);
     let (xx, yy, xy) = (sum(x.sqr()?)?, sum(y.sqr()?)?, sum((x * y)?)?);
@@ -273,7 +273,7 @@ fn plain_token_sums(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     Tensor::stack(&[xx, sum((y - x)?.sqr()?)?, cosine], 1)
 }
 
-/// The twin of [`add_products`] without sums, in the format of the operands.
+/// The reference of [`add_products`] without sums, in the format of the operands.
 fn plain_products(x: &Tensor, y: &Tensor) -> Result<(Tensor, Tensor)> {
     let (batch, tokens, width) = x.dims3()?;
     let ones = Tensor::ones((batch * tokens, 1), x.dtype(), x.device())?;

@@ -1,4 +1,4 @@
-//! Compares the kernels with their slow twins: on every device before they are used, and in the tests.
+//! Compares the kernels with their reference implementations: on every device before they are used, and in the tests.
 
 use candle::{DType, Device, Result, Tensor};
 
@@ -25,7 +25,7 @@ const CASES: [(&str, Case); 6] = [
     (Softmax::KERNEL, softmaxes),
 ];
 
-/// The kernels that disagree with their twins, and in what.
+/// The kernels that disagree with their reference implementations, and in what.
 pub(super) fn disagreements(module: &Module) -> Vec<(&'static str, String)> {
     let mut found = Vec::new();
     for (kernel, case) in CASES {
@@ -44,7 +44,7 @@ pub(super) fn first_line(error: &candle::Error) -> String {
     text.lines().next().unwrap_or_default().to_owned()
 }
 
-/// Whether flash attention agrees with its twin, in tokens that fill no tile. Its weights are rounded to bf16 too.
+/// Whether flash attention agrees with its reference, in tokens that fill no tile. Its weights are rounded to bf16 too.
 pub(super) fn flash(flash: Flash, device: &Device) -> Result<()> {
     for (batch, heads, tokens) in [(1, 2, 333), (2, 3, 77)] {
         let shape = [3, batch, heads, tokens, flash::HEAD];
@@ -65,7 +65,7 @@ pub(super) fn flash(flash: Flash, device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Who computes a case: the kernels, or the twins in f32 on the CPU from the same numbers.
+/// Who computes a case: the kernels, or the reference implementations in f32 on the CPU from the same numbers.
 struct Side<'a> {
     kernels: Option<&'a Module>,
     dtype: DType,
@@ -96,10 +96,10 @@ impl Side<'_> {
     fn compute<T>(
         &self,
         kernel: impl FnOnce(&Module) -> Result<Option<T>>,
-        twin: impl FnOnce() -> Result<T>,
+        reference: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
         let Some(module) = self.kernels else {
-            return twin();
+            return reference();
         };
         match kernel(module)? {
             Some(result) => Ok(result),
@@ -124,7 +124,7 @@ fn agree(module: &Module, case: Case, dtype: DType, tolerance: f64) -> Result<()
     Ok(())
 }
 
-/// Fails where result `i` is further than `tolerance` from what is wanted, relative, over all its numbers.
+/// Fails if result `i` is further than `tolerance` from what is wanted, relative, over all its numbers.
 pub(super) fn compare(i: usize, got: &Tensor, want: &Tensor, tolerance: f64) -> Result<()> {
     if got.dims() != want.dims() {
         candle::bail!(
@@ -290,13 +290,13 @@ fn gelus(side: &Side) -> Result<Vec<Tensor>> {
         let x = (wider.narrow(2, skipped, width)? * 2.0)?;
         let columns = wider.narrow(2, skipped, width)?;
         let bias = side.numbers(1, &[width])?;
-        let beside = side.numbers(2, &[batch, tokens, front])?;
+        let prefix = side.numbers(2, &[batch, tokens, front])?;
         for x in [&x, &columns] {
             for bias in [None, Some(&bias)] {
-                for beside in [None, Some(&beside)] {
+                for prefix in [None, Some(&prefix)] {
                     results.push(side.compute(
-                        |module| calls::gelu(module, x, bias, beside),
-                        || plain::gelu(x, bias, beside),
+                        |module| calls::gelu(module, x, bias, prefix),
+                        || plain::gelu(x, bias, prefix),
                     )?);
                 }
             }

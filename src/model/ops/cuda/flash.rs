@@ -1,5 +1,5 @@
-//! Flash attention on NVIDIA GPUs: which crate's kernels compute it, where one is built in. They are other people's, and
-//! are compared with the slow twin like our own before they are used.
+//! Flash attention on NVIDIA GPUs: which crate's kernels compute it, if one is built in. They are other people's, and
+//! are compared with the reference implementation like our own before they are used.
 
 use std::sync::LazyLock;
 
@@ -41,7 +41,7 @@ impl Flash {
             .collect()
     }
 
-    /// The name it goes by where kernels are refused, and in `FASTFLUX_ATTENTION`.
+    /// The name it goes by if kernels are refused, and in `FASTFLUX_ATTENTION`.
     pub(super) fn kernel(self) -> &'static str {
         match self {
             Self::Three => "flash3",
@@ -69,7 +69,7 @@ impl Flash {
             Self::Three => candle_flash_attn_v3::flash_attn(&q, &k, &v, scale, false, false),
             #[cfg(feature = "flash-attn")]
             Self::Two => candle_flash_attn::flash_attn(&q, &k, &v, scale, false),
-            #[allow(unreachable_patterns, reason = "where both are built in")]
+            #[allow(unreachable_patterns, reason = "if both are built in")]
             _ => Err(candle::Error::Msg(format!(
                 "{} is not built in",
                 self.kernel()

@@ -1,9 +1,9 @@
-// What lies between the matrix products, for NVIDIA GPUs. Each kernel has a slow twin of the same name beside the CPU
+// What lies between the matrix products, for NVIDIA GPUs. Each kernel has a reference implementation of the same name next to the CPU
 // kernels, and `check.rs` compares the two. The parameters' Rust side is in `launch.rs`, `calls.rs` says how many threads
 // each kernel gets.
 //
 // The kernels wait for memory, so a thread moves 16 bytes at a time (a piece) and nothing is read twice. Everything is
-// computed in f32 and rounded once. Where rows do not begin on 16 bytes (`whole` is 0) a piece is moved number by number.
+// computed in f32 and rounded once. If rows do not begin on 16 bytes (`whole` is 0) a piece is moved number by number.
 
 // --- layer_norm(x) · (1 + scale) + shift: a block of threads for each row, which is held in registers ----------------
 
@@ -11,7 +11,7 @@
 const int HELD = 4;
 
 struct NormModulate {
-    Rows x, shift, scale;
+    RowView x, shift, scale;
     void *out;
     int width, whole;
     float eps;
@@ -62,7 +62,7 @@ __device__ void norm_modulate(const NormModulate &p) {
 // --- softmax(x) of rows in f32, rounded: a block of threads for each row, which is held in registers -----------------
 
 struct Softmax {
-    Rows x;  // (rows, width), f32
+    RowView x;  // (rows, width), f32
     void *out;
     int width, whole;
 };
@@ -110,7 +110,7 @@ __device__ void softmax(const Softmax &p) {
 // --- x + gate · (y + bias): a thread for a column of pieces, of every gridDim.y-th token -----------------------------
 
 struct GatedResidual {
-    Rows x, y, bias, gate;  // bias and gate may have no data: 0 and 1
+    RowView x, y, bias, gate;  // bias and gate may have no data: 0 and 1
     void *out;              // (batch, total, width), written from token `first` on
     int tokens, width, first, total, whole;
 };
@@ -142,7 +142,7 @@ __device__ void gated_residual(const GatedResidual &p) {
 // --- bias, RMS norm, rotation and layout: a block for each token, blockDim.x threads for each query, key or value ----
 
 struct Heads {
-    Rows qkv, bias, query, key;  // bias may have no data
+    RowView qkv, bias, query, key;  // bias may have no data
     const float *cos, *sin;      // (total, size): cosines twice each, sines negated for the first of a pair
     void *out;                   // (3, batch, heads, total, size), written from token `first` on
     int number, size, first, total, whole;  // number of heads, and their size
@@ -197,10 +197,10 @@ __device__ void heads(const Heads &p) {
     }
 }
 
-// --- beside ‖ gelu(x + bias): a thread for a column of pieces, of every gridDim.y-th token ---------------------------
+// --- prefix ‖ gelu(x + bias): a thread for a column of pieces, of every gridDim.y-th token ---------------------------
 
 struct Gelu {
-    Rows x, bias, beside;  // bias and beside may have no data
+    RowView x, bias, prefix;  // bias and prefix may have no data
     void *out;             // (batch, tokens, front + width)
     int tokens, front, width, whole;
 };
@@ -223,10 +223,10 @@ __device__ void gelu(const Gelu &p) {
     for (int j = 0; j < N; j++) bias[j] = 0;
     if (p.bias.data && !copied) read<F>(row<F>(p.bias, batch, 0) + at, left, p.whole, bias);
     for (int token = blockIdx.y; token < p.tokens; token += gridDim.y) {
-        Piece<F> piece = load<F>(row<F>(copied ? p.beside : p.x, batch, token) + at, left, p.whole);
+        Piece<F> piece = load<F>(row<F>(copied ? p.prefix : p.x, batch, token) + at, left, p.whole);
         if (!copied) {
             float x[N];
-            F::widen(piece, x);
+            F::to_float(piece, x);
             #pragma unroll
             for (int j = 0; j < N; j++) x[j] = gelu_of(x[j] + bias[j]);
             F::narrow(x, piece);

@@ -1,5 +1,5 @@
-//! The one place that hands addresses to a GPU: the kernels' parameters, compiling, launching. What sizes and threads a
-//! kernel gets is `calls`' business.
+//! The one place that hands addresses to a GPU: the kernels' parameters, compiling, launching. `calls` decides which sizes and threads
+//! a kernel gets.
 #![expect(
     unsafe_code,
     reason = "a kernel is given addresses, and writes memory that nothing was in before"
@@ -60,7 +60,7 @@ const SHARED: usize = 48 << 10;
 /// A tensor (batch, tokens, width) or (batch, width) or (width,) as `kernels.cu` reads it; strides in numbers.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Rows<'a> {
+pub(super) struct RowView<'a> {
     pub(super) data: u64,
     pub(super) batch: i64,
     pub(super) token: i64,
@@ -93,25 +93,25 @@ pub(super) trait Parameters: DeviceRepr {
 
 parameters! {
     "norm_modulate" NormModulate {
-        x: Rows<'a>,
-        shift: Rows<'a>,
-        scale: Rows<'a>,
+        x: RowView<'a>,
+        shift: RowView<'a>,
+        scale: RowView<'a>,
         out: u64,
         width: i32,
         whole: i32,
         eps: f32,
     }
     "softmax" Softmax {
-        x: Rows<'a>,
+        x: RowView<'a>,
         out: u64,
         width: i32,
         whole: i32,
     }
     "gated_residual" GatedResidual {
-        x: Rows<'a>,
-        y: Rows<'a>,
-        bias: Rows<'a>,
-        gate: Rows<'a>,
+        x: RowView<'a>,
+        y: RowView<'a>,
+        bias: RowView<'a>,
+        gate: RowView<'a>,
         out: u64,
         tokens: i32,
         width: i32,
@@ -120,10 +120,10 @@ parameters! {
         whole: i32,
     }
     "heads" Heads {
-        qkv: Rows<'a>,
-        bias: Rows<'a>,
-        query: Rows<'a>,
-        key: Rows<'a>,
+        qkv: RowView<'a>,
+        bias: RowView<'a>,
+        query: RowView<'a>,
+        key: RowView<'a>,
         cos: u64,
         sin: u64,
         out: u64,
@@ -135,9 +135,9 @@ parameters! {
         eps: f32,
     }
     "gelu" Gelu {
-        x: Rows<'a>,
-        bias: Rows<'a>,
-        beside: Rows<'a>,
+        x: RowView<'a>,
+        bias: RowView<'a>,
+        prefix: RowView<'a>,
         out: u64,
         tokens: i32,
         front: i32,
@@ -145,24 +145,24 @@ parameters! {
         whole: i32,
     }
     "token_sums" TokenSums {
-        x: Rows<'a>,
-        y: Rows<'a>,
+        x: RowView<'a>,
+        y: RowView<'a>,
         out: u64,
         tokens: i32,
         width: i32,
         whole: i32,
     }
     "column_sums" ColumnSums {
-        x: Rows<'a>,
-        y: Rows<'a>,
+        x: RowView<'a>,
+        y: RowView<'a>,
         out: u64,
         tokens: i32,
         width: i32,
         whole: i32,
     }
     "add_products" AddProducts {
-        products: Rows<'a>,
-        columns: Rows<'a>,
+        products: RowView<'a>,
+        columns: RowView<'a>,
         gram: u64,
         cross: u64,
         gram_out: u64,
@@ -174,7 +174,7 @@ parameters! {
         q: u64,
         k: u64,
         v: u64,
-        grad: Rows<'a>,
+        grad: RowView<'a>,
         out: u64,
         sums: u64,
         tokens: i32,
@@ -243,11 +243,11 @@ impl Module {
     ) -> std::result::Result<Self, String> {
         keep_freed_memory(device);
         forget_events(device);
-        Self::of(&KERNELS, device, kernels)
+        Self::from_program(&KERNELS, device, kernels)
     }
 
     /// Compiles a program and loads its kernels named in `kernels`.
-    pub(super) fn of(
+    pub(super) fn from_program(
         program: &'static Program,
         device: &CudaDevice,
         kernels: &[&'static str],
@@ -341,7 +341,7 @@ impl Blank {
     }
 }
 
-/// See [`KEPT`]. Where it cannot be had, everything is slower and nothing else changes.
+/// See [`KEPT`]. If it cannot be had, everything is slower and nothing else changes.
 fn keep_freed_memory(device: &CudaDevice) {
     let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
     let mut bytes = KEPT.load(Ordering::Relaxed);
@@ -353,10 +353,10 @@ fn keep_freed_memory(device: &CudaDevice) {
     };
 }
 
-/// Tensors that are made from now on have no events, of which each otherwise makes and destroys two that nobody looks at.
+/// Tensors that are made from now on have no events, of which each otherwise makes and destroys two that are never read.
 fn forget_events(device: &CudaDevice) {
     // SAFETY: candle's device has no stream but every thread's own, for which events are neither recorded nor waited for;
-    // threads that hand tensors on wait for the device before they do (`Trunk::walk`)
+    // threads that hand tensors on wait for the device before they do (`Trunk::visit`)
     unsafe { device.disable_event_tracking() }
 }
 
@@ -381,9 +381,9 @@ fn address(storage: &CudaStorage) -> Result<u64> {
     by_dtype!(storage.dtype(), of(storage))
 }
 
-impl<'a> Rows<'a> {
-    /// Nothing where the numbers of a row do not lie side by side.
-    pub(super) fn of(x: &'a Tensor) -> Result<Option<Self>> {
+impl<'a> RowView<'a> {
+    /// Nothing if the numbers of a row do not lie side by side.
+    pub(super) fn new(x: &'a Tensor) -> Result<Option<Self>> {
         let (batch, token) = match (x.dims(), x.stride()) {
             ([_, _, w], [b, n, s]) if *s == 1 || *w == 1 => (*b, *n),
             ([_, w], [b, s]) if *s == 1 || *w == 1 => (*b, 0),

@@ -1,4 +1,4 @@
-//! The fused kernels on NVIDIA GPUs: whether they run. Each is compiled and compared with its slow twin when a device is
+//! The fused kernels on NVIDIA GPUs: whether they run. Each is compiled and compared with its reference implementation when a device is
 //! first used; one that cannot be compiled or disagrees is not used, and [`trouble`] says so. No run fails for it.
 
 mod attention_backward;
@@ -38,9 +38,9 @@ const SCORES: &str = "scores";
 /// What became of the kernels on one device.
 struct Kernels {
     module: std::result::Result<Module, String>,
-    /// Kernels that disagree with their twins, and in what.
+    /// Kernels that disagree with their reference implementations, and in what.
     refused: Vec<(&'static str, String)>,
-    /// Flash attention of others that agrees with its twin.
+    /// Flash attention of others that agrees with its reference.
     flash: Option<Flash>,
 }
 
@@ -69,7 +69,7 @@ impl Kernels {
     }
 
     /// Those of a device, made when they are first asked for.
-    fn of(device: &CudaDevice) -> Arc<Self> {
+    fn for_device(device: &CudaDevice) -> Arc<Self> {
         static DEVICES: LazyLock<Mutex<HashMap<DeviceId, Arc<Kernels>>>> =
             LazyLock::new(Mutex::default);
         let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
@@ -85,12 +85,12 @@ impl Kernels {
     }
 }
 
-/// Why kernels of this device are not used; `None` where all are, and on devices that have none.
+/// Why kernels of this device are not used; `None` if all are, and on devices that have none.
 pub fn trouble(device: &Device) -> Option<String> {
     let Device::Cuda(device) = device else {
         return None;
     };
-    let kernels = Kernels::of(device);
+    let kernels = Kernels::for_device(device);
     if let Err(why) = &kernels.module {
         return Some(why.clone());
     }
@@ -103,8 +103,8 @@ pub fn trouble(device: &Device) -> Option<String> {
     (!each.is_empty()).then(|| each.join("; "))
 }
 
-/// What `call` makes of a kernel, where it may run: all operands on one GPU, in one number format, none in a gradient
-/// graph. Nothing where the slow twin has to do it.
+/// What `call` makes of a kernel, if it may run: all operands on one GPU, in one number format, none in a gradient
+/// graph. Nothing if the reference implementation has to do it.
 fn with<T>(
     kernel: &str,
     operands: &[Option<&Tensor>],
@@ -123,7 +123,7 @@ fn with<T>(
     if first.track_op() || operands.any(|x| x.track_op() || !alike(x)) {
         return Ok(None);
     }
-    match Kernels::of(device).module(kernel) {
+    match Kernels::for_device(device).module(kernel) {
         Some(module) => call(module),
         None => Ok(None),
     }
@@ -173,12 +173,12 @@ pub(super) fn scores(q: &Tensor, k: &Tensor, scale: f64) -> Result<Option<Tensor
     })
 }
 
-/// Attention by other people's kernels, where one is built in and fits; see `attention::attention`.
+/// Attention by other people's kernels, if one is built in and fits; see `attention::attention`.
 pub(super) fn flash(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Option<Tensor>> {
     if !has_flash(q.device(), q.dtype(), q.dim(3)?) || [q, k, v].iter().any(|x| x.track_op()) {
         return Ok(None);
     }
-    let flash = Kernels::of(q.device().as_cuda_device()?).flash;
+    let flash = Kernels::for_device(q.device().as_cuda_device()?).flash;
     let attended = flash.map(|flash| flash.attention(q, k, v, scale as f32));
     attended.transpose()
 }
@@ -186,7 +186,9 @@ pub(super) fn flash(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Op
 /// Whether [`flash`] computes attention with heads of this size in this format.
 pub(super) fn has_flash(device: &Device, dtype: DType, head: usize) -> bool {
     match device {
-        Device::Cuda(device) => flash::fits(dtype, head) && Kernels::of(device).flash.is_some(),
+        Device::Cuda(device) => {
+            flash::fits(dtype, head) && Kernels::for_device(device).flash.is_some()
+        }
         _ => false,
     }
 }
@@ -205,9 +207,9 @@ pub(super) fn softmax(scores: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
 pub(super) fn gelu(
     x: &Tensor,
     bias: Option<&Tensor>,
-    beside: Option<&Tensor>,
+    prefix: Option<&Tensor>,
 ) -> Result<Option<Tensor>> {
-    with(Gelu::KERNEL, &[Some(x), bias, beside], |module| {
-        calls::gelu(module, x, bias, beside)
+    with(Gelu::KERNEL, &[Some(x), bias, prefix], |module| {
+        calls::gelu(module, x, bias, prefix)
     })
 }

@@ -45,7 +45,7 @@ __device__ inline float reciprocal(float x) {
 struct F32 {
     typedef unsigned Bits;
     static const int N = 4;
-    static __device__ void widen(const Piece<F32> &piece, float *x) {
+    static __device__ void to_float(const Piece<F32> &piece, float *x) {
         #pragma unroll
         for (int i = 0; i < 4; i++) x[i] = __uint_as_float(piece.words[i]);
     }
@@ -58,7 +58,7 @@ struct F32 {
 struct F16 {
     typedef unsigned short Bits;
     static const int N = 8;
-    static __device__ void widen(const Piece<F16> &piece, float *x) {
+    static __device__ void to_float(const Piece<F16> &piece, float *x) {
         #pragma unroll
         for (int i = 0; i < 4; i++) {
             float2 pair = from_f16(piece.words[i]);
@@ -75,7 +75,7 @@ struct F16 {
 struct BF16 {
     typedef unsigned short Bits;
     static const int N = 8;
-    static __device__ void widen(const Piece<BF16> &piece, float *x) {
+    static __device__ void to_float(const Piece<BF16> &piece, float *x) {
         #pragma unroll
         for (int i = 0; i < 4; i++) {
             x[2 * i] = __uint_as_float(piece.words[i] << 16);
@@ -90,18 +90,18 @@ struct BF16 {
 
 // --- rows of tensors -------------------------------------------------------------------------------------------------
 
-// A tensor (batch, tokens, width) whose rows lie in one piece each; strides in numbers, 0 where a row is read again.
-struct Rows {
+// A tensor (batch, tokens, width) whose rows lie in one piece each; strides in numbers, 0 if a row is read again.
+struct RowView {
     const void *data;
     long long batch, token;
 };
 
 template <typename F>
-__device__ const typename F::Bits *row(const Rows &rows, int batch, int token) {
+__device__ const typename F::Bits *row(const RowView &rows, int batch, int token) {
     return (const typename F::Bits *)rows.data + batch * rows.batch + token * rows.token;
 }
 
-// The first `count` numbers of a piece (all that there are, where that is more), then zeros.
+// The first `count` numbers of a piece (all that there are, if that is more), then zeros.
 template <typename F>
 __device__ Piece<F> load(const typename F::Bits *from, int count, int whole) {
     Piece<F> piece;
@@ -129,7 +129,7 @@ __device__ void store(const Piece<F> &piece, typename F::Bits *to, int count, in
 
 template <typename F>
 __device__ void read(const typename F::Bits *from, int count, int whole, float *x) {
-    F::widen(load<F>(from, count, whole), x);
+    F::to_float(load<F>(from, count, whole), x);
 }
 
 template <typename F>

@@ -44,7 +44,7 @@ impl Caches {
         let bands = rows.div_ceil(self.band);
         let across = tasks.div_ceil(bands).min(columns.div_ceil(WIDE)).max(least);
         let bands = tasks.div_ceil(across).clamp(bands, panels);
-        // narrow ones only where there are too few tasks otherwise
+        // narrow ones only if there are too few tasks otherwise
         let across = (4 * threads)
             .div_ceil(bands)
             .min(columns.div_ceil(2 * STEP))

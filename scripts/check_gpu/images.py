@@ -7,7 +7,7 @@ import zlib
 
 
 def pixels(path):
-    """Width, height and the bytes of a picture."""
+    """Width, height and the bytes of an image."""
     data = pathlib.Path(path).read_bytes()
     at, packed, head = 8, b"", None
     while at < len(data):
@@ -48,7 +48,7 @@ def main():
         sys.exit(__doc__)
     (size, first), (other, second) = map(pixels, sys.argv[1:])
     if size != other:
-        sys.exit(f"the pictures are {size} and {other} pixels large")
+        sys.exit(f"the images are {size} and {other} pixels large")
     print(max((abs(a - b) for a, b in zip(first, second)), default=0))
 
 

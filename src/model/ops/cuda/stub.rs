@@ -1,4 +1,4 @@
-//! Stands in for `cuda` where it is not built in: no kernel ever runs.
+//! Stands in for `cuda` if it is not built in: no kernel ever runs.
 #![expect(clippy::unnecessary_wraps, reason = "the others may fail")]
 
 use candle::{DType, Device, Result, Tensor};
