@@ -20,7 +20,7 @@ use crate::{
     model::{Flux, Trunk, cost, memory},
     pipeline::defaults::MAX_TEXT_TOKENS,
     sample::size::{ImageSize, MAX_SIDE},
-    ui,
+    ui::{self, Reporter},
 };
 
 /// Beyond these a number is a slip of the finger.
@@ -46,6 +46,8 @@ pub struct BenchOptions {
     pub step_only: bool,
     /// Also the first subject with this many of its single blocks replaced.
     pub replaced: Option<usize>,
+    /// Who is told what is timed.
+    pub reporter: Reporter,
 }
 
 impl BenchOptions {
@@ -112,7 +114,7 @@ pub fn run(options: &BenchOptions, subjects: &[Subject]) -> Result<Report> {
             flops_per_second: peak.flops,
             bytes_per_second: peak.bytes,
         });
-        ui::note(format!(
+        options.reporter.note(format!(
             "{runtime}: a matrix product reaches {}/s, a copy {}/s",
             ui::flops(peak.flops),
             ui::bytes(peak.bytes)
@@ -129,7 +131,7 @@ pub fn run(options: &BenchOptions, subjects: &[Subject]) -> Result<Report> {
         };
         let mut models: Vec<(&Subject, Flux)> = subjects
             .iter()
-            .map(|subject| Ok((subject, subject.load(&runtime)?)))
+            .map(|subject| Ok((subject, subject.load(&runtime, &options.reporter)?)))
             .collect::<Result<_>>()?;
         if let (Some(pruned), Some((_, flux))) = (&pruned, models.first()) {
             let flux = with_layers(flux, &pruned.config, &runtime)?;

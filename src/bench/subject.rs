@@ -13,6 +13,7 @@ use crate::{
     },
     pipeline::{Pipeline, defaults::released_text_length, load},
     ui,
+    ui::Reporter,
 };
 
 /// Side of the images that random weights are timed on by default, in pixels.
@@ -115,8 +116,8 @@ impl Subject {
     }
 
     /// The transformer on the device.
-    pub(super) fn load(&self, runtime: &Runtime) -> Result<Flux> {
-        load::check_kernels(runtime);
+    pub(super) fn load(&self, runtime: &Runtime, reporter: &Reporter) -> Result<Flux> {
+        load::check_kernels(runtime, reporter);
         let vb = match &self.pipeline {
             Some(pipeline) => pipeline
                 .transformer

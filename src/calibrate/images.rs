@@ -9,7 +9,6 @@ use crate::{
     device::Runtime,
     pipeline::{Pipeline, load},
     sample::{image, latents, size::ImageSize},
-    ui,
 };
 
 /// The images of a folder in the order of their names, with the captions next to them.
@@ -57,7 +56,7 @@ pub(super) fn encode(
     images: &[PathBuf],
 ) -> Result<Tensor> {
     let vae = load::vae(&pipeline.vae_files()?, runtime)?;
-    let progress = ui::progress(images.len(), "encoding images");
+    let progress = pipeline.reporter.progress(images.len(), "encoding images");
     let mut out = Vec::new();
     for path in images {
         let image = image::read(path).context("--images")?;
@@ -68,6 +67,8 @@ pub(super) fn encode(
         out.push(packed.to_device(&candle::Device::Cpu)?);
         progress.inc(1);
     }
-    ui::done(&progress, format!("encoded {} images", images.len()));
+    pipeline
+        .reporter
+        .done(&progress, format!("encoded {} images", images.len()));
     Ok(Tensor::cat(&out, 0)?)
 }

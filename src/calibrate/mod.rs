@@ -19,7 +19,6 @@ use crate::{
         denoise::{Denoise, Encoded, starting_noise},
         schedule::Schedule,
     },
-    ui,
 };
 
 mod behind;
@@ -216,7 +215,10 @@ impl<'a> Calibrator<'a> {
         let encoded = self.encoded.range(last.clone())?;
         let batch = self.options.batch;
         let steps = self.options.drawing_steps;
-        let progress = ui::progress(models.len() * steps * count.div_ceil(batch), "generating");
+        let progress = self
+            .pipeline
+            .reporter
+            .progress(models.len() * steps * count.div_ceil(batch), "generating");
         let mut rows = Vec::new();
         for flux in models {
             let denoise = Denoise {
@@ -236,7 +238,7 @@ impl<'a> Calibrator<'a> {
             )?;
             rows.push(latents);
         }
-        ui::done(
+        self.pipeline.reporter.done(
             &progress,
             format!("generated {count} prompts with {} models", models.len()),
         );

@@ -28,6 +28,7 @@ use crate::{
     model::{Block, ReplacementBlock, memory::BATCHES_PER_LOAD},
     pipeline::load,
     ui,
+    ui::Reporter,
 };
 
 /// Between two saves at least this many times as long as one save takes.
@@ -84,7 +85,7 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
             );
         }
         let read = with_hint(Calibration::read(path, &calibrator.runtime.device), restart)?;
-        ui::note(format!(
+        calibrator.pipeline.reporter.note(format!(
             "going on from `{}`: {} of {} units are done",
             path.display(),
             read.header.done.len(),
@@ -102,7 +103,10 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
         .filter(|unit| options.shard.has(*unit) && !out.header.done.contains(unit))
         .collect();
     let forwards = todo.iter().map(|unit| pass.forwards_of(*unit)).sum();
-    let progress = ui::progress(forwards, "calibrating");
+    let progress = calibrator
+        .pipeline
+        .reporter
+        .progress(forwards, "calibrating");
     let begun = Instant::now();
     let (mut last, mut cost) = (Instant::now(), Duration::ZERO);
     for (position, unit) in todo.iter().enumerate() {
@@ -134,10 +138,10 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
         ),
         (false, _) => format!("sampled {} images", calibrator.options.prompts.len()),
     };
-    ui::done(&progress, what);
-    load::check_kernels(calibrator.runtime);
+    calibrator.pipeline.reporter.done(&progress, what);
+    load::check_kernels(calibrator.runtime, &calibrator.pipeline.reporter);
     if options.sums && out.header.is_complete() {
-        warn_of_few_rows(&out.stats, config);
+        warn_of_few_rows(&out.stats, config, &calibrator.pipeline.reporter);
     }
     Ok(out)
 }
@@ -164,10 +168,10 @@ fn header(calibrator: &Calibrator, units: usize) -> Result<Header> {
 }
 
 /// Says when a fit will have little to go by; the ridge keeps it sane.
-fn warn_of_few_rows(stats: &CalibrationStats, config: &FluxConfig) {
+fn warn_of_few_rows(stats: &CalibrationStats, config: &FluxConfig, reporter: &Reporter) {
     let per_channel = stats.fewest_rows() / config.hidden_size as f64;
     if per_channel < ROWS_PER_CHANNEL {
-        ui::warn(format!(
+        reporter.warn(format!(
             "{per_channel:.1} tokens for each of {} channels are few: fits get better up to about {ROWS_PER_CHANNEL} and more\nhint: raise --num-prompts",
             config.hidden_size
         ));
@@ -196,7 +200,7 @@ fn products(calibrator: &Calibrator) -> Result<Vec<BlockId>> {
         };
         of(a).total_cmp(&of(b))
     });
-    ui::note(format!(
+    calibrator.pipeline.reporter.note(format!(
         "the sums of {} blocks take {}, for which there is no room: keeping those of the {count} blocks whose removal costs least (see --stats-memory)",
         order.len(),
         ui::bytes(order.len() as f64 * bytes_of_sums(config) as f64)
@@ -214,8 +218,10 @@ fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
     let images: Tensor = match pass.images {
         Some(images) => images.narrow(0, 0, count)?,
         None => {
-            let progress =
-                ui::progress(pass.denoise.steps * count.div_ceil(pass.batch), "sampling");
+            let progress = calibrator
+                .pipeline
+                .reporter
+                .progress(pass.denoise.steps * count.div_ceil(pass.batch), "sampling");
             let (denoise, seed) = (&pass.denoise, pass.seed);
             sampling::sample(
                 denoise,
@@ -246,9 +252,15 @@ fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
     )?;
     let trunk = &calibrator.flux.trunk;
     let candidates = (0..trunk.len()).map(|index| (index, Block::from(ReplacementBlock::Remove)));
-    let progress = ui::progress(trunk.len() * held_out.batches(), "choosing candidates");
+    let progress = calibrator
+        .pipeline
+        .reporter
+        .progress(trunk.len() * held_out.batches(), "choosing candidates");
     let errors = held_out.ablate(&calibrator.flux, trunk, &candidates.collect(), &progress)?;
-    ui::done(&progress, "chose candidates by removing each block");
+    calibrator
+        .pipeline
+        .reporter
+        .done(&progress, "chose candidates by removing each block");
     let id = |index: usize| trunk.entries().get(index).map(|(spec, _)| spec.id());
     Ok(errors
         .into_iter()

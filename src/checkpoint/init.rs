@@ -1,10 +1,13 @@
 //! A randomly initialised FLUX transformer of any layout, made while it is written: for tests and benchmarks.
 
+use std::path::Path;
+
 use anyhow::Result;
 use safetensors::Dtype;
+use serde::Serialize;
 
-use super::{Checkpoint, Source, random::Random, shapes};
-use crate::layout::FluxConfig;
+use super::{Checkpoint, Source, output::Naming, random::Random, shapes};
+use crate::{layout::FluxConfig, ui};
 
 /// Deviation of biases.
 const BIAS: f32 = 0.02;
@@ -49,6 +52,70 @@ fn distribution(name: &str, shape: &[usize]) -> (f32, f32) {
         GAIN
     };
     (0.0, gain / (*inputs as f32).sqrt())
+}
+
+/// What `init` made, or would make.
+#[derive(Clone, Debug, Serialize)]
+pub struct InitReport {
+    /// The file.
+    pub output: Option<String>,
+    /// Whether it was written.
+    pub written: bool,
+    /// Seed of the weights.
+    pub seed: u64,
+    /// Number format of the weights.
+    pub dtype: String,
+    /// Whose names the tensors have.
+    pub layout: Naming,
+    /// Number of tensors.
+    pub tensors: usize,
+    /// Bytes of the largest tensor.
+    pub largest_tensor_bytes: Option<usize>,
+    /// Numbers in all tensors.
+    pub parameters: usize,
+    /// Bytes of all tensors.
+    pub bytes: usize,
+}
+
+impl InitReport {
+    /// About `checkpoint`, for `output`, written or not.
+    pub fn new(
+        checkpoint: &Checkpoint,
+        output: Option<&Path>,
+        written: bool,
+        seed: u64,
+        layout: Naming,
+    ) -> Self {
+        let dtypes = checkpoint
+            .iter()
+            .map(|(_, source)| source.format().to_string());
+        Self {
+            output: output.map(|path| path.display().to_string()),
+            written,
+            seed,
+            dtype: dtypes.last().unwrap_or_default(),
+            layout,
+            tensors: checkpoint.len(),
+            largest_tensor_bytes: checkpoint.iter().map(|(_, s)| Source::byte_len(s)).max(),
+            parameters: checkpoint.parameters(),
+            bytes: checkpoint.bytes(),
+        }
+    }
+
+    /// One line for people.
+    pub fn text(&self) -> String {
+        let place = match &self.output {
+            Some(path) if self.written => format!(", in {path}"),
+            _ => " (nothing written)".to_owned(),
+        };
+        format!(
+            "{} parameters in {} tensors of {}, {}{place}",
+            ui::count(self.parameters as f64),
+            self.tensors,
+            self.dtype,
+            ui::bytes(self.bytes as f64),
+        )
+    }
 }
 
 #[cfg(test)]

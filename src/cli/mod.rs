@@ -2,6 +2,8 @@
 
 use clap::{Parser, Subcommand};
 
+use crate::ui::Level;
+
 mod calibrate;
 mod convert;
 mod eval;
@@ -46,6 +48,20 @@ pub struct Cli {
     /// Print no notes and no progress bars on stderr.
     #[arg(long, short, global = true)]
     pub quiet: bool,
+    /// Print details on stderr too: which files are opened, what fits where, how long each part took.
+    #[arg(long, short, global = true, conflicts_with = "quiet")]
+    pub verbose: bool,
+}
+
+impl Cli {
+    /// How much is said on stderr.
+    pub fn level(&self) -> Level {
+        match (self.quiet, self.verbose) {
+            (true, _) => Level::Quiet,
+            (false, false) => Level::Normal,
+            (false, true) => Level::Verbose,
+        }
+    }
 }
 
 /// The subcommands, in the order of the pipeline.

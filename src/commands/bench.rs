@@ -10,9 +10,10 @@ use crate::{
     checkpoint::transformer_json,
     cli::BenchArgs,
     pipeline::ModelChoice,
+    ui::Reporter,
 };
 
-pub(super) fn run(args: &BenchArgs) -> Result<()> {
+pub(super) fn run(args: &BenchArgs, reporter: &Reporter) -> Result<()> {
     let options = BenchOptions {
         sizes: args.size.clone(),
         batches: args.batch.clone(),
@@ -22,17 +23,19 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         seconds: args.seconds,
         step_only: args.step_only,
         replaced: args.replaced,
+        reporter: reporter.clone(),
     };
     options.validate()?;
-    let report = bench::run(&options, &subjects(args)?)?;
+    let report = bench::run(&options, &subjects(args, reporter)?)?;
     super::show(args.print, &report, || report.table())
 }
 
 /// The model or shape, and the one it is compared with.
-fn subjects(args: &BenchArgs) -> Result<Vec<Subject>> {
+fn subjects(args: &BenchArgs, reporter: &Reporter) -> Result<Vec<Subject>> {
     let open = |model: Option<&String>| -> Result<Subject> {
         let pipeline = super::open(&ModelChoice {
             model: model.cloned(),
+            reporter: reporter.clone(),
             ..ModelChoice::default()
         })?;
         Subject::from_pipeline(pipeline)

@@ -10,16 +10,16 @@ use crate::{
     },
     checkpoint::target,
     cli::CalibrateArgs,
-    ui,
+    ui::Reporter,
 };
 
-pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
+pub(super) fn run(args: &CalibrateArgs, reporter: &Reporter) -> Result<()> {
     let recipe = options::recipe(&args.calibration)?;
     let output = &args.output.path;
     if !args.dry_run.dry_run {
         target::check_file(output, args.output.force)?;
     }
-    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
+    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
     let calibration = options::calibration(&args.calibration, None, &recipe);
     let options = ResolvedOptions::new(&pipeline, &calibration)?;
     let shard = args.shard.unwrap_or(Shard::WHOLE);
@@ -41,6 +41,6 @@ pub(super) fn run(args: &CalibrateArgs) -> Result<()> {
     run.remove_partial()?;
     let report = CalibrationReport::new(&calibration, output);
     super::show(args.output.print, &report, || report.text())?;
-    ui::note(format!("wrote `{}`", output.display()));
+    reporter.note(format!("wrote `{}`", output.display()));
     Ok(())
 }

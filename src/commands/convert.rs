@@ -14,9 +14,10 @@ use crate::{
     cli::ConvertArgs,
     pipeline::{convert as conversion, convert::ConvertReport},
     quant::F8_MAX,
+    ui::Reporter,
 };
 
-pub(super) fn run(args: &ConvertArgs) -> Result<()> {
+pub(super) fn run(args: &ConvertArgs, reporter: &Reporter) -> Result<()> {
     let target = args.target();
     ensure!(
         !args.no_scale || matches!(target, Target::Float8 { .. }),
@@ -27,7 +28,7 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
         Target::Plain(_) | Target::Float8 { .. } => "safetensors",
     };
     let file = is_file(&args.output.path, extension)?;
-    let pipeline = super::open(&super::bare_choice(&args.model))?;
+    let pipeline = super::open(&super::bare_choice(&args.model, reporter))?;
     if !args.dry_run.dry_run {
         if file {
             place::check_file(&args.output.path, args.output.force)?;
@@ -40,12 +41,12 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     let mut checkpoint = if args.dry_run.dry_run {
         convert::converted(source, target, &mut |_| Ok(F8_MAX))?
     } else {
-        conversion::measured(source, target)?
+        conversion::measured(source, target, reporter)?
     };
     let record = conversion::record(&pipeline, target)?;
     checkpoint.metadata = output::metadata(Some(&record))?;
     if let Target::Gguf(packed) = target {
-        conversion::note_fallbacks(&checkpoint, packed);
+        conversion::note_fallbacks(&checkpoint, packed, reporter);
     }
     if !args.dry_run.dry_run {
         let name = format!("{}.{extension}", output::ORIGINAL_STEM);
@@ -54,10 +55,10 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
                 std::fs::create_dir_all(folder)
                     .with_context(|| format!("cannot create `{}`", folder.display()))?;
             }
-            conversion::write(&checkpoint, target, &args.output.path)?;
+            conversion::write(&checkpoint, target, &args.output.path, reporter)?;
         } else {
             let folder = OutputFolder::create(&args.output.path, args.output.force)?;
-            conversion::write(&checkpoint, target, &folder.path().join(name))?;
+            conversion::write(&checkpoint, target, &folder.path().join(name), reporter)?;
             let json = transformer_json::write(&pipeline.config, Some(&record));
             output::write_json(&folder.path().join("config.json"), &json)?;
             folder.finish()?;

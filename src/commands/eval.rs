@@ -9,23 +9,27 @@ use crate::{
     files::BUNDLED,
     pipeline::{ModelChoice, Pipeline, placement::MemoryBudget},
     prune::plan_run::PlanRun,
-    ui,
+    ui::Reporter,
 };
 
 /// Seed of the first image's noise unless asked otherwise.
 const SEED: u64 = 10_000;
 
-pub(super) fn run(args: &EvalArgs) -> Result<()> {
+pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<()> {
     target::check_folder(&args.output.path, args.output.force)?;
     let runtime = super::runtime(args.run)?;
-    let budget = MemoryBudget::new(super::memory(args.memory), &runtime);
-    let (baseline, mut models) = open(args)?;
+    let budget = MemoryBudget::new(super::memory(args.memory), &runtime, reporter);
+    let (baseline, mut models) = open(args, reporter)?;
     let plans: Vec<PlanRun> = args
         .plan
         .iter()
         .map(|path| PlanRun::read(path, args.recipe.recipe.as_deref(), &baseline))
         .collect::<Result<_>>()?;
-    let clip = args.clip.as_deref().map(ClipFiles::find).transpose()?;
+    let clip = args
+        .clip
+        .as_deref()
+        .map(|clip| ClipFiles::find(clip, reporter))
+        .transpose()?;
     let options = options(args, &baseline)?;
     target::check_writable(&args.output.path)?;
     for plan in plans {
@@ -38,7 +42,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     output.finish()?;
     let report = &evaluation.report;
     super::show(args.output.print, report, || report.table())?;
-    ui::note(format!(
+    reporter.note(format!(
         "wrote `{}`: report.html, report.json, images.png",
         args.output.path.display()
     ));
@@ -65,12 +69,13 @@ fn options(args: &EvalArgs, baseline: &Pipeline) -> Result<EvalOptions> {
 }
 
 /// The baseline and the models, all of one family.
-fn open(args: &EvalArgs) -> Result<(Pipeline, Vec<Pipeline>)> {
+fn open(args: &EvalArgs, reporter: &Reporter) -> Result<(Pipeline, Vec<Pipeline>)> {
     let choice = |model: &str| ModelChoice {
         model: Some(model.to_owned()),
         config: args.config.config.clone(),
         text_encoders: args.parts.text_encoders.clone(),
         vae: args.parts.vae.clone(),
+        reporter: reporter.clone(),
     };
     let models: Vec<Pipeline> = args
         .model

@@ -1,7 +1,5 @@
 //! `generate`: prompts → PNG files.
 
-use std::path::PathBuf;
-
 use anyhow::{Context, Result, ensure};
 
 use super::options;
@@ -11,17 +9,17 @@ use crate::{
     layout::Family,
     pipeline::{
         Pipeline,
-        generate::{self, ImageJob, JobOptions},
+        generate::{self, GenerateReport, ImageJob, JobOptions},
         load, prompts,
     },
-    sample::{image, png::Image, reference},
-    ui,
+    sample::png::Image,
+    ui::{self, Reporter},
 };
 
 /// Images of one run: all latents are kept until the VAE takes the transformer's place.
 const MAX_IMAGES: usize = 100_000;
 
-pub(super) fn run(args: &GenerateArgs) -> Result<()> {
+pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
     let mut prompts = args.prompt.clone();
     if let Some(path) = &args.prompt_file {
         prompts.extend(prompts::read("--prompt-file", path)?);
@@ -33,8 +31,9 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
         args.images_per_prompt,
         prompts.len()
     );
-    let (mut pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
-    let references = references(args, &pipeline)?;
+    let (mut pipeline, budget) =
+        options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
+    let references = load::reference_images(&pipeline, &args.image)?;
     // FLUX.2 draws an image of the size of the first reference image, as diffusers does
     let first = references.first();
     let first = first.filter(|_| pipeline.config.family == Family::FLUX2);
@@ -56,7 +55,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     for job in &jobs {
         target::check_file(&job.path, args.output.force)?;
     }
-    create_folders(&jobs)?;
+    generate::create_folders(&jobs)?;
     let vae_files = pipeline.vae_files()?;
     let steps = jobs.first().map_or(1, |job| job.steps);
     load::schedule(&pipeline)?
@@ -82,7 +81,10 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
         }
     }
     if args.output.print.json {
-        ui::json(&serde_json::json!({ "model": pipeline.name, "images": jobs }))?;
+        ui::json(&GenerateReport {
+            model: pipeline.name,
+            images: jobs,
+        })?;
     }
     Ok(())
 }
@@ -96,7 +98,7 @@ fn guidance(args: &GenerateArgs, pipeline: &mut Pipeline) -> Result<Option<f64>>
     );
     if !pipeline.takes_guidance() {
         if args.sampling.guidance.is_some() {
-            ui::note(format!(
+            pipeline.reporter.note(format!(
                 "`{name}` takes no guidance (it has no embedding of it, or was distilled): --guidance has no effect"
             ));
         }
@@ -107,35 +109,6 @@ fn guidance(args: &GenerateArgs, pipeline: &mut Pipeline) -> Result<Option<f64>>
     }
     let own = pipeline.default_guidance();
     Ok(Some(args.sampling.guidance.unwrap_or(own)))
-}
-
-/// The reference images, at the sizes that the model sees them in.
-fn references(args: &GenerateArgs, pipeline: &Pipeline) -> Result<Vec<Image>> {
-    let family = &pipeline.config.family;
-    ensure!(
-        args.image.len() <= 1 || *family == Family::FLUX2,
-        "--image: `{}` takes one reference image, {} are given",
-        pipeline.name,
-        args.image.len()
-    );
-    let read = |path: &PathBuf| {
-        let image = reference::prepared(&image::read(path)?, family);
-        image.with_context(|| format!("`{}`", path.display()))
-    };
-    let images = args.image.iter().map(read).collect::<Result<_>>();
-    images.context("--image")
-}
-
-fn create_folders(jobs: &[ImageJob]) -> Result<()> {
-    for folder in jobs
-        .iter()
-        .filter_map(|job| job.path.parent())
-        .filter(|p| !p.as_os_str().is_empty())
-    {
-        std::fs::create_dir_all(folder)
-            .with_context(|| format!("cannot create `{}`", folder.display()))?;
-    }
-    Ok(())
 }
 
 fn write(job: &ImageJob, image: &Image, pipeline: &Pipeline) -> Result<()> {

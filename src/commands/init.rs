@@ -7,11 +7,11 @@ use serde_json::json;
 
 use crate::{
     checkpoint::{
-        Checkpoint, Source, config::ConfigFile, init, output, record, save, target,
+        Checkpoint, config::ConfigFile, init, init::InitReport, output, record, save, target,
         transformer_json,
     },
     cli::InitArgs,
-    ui,
+    ui::Reporter,
 };
 
 /// Configurations that can be named without a file.
@@ -31,7 +31,7 @@ const BUNDLED: [(&str, &str); 4] = [
     ),
 ];
 
-pub(super) fn run(args: &InitArgs) -> Result<()> {
+pub(super) fn run(args: &InitArgs, reporter: &Reporter) -> Result<()> {
     let (config, record) = transformer_json::read(&read_config(&args.config)?)?;
     // what a pruned layout needs to open; the layers are no one's
     let record = record.map(|mut record| {
@@ -59,48 +59,26 @@ pub(super) fn run(args: &InitArgs) -> Result<()> {
             std::fs::create_dir_all(folder)
                 .with_context(|| format!("cannot create `{}`", folder.display()))?;
         }
-        write(&checkpoint, path)?;
+        write(&checkpoint, path, reporter)?;
         let json = transformer_json::write(&config, record.as_ref());
         output::write_json(&description, &json)?;
     }
-    let largest = checkpoint.iter().map(|(_, s)| Source::byte_len(s)).max();
-    let (parameters, bytes) = (checkpoint.parameters(), checkpoint.bytes());
-    if args.print.json {
-        return ui::json(&json!({
-            "output": args.output.as_ref().map(|path| path.display().to_string()),
-            "written": !args.dry_run.dry_run,
-            "seed": args.seed.seed.unwrap_or_default(),
-            "dtype": format!("{:?}", args.dtype),
-            "format": args.layout.layout.to_string(),
-            "tensors": checkpoint.len(),
-            "largest_tensor_bytes": largest,
-            "parameters": parameters,
-            "bytes": bytes,
-        }));
-    }
-    ui::data(format!(
-        "{} parameters in {} tensors of {:?}, {}{}",
-        ui::count(parameters as f64),
-        checkpoint.len(),
-        args.dtype,
-        ui::bytes(bytes as f64),
-        match &args.output {
-            Some(path) if !args.dry_run.dry_run => format!(", in {}", path.display()),
-            _ => " (nothing written)".to_owned(),
-        }
-    ))
+    let written = !args.dry_run.dry_run;
+    let (seed, layout) = (args.seed.seed.unwrap_or_default(), args.layout.layout);
+    let report = InitReport::new(&checkpoint, args.output.as_deref(), written, seed, layout);
+    super::show(args.print, &report, || report.text())
 }
 
-fn write(checkpoint: &Checkpoint, path: &Path) -> Result<()> {
+fn write(checkpoint: &Checkpoint, path: &Path, reporter: &Reporter) -> Result<()> {
     // in megabytes: a bar counts in machine words, and tensors differ too much to count them
     let unit = 1 << 20;
-    let bar = ui::progress(checkpoint.bytes().div_ceil(unit), "writing");
+    let bar = reporter.progress(checkpoint.bytes().div_ceil(unit), "writing");
     let mut done = 0;
     save::write_with(checkpoint, path, &mut |bytes| {
         done += bytes;
         bar.set_position((done / unit) as u64);
     })?;
-    ui::done(&bar, "wrote the checkpoint");
+    reporter.done(&bar, "wrote the checkpoint");
     Ok(())
 }
 
@@ -137,7 +115,7 @@ mod tests {
         let Command::Init(args) = cli.command else {
             unreachable!()
         };
-        run(&args)
+        run(&args, &Reporter::silent())
     }
 
     #[test]
@@ -235,7 +213,7 @@ mod tests {
         let Command::Init(args) = Cli::parse_from(arguments).command else {
             unreachable!()
         };
-        run(&args).unwrap();
+        run(&args, &Reporter::silent()).unwrap();
         let choice = ModelChoice {
             model: Some(path.display().to_string()),
             ..ModelChoice::default()

@@ -2,10 +2,10 @@
 
 use anyhow::Result;
 
-use crate::{cli::InspectArgs, pipeline::inspect::InspectReport};
+use crate::{cli::InspectArgs, pipeline::inspect::InspectReport, ui::Reporter};
 
-pub(super) fn run(args: &InspectArgs) -> Result<()> {
-    let pipeline = super::open(&super::bare_choice(&args.model))?;
+pub(super) fn run(args: &InspectArgs, reporter: &Reporter) -> Result<()> {
+    let pipeline = super::open(&super::bare_choice(&args.model, reporter))?;
     let size = pipeline.image_size(args.size.width, args.size.height)?;
     let text = match args.text_tokens {
         Some(tokens) => tokens,

@@ -6,10 +6,10 @@ use crate::{
     calibrate::{file::Calibration, options::AGAIN, report::CalibrationReport},
     checkpoint::{target, with_hint},
     cli::MergeStatsArgs,
-    ui,
+    ui::Reporter,
 };
 
-pub(super) fn run(args: &MergeStatsArgs) -> Result<()> {
+pub(super) fn run(args: &MergeStatsArgs, reporter: &Reporter) -> Result<()> {
     let output = &args.output.path;
     target::check_file(output, args.output.force)?;
     target::check_writable(output)?;
@@ -43,6 +43,6 @@ pub(super) fn run(args: &MergeStatsArgs) -> Result<()> {
     sum.write_output(output)?;
     let report = CalibrationReport::new(&sum, output);
     super::show(args.output.print, &report, || report.text())?;
-    ui::note(format!("wrote `{}`", output.display()));
+    reporter.note(format!("wrote `{}`", output.display()));
     Ok(())
 }

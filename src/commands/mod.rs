@@ -8,7 +8,7 @@ use serde::Serialize;
 use self::options::{bare_choice, memory, model_choice, open, runtime};
 use crate::{
     cli::{Command, PrintArgs},
-    ui,
+    ui::{self, Reporter},
 };
 
 mod bench;
@@ -31,21 +31,23 @@ mod verify;
 ///
 /// # Errors
 /// Whatever the subcommand could not do; `main` prints it.
-pub fn run(command: Command) -> Result<ExitCode> {
+pub fn run(command: Command, reporter: &Reporter) -> Result<ExitCode> {
     match command {
-        Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Calibrate(args) => calibrate::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::MergeStats(args) => merge_stats::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Score(args) => score::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Plan(args) => plan::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Prune(args) => prune::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::TrainSandwich(args) => train_sandwich::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Generate(args) => generate::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Verify(args) => verify::run(&args),
-        Command::Convert(args) => convert::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Init(args) => init::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Inspect(args) => inspect::run(&args, reporter).map(|()| ExitCode::SUCCESS),
+        Command::Calibrate(args) => calibrate::run(&args, reporter).map(|()| ExitCode::SUCCESS),
+        Command::MergeStats(args) => merge_stats::run(&args, reporter).map(|()| ExitCode::SUCCESS),
+        Command::Score(args) => score::run(&args, reporter).map(|()| ExitCode::SUCCESS),
+        Command::Plan(args) => plan::run(&args, reporter).map(|()| ExitCode::SUCCESS),
+        Command::Prune(args) => prune::run(&args, reporter).map(|()| ExitCode::SUCCESS),
+        Command::TrainSandwich(args) => {
+            train_sandwich::run(&args, reporter).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Generate(args) => generate::run(&args, reporter).map(|()| ExitCode::SUCCESS),
+        Command::Verify(args) => verify::run(&args, reporter),
+        Command::Convert(args) => convert::run(&args, reporter).map(|()| ExitCode::SUCCESS),
+        Command::Init(args) => init::run(&args, reporter).map(|()| ExitCode::SUCCESS),
+        Command::Eval(args) => eval::run(&args, reporter).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::run(&args, reporter).map(|()| ExitCode::SUCCESS),
         Command::Completions(args) => shell::completions(&args).map(|()| ExitCode::SUCCESS),
         Command::Man(args) => shell::man(&args).map(|()| ExitCode::SUCCESS),
     }

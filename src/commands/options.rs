@@ -18,24 +18,25 @@ use crate::{
     },
     prune::{goal::GoalOptions, options::PruneOptions, recipe::PruneRecipe},
     train::{options::TrainOptions, recipe::SandwichRecipe},
-    ui,
+    ui::Reporter,
 };
 
 /// The model that flags name, without text encoders and VAE.
-pub(super) fn bare_choice(args: &ModelArgs) -> ModelChoice {
+pub(super) fn bare_choice(args: &ModelArgs, reporter: &Reporter) -> ModelChoice {
     ModelChoice {
         model: args.model.clone(),
         config: args.config.config.clone(),
+        reporter: reporter.clone(),
         ..ModelChoice::default()
     }
 }
 
 /// The model that flags name, with the other components of its pipeline.
-pub(super) fn model_choice(args: &PipelineArgs) -> ModelChoice {
+pub(super) fn model_choice(args: &PipelineArgs, reporter: &Reporter) -> ModelChoice {
     ModelChoice {
         text_encoders: args.parts.text_encoders.clone(),
         vae: args.parts.vae.clone(),
-        ..bare_choice(&args.model)
+        ..bare_choice(&args.model, reporter)
     }
 }
 
@@ -55,7 +56,7 @@ pub(super) fn memory(args: MemoryArgs) -> MemoryLimit {
 /// Opens a model and says so when it is the bundled one.
 pub(super) fn open(choice: &ModelChoice) -> Result<Pipeline> {
     if choice.model.is_none() {
-        ui::note(
+        choice.reporter.note(
             "using the bundled tiny model (64×64 images of coloured shapes); name a real one with --model, \
              for example --model black-forest-labs/FLUX.1-schnell",
         );
@@ -68,10 +69,11 @@ pub(super) fn open_within(
     pipeline: &PipelineArgs,
     run: RunArgs,
     memory_args: MemoryArgs,
+    reporter: &Reporter,
 ) -> Result<(Pipeline, MemoryBudget)> {
     let runtime = runtime(run)?;
-    let pipeline = open(&model_choice(pipeline))?;
-    let budget = MemoryBudget::new(memory(memory_args), &runtime).for_pipeline(&pipeline);
+    let pipeline = open(&model_choice(pipeline, reporter))?;
+    let budget = MemoryBudget::new(memory(memory_args), &runtime, reporter).for_pipeline(&pipeline);
     Ok((pipeline, budget))
 }
 

@@ -15,15 +15,15 @@ use crate::{
         select::{self, RankedPlan},
     },
     score::Scores,
-    ui,
+    ui::Reporter,
 };
 
-pub(super) fn run(args: &PlanArgs) -> Result<()> {
+pub(super) fn run(args: &PlanArgs, reporter: &Reporter) -> Result<()> {
     let mut recipe = options::recipe_for(&args.calibration, &args.goal)?;
     let output = &args.output.path;
     target::check_file(output, args.output.force)?;
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
-    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
+    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
     let wanted = PruneTarget::new(&options::goal(&args.goal, None), &recipe, &pipeline)?;
     let calibration = options::calibration(&args.calibration, Some(&args.stats), &recipe);
     let resolved = ResolvedOptions::new(&pipeline, &calibration)?;
@@ -64,6 +64,6 @@ pub(super) fn run(args: &PlanArgs) -> Result<()> {
     output::write_json(output, &serde_json::to_value(&ranked.plan)?)?;
     let report = PlanReport::new(&pipeline, ranked, workload, output);
     super::show(args.output.print, &report, || report.text())?;
-    ui::note(format!("wrote `{}`", output.display()));
+    reporter.note(format!("wrote `{}`", output.display()));
     Ok(())
 }

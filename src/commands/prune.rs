@@ -8,10 +8,10 @@ use crate::{
     checkpoint::target,
     cli::PruneArgs,
     prune::{self, plan::PruningPlan},
-    ui,
+    ui::Reporter,
 };
 
-pub(super) fn run(args: &PruneArgs) -> Result<()> {
+pub(super) fn run(args: &PruneArgs, reporter: &Reporter) -> Result<()> {
     let options = options::prune(args)?;
     if !args.dry_run.dry_run {
         target::check_folder(&options.output, options.force)?;
@@ -19,7 +19,7 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     if let Some(plan) = &options.goal.plan {
         PruningPlan::read(plan)?; // a damaged one is refused before the model is opened
     }
-    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
+    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
     if args.dry_run.dry_run {
         let resolved = ResolvedOptions::new(&pipeline, &options.calibration)?;
         let memory = options.calibration.stats_memory;
@@ -29,6 +29,6 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     }
     let report = prune::run::run(&pipeline, &budget, &options)?;
     super::show(args.output.print, &report, || report.text())?;
-    ui::note(format!("wrote `{}`", options.output.display()));
+    reporter.note(format!("wrote `{}`", options.output.display()));
     Ok(())
 }

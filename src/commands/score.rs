@@ -8,10 +8,10 @@ use crate::{
     checkpoint::target,
     cli::ScoreArgs,
     score::measure,
-    ui,
+    ui::Reporter,
 };
 
-pub(super) fn run(args: &ScoreArgs) -> Result<()> {
+pub(super) fn run(args: &ScoreArgs, reporter: &Reporter) -> Result<()> {
     let recipe = options::recipe(&args.calibration)?;
     let output = &args.output.path;
     let chart = output.with_extension("svg");
@@ -22,7 +22,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     );
     target::check_file(output, args.output.force)?;
     target::check_file(&chart, args.output.force)?;
-    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory)?;
+    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
     let calibration = options::calibration(&args.calibration, Some(&args.stats), &recipe);
     let resolved = ResolvedOptions::new(&pipeline, &calibration)?;
     target::check_writable(output)?;
@@ -35,7 +35,7 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     scores.write(output, &chart)?;
     run.remove_partial()?;
     super::show(args.output.print, &scores, || scores.text())?;
-    ui::note(format!(
+    reporter.note(format!(
         "wrote `{}` and `{}`",
         output.display(),
         chart.display()

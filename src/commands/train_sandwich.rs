@@ -24,10 +24,10 @@ use crate::{
         state::{self, StateFile},
         strategy::MemoryRequest,
     },
-    ui,
+    ui::Reporter,
 };
 
-pub(super) fn run(args: &TrainArgs) -> Result<()> {
+pub(super) fn run(args: &TrainArgs, reporter: &Reporter) -> Result<()> {
     let (output, force) = (&args.output.path, args.output.force);
     let folder = setup::state_folder(output);
     let resuming = folder.exists();
@@ -40,7 +40,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     if args.restart && !args.dry_run.dry_run && folder.exists() {
         state::remove(&folder).context("--restart")?;
     }
-    let choice = super::model_choice(&args.pipeline);
+    let choice = super::model_choice(&args.pipeline, reporter);
     let pruned = open_pruned(args, &choice, &folder.join(state::PRUNED))?;
     let pair = Pair::open(pruned, args.teacher.as_deref(), &choice)?;
     let options = options::train(args, &pair.teacher)?;
@@ -49,7 +49,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
         gradient_checkpointing: args.gradient_checkpointing,
         offload: args.memory.offload,
         max_bytes: args.memory.max_vram,
-        free: MemoryBudget::new(super::memory(args.memory), &setup.runtime).limit(),
+        free: MemoryBudget::new(super::memory(args.memory), &setup.runtime, reporter).limit(),
         dry_run: args.dry_run.dry_run,
     })?;
     if args.dry_run.dry_run {
@@ -60,7 +60,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let settings = setup.settings();
     if let Some(report) = report::finished(output, &settings).filter(|_| !force) {
         // killed after its output was in place and before its state was removed
-        ui::note(format!("`{}` is of this very run", output.display()));
+        reporter.note(format!("`{}` is of this very run", output.display()));
         super::show(args.output.print, &report, || report.table())?;
         return state::remove(&folder);
     }
@@ -71,7 +71,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     let state = StateFile::new(&folder, settings.clone());
     let saved = with_hint(state.load(), "--restart starts over")?;
     if let Some(saved) = &saved {
-        ui::note(format!(
+        reporter.note(format!(
             "resuming the run saved in `{}`: {} of its phases done, {} steps of the next",
             folder.display(),
             saved.progress.phase,
@@ -102,13 +102,13 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     write_chart(&target.path().join("loss.svg"), &trained.saved.progress.log)?;
     target.finish()?;
     if keep_lora {
-        ui::note(format!(
+        reporter.note(format!(
             "the LoRA lies next to the model in `{}`, in the names of PEFT and diffusers (`load_lora_weights`): fastflux itself does not apply it, so its own images and numbers are those without it\nhint: without --keep-lora it is merged",
             output.join(LORA_FILE).display()
         ));
     }
     super::show(args.output.print, &report, || report.table())?;
-    ui::note(format!("wrote `{}`", output.display()));
+    reporter.note(format!("wrote `{}`", output.display()));
     state::remove(&folder)
 }
 
@@ -121,11 +121,16 @@ fn open_pruned(args: &TrainArgs, choice: &ModelChoice, folder: &Path) -> Result<
         if args.dry_run.dry_run {
             bail!("--dry-run: name a pruned model with --model\nhint: `fastflux prune` makes one")
         }
-        ui::note("pruning the bundled tiny model at 20 % first; --model names a pruned model");
+        choice
+            .reporter
+            .note("pruning the bundled tiny model at 20 % first; --model names a pruned model");
         let runtime = super::runtime(args.run)?;
-        let pipeline = Pipeline::open(&ModelChoice::default())?;
-        let budget =
-            MemoryBudget::new(super::memory(args.memory), &runtime).for_pipeline(&pipeline);
+        let pipeline = Pipeline::open(&ModelChoice {
+            reporter: choice.reporter.clone(),
+            ..ModelChoice::default()
+        })?;
+        let budget = MemoryBudget::new(super::memory(args.memory), &runtime, &choice.reporter)
+            .for_pipeline(&pipeline);
         let options = PruneOptions {
             output: folder.to_path_buf(),
             ..PruneOptions::default()

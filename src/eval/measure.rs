@@ -18,7 +18,6 @@ use crate::{
         schedule::Schedule,
         size::{ImageSize, TOKENS_PER_FORWARD},
     },
-    ui,
 };
 
 /// How often a step is timed.
@@ -130,7 +129,9 @@ impl Task<'_> {
             size: self.size.latent(pipeline.config.family),
         };
         let images = self.encoded.len();
-        let progress = ui::progress(images.div_ceil(batch) * self.steps, "sampling");
+        let progress = pipeline
+            .reporter
+            .progress(images.div_ceil(batch) * self.steps, "sampling");
         let channels = pipeline.config.out_channels / 4;
         let latents = calibrate::sample(
             &denoise,
@@ -142,13 +143,15 @@ impl Task<'_> {
             &progress,
         )
         .with_context(|| format!("while sampling with `{}`", pipeline.name))?;
-        ui::done(
+        pipeline.reporter.done(
             &progress,
             format!("sampled {images} images with `{}`", pipeline.name),
         );
         memory.sample(free());
         let noised = noised(&latents)?.context("no noised latents to compare on")?;
-        let progress = ui::progress(noised.batches(batch).len(), "comparing");
+        let progress = pipeline
+            .reporter
+            .progress(noised.batches(batch).len(), "comparing");
         let velocities = Velocities::new(&flux, &noised, batch, runtime, &progress)
             .with_context(|| format!("`{}`", pipeline.name))?;
         progress.finish_and_clear();

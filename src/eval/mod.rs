@@ -9,7 +9,6 @@ use crate::{
     model::cost,
     pipeline::{Pipeline, decoder::Decoder, load, placement::MemoryBudget},
     sample::{png::Image, size::ImageSize},
-    ui,
 };
 
 pub mod clip;
@@ -180,13 +179,15 @@ fn decode(
     let device = &budget.runtime().device;
     let seconds = timing::measure(device, DECODING, &mut [work])?[0].median;
     let count = measured[0].latents.dim(0)?;
-    let progress = ui::progress(measured.len() * count, "decoding");
+    let progress = budget
+        .reporter()
+        .progress(measured.len() * count, "decoding");
     let mut images = Vec::new();
     for measured in measured {
         images.push(decoder.images(&measured.latents)?);
         progress.inc(count as u64);
     }
-    ui::done(
+    budget.reporter().done(
         &progress,
         format!("decoded {} images", images.len() * count),
     );

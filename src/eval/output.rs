@@ -13,7 +13,6 @@ use crate::{
     pipeline::Pipeline,
     sample::{grid, image, png::Image},
     score::{Scores, chart},
-    ui,
 };
 
 /// Pairs on the page: of small and of large images.
@@ -106,7 +105,7 @@ fn add_neighbours(model: &Pipeline, assets: &mut Assets) -> Result<()> {
                     None => assets.scores.push((model.name.clone(), svg)),
                 }
             }
-            _ => ui::warn(format!(
+            _ => model.reporter.warn(format!(
                 "`{}` is not a scores file and is left out",
                 scores.display()
             )),

@@ -22,6 +22,8 @@ pub mod output;
 pub use hub::HubSettings;
 pub use id::parse_id;
 
+use crate::ui::Reporter;
+
 /// The bytes of one file: part of the binary, or memory-mapped. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub enum Blob {
@@ -113,20 +115,22 @@ impl Files {
         Self::from_root(Root::Folder(path.into()))
     }
 
-    /// A model repository on the hub, `owner/name` at a revision (`None`: `main`).
+    /// A model repository on the hub, `owner/name` at a revision (`None`: `main`). `reporter` draws the bars of downloads.
     ///
     /// # Errors
     /// When this build has no hub support, or the repository cannot be listed: gated, unauthorised, offline and
     /// not-found each say what to do.
-    pub fn hub(id: &str, revision: Option<&str>) -> Result<Self> {
+    pub fn hub(id: &str, revision: Option<&str>, reporter: &Reporter) -> Result<Self> {
         #[cfg(feature = "hub")]
         {
-            let files = Self::hub_with(&HubSettings::from_env(), id, revision)?;
+            let files = Self::hub_with(&HubSettings::from_env(reporter.clone()), id, revision)?;
             if let Some(note) = files.note() {
-                crate::ui::note(note);
+                reporter.note(note);
             }
             Ok(files)
         }
+        #[cfg(not(feature = "hub"))]
+        let _ = reporter;
         #[cfg(not(feature = "hub"))]
         Err(anyhow!(
             "`{id}{}` is a hub id, but this build has no hub support\nhint: build with `--features hub`, or download the files and name the folder",

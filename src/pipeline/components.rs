@@ -117,7 +117,7 @@ impl Pipeline {
             return Ok(own.clone());
         }
         if let Some(base) = &self.components.base {
-            let located = locate(Some(base)).with_context(|| {
+            let located = locate(Some(base), &self.reporter).with_context(|| {
                 format!(
                     "`{}` takes {what} from its base model `{base}`\nhint: name them with {flag}",
                     self.name
@@ -130,10 +130,10 @@ impl Pipeline {
             }
         }
         if let Some(repository) = self.components.hub {
-            crate::ui::note(format!(
+            self.reporter.note(format!(
                 "taking {what} from {repository} on the hub ({flag} names others)"
             ));
-            return Files::hub(repository, None)
+            return Files::hub(repository, None, &self.reporter)
                 .with_context(|| format!("cannot fetch {what}; name them with {flag}"));
         }
         bail!(

@@ -16,7 +16,7 @@ use crate::{
         save,
     },
     quant::QuantType,
-    ui,
+    ui::{self, Reporter},
 };
 
 /// Progress is counted in megabytes: a bar counts in machine words, and tensors differ too much to count them.
@@ -26,10 +26,10 @@ const UNIT: usize = 1 << 20;
 ///
 /// # Errors
 /// When a tensor cannot be read or holds NaN.
-pub fn measured(source: &Checkpoint, target: Target) -> Result<Checkpoint> {
+pub fn measured(source: &Checkpoint, target: Target, reporter: &Reporter) -> Result<Checkpoint> {
     let scaled = source.iter().filter(|(name, s)| target.scales(name, s));
     let total: usize = scaled.map(|(_, s)| s.byte_len()).sum();
-    let bar = ui::progress(total.div_ceil(UNIT), "measuring");
+    let bar = reporter.progress(total.div_ceil(UNIT), "measuring");
     let mut done = 0;
     let out = convert::converted(source, target, &mut |source| {
         let largest = source.largest()?;
@@ -45,8 +45,13 @@ pub fn measured(source: &Checkpoint, target: Target) -> Result<Checkpoint> {
 ///
 /// # Errors
 /// When the folder is not writable or the disk is full.
-pub fn write(checkpoint: &Checkpoint, target: Target, path: &Path) -> Result<()> {
-    let bar = ui::progress(checkpoint.bytes().div_ceil(UNIT), "writing");
+pub fn write(
+    checkpoint: &Checkpoint,
+    target: Target,
+    path: &Path,
+    reporter: &Reporter,
+) -> Result<()> {
+    let bar = reporter.progress(checkpoint.bytes().div_ceil(UNIT), "writing");
     let mut done = 0;
     let mut written = |bytes| {
         done += bytes;
@@ -58,7 +63,7 @@ pub fn write(checkpoint: &Checkpoint, target: Target, path: &Path) -> Result<()>
             save::write_with(checkpoint, path, &mut written)?;
         }
     }
-    ui::done(&bar, "wrote the checkpoint");
+    reporter.done(&bar, "wrote the checkpoint");
     Ok(())
 }
 
@@ -91,7 +96,7 @@ fn name(target: Target) -> String {
 }
 
 /// Says which matrices of the kept blocks could not have the format that was asked for.
-pub fn note_fallbacks(checkpoint: &Checkpoint, packed: QuantType) {
+pub fn note_fallbacks(checkpoint: &Checkpoint, packed: QuantType, reporter: &Reporter) {
     let unfit = checkpoint.iter().filter(|(name, source)| {
         let kept = keys::parse(name).is_some_and(|key| !key.of_replacement());
         let matrix = source.shape().len() == 2 && kept;
@@ -102,7 +107,7 @@ pub fn note_fallbacks(checkpoint: &Checkpoint, packed: QuantType) {
         .map(|(name, source)| (name, source.format().to_string()))
         .collect();
     if let Some((name, format)) = all.first() {
-        ui::note(format!(
+        reporter.note(format!(
             "{} matrices have rows that are no multiple of {} and are not written in {packed}: `{name}` in {format}",
             all.len(),
             packed.block()

@@ -115,7 +115,7 @@ impl MemoryBudget {
             let limit = self.limit.map_or_else(String::new, |limit| {
                 format!(", and {} may be used", ui::bytes(limit as f64))
             });
-            ui::note(format!(
+            self.reporter.note(format!(
                 "decoding in bands of {} rows: at once it would take {}{limit}",
                 bands.rows * vae.config().downsampling(),
                 ui::bytes(self.decoding(vae.config(), size, None, element).work as f64),

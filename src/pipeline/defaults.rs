@@ -11,7 +11,6 @@ use crate::{
     files::Files,
     layout::{Family, FluxConfig, TextModel},
     sample::size::ImageSize,
-    ui,
 };
 
 /// The file with a model's own defaults for `generate`.
@@ -182,7 +181,7 @@ impl Pipeline {
         let (width, height) = (own(width)?, own(height)?);
         let size = ImageSize::rounded(width, height)?;
         if (size.width, size.height) != (width, height) {
-            ui::note(format!(
+            self.reporter.note(format!(
                 "generating {}×{} instead of {width}×{height}: sizes are multiples of {}",
                 size.width,
                 size.height,

@@ -10,12 +10,9 @@ use super::{
     Pipeline, load,
     placement::{Activity, MemoryBudget},
 };
-use crate::{
-    sample::{
-        denoise::{Denoise, Encoded, starting_noise},
-        size::ImageSize,
-    },
-    ui,
+use crate::sample::{
+    denoise::{Denoise, Encoded, starting_noise},
+    size::ImageSize,
 };
 
 /// Tokens in one forward: small images go through the model several at a time.
@@ -44,6 +41,15 @@ pub struct ImageJob {
     /// Which image of the prompt: its place in the noise drawn from the seed.
     #[serde(rename = "image")]
     pub image_index: usize,
+}
+
+/// What `generate` made.
+#[derive(Clone, Debug, Serialize)]
+pub struct GenerateReport {
+    /// How the model is called.
+    pub model: String,
+    /// The images, in the order of the prompts.
+    pub images: Vec<ImageJob>,
 }
 
 /// Loads the transformer, denoises all images in batches and frees it again; packed latents (jobs, tokens, 4 · channels).
@@ -94,7 +100,9 @@ pub fn latents(
         .max()
         .unwrap_or(1);
     let noise = starting_noise(first.seed, images, channels, denoise.size)?;
-    let progress = ui::progress(jobs.len().div_ceil(batch) * denoise.steps, "generating");
+    let progress = pipeline
+        .reporter
+        .progress(jobs.len().div_ceil(batch) * denoise.steps, "generating");
     let mut latents = Vec::new();
     for jobs in jobs.chunks(batch) {
         let pick = |f: fn(&ImageJob) -> usize| -> Vec<u32> {
@@ -108,7 +116,7 @@ pub fn latents(
     }
     let latents = Tensor::cat(&latents, 0)?;
     drop(flux);
-    ui::done(
+    pipeline.reporter.done(
         &progress,
         format!(
             "generated {} image{} and freed the transformer",
@@ -170,6 +178,22 @@ pub fn jobs(options: &JobOptions) -> Result<Vec<ImageJob>> {
         );
     }
     Ok(jobs)
+}
+
+/// Creates the folders that images go into.
+///
+/// # Errors
+/// When one is not writable.
+pub fn create_folders(jobs: &[ImageJob]) -> Result<()> {
+    for folder in jobs
+        .iter()
+        .filter_map(|job| job.path.parent())
+        .filter(|p| !p.as_os_str().is_empty())
+    {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create `{}`", folder.display()))?;
+    }
+    Ok(())
 }
 
 /// The file of one image: a pattern is filled in, a .png name is taken (numbered where there are several), anything

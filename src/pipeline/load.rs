@@ -1,24 +1,27 @@
 //! Loads the components of a pipeline onto the device, with progress and errors that name files.
 
+use std::path::PathBuf;
 use std::sync::{Mutex, Once, PoisonError};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle::{Device, Tensor};
 
 use super::{Pipeline, VaeFiles};
 use crate::{
     device::{self, Runtime},
     files::Files,
+    layout::Family,
     model::{Flux, ops},
     sample::{
         encoded::{Encoded, References},
+        image,
         png::Image,
         reference,
         schedule::Schedule,
         text::TextEncoders,
         vae::Vae,
     },
-    ui,
+    ui::Reporter,
 };
 
 /// Prompts in one call of the text encoders.
@@ -26,7 +29,7 @@ const PROMPTS_PER_CALL: usize = 32;
 
 /// The transformer in the runtime's format on its device.
 pub fn flux(pipeline: &Pipeline, runtime: &Runtime) -> Result<Flux> {
-    check_kernels(runtime);
+    check_kernels(runtime, &pipeline.reporter);
     let vb = pipeline
         .transformer
         .var_builder(runtime.dtype, &runtime.device);
@@ -36,12 +39,12 @@ pub fn flux(pipeline: &Pipeline, runtime: &Runtime) -> Result<Flux> {
 
 /// Says once if a GPU or its kernels are not used: results are the same, slower. To be asked again after work whose kernels
 /// are compiled when they are first needed.
-pub fn check_kernels(runtime: &Runtime) {
+pub fn check_kernels(runtime: &Runtime, reporter: &Reporter) {
     static ASKED: Once = Once::new();
     static SAID: Mutex<Option<String>> = Mutex::new(None);
     ASKED.call_once(|| {
         if let Some(why) = device::unused_gpu() {
-            ui::warn(format!(
+            reporter.warn(format!(
                 "computing on the CPU, as the GPU cannot be used: {why}\nhint: see `nvidia-smi`; --device cpu says that this is wanted"
             ));
         }
@@ -49,7 +52,7 @@ pub fn check_kernels(runtime: &Runtime) {
     let why = ops::trouble(&runtime.device);
     let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
     if why.is_some() && *said != why {
-        ui::warn(format!(
+        reporter.warn(format!(
             "slower than it could be, without our CUDA kernels: {}",
             why.as_deref().unwrap_or_default()
         ));
@@ -88,7 +91,9 @@ pub fn text_encoders(
 /// Encodes prompts, and the negative prompt of a model that takes one, a bounded number at a time; on the CPU, as those of
 /// a calibration are half a gigabyte.
 pub fn encode(pipeline: &Pipeline, encoders: &TextEncoders, prompts: &[String]) -> Result<Encoded> {
-    let progress = ui::progress(prompts.len(), "encoding prompts");
+    let progress = pipeline
+        .reporter
+        .progress(prompts.len(), "encoding prompts");
     let (mut txt, mut vec) = (Vec::new(), Vec::new());
     for chunk in prompts.chunks(PROMPTS_PER_CALL) {
         let encoded = encoders.encode(chunk)?.to_device(&Device::Cpu)?;
@@ -120,19 +125,39 @@ pub fn encode_prompts(
                 1 => "the prompt is".to_owned(),
                 all => format!("{} of {all} prompts are", cut.prompts),
             };
-            ui::note(format!(
+            pipeline.reporter.note(format!(
                 "{which} longer than the {} tokens that {name} reads: what follows is cut off",
                 cut.length
             ));
         }
     }
     drop(encoders);
-    ui::note(format!(
+    pipeline.reporter.note(format!(
         "encoded {} prompt{} and freed the text encoders",
         prompts.len(),
         if prompts.len() == 1 { "" } else { "s" }
     ));
     Ok(encoded)
+}
+
+/// The reference images in these files, at the sizes that the model sees them in.
+///
+/// # Errors
+/// When they are more than the model takes, cannot be read, or are too small; the message names `--image`.
+pub fn reference_images(pipeline: &Pipeline, paths: &[PathBuf]) -> Result<Vec<Image>> {
+    let family = &pipeline.config.family;
+    ensure!(
+        paths.len() <= 1 || *family == Family::FLUX2,
+        "--image: `{}` takes one reference image, {} are given",
+        pipeline.name,
+        paths.len()
+    );
+    let read = |path: &PathBuf| {
+        let image = reference::prepared(&image::read(path)?, family);
+        image.with_context(|| format!("`{}`", path.display()))
+    };
+    let images = paths.iter().map(read).collect::<Result<_>>();
+    images.context("--image")
 }
 
 /// Reference images at the sizes that the model sees them in, as tokens, which all prompts share; loads the VAE and frees

@@ -13,6 +13,7 @@ use crate::{
         with_hint,
     },
     files::{BUNDLED, Blob, Files, parse_id},
+    ui::Reporter,
 };
 
 /// A transformer as found on disk, before anything is known about it.
@@ -32,7 +33,7 @@ const NAME_ONE: &str =
 pub(super) const DAMAGED: &str = "fetch the file again, or name another with --model";
 
 /// Finds the transformer that a `--model` value names.
-pub(super) fn locate(model: Option<&str>) -> Result<Located> {
+pub(super) fn locate(model: Option<&str>, reporter: &Reporter) -> Result<Located> {
     let Some(model) = model.filter(|m| *m != BUNDLED) else {
         return in_pipeline(Files::bundled());
     };
@@ -54,7 +55,7 @@ pub(super) fn locate(model: Option<&str>) -> Result<Located> {
     }
     match parse_id(model) {
         Some((repo, revision)) if !model.starts_with(['.', '/', '~']) => {
-            let files = Files::hub(&repo, revision.as_deref())?;
+            let files = Files::hub(&repo, revision.as_deref(), reporter)?;
             in_pipeline_or_bare(&files)?.with_context(|| {
                 format!(
                     "the hub repository `{model}` holds no FLUX transformer in diffusers layout"
@@ -214,7 +215,7 @@ mod tests {
         let link = folder.path().join("link");
         std::os::unix::fs::symlink("nowhere", &link).unwrap();
         for (model, word) in [("/dev/null", "neither"), (link.to_str().unwrap(), "link")] {
-            let Err(error) = locate(Some(model)) else {
+            let Err(error) = locate(Some(model), &Reporter::silent()) else {
                 panic!("{model} was opened")
             };
             let error = error.to_string();

@@ -16,6 +16,7 @@ use crate::{
     },
     files::{BUNDLED, Files},
     layout::{BlockKind, Family, FluxConfig},
+    ui::Reporter,
 };
 
 mod components;
@@ -46,6 +47,8 @@ pub struct ModelChoice {
     pub text_encoders: Option<PathBuf>,
     /// `--vae`: a VAE file or folder.
     pub vae: Option<PathBuf>,
+    /// Who is told what is opened and downloaded.
+    pub reporter: Reporter,
 }
 
 /// An opened model: headers and configs are read, weights are not.
@@ -71,6 +74,8 @@ pub struct Pipeline {
     pub defaults: Defaults,
     /// What images are to be unlike, for a model that takes a negative prompt.
     pub negative_prompt: String,
+    /// Who is told about the work with it.
+    pub reporter: Reporter,
     components: Components,
 }
 
@@ -89,7 +94,7 @@ impl Pipeline {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_original(choice: &ModelChoice, of: Option<&Record>) -> Result<Self> {
-        let located = locate(choice.model.as_deref())?;
+        let located = locate(choice.model.as_deref(), &choice.reporter)?;
         let record = Record::read(&located.raw.name, &located.raw.metadata);
         let record = with_hint(record, DAMAGED)?;
         let diffusers = crate::checkpoint::diffusers::is_diffusers(&located.raw);
@@ -117,6 +122,7 @@ impl Pipeline {
             known,
             &config,
             &located.raw.name,
+            &choice.reporter,
         )?;
         let defaults = defaults::of_model(
             located.pipeline.as_ref(),
@@ -125,7 +131,12 @@ impl Pipeline {
         )?
         .with_distilled(&config, located.pipeline.as_ref(), &located.model_ref)?;
         if let Some(record) = &record {
-            warn_of_kept_lora(record, located.pipeline.as_ref(), &located.raw.name)?;
+            warn_of_kept_lora(
+                record,
+                located.pipeline.as_ref(),
+                &located.raw.name,
+                &choice.reporter,
+            )?;
         }
         let mut choice = choice.clone();
         choice.fill_from_record(known.map(|r| &r.parts));
@@ -138,6 +149,7 @@ impl Pipeline {
             scheduler_name,
             defaults,
             negative_prompt: String::new(),
+            reporter: choice.reporter.clone(),
             components: Components {
                 choice,
                 own: located.pipeline,
@@ -154,7 +166,10 @@ impl Pipeline {
     /// # Errors
     /// When the base cannot be opened, or is not the model the record says.
     pub fn base(&self) -> Result<Self> {
-        self.base_with(&ModelChoice::default())
+        self.base_with(&ModelChoice {
+            reporter: self.reporter.clone(),
+            ..ModelChoice::default()
+        })
     }
 
     /// The same with flags for what lies next to the transformer; `choice.model` counts for nothing.
@@ -263,7 +278,12 @@ fn metadata_config(raw: &Checkpoint) -> Option<ConfigFile> {
 pub const LORA_FILE: &str = "lora.safetensors";
 
 /// Says that a model was trained with a LoRA that is not in its weights.
-fn warn_of_kept_lora(record: &Record, folder: Option<&Files>, name: &str) -> Result<()> {
+fn warn_of_kept_lora(
+    record: &Record,
+    folder: Option<&Files>,
+    name: &str,
+    reporter: &Reporter,
+) -> Result<()> {
     let Some(training) = record.recipe.get("train-sandwich") else {
         return Ok(());
     };
@@ -271,7 +291,7 @@ fn warn_of_kept_lora(record: &Record, folder: Option<&Files>, name: &str) -> Res
     // earlier versions did not record it
     let in_folder = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
     if recorded.map_or_else(in_folder, Ok)? {
-        crate::ui::warn(format!(
+        reporter.warn(format!(
             "`{name}` was trained together with a LoRA, `{LORA_FILE}`, that is not in its weights and is not applied here: images and numbers are those without it\nhint: `fastflux train-sandwich` without --keep-lora merges it; diffusers applies it with `load_lora_weights`"
         ));
     }

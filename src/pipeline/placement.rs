@@ -12,7 +12,7 @@ use crate::{
         memory::{self, ElementSizes, OffloadPlan},
         ops,
     },
-    ui,
+    ui::{self, Reporter},
 };
 
 /// Bytes of freed memory that stay with the process under `--offload`: enough for the blocks on their way.
@@ -40,6 +40,7 @@ pub struct MemoryBudget {
     asked: bool,
     /// Bytes of a weight on the device, on average.
     weight: f64,
+    pub(super) reporter: Reporter,
 }
 
 /// What is on the device while a transformer runs.
@@ -55,7 +56,7 @@ pub struct Activity {
 
 impl MemoryBudget {
     /// What the user and the device allow. To be made before anything is loaded, as it asks for free memory.
-    pub fn new(allowed: MemoryLimit, runtime: &Runtime) -> Self {
+    pub fn new(allowed: MemoryLimit, runtime: &Runtime, reporter: &Reporter) -> Self {
         // what is kept of freed memory counts to everybody who asks the driver: on an H100 a limit of 12 GiB was broken by
         // 5 % as long as all was kept
         if let Some(limit) = allowed.max_bytes {
@@ -70,6 +71,7 @@ impl MemoryBudget {
             limit: allowed.max_bytes.or_else(free),
             asked: allowed.max_bytes.is_some(),
             weight: runtime.dtype.size_in_bytes() as f64,
+            reporter: reporter.clone(),
         }
     }
 
@@ -88,6 +90,11 @@ impl MemoryBudget {
     /// Memory limit in bytes; `None` if unknown.
     pub fn limit(&self) -> Option<u64> {
         self.limit
+    }
+
+    /// Who is told about it.
+    pub fn reporter(&self) -> &Reporter {
+        &self.reporter
     }
 
     /// What is computed with.
@@ -131,7 +138,7 @@ impl MemoryBudget {
             batch = batch.div_ceil(2);
         }
         if batch < default {
-            ui::note(format!(
+            self.reporter.note(format!(
                 "{batch} noised latents in a forward instead of {default}, so that they fit into {}",
                 ui::bytes(self.limit.unwrap_or_default() as f64)
             ));
@@ -189,7 +196,7 @@ impl MemoryBudget {
                 size(least.bytes + at_work)
             );
         }
-        ui::warn(format!("{text}; trying all the same"));
+        self.reporter.warn(format!("{text}; trying all the same"));
         Ok(least)
     }
 
@@ -202,7 +209,7 @@ impl MemoryBudget {
         }
         let size = |bytes: u64| ui::bytes(bytes as f64);
         let limit = self.limit.filter(|_| !self.offload);
-        ui::note(format!(
+        self.reporter.note(format!(
             "`{}`: {} of {} blocks stay on the device, the others are read when they are run; {} of weights at a time and {} for the rest{}",
             pipeline.name,
             offload_plan.count(),
@@ -211,7 +218,7 @@ impl MemoryBudget {
             size(self.at_work(config, activity)),
             limit.map_or_else(String::new, |limit| format!(", of {}", size(limit)))
         ));
-        load::check_kernels(&self.runtime);
+        load::check_kernels(&self.runtime, &self.reporter);
         let vb = pipeline
             .transformer
             .offloaded_var_builder(self.runtime.dtype, &self.runtime.device);

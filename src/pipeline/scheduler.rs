@@ -7,6 +7,7 @@ use crate::{
     checkpoint::{config::ConfigFile, record::Record},
     files::Files,
     layout::{Family, FluxConfig},
+    ui::Reporter,
 };
 
 /// The scheduler: `--config`'s `scheduler`, the pipeline's own, the record's, or that of the released models of its family.
@@ -16,6 +17,7 @@ pub(super) fn of_model(
     record: Option<&Record>,
     config: &FluxConfig,
     name: &str,
+    reporter: &Reporter,
 ) -> Result<(Value, String)> {
     let said = |c: &ConfigFile| {
         let scheduler = c.json.get("scheduler")?.clone();
@@ -37,7 +39,7 @@ pub(super) fn of_model(
         return Ok((record.scheduler.clone(), name));
     }
     if config.head_dim() != 128 {
-        crate::ui::note(format!(
+        reporter.note(format!(
             "`{name}` names no scheduler: taking {}'s (--config with a `scheduler` object names another)",
             config.family.name()
         ));

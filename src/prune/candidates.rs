@@ -11,7 +11,6 @@ use crate::{
     layout::BlockId,
     model::{Block, Trunk},
     score::{ablation::Candidates, measure::plain_fit},
-    ui,
 };
 
 /// FitSplit for each channel that fits are made of in the rounds after the first: at 48 the error of a fit is a few
@@ -88,7 +87,10 @@ impl RefitCandidates<'_> {
         let rows = ROWS_PER_CHANNEL * width;
         let noised = self.noised.fit.first(rows.div_ceil(fewest.max(1)));
         let batch = calibrator.options.batch;
-        let progress = ui::progress(noised.batches(batch).len(), "calibrating");
+        let progress = calibrator
+            .pipeline
+            .reporter
+            .progress(noised.batches(batch).len(), "calibrating");
         let stats = calibrate::gather_behind(
             &calibrator.flux,
             trunk,

@@ -15,7 +15,6 @@ use crate::{
     checkpoint::{Checkpoint, record::Record},
     layout::FluxConfig,
     model::Flux,
-    ui,
 };
 
 mod activations;
@@ -76,7 +75,7 @@ pub fn prune(
     let flux = &calibrator.flux;
     let batches = noised.fit.batches(options.batch).len();
     let steps = sequential::steps(&flux.trunk, batches, &plan.replace, refit_projections);
-    let progress = ui::progress(steps, "fitting");
+    let progress = pipeline.reporter.progress(steps, "fitting");
     let fits = sequential::fit_layers(
         flux,
         &noised.fit,
@@ -87,7 +86,7 @@ pub fn prune(
     )?;
     let count = plan.replace.len();
     let s = if count == 1 { "" } else { "s" };
-    ui::done(
+    pipeline.reporter.done(
         &progress,
         format!("fitted {count} layer{s} on the pruned prefix"),
     );

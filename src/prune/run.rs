@@ -24,7 +24,6 @@ use crate::{
     pipeline::{Pipeline, placement::MemoryBudget},
     sample::grid,
     score::{Metric, Scores},
-    ui,
 };
 
 /// Prompts that images before and after are generated of, from the calibration list's end.
@@ -133,7 +132,7 @@ fn write(
     } = found;
     let (checkpoint, dequantized) = convert::for_safetensors(&pruned.checkpoint);
     if dequantized > 0 {
-        ui::note(format!(
+        calibrator.pipeline.reporter.note(format!(
             "{dequantized} tensors that are GGML blocks in `{}` are written in bf16 (`fastflux convert` quantizes them again)",
             calibrator.pipeline.name
         ));
@@ -184,7 +183,10 @@ fn before_and_after(
     let files = match calibrator.pipeline.vae_files() {
         Ok(files) => files,
         Err(error) => {
-            ui::note(format!("no image before and after: {error}"));
+            calibrator
+                .pipeline
+                .reporter
+                .note(format!("no image before and after: {error}"));
             return Ok(false);
         }
     };

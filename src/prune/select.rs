@@ -20,7 +20,6 @@ use crate::{
         Metric, Scores,
         ablation::{Greedy, greedy},
     },
-    ui,
 };
 
 /// What calibration and scoring found.
@@ -67,9 +66,12 @@ fn greedy_selection(
         _ => blocks / 5,
     };
     let steps = (blocks + 6 * rounds.saturating_sub(1)) * held_out.batches();
-    let progress = ui::progress(steps, "scoring");
+    let progress = calibrator.pipeline.reporter.progress(steps, "scoring");
     let greedy = greedy(&calibrator.flux, &mut refits, held_out, budget, &progress)?;
-    ui::done(&progress, "scored and chose blocks");
+    calibrator
+        .pipeline
+        .reporter
+        .done(&progress, "scored and chose blocks");
     let (stats, fits) = refits.first.context("no block was scored")?;
     Ok(GreedySelection {
         stats,

@@ -18,7 +18,6 @@ use crate::{
     },
     layout::{BlockId, BlockSpec},
     model::{Block, ReplacementBlock},
-    ui,
 };
 
 /// Ridge of the fits that blocks are compared by.
@@ -113,9 +112,12 @@ fn ablate(
         Metric::Removal => ("removing", "removed each block in turn"),
         _ => ("replacing", "replaced each block by its fit in turn"),
     };
-    let progress = ui::progress(candidates.len() * held_out.batches(), what);
+    let progress = calibrator
+        .pipeline
+        .reporter
+        .progress(candidates.len() * held_out.batches(), what);
     let errors = held_out.ablate(&calibrator.flux, trunk, &candidates, &progress)?;
-    ui::done(&progress, done);
+    calibrator.pipeline.reporter.done(&progress, done);
     let id = |index: usize| trunk.entries().get(index).map(|(spec, _)| spec.id());
     Ok(errors
         .into_iter()

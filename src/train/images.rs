@@ -18,7 +18,6 @@ use crate::{
         schedule::Schedule,
         size::TOKENS_PER_FORWARD,
     },
-    ui,
 };
 
 /// From the run's seed to that of the noise of its first image. Calibration takes `seed`, `seed + 1`, … for the same
@@ -93,7 +92,11 @@ pub(super) fn sample_or_load(
     };
     let tokens = options.size.tokens() + encoded.txt.dim(1)?;
     let batch = (TOKENS_PER_FORWARD / tokens).max(1);
-    let progress = ui::progress(encoded.len().div_ceil(batch) * denoise.steps, "sampling");
+    let progress = setup
+        .pair
+        .pruned
+        .reporter
+        .progress(encoded.len().div_ceil(batch) * denoise.steps, "sampling");
     let channels = teacher.config.out_channels / 4;
     let latents = calibrate::sample(
         &denoise,
@@ -104,7 +107,11 @@ pub(super) fn sample_or_load(
         seed,
         &progress,
     )?;
-    ui::done(&progress, format!("sampled {} images", encoded.len()));
+    setup
+        .pair
+        .pruned
+        .reporter
+        .done(&progress, format!("sampled {} images", encoded.len()));
     let mut checkpoint = Checkpoint::default();
     for (name, tensor) in [
         ("latents", &latents),

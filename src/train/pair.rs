@@ -95,7 +95,7 @@ impl Pair {
         if !offload {
             return load::flux(&self.teacher, runtime);
         }
-        load::check_kernels(runtime);
+        load::check_kernels(runtime, &self.teacher.reporter);
         let vb = self
             .teacher
             .transformer

@@ -17,7 +17,7 @@ use super::{
     setup::TrainSetup,
     state::{Saved, StateFile},
 };
-use crate::{checkpoint::target, ui};
+use crate::{checkpoint::target, ui, ui::Reporter};
 
 /// Fails when the log cannot be written, or would replace a file (unless `force`: a run that goes on writes its own log
 /// again). A terminal or a pipe is fine.
@@ -49,6 +49,7 @@ pub struct ProgressObserver<'a> {
     start: Instant,
     steps: usize,
     held_out: Option<f64>,
+    reporter: Reporter,
 }
 
 impl<'a> ProgressObserver<'a> {
@@ -79,6 +80,7 @@ impl<'a> ProgressObserver<'a> {
             start: Instant::now(),
             steps: 0,
             held_out: None,
+            reporter: setup.pair.pruned.reporter.clone(),
         };
         for entry in saved.iter().flat_map(|s| &s.progress.log) {
             out.write(&json!(entry))?;
@@ -98,7 +100,8 @@ impl<'a> ProgressObserver<'a> {
     /// Ends the bar of the last phase.
     pub fn finish(&self) {
         if !self.title.is_empty() {
-            ui::done(&self.progress, format!("trained {}", self.title));
+            self.reporter
+                .done(&self.progress, format!("trained {}", self.title));
         }
     }
 }
@@ -128,7 +131,7 @@ impl TrainObserver for ProgressObserver<'_> {
     fn phase(&mut self, name: &str, index: usize, steps: usize, done: usize) {
         self.finish();
         self.title = format!("{} of {}, {name}", index + 1, self.phases);
-        self.progress = ui::progress(steps, "training");
+        self.progress = self.reporter.progress(steps, "training");
         self.progress.set_position(done as u64);
         self.start = Instant::now();
         self.steps = 0;

@@ -77,7 +77,7 @@ impl TrainSetup {
                 continue;
             }
             if strategy != asked {
-                ui::note(format!(
+                self.pair.pruned.reporter.note(format!(
                     "within {}: {}",
                     ui::bytes(limit as f64),
                     if strategy.offload {
@@ -118,7 +118,7 @@ impl TrainSetup {
         } else {
             "trying all the same"
         };
-        ui::warn(format!("{text}; {then}"));
+        self.pair.pruned.reporter.warn(format!("{text}; {then}"));
         Ok(())
     }
 

@@ -2,7 +2,10 @@
 
 use std::{fs, path::PathBuf, time::Duration};
 
-use fastflux::files::{Files, HubSettings};
+use fastflux::{
+    files::{Files, HubSettings},
+    ui::Reporter,
+};
 use tempfile::TempDir;
 
 use crate::mock::{Hub, ID, Served};
@@ -56,6 +59,7 @@ impl Setup {
             cache: cache.path().to_owned(),
             token: None,
             offline: false,
+            reporter: Reporter::silent(),
             // far more than any of the faults needs, however slow the machine
             patience: Duration::from_secs(60),
         };

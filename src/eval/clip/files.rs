@@ -10,7 +10,7 @@ use crate::{
     device::Runtime,
     files::{Files, parse_id},
     sample::png::Image,
-    ui,
+    ui::Reporter,
 };
 
 /// The files of a CLIP model that is not loaded yet.
@@ -19,6 +19,7 @@ pub struct ClipFiles {
     /// As it was named.
     pub name: String,
     files: Files,
+    reporter: Reporter,
 }
 
 impl ClipFiles {
@@ -26,12 +27,12 @@ impl ClipFiles {
     ///
     /// # Errors
     /// When it holds no CLIP model, before anything is sampled.
-    pub fn find(name: &str) -> Result<Self> {
+    pub fn find(name: &str, reporter: &Reporter) -> Result<Self> {
         let path = Path::new(name);
         let files = match parse_id(name) {
             _ if path.is_dir() => Files::folder(path),
             Some((repo, revision)) if !name.starts_with(['.', '/', '~']) => {
-                Files::hub(&repo, revision.as_deref()).context("--clip")?
+                Files::hub(&repo, revision.as_deref(), reporter).context("--clip")?
             }
             _ => bail!(
                 "--clip: `{name}` does not exist\nhint: name a folder or a hub id such as openai/clip-vit-large-patch14"
@@ -46,6 +47,7 @@ impl ClipFiles {
         Ok(Self {
             name: name.to_owned(),
             files,
+            reporter: reporter.clone(),
         })
     }
 
@@ -59,7 +61,7 @@ impl ClipFiles {
         images: &[Vec<Image>],
         runtime: &Runtime,
     ) -> Result<Vec<Vec<f64>>> {
-        let progress = ui::progress(images.len(), "scoring with CLIP");
+        let progress = self.reporter.progress(images.len(), "scoring with CLIP");
         let model = ClipModel::open(&self.files, &runtime.device).context("--clip")?;
         let texts = model.texts(prompts)?;
         let mut out = Vec::new();
@@ -67,7 +69,8 @@ impl ClipFiles {
             out.push(model.scores(&texts, of_model)?);
             progress.inc(1);
         }
-        ui::done(&progress, format!("scored images with `{}`", self.name));
+        self.reporter
+            .done(&progress, format!("scored images with `{}`", self.name));
         Ok(out)
     }
 }

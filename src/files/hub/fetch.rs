@@ -16,7 +16,7 @@ use anyhow::{Error, Result, anyhow, bail};
 use indicatif::ProgressBar;
 use sha2::{Digest, Sha256};
 
-use crate::ui;
+use crate::ui::Reporter;
 
 use super::{
     cache::Cache,
@@ -36,10 +36,11 @@ pub(super) fn fetch(
     commit: &str,
     path: &str,
     name: &str,
+    reporter: &Reporter,
 ) -> Result<PathBuf> {
     let head = remote.head(commit, path)?;
     let blob = cache.blob(&head.etag)?;
-    let waiting = ui::download(name, head.size, 0);
+    let waiting = reporter.download(name, head.size, 0);
     let _lock = cache.lock(&head.etag, || {
         waiting.set_message(format!("waiting for another process: {name}"));
         waiting.tick();
@@ -53,6 +54,7 @@ pub(super) fn fetch(
             path,
             name,
             head,
+            reporter,
             folder: blob.parent().unwrap_or(&blob),
         };
         // a part that an earlier run left may be damaged: then once more from the beginning
@@ -72,6 +74,7 @@ struct Download<'a> {
     path: &'a str,
     name: &'a str,
     head: Head,
+    reporter: &'a Reporter,
     /// Where the bytes go.
     folder: &'a Path,
 }
@@ -109,7 +112,7 @@ impl Download<'_> {
             return Err(failure::full(self.name, missing, Some(free), self.folder));
         }
 
-        let bar = ui::download(self.name, self.head.size, part.len);
+        let bar = self.reporter.download(self.name, self.head.size, part.len);
         let filled = self.fill(&mut part, &bar);
         bar.finish_and_clear();
         filled?;

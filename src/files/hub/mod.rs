@@ -18,6 +18,8 @@ use failure::Failure;
 use remote::Remote;
 pub use settings::HubSettings;
 
+use crate::ui::Reporter;
+
 /// What a revision is called when none is given.
 const MAIN: &str = "main";
 
@@ -32,6 +34,7 @@ pub(super) struct Repo {
     files: BTreeMap<String, Option<u64>>,
     cache: Cache,
     source: Source,
+    reporter: Reporter,
 }
 
 /// Where files come from that are not in the cache.
@@ -55,6 +58,7 @@ impl Repo {
             files: BTreeMap::new(),
             cache,
             source: Source::Offline,
+            reporter: settings.reporter.clone(),
         };
         if settings.offline {
             return repo.cached(wanted).ok_or_else(|| {
@@ -123,7 +127,14 @@ impl Repo {
             return Ok(None); // removed since it was listed
         };
         let name = format!("{}:{path}", self.name());
-        let file = fetch::fetch(remote, &self.cache, &self.commit, path, &name)?;
+        let file = fetch::fetch(
+            remote,
+            &self.cache,
+            &self.commit,
+            path,
+            &name,
+            &self.reporter,
+        )?;
         // not worth failing for: without it the model merely needs the hub again next time
         let revision = self.revision.as_deref().unwrap_or(MAIN);
         let _ = self.cache.set_commit(revision, &self.commit);

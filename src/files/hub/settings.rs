@@ -2,6 +2,8 @@
 
 use std::{env, fmt, path::PathBuf, time::Duration};
 
+use crate::ui::Reporter;
+
 /// The hub that is asked without `HF_ENDPOINT`.
 const ENDPOINT: &str = "https://huggingface.co";
 
@@ -17,6 +19,8 @@ pub struct HubSettings {
     pub token: Option<String>,
     /// Never ask the hub: only what the cache holds is there.
     pub offline: bool,
+    /// Draws the bars of downloads.
+    pub reporter: Reporter,
     /// How long a download goes on trying while no bytes come, before it counts as cut.
     pub patience: Duration,
 }
@@ -24,13 +28,14 @@ pub struct HubSettings {
 impl HubSettings {
     /// `HF_ENDPOINT`; `HF_HUB_CACHE`, or `hub` in `HF_HOME`; `HF_TOKEN`, or the file that `hf auth login` writes;
     /// `HF_HUB_OFFLINE`.
-    pub fn from_env() -> Self {
+    pub fn from_env(reporter: Reporter) -> Self {
         Self {
             endpoint: variable("HF_ENDPOINT")
                 .map_or_else(|| ENDPOINT.to_owned(), |e| e.trim_end_matches('/').into()),
             cache: cache(),
             token: token(),
             offline: is_set("HF_HUB_OFFLINE") || is_set("TRANSFORMERS_OFFLINE"),
+            reporter,
             patience: Duration::from_secs(120),
         }
     }

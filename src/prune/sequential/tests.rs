@@ -5,7 +5,7 @@ use crate::{
     model::{AffineLayer, ReplacementBlock},
     pipeline::{ModelChoice, Pipeline},
     sample::denoise::{Encoded, LatentSize},
-    ui,
+    ui::Reporter,
 };
 
 fn runtime() -> Runtime {
@@ -60,7 +60,7 @@ fn fit(
         tokens: None,
         on_device: 0,
     };
-    let bar = ui::progress(1, "");
+    let bar = Reporter::silent().progress(1, "");
     let fits = fit_layers(flux, noised, replace, fitting, &runtime(), &bar).unwrap();
     let mut out = pruned(flux, replace, &fits.layers, &runtime()).unwrap();
     projections::put(&mut out, &fits.output_projections, &runtime()).unwrap();

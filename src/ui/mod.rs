@@ -1,46 +1,12 @@
-//! The only place that prints or draws: data to stdout, talk and progress to stderr.
-#![allow(clippy::print_stdout, reason = "this is the printer")]
+//! The only place that prints or draws: data to stdout, what people are told and progress to stderr.
 
-use std::{
-    io::{IsTerminal, Write},
-    sync::atomic::{AtomicBool, Ordering},
-};
+use std::io::Write;
 
 use anyhow::{Context, Result};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-static QUIET: AtomicBool = AtomicBool::new(false);
+mod reporter;
 
-/// Switches notes and progress off (`--quiet`).
-pub fn set_quiet(quiet: bool) {
-    QUIET.store(quiet, Ordering::Relaxed);
-}
-
-/// A line on stderr. Ignores write errors: a closed stderr must not abort the run.
-fn print_line(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
-}
-
-/// Says something to the person at the terminal, on stderr.
-pub fn note(text: impl AsRef<str>) {
-    if !QUIET.load(Ordering::Relaxed) {
-        print_line(text.as_ref());
-    }
-}
-
-/// Something that may need attention; shown even with `--quiet`.
-pub fn warn(text: impl AsRef<str>) {
-    print_line(&format!("warning: {}", text.as_ref()));
-}
-
-/// Prints an error and its causes in one line, once, at the end of `main`; hints follow on lines of their own.
-pub fn error(error: &anyhow::Error) {
-    let (message, hints) = message(error);
-    print_line(&format!("error: {message}"));
-    for hint in hints {
-        print_line(&hint);
-    }
-}
+pub use reporter::{Level, Reporter};
 
 /// The causes of an error joined by colons, and the `hint:` lines among them.
 fn message(error: &anyhow::Error) -> (String, Vec<String>) {
@@ -92,46 +58,33 @@ pub fn json(value: &impl serde::Serialize) -> Result<()> {
     data(serde_json::to_string_pretty(value)?)
 }
 
-/// A progress bar on stderr; hidden when stderr is not a terminal or with `--quiet`.
-pub fn progress(steps: usize, what: &'static str) -> ProgressBar {
-    bar(
-        steps as u64,
-        what,
-        "{prefix} {bar:30} {pos}/{len} {msg} [{elapsed} < {eta}]",
-    )
+/// Columns to break lines on stderr at: those of the terminal, or `COLUMNS` if it is set; `None` for files and pipes.
+fn width() -> Option<usize> {
+    let set = std::env::var("COLUMNS").ok().and_then(|n| n.parse().ok());
+    let columns = || terminal_size::terminal_size_of(std::io::stderr());
+    set.or_else(|| columns().map(|(width, _)| usize::from(width.0)))
 }
 
-/// A progress bar on stderr for a download of `size` bytes of which `done` are there; hidden as [`progress`] is.
-/// Its message is the name, shortened to what the terminal has room for.
-pub fn download(name: &str, size: u64, done: u64) -> ProgressBar {
-    let template = "{wide_msg} {bar:20} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} [{elapsed} < {eta}]";
-    let bar = bar(size, "", template).with_message(name.to_owned());
-    bar.set_position(done);
-    bar.reset_eta(); // what was there before says nothing about the speed now
-    bar
-}
-
-/// Takes a finished bar away and says how long the work took.
-pub fn done(bar: &ProgressBar, what: impl AsRef<str>) {
-    bar.finish_and_clear();
-    note(format!(
-        "{} ({:.1} s)",
-        what.as_ref(),
-        bar.elapsed().as_secs_f64()
-    ));
-}
-
-fn bar(len: u64, what: &'static str, template: &str) -> ProgressBar {
-    let hidden = QUIET.load(Ordering::Relaxed) || !std::io::stderr().is_terminal();
-    let target = if hidden {
-        ProgressDrawTarget::hidden()
-    } else {
-        ProgressDrawTarget::stderr()
+/// `text` with lines broken between words; words that are longer stay whole.
+pub fn wrap(text: &str, width: Option<usize>) -> String {
+    let Some(width) = width.filter(|width| *width > 0) else {
+        return text.to_owned();
     };
-    let style =
-        ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    let bar = ProgressBar::with_draw_target(Some(len), target);
-    bar.with_style(style).with_prefix(what)
+    let mut lines = Vec::new();
+    for line in text.lines() {
+        let mut current = String::new();
+        for word in line.split(' ') {
+            let len = current.chars().count() + 1 + word.chars().count();
+            if !current.is_empty() && len > width {
+                lines.push(std::mem::take(&mut current));
+            } else if !current.is_empty() {
+                current.push(' ');
+            }
+            current.push_str(word);
+        }
+        lines.push(current);
+    }
+    lines.join("\n")
 }
 
 /// A text table: a header, rows, columns padded; those in `right` are aligned to the right.
@@ -226,6 +179,14 @@ mod tests {
             vec!["hint: use the CPU".to_owned()],
         );
         assert_eq!(message(&error), expected);
+    }
+
+    #[test]
+    fn lines_break_between_words() {
+        let text = "one two three\nhint: averylongwordthatstays";
+        let wrapped = wrap(text, Some(9));
+        assert_eq!(wrapped, "one two\nthree\nhint:\naverylongwordthatstays");
+        assert_eq!(wrap(text, None), text);
     }
 
     #[test]
