@@ -178,7 +178,9 @@ def main():
     tok = tokenizer(OUT / "pipe/tokenizer")
     pipe = pipeline(tok)
     pipe.to(torch.bfloat16).save_pretrained(OUT / "pipe")
-    pipe.to(torch.float32)
+    # opened again: frequencies of positions, which are in no file, were rounded too
+    pipe = Flux2KleinPipeline.from_pretrained(OUT / "pipe", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
     save_file(original(pipe.transformer.state_dict()), OUT / "bfl.safetensors")
     generator = torch.Generator().manual_seed(6)
     tensors = {}

@@ -121,6 +121,35 @@ fn flux1_tokenizers_give_transformers_ids() -> Result<()> {
 }
 
 #[test]
+fn qwens_tokenizer_gives_transformers_ids() -> Result<()> {
+    let read = |name: &str| std::fs::read(path("tests/golden/flux2").join(name));
+    let (json, config) = (
+        read("pipe/tokenizer/tokenizer.json")?,
+        read("pipe/tokenizer/tokenizer_config.json")?,
+    );
+    let files = TokenizerFiles {
+        tokenizer: Some(&json),
+        config: Some(&config),
+        ..TokenizerFiles::default()
+    };
+    let tokenizer = PromptTokenizer::new(Family::Qwen2, &files)?;
+    let rows: Vec<serde_json::Value> = serde_json::from_slice(&read("qwen_ids.json")?)?;
+    assert!(rows.len() > 5);
+    for row in rows {
+        let text = row["text"].as_str().context("text")?;
+        let chat = format!(
+            "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        );
+        let ids: Vec<u32> = serde_json::from_value(row["ids"].clone())?;
+        let (found, real) = tokenizer.encode_padded(&chat, 48)?;
+        assert_eq!(found, ids, "{text:?}");
+        let count = tokenizer.token_count(&chat)?.min(48);
+        assert_eq!(real, 0..count, "{text:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn text_encoders_give_transformers_numbers() -> Result<()> {
     let expected = golden("sample.safetensors")?;
     for name in ["dev", "schnell"] {

@@ -90,9 +90,10 @@ pub fn infer(
     let family = family(checkpoint);
     // FLUX.2 takes no pooled text
     let pooled = family == Family::FLUX1;
-    let [_, vec_in_dim] = match pooled {
-        true => checkpoint.dims("vector_in.in_layer.weight")?,
-        false => [0, 0],
+    let [_, vec_in_dim] = if pooled {
+        checkpoint.dims("vector_in.in_layer.weight")?
+    } else {
+        [0, 0]
     };
     let [out_channels, _] = checkpoint.dims("final_layer.linear.weight")?;
     let sizes = [

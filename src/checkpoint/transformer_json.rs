@@ -99,9 +99,10 @@ pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
         num_heads,
         mlp_size: (number("mlp_ratio", mlp_ratio(&family))? * hidden_size as f64).round() as usize,
         context_in_dim: size("joint_attention_dim", 1)?,
-        vec_in_dim: match family == Family::FLUX1 {
-            true => size("pooled_projection_dim", 1)?,
-            false => 0,
+        vec_in_dim: if family == Family::FLUX1 {
+            size("pooled_projection_dim", 1)?
+        } else {
+            0
         },
         guidance_embed,
         axes_dims: axes(file, &family, head)?,
@@ -199,10 +200,10 @@ pub fn write(config: &FluxConfig, record: Option<&Record>) -> Value {
         released(&config.family),
     );
     let always = config.family == Family::FLUX2;
-    if always || ratio != mlp_ratio(&config.family) {
+    if always || ratio.to_bits() != mlp_ratio(&config.family).to_bits() {
         json["mlp_ratio"] = json!(ratio);
     }
-    if always || config.theta != released.theta {
+    if always || config.theta.to_bits() != released.theta.to_bits() {
         json[released.theta_key] = json!(config.theta);
     }
     if let Some(record) = record {
@@ -219,7 +220,7 @@ pub fn is_stock(config: &FluxConfig) -> bool {
         .iter()
         .any(|spec| spec.has_tensors() && matches!(spec, BlockSpec::Replaced(_)));
     let told = config.family == Family::FLUX2;
-    !replaced && (told || config.theta == released(&config.family).theta)
+    !replaced && (told || config.theta.to_bits() == released(&config.family).theta.to_bits())
 }
 
 /// How many blocks of a kind own tensors.

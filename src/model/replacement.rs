@@ -129,9 +129,10 @@ impl ReplacementBlock {
             .replaces
             .first()
             .is_some_and(|id| id.kind == BlockKind::Single);
-        let [txt, img] = match single {
-            true => [OF_SINGLE; 2],
-            false => [FIRST_OF_TXT, FIRST_OF_IMG],
+        let [txt, img] = if single {
+            [OF_SINGLE; 2]
+        } else {
+            [FIRST_OF_TXT, FIRST_OF_IMG]
         };
         let vb = vb.pp("linear");
         Ok(match (form, replacement.joint) {

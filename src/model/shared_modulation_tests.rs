@@ -8,7 +8,7 @@ use candle_nn::VarBuilder;
 
 use super::testing::{SmallInputs, close, random, random_flux, small_config, tensors_of};
 use super::{Conditioning, Flux, cost};
-use crate::layout::{BlockId, BlockSpec, Family, FluxConfig, Form, Replacement, unpruned};
+use crate::layout::{BlockSpec, Family, FluxConfig, Form, Replacement, unpruned};
 
 /// Two double and two single blocks of a family that differs from FLUX.1 in everything that `FluxConfig` can say.
 fn config() -> FluxConfig {

@@ -128,9 +128,9 @@ impl Pipeline {
     /// Steps to sample with when the user names none.
     pub fn default_steps(&self) -> usize {
         let guided = self.config.guidance_embed;
-        let own = match self.config.family == Family::FLUX2 {
-            true if guided || self.defaults.distilled == Some(false) => 50,
-            false if guided => 28,
+        let own = match self.config.family.text {
+            TextModel::Qwen3 if guided || self.defaults.distilled == Some(false) => 50,
+            TextModel::ClipAndT5 if guided => 28,
             _ => 4,
         };
         self.defaults.steps.unwrap_or(own)
@@ -139,12 +139,12 @@ impl Pipeline {
     /// Guidance when the user names none.
     pub fn default_guidance(&self) -> f64 {
         let guided = self.config.guidance_embed;
-        let own = match self.config.family == Family::FLUX2 {
-            true if guided || self.defaults.distilled == Some(false) => 4.0,
+        let own = match self.config.family.text {
+            TextModel::Qwen3 if guided || self.defaults.distilled == Some(false) => 4.0,
             // no effect
-            true => 1.0,
-            false if guided => 3.5,
-            false => 0.0,
+            TextModel::Qwen3 => 1.0,
+            TextModel::ClipAndT5 if guided => 3.5,
+            TextModel::ClipAndT5 => 0.0,
         };
         self.defaults.guidance.unwrap_or(own)
     }

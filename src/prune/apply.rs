@@ -99,7 +99,12 @@ pub fn put_output_projections(
                 )
             }
         };
-        for (part, tensor) in [("weight", &projection.weight), ("bias", &projection.bias)] {
+        let parts = [
+            ("weight", Some(&projection.weight)),
+            ("bias", projection.bias.as_ref()),
+        ];
+        for (part, tensor) in parts {
+            let Some(tensor) = tensor else { continue };
             let name = format!("{prefix}.{part}");
             let before = checkpoint
                 .get(&name)

@@ -75,9 +75,9 @@ pub struct Cut {
 /// The text encoders of a model, with their tokenizers.
 pub enum TextEncoders {
     /// FLUX.1's.
-    ClipAndT5(ClipAndT5),
+    ClipAndT5(Box<ClipAndT5>),
     /// FLUX.2's.
-    Qwen3(Qwen3Text),
+    Qwen3(Box<Qwen3Text>),
 }
 
 impl TextEncoders {
@@ -98,20 +98,20 @@ impl TextEncoders {
         device: &Device,
     ) -> Result<Self> {
         Ok(match model {
-            TextModel::ClipAndT5 => Self::ClipAndT5(ClipAndT5::load(
+            TextModel::ClipAndT5 => Self::ClipAndT5(Box::new(ClipAndT5::load(
                 files,
                 length,
                 default_length,
                 dtype,
                 device,
-            )?),
-            TextModel::Qwen3 => Self::Qwen3(Qwen3Text::load(
+            )?)),
+            TextModel::Qwen3 => Self::Qwen3(Box::new(Qwen3Text::load(
                 files,
                 length,
                 default_length,
                 dtype,
                 device,
-            )?),
+            )?)),
         })
     }
 

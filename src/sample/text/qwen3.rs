@@ -60,7 +60,7 @@ impl Qwen3 {
         // as many prompts at a time as keep the scores small
         let batch = (SCORES / (c.num_attention_heads * n * n).max(1)).clamp(1, b);
         let mut states = Vec::new();
-        for i in 0..c.layers() {
+        for i in 0..Qwen3Config::LAYERS {
             let layer = Layer::new(c, &vb.pp("layers").pp(i))?;
             let part = |at: usize| {
                 let len = batch.min(b - at);

@@ -71,7 +71,7 @@ impl Qwen3Config {
                 ("head_dim", self.head_dim),
             ],
         )?;
-        let last = STATES[STATES.len() - 1];
+        let last = Self::LAYERS;
         ensure!(
             self.num_hidden_layers >= last,
             "`num_hidden_layers` is {}, but the hidden state {last} is needed",
@@ -116,13 +116,11 @@ impl Qwen3Config {
     }
 
     /// Layers that are needed: those up to the last hidden state.
-    pub(super) fn layers(&self) -> usize {
-        STATES[STATES.len() - 1]
-    }
+    pub(super) const LAYERS: usize = STATES[STATES.len() - 1];
 
     /// Whether the last hidden state is the model's output, which is normalised.
     pub(super) fn ends_normed(&self) -> bool {
-        self.num_hidden_layers == self.layers()
+        self.num_hidden_layers == Self::LAYERS
     }
 
     /// Names and shapes of the tensors that are read.
@@ -133,7 +131,7 @@ impl Qwen3Config {
             self.num_key_value_heads * self.head_dim,
         );
         let mut tensors = vec![("embed_tokens.weight".to_owned(), vec![self.vocab_size, d])];
-        for i in 0..self.layers() {
+        for i in 0..Self::LAYERS {
             for (name, shape) in [
                 ("input_layernorm", vec![d]),
                 ("self_attn.q_proj", vec![q, d]),
