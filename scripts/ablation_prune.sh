@@ -65,8 +65,7 @@ for pair in 40x28 160x28 320x14 640x8 1280x4; do
     made "$work/$pair" prune --blocks "$chosen" --num-prompts "${pair%x*}" --steps "${pair#*x}"
     models+=("$pair")
 done
-made "$work/trajectory-160x8" prune --blocks "$chosen" --source trajectory --num-prompts 160 --steps 8
-judged data "${models[@]}" trajectory-160x8
+judged data "${models[@]}"
 
 echo "What takes a block's place, and whether kept projections are fitted again"
 models=()

@@ -14,6 +14,11 @@ use crate::{
     ui,
 };
 
+/// Bytes of token streams of the sequential fits that stay in host memory; what is more lies in a temporary file.
+pub const STREAMS_IN_MEMORY: u64 = 4 << 30;
+/// Most bytes of sums in host memory unless the user says otherwise: with the fits of FLUX.1 that follow, 12 GB are enough.
+const SUMS_IN_MEMORY: u64 = 6 << 30;
+
 /// Bytes of the sums of one block: ZᵀZ and ZᵀR of both streams, in f64.
 pub(super) fn bytes_of_sums(config: &FluxConfig) -> u64 {
     let d = config.hidden_size as u64;
@@ -35,7 +40,7 @@ pub fn bytes_of_kept(config: &FluxConfig, memory: Option<u64>) -> u64 {
 }
 
 /// What is on the device during a calibration in addition to the blocks, and the bytes that its sums may take: `given` ones, or
-/// half of what is left; the other half is for solving.
+/// half of what is left, the other half is for solving; in host memory no more than [`SUMS_IN_MEMORY`].
 pub(super) fn activity(
     pipeline: &Pipeline,
     budget: &MemoryBudget,
@@ -54,7 +59,12 @@ pub(super) fn activity(
         tokens,
         extra_bytes: (2 * stream * wide).max(waiting) + bytes_of_sums(config),
     };
-    let sums = given.or_else(|| Some(budget.headroom(config, activity)? / 2));
+    let most = if budget.on_cpu() {
+        SUMS_IN_MEMORY
+    } else {
+        u64::MAX
+    };
+    let sums = given.or_else(|| Some((budget.headroom(config, activity)? / 2).min(most)));
     let kept = blocks_within(config, sums) as u64 * bytes_of_sums(config);
     // layers and solver are on the host
     activity.extra_bytes += if budget.on_cpu() { 2 * kept } else { kept };
@@ -96,8 +106,10 @@ pub struct Bytes {
     pub file: u64,
     /// Fitted layers and the solver.
     pub solving: u64,
-    /// Token streams of the sequential fits.
+    /// Token streams of the sequential fits, in memory.
     pub streams: u64,
+    /// Token streams of the sequential fits for which there is no room there, in a temporary file next to the output.
+    pub temporary_file: u64,
     /// All that is on the device at one time.
     pub device: u64,
     /// All that is on the host at one time.
@@ -178,14 +190,9 @@ impl CalibrationEstimate {
             (options.num_prompts, options.prompts.len(), options.batch);
         let sampling = match options.recipe.source {
             LatentSource::Images => 0,
-            LatentSource::Latents | LatentSource::Trajectory => prompts * steps,
+            LatentSource::Latents => prompts * steps,
         };
-        let gathered = match options.recipe.source {
-            LatentSource::Trajectory => 0,
-            LatentSource::Latents | LatentSource::Images => {
-                (num_prompts as f64 * noise_levels_per_image).ceil() as usize
-            }
-        };
+        let noised = (num_prompts as f64 * noise_levels_per_image).ceil() as usize;
         let of_shard = |count: usize| count.div_ceil(shard.of);
         let image_tokens = options.size.tokens();
         let tokens = image_tokens + options.text_tokens;
@@ -195,10 +202,6 @@ impl CalibrationEstimate {
         let kept = blocks_within(config, room);
         let offload_plan = budget.offload_plan(config, activity)?;
         let d = config.hidden_size as u64;
-        let noised = match options.recipe.source {
-            LatentSource::Trajectory => num_prompts * steps,
-            LatentSource::Latents | LatentSource::Images => gathered,
-        };
         let rows = match options.recipe.tokens_per_forward {
             None => noised * tokens,
             Some(limit) => noised.div_ceil(batch) * (2 * limit).min(batch * tokens),
@@ -215,13 +218,15 @@ impl CalibrationEstimate {
         let activations = forward + (batch * tokens) as u64 * 2 * d * wide + bytes_of_sums(config);
         let images = (prompts * image_tokens * config.in_channels * 4) as u64;
         // a layer for each stream of every block with sums, f32, and a few matrices of the solver's in f64
-        let (solving, streams) = if fitting {
+        let (solving, streams, temporary_file) = if fitting {
             let layers = kept as u64 * 2 * d * (d + 1) * 4;
             let solver = 6 * (d + 1) * (d + 1) * 8;
             let held = (num_prompts * options.noise_levels_later() * tokens) as u64;
-            (layers + solver, 2 * held * d * element)
+            let streams = 2 * held * d * element;
+            let waiting = streams.min(STREAMS_IN_MEMORY);
+            (layers + solver, waiting, streams - waiting)
         } else {
-            (0, 0)
+            (0, 0, 0)
         };
         // sums are gone when the sequential fits begin
         let work = (sums + solving + activations).max(streams + solving + forward);
@@ -235,11 +240,11 @@ impl CalibrationEstimate {
             batch,
             forwards: Forwards {
                 sampling: of_shard(sampling).div_ceil(batch),
-                statistics: of_shard(gathered).div_ceil(batch),
+                statistics: of_shard(noised).div_ceil(batch),
             },
             flops: Flops {
                 sampling: flops(sampling),
-                statistics: flops(gathered),
+                statistics: flops(noised),
                 products,
             },
             blocks: config.kept_ids().len(),
@@ -253,12 +258,14 @@ impl CalibrationEstimate {
                 file: sums + images,
                 solving,
                 streams,
+                temporary_file,
                 device: weights + if on_cpu { work } else { sums + activations },
                 host: images
                     + if on_cpu {
                         weights + work
                     } else {
-                        sums + solving + streams
+                        // sums stay on the device, and one block's at a time comes to be solved
+                        solving + streams
                     },
             },
             free: runtime.free_memory(),
@@ -326,6 +333,12 @@ impl CalibrationEstimate {
         } else {
             format!("file        {}", size(b.file))
         });
+        if b.temporary_file > 0 {
+            lines.push(format!(
+                "disk        {} of token streams in a temporary file next to the output",
+                size(b.temporary_file)
+            ));
+        }
         lines.push(if d.on_cpu {
             format!("memory      {}", size(b.host))
         } else {

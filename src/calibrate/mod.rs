@@ -119,7 +119,6 @@ impl<'a> Calibrator<'a> {
             denoise: self.denoise(&self.flux)?,
             prompts: &self.encoded,
             num_prompts: self.options.num_prompts,
-            source: recipe.source,
             noise_levels_per_image: recipe
                 .noise_levels_per_image
                 .context("noise_levels_per_image are resolved")?,

@@ -133,17 +133,12 @@ impl ResolvedOptions {
         let size = pipeline.image_size(recipe.width, recipe.height)?;
         (recipe.width, recipe.height) = (Some(size.width), Some(size.height));
         let drawing_steps = recipe.steps.unwrap_or(pipeline.default_steps());
-        let default = match recipe.source {
-            LatentSource::Trajectory => pipeline.default_steps(),
-            _ => pipeline.default_steps_of_data(),
-        };
-        let steps = *recipe.steps.get_or_insert(default);
+        let steps = *recipe.steps.get_or_insert(pipeline.default_steps_of_data());
         recipe.guidance.get_or_insert(pipeline.default_guidance());
         let default = size.default_held_out();
         let held_out = held_out.unwrap_or(default);
         let noise_levels_per_image = match recipe.source {
             LatentSource::Latents => steps as f64 / 5.0,
-            LatentSource::Trajectory => steps as f64,
             LatentSource::Images => 4.0,
         };
         recipe

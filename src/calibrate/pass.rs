@@ -9,7 +9,6 @@ use indicatif::ProgressBar;
 use super::{
     NoiseLevels,
     noised::{NoisedLatents, Share},
-    recipe::LatentSource,
     stats::CalibrationStats,
 };
 use crate::{
@@ -26,8 +25,6 @@ pub struct Pass<'a> {
     pub prompts: &'a Encoded,
     /// How many of the prompts are for statistics.
     pub num_prompts: usize,
-    /// Where noised latents come from.
-    pub source: LatentSource,
     /// Noised latents of each image, on average.
     pub noise_levels_per_image: f64,
     /// Prompts and noised latents in one forward.
@@ -63,12 +60,7 @@ impl Pass<'_> {
 
     /// Noised latents of all images that statistics are gathered of.
     pub fn num_noised(&self) -> usize {
-        match self.source {
-            LatentSource::Trajectory => self.num_prompts * self.denoise.steps,
-            LatentSource::Latents | LatentSource::Images => {
-                (self.num_prompts as f64 * self.noise_levels_per_image).ceil() as usize
-            }
-        }
+        (self.num_prompts as f64 * self.noise_levels_per_image).ceil() as usize
     }
 
     /// Forwards of a unit: of sampling, and of gathering after it.
@@ -79,7 +71,7 @@ impl Pass<'_> {
         } else {
             self.denoise.steps
         };
-        let gathered = prompts.start < self.num_prompts && self.source != LatentSource::Trajectory;
+        let gathered = prompts.start < self.num_prompts;
         let in_unit =
             |i: usize| i % self.num_prompts >= prompts.start && i % self.num_prompts < prompts.end;
         let count = (0..self.num_noised())
@@ -107,13 +99,9 @@ impl Pass<'_> {
         let prompts = self.prompts.range(range.clone())?;
         let images = match self.images {
             Some(images) => images.narrow(0, range.start, range.len())?,
-            None => {
-                let along = gather && self.source == LatentSource::Trajectory;
-                let observer: &mut dyn Observer = if along { stats } else { &mut () };
-                self.sample(range.clone(), &prompts, observer, progress)?
-            }
+            None => self.sample(range.clone(), &prompts, progress)?,
         };
-        if gather && self.source != LatentSource::Trajectory {
+        if gather {
             let share = Share {
                 first: range.start,
                 of: self.num_prompts,
@@ -139,7 +127,6 @@ impl Pass<'_> {
         &self,
         range: std::ops::Range<usize>,
         prompts: &Encoded,
-        observer: &mut dyn Observer,
         progress: &ProgressBar,
     ) -> Result<Tensor> {
         let noise = range.map(|i| {
@@ -149,7 +136,7 @@ impl Pass<'_> {
         let noise = Tensor::cat(&noise.collect::<Result<Vec<_>>>()?, 0)?;
         let latents = self
             .denoise
-            .run(&noise, prompts, observer, &mut || progress.inc(1))
+            .run(&noise, prompts, &mut (), &mut || progress.inc(1))
             .context("while sampling")?;
         Ok(latents.to_device(&Device::Cpu)?)
     }

@@ -9,14 +9,11 @@ use crate::pipeline::defaults::MAX_STEPS_OF_DATA;
 
 /// Where the noised latents come from whose activations are looked at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", try_from = "String")]
 pub enum LatentSource {
-    /// The model's own images, noised again at times spread evenly: the default, as fits made of few such noised latents come
-    /// out better than those of many more noised latents of a trajectory (README, "How it works").
+    /// The model's own images, noised again at times spread evenly.
     #[default]
     Latents,
-    /// The noised latents that sampling itself passes through, at the scheduler's times: no forward more than sampling takes.
-    Trajectory,
     /// Given images with captions, noised.
     Images,
 }
@@ -25,7 +22,6 @@ impl fmt::Display for LatentSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Latents => "latents",
-            Self::Trajectory => "trajectory",
             Self::Images => "images",
         })
     }
@@ -35,9 +31,23 @@ impl FromStr for LatentSource {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let sources = [Self::Latents, Self::Trajectory, Self::Images];
-        let source = sources.into_iter().find(|s| s.to_string() == text);
-        source.ok_or_else(|| "expected latents, trajectory or images".to_owned())
+        match text {
+            "latents" => Ok(Self::Latents),
+            "images" => Ok(Self::Images),
+            "trajectory" => Err(
+                "`trajectory` is gone: what sampling passes through made no better sums, and fits never saw it; leave it out"
+                    .to_owned(),
+            ),
+            _ => Err(format!("`{text}`: expected latents or images")),
+        }
+    }
+}
+
+impl TryFrom<String> for LatentSource {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
     }
 }
 
@@ -45,7 +55,7 @@ impl FromStr for LatentSource {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct CalibrationRecipe {
-    /// `latents`, `trajectory` or `images`.
+    /// `latents` or `images`.
     pub source: LatentSource,
     /// Prompts to sample (or images to take); `null`: 640 for small images and 96 for large ones.
     #[serde(alias = "samples")]
@@ -54,8 +64,8 @@ pub struct CalibrationRecipe {
     /// adds a fifth to the time that sampling takes, and 4 for given images.
     #[serde(alias = "draws")]
     pub noise_levels_per_image: Option<f64>,
-    /// Sampling steps; `null`: 8, or the model's own default if that is lower or the source is `trajectory`. Many
-    /// images drawn in few steps make better fits than few in many.
+    /// Sampling steps; `null`: 8, or the model's own default if that is lower. Many images
+    /// drawn in few steps make better fits than few in many.
     pub steps: Option<usize>,
     /// Guidance; `null`: the model's own default.
     pub guidance: Option<f64>,

@@ -132,10 +132,7 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
             let done = out.header.done.len();
             format!("calibrated {done} of {} units", out.header.units)
         }
-        (true, source) => format!(
-            "calibrated on {} noised latents ({source})",
-            pass.num_noised()
-        ),
+        (true, _) => format!("calibrated on {} noised latents", pass.num_noised()),
         (false, _) => format!("sampled {} images", calibrator.options.prompts.len()),
     };
     calibrator.pipeline.reporter.done(&progress, what);
@@ -277,6 +274,14 @@ impl RunOptions {
             save_every,
             sums: true,
             more: true,
+        }
+    }
+
+    /// The folder that unfinished work is kept in: on the disk that the output goes to, so with room.
+    pub fn folder(&self) -> &Path {
+        match self.partial.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
         }
     }
 

@@ -48,9 +48,8 @@ pub struct CalibrationArgs {
     /// Calibrate on these images (PNG, JPEG) instead of sampling; the caption of fox.jpg is in fox.txt.
     #[arg(long, value_name = "DIR", conflicts_with = "prompts")]
     pub images: Option<PathBuf>,
-    /// Noised latents to run: latents (the model's own images, noised again) or trajectory (those of sampling itself).
-    /// Default: latents.
-    #[arg(long, conflicts_with = "images")]
+    /// Of earlier versions, where it could be `trajectory` too.
+    #[arg(long, hide = true, conflicts_with = "images")]
     pub source: Option<LatentSource>,
     /// Sampling steps of calibration. Default: 8, or the model's own if that is lower.
     #[arg(long, value_parser = whole(1, MAX_STEPS_OF_DATA))]

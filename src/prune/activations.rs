@@ -3,6 +3,7 @@
 use anyhow::Result;
 use candle::{Device, Tensor};
 
+use super::stream_store::{Place, StreamStore};
 use crate::{
     calibrate::subsample,
     model::{Conditioning, Stream},
@@ -10,8 +11,9 @@ use crate::{
 
 /// The streams of one batch, both just before the block at hand.
 pub(super) struct PairedActivations {
-    pub(super) original: Stream,
-    pub(super) pruned: Stream,
+    original: Place,
+    /// `None` until something is replaced: the same as the original's.
+    pruned: Option<Place>,
     pub(super) conditioning: Conditioning,
     pub(super) rows: FitSplit,
 }
@@ -40,36 +42,65 @@ impl FitSplit {
 }
 
 impl PairedActivations {
-    /// Both streams, the original's first, on the device.
-    pub(super) fn load(&self, device: &Device) -> Result<(Stream, Stream)> {
-        both(&self.original, &self.pruned, device)
+    /// Both models' `stream` before the first block.
+    ///
+    /// # Errors
+    /// When there is no room for it.
+    pub(super) fn new(
+        store: &mut StreamStore,
+        stream: &Stream,
+        conditioning: Conditioning,
+        rows: FitSplit,
+    ) -> Result<Self> {
+        Ok(Self {
+            original: store.put(stream)?,
+            pruned: None,
+            conditioning,
+            rows,
+        })
     }
 
-    /// Puts both where they wait.
+    /// Both streams, the original's first, on the device; one tensor until something is replaced.
+    pub(super) fn load(
+        &self,
+        store: &mut StreamStore,
+        device: &Device,
+    ) -> Result<(Stream, Stream)> {
+        let original = store.load(&self.original, device)?;
+        let pruned = match &self.pruned {
+            Some(pruned) => store.load(pruned, device)?,
+            None => original.clone(),
+        };
+        Ok((original, pruned))
+    }
+
+    /// The pruned model's stream alone.
+    pub(super) fn load_pruned(&self, store: &mut StreamStore, device: &Device) -> Result<Stream> {
+        store.load(self.pruned.as_ref().unwrap_or(&self.original), device)
+    }
+
+    /// Puts both back.
     pub(super) fn store(
         &mut self,
+        store: &mut StreamStore,
         original: &Stream,
         pruned: &Stream,
-        offload_device: &Device,
     ) -> Result<()> {
-        (self.original, self.pruned) = both(original, pruned, offload_device)?;
-        Ok(())
+        // before the original's place is taken
+        if self.pruned.is_some() || original.tokens.id() != pruned.tokens.id() {
+            self.store_pruned(store, pruned)?;
+        }
+        store.replace(&mut self.original, original)
     }
-}
 
-/// Both on `device`; moved once if they are one stream, as they are until something is replaced.
-fn both(original: &Stream, pruned: &Stream, device: &Device) -> Result<(Stream, Stream)> {
-    let moved_original = moved(original, device)?;
-    if original.tokens.id() == pruned.tokens.id() {
-        return Ok((moved_original.clone(), moved_original));
+    /// Puts the pruned model's stream back.
+    pub(super) fn store_pruned(&mut self, store: &mut StreamStore, pruned: &Stream) -> Result<()> {
+        match &mut self.pruned {
+            Some(place) => store.replace(place, pruned),
+            None => {
+                self.pruned = Some(store.put(pruned)?);
+                Ok(())
+            }
+        }
     }
-    Ok((moved_original, moved(pruned, device)?))
-}
-
-/// `stream` on `device`.
-pub(super) fn moved(stream: &Stream, device: &Device) -> Result<Stream> {
-    Ok(Stream {
-        tokens: stream.tokens.to_device(device)?,
-        txt_len: stream.txt_len,
-    })
 }

@@ -2,6 +2,8 @@
 //!
 //! `goal` says what is asked for, `select` chooses blocks, [`prune`] carries a plan out, `run` does all of it into a folder.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use serde_json::json;
 
@@ -11,7 +13,10 @@ use self::{
     sequential::{Fits, Fitting},
 };
 use crate::{
-    calibrate::{Calibrator, NoisedSplit, memory::bytes_of_kept},
+    calibrate::{
+        Calibrator, NoisedSplit,
+        memory::{STREAMS_IN_MEMORY, bytes_of_kept},
+    },
     checkpoint::{Checkpoint, record::Record},
     layout::FluxConfig,
     model::Flux,
@@ -33,6 +38,7 @@ pub mod report;
 pub mod run;
 pub mod select;
 pub mod sequential;
+mod stream_store;
 mod trunk;
 
 /// A plan carried out on a model.
@@ -50,7 +56,8 @@ pub struct Pruned {
     pub record: Record,
 }
 
-/// Carries out `plan`: fits its layers on `noised`, and what is kept behind them as `recipe` says.
+/// Carries out `plan`: fits its layers on `noised`, and what is kept behind them as `recipe` says. Token streams that find no
+/// room in memory lie in a temporary file in the folder `scratch` meanwhile.
 ///
 /// # Errors
 /// When the plan does not fit the model, a forward fails, or activations are NaN or infinite.
@@ -59,6 +66,7 @@ pub fn prune(
     recipe: &PruneRecipe,
     plan: PruningPlan,
     noised: &NoisedSplit,
+    scratch: &Path,
 ) -> Result<Pruned> {
     let (pipeline, options) = (calibrator.pipeline, &calibrator.options);
     let f = &recipe.fit;
@@ -71,6 +79,8 @@ pub fn prune(
         tokens: options.recipe.tokens_per_forward,
         // there were sums of calibration, which are gone now
         on_device: bytes_of_kept(&pipeline.config, calibrator.stats_memory),
+        in_memory: STREAMS_IN_MEMORY,
+        scratch,
     };
     let flux = &calibrator.flux;
     let batches = noised.fit.batches(options.batch).len();

@@ -64,7 +64,7 @@ impl PlanRun {
             ..RunOptions::for_output(output, options.save_every)
         };
         let noised = calibrator.noised(&calibrator.run(&run)?)?;
-        let pruned = prune(&calibrator, &self.recipe, self.plan, &noised)
+        let pruned = prune(&calibrator, &self.recipe, self.plan, &noised, run.folder())
             .with_context(|| format!("`{}`", self.name))?;
         run.remove_partial()?;
         let mut out = base.clone();

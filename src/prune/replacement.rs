@@ -107,7 +107,7 @@ impl<'a> Sums<'a> {
 
     /// The layers. `inputs` calls its argument with every batch that was added; only a gated solve does so, a few tens
     /// of times.
-    pub(super) fn solve(self, ridge: Option<f64>, inputs: &Inputs) -> Result<Layers> {
+    pub(super) fn solve(self, ridge: Option<f64>, inputs: &mut Inputs) -> Result<Layers> {
         let [txt, img] = self.streams;
         Ok(match (self.replacement.form, self.replacement.joint) {
             (Form::Remove, _) => Layers::Remove,
@@ -133,7 +133,7 @@ impl<'a> Sums<'a> {
 
 /// Calls its argument with each batch: what the layer will see, what all blocks share, and which rows count.
 pub(super) type Inputs<'a> =
-    dyn Fn(&mut dyn FnMut(&Stream, &Conditioning, &FitSplit) -> Result<()>) -> Result<()> + 'a;
+    dyn FnMut(&mut dyn FnMut(&Stream, &Conditioning, &FitSplit) -> Result<()>) -> Result<()> + 'a;
 
 /// What W of a modulated layer is applied to, (b, n, d), and its gate, (b, d).
 fn gated_input(
@@ -178,7 +178,7 @@ impl StreamSums {
         fitted(&solution, vec, None, self.change_sq)
     }
 
-    fn solve_gated(self, ridge: Option<f64>, inputs: &Inputs, txt: bool) -> Result<Fitted> {
+    fn solve_gated(self, ridge: Option<f64>, inputs: &mut Inputs, txt: bool) -> Result<Fitted> {
         let modulation = self.modulation.context("a modulated layer has one")?;
         let ridge = ridge.unwrap_or(ridge::DEFAULT_RIDGE);
         let device = self.device.context("no pairs to fit a layer on")?;

@@ -62,7 +62,7 @@ pub fn run(
     };
     let calibrator = Calibrator::open(pipeline, budget, resolved, stats_memory)?;
     let calibration = calibrator.load_or_run(&run)?;
-    let found = find(&calibrator, &recipe, calibration, target)?;
+    let found = find(&calibrator, &recipe, calibration, target, run.folder())?;
     let report = write(calibrator, &recipe, found, budget, options)?;
     run.remove_partial()?;
     Ok(report)
@@ -85,6 +85,7 @@ fn find(
     recipe: &PruneRecipe,
     calibration: Calibration,
     target: PruneTarget,
+    scratch: &Path,
 ) -> Result<Found> {
     let noised = calibrator.noised(&calibration)?;
     let held_out = calibrator.held_out(&noised)?;
@@ -101,7 +102,7 @@ fn find(
             (Some(selection), plan)
         }
     };
-    let pruned = prune(calibrator, recipe, plan, &noised)?;
+    let pruned = prune(calibrator, recipe, plan, &noised, scratch)?;
     let flux = pruned.flux(calibrator)?;
     let velocity_error = held_out.error(&flux, &flux.trunk)?;
     ensure!(

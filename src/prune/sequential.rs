@@ -5,14 +5,17 @@
 //! is fitted on the original's own activations. Output projections of kept blocks and head are always fitted on the
 //! pruned model's activations.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use candle::{DType, Device, Tensor};
 use indicatif::ProgressBar;
 
 use super::{
-    activations::{FitSplit, PairedActivations, moved},
+    activations::{FitSplit, PairedActivations},
     projections::{self, OutputProjectionSums, OutputProjections, RefitProjections},
     replacement::Sums,
+    stream_store::{Place, StreamStore},
     trunk::{pieces, resident, runs},
 };
 use crate::{
@@ -25,7 +28,7 @@ use crate::{
 
 /// How to fit.
 #[derive(Clone, Copy, Debug)]
-pub struct Fitting {
+pub struct Fitting<'a> {
     /// Relative to the mean diagonal; `None`: chosen by the residual on noised latents left out.
     pub ridge: Option<f64>,
     /// On the activations of the already pruned prefix.
@@ -38,6 +41,10 @@ pub struct Fitting {
     pub tokens: Option<usize>,
     /// Bytes of token streams that may stay on a device of its own memory, if that is more than 2 GiB.
     pub on_device: u64,
+    /// Bytes of token streams that may stay in host memory.
+    pub in_memory: u64,
+    /// Folder of the temporary file for token streams that find no room in memory.
+    pub scratch: &'a Path,
 }
 
 /// What was fitted.
@@ -58,11 +65,13 @@ const ON_DEVICE: u64 = 2 << 30;
 /// Both models on their way through the network.
 struct SequentialFit<'a> {
     flux: &'a Flux,
-    fitting: Fitting,
+    fitting: Fitting<'a>,
     runtime: &'a Runtime,
     batches: Vec<PairedActivations>,
     /// Where streams wait between blocks.
-    offload_device: Device,
+    store: StreamStore,
+    /// What a replacement that looks at its inputs again has put there.
+    inputs: Vec<Place>,
     /// The trunk entry ahead.
     at: usize,
     out: Fits,
@@ -77,7 +86,7 @@ pub fn fit_layers(
     flux: &Flux,
     noised: &NoisedLatents,
     replace: &[Replacement],
-    fitting: Fitting,
+    fitting: Fitting<'_>,
     runtime: &Runtime,
     progress: &ProgressBar,
 ) -> Result<Fits> {
@@ -121,12 +130,12 @@ impl<'a> SequentialFit<'a> {
     fn new(
         flux: &'a Flux,
         noised: &NoisedLatents,
-        fitting: Fitting,
+        fitting: Fitting<'a>,
         runtime: &'a Runtime,
         progress: &'a ProgressBar,
     ) -> Result<Self> {
-        let mut batches = Vec::new();
-        let mut offload_device = runtime.device.clone();
+        let mut batches: Vec<PairedActivations> = Vec::new();
+        let mut store = StreamStore::new(Device::Cpu, Some(fitting.in_memory), fitting.scratch);
         for (index, range) in noised.batches(fitting.batch).enumerate() {
             let (mut fit, mut left_out) = (Vec::new(), Vec::new());
             for (sample, image) in (0u32..).zip(noised.images(range.clone())) {
@@ -152,28 +161,31 @@ impl<'a> SequentialFit<'a> {
                 limit: fitting.tokens,
             };
             let batch = noised.batch(range, &runtime.device, runtime.dtype)?;
-            let (stream, conditioning) = flux.embed(&batch.inputs())?;
-            if index == 0 {
+            let (stream, mut conditioning) = flux.embed(&batch.inputs())?;
+            if let Some(first) = batches.first() {
+                // all images have one size: one table of megabytes for all batches
+                conditioning.rope = first.conditioning.rope.clone();
+            } else if !runtime.device.is_cpu() {
                 let bytes = stream.tokens.elem_count() * stream.tokens.dtype().size_in_bytes();
                 let all = 2 * bytes * noised.batches(fitting.batch).len();
-                if all as u64 > fitting.on_device.max(ON_DEVICE) {
-                    offload_device = Device::Cpu;
+                if all as u64 <= fitting.on_device.max(ON_DEVICE) {
+                    store = StreamStore::new(runtime.device.clone(), None, fitting.scratch);
                 }
             }
-            let stream = moved(&stream, &offload_device)?;
-            batches.push(PairedActivations {
-                original: stream.clone(),
-                pruned: stream,
+            batches.push(PairedActivations::new(
+                &mut store,
+                &stream,
                 conditioning,
                 rows,
-            });
+            )?);
         }
         Ok(Self {
             flux,
             fitting,
             runtime,
             batches,
-            offload_device,
+            store,
+            inputs: Vec::new(),
             at: 0,
             out: Fits::default(),
             progress,
@@ -191,7 +203,7 @@ impl<'a> SequentialFit<'a> {
             for range in pieces(trunk, self.at..index) {
                 let trunk = resident(trunk, range.clone())?;
                 for batch in &mut self.batches {
-                    let (original, pruned) = batch.load(&self.runtime.device)?;
+                    let (original, pruned) = batch.load(&mut self.store, &self.runtime.device)?;
                     // the same stream until something is replaced
                     let run =
                         |s| trunk.forward_range(0..range.len(), s, &batch.conditioning, &mut ());
@@ -201,7 +213,7 @@ impl<'a> SequentialFit<'a> {
                     } else {
                         run(&pruned)?
                     };
-                    batch.store(&after, &pruned, &self.offload_device)?;
+                    batch.store(&mut self.store, &after, &pruned)?;
                 }
             }
         }
@@ -218,14 +230,13 @@ impl<'a> SequentialFit<'a> {
             .context("a replacement of no block")?;
         let block = self.block(first)?;
         let mut sums = Sums::new(replacement, block)?;
-        let mut inputs = Vec::new();
         let trunk = match pieces(&self.flux.trunk, first..end).as_slice() {
             [one] => resident(&self.flux.trunk, one.clone())?,
             // too many for the device: read for each batch
             _ => Trunk::new(self.flux.trunk.entries()[first..end].to_vec()),
         };
-        for batch in &mut self.batches {
-            let (before, pruned) = batch.load(&self.runtime.device)?;
+        for (index, batch) in self.batches.iter_mut().enumerate() {
+            let (before, pruned) = batch.load(&mut self.store, &self.runtime.device)?;
             let conditioning = &batch.conditioning;
             let after = trunk.forward_range(0..trunk.len(), &before, conditioning, &mut ())?;
             let input = if self.fitting.sequential {
@@ -236,20 +247,24 @@ impl<'a> SequentialFit<'a> {
             sums.add(input, &after, conditioning, &batch.rows)
                 .with_context(|| format!("block {id}"))?;
             if sums.revisits() {
-                inputs.push(moved(input, &self.offload_device)?);
+                match self.inputs.get_mut(index) {
+                    Some(place) => self.store.replace(place, input)?,
+                    None => self.inputs.push(self.store.put(input)?),
+                }
             }
-            batch.store(&after, &pruned, &self.offload_device)?;
+            batch.store(&mut self.store, &after, &pruned)?;
             self.progress.inc(1);
         }
-        let revisit = |visit: &mut dyn FnMut(&Stream, &Conditioning, &FitSplit) -> Result<()>| {
-            let mut pairs = inputs.iter().zip(&self.batches);
-            pairs.try_for_each(|(input, batch)| {
-                let input = moved(input, &self.runtime.device)?;
-                visit(&input, &batch.conditioning, &batch.rows)
-            })
-        };
+        let mut revisit =
+            |visit: &mut dyn FnMut(&Stream, &Conditioning, &FitSplit) -> Result<()>| {
+                let mut pairs = self.inputs.iter().zip(&self.batches);
+                pairs.try_for_each(|(input, batch)| {
+                    let input = self.store.load(input, &self.runtime.device)?;
+                    visit(&input, &batch.conditioning, &batch.rows)
+                })
+            };
         let layers = sums
-            .solve(self.fitting.ridge, &revisit)
+            .solve(self.fitting.ridge, &mut revisit)
             .with_context(|| format!("block {id}"))?;
         self.pass(&layers.block(&self.runtime.device, self.runtime.dtype)?)?;
         self.out.layers.insert(id, layers);
@@ -263,7 +278,7 @@ impl<'a> SequentialFit<'a> {
         let id = self.flux.trunk.entries()[index].0.id();
         let mut projections: Vec<(&'static str, Linear, OutputProjectionSums)> = Vec::new();
         for batch in &mut self.batches {
-            let (before, pruned) = batch.load(&self.runtime.device)?;
+            let (before, pruned) = batch.load(&mut self.store, &self.runtime.device)?;
             let conditioning = &batch.conditioning;
             let after = block.forward(&before, conditioning)?;
             let steps = block.output_projections(&pruned, conditioning)?;
@@ -293,7 +308,7 @@ impl<'a> SequentialFit<'a> {
                         .with_context(|| format!("block {id}"))?;
                 }
             }
-            batch.store(&after, &pruned, &self.offload_device)?;
+            batch.store(&mut self.store, &after, &pruned)?;
             self.progress.inc(1);
         }
         for (name, linear, sums) in projections {
@@ -314,7 +329,7 @@ impl<'a> SequentialFit<'a> {
         let linear = flux.head_linear_mut().clone();
         let mut sums = OutputProjectionSums::default();
         for batch in &self.batches {
-            let (original, pruned) = batch.load(&self.runtime.device)?;
+            let (original, pruned) = batch.load(&mut self.store, &self.runtime.device)?;
             let wide = |t: Tensor| t.to_dtype(DType::F32);
             let velocity = wide(self.flux.head(&original, &batch.conditioning)?)?;
             let z = self.flux.head_input(&pruned, &batch.conditioning)?;
@@ -342,9 +357,9 @@ impl<'a> SequentialFit<'a> {
     /// The pruned model's streams through `block`.
     fn pass(&mut self, block: &Block) -> Result<()> {
         for batch in &mut self.batches {
-            let pruned = moved(&batch.pruned, &self.runtime.device)?;
+            let pruned = batch.load_pruned(&mut self.store, &self.runtime.device)?;
             let pruned = block.forward(&pruned, &batch.conditioning)?;
-            batch.pruned = moved(&pruned, &self.offload_device)?;
+            batch.store_pruned(&mut self.store, &pruned)?;
         }
         Ok(())
     }
