@@ -81,7 +81,13 @@ impl<'a> Calibrator<'a> {
         let images = images
             .map(|images| images::encode(pipeline, runtime, options.size, images))
             .transpose()?;
-        let encoded = load::encode_prompts(pipeline, &options.prompts, None, runtime)?;
+        let mut encoded = load::encode_prompts(pipeline, &options.prompts, None, runtime)?;
+        let paths = &options.recipe.reference_images;
+        if !paths.is_empty() {
+            let prompts = options.prompts.len();
+            let references = images::references(pipeline, runtime, options.size, paths, prompts);
+            encoded.references = Some(references?);
+        }
         let (activity, stats_memory) = memory::activity(pipeline, budget, &options, stats_memory);
         let flux = budget.flux(pipeline, activity)?;
         Ok(Self {

@@ -237,7 +237,7 @@ impl Pipeline {
                 ((5, 20), 3072) => "4B",
                 ((8, 24), 4096) => "9B",
                 ((8, 48), 6144) => return "FLUX.2-dev".to_owned(),
-                _ => "of another size",
+                _ => return format!("{} of another size", c.family.name()),
             };
             let base = match self.defaults.distilled {
                 Some(false) => "base ",

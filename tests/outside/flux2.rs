@@ -113,6 +113,40 @@ fn velocity_error(folder: &Path, baseline: &str, model: &str) -> f64 {
 }
 
 #[test]
+fn it_is_calibrated_with_reference_images() {
+    let work = folder();
+    let w = work.path();
+    let (pipe, image) = (model(w), golden("flux2/reference.png"));
+    let size = ["--width", "32", "--height", "32"];
+    let calibrate = |output: &str, more: &[&str]| {
+        let args = ["calibrate", "--model", &pipe, "--num-prompts", "4"];
+        let args = [&args[..], &size, &["--output", output], more].concat();
+        ok(w, &args);
+    };
+    calibrate("plain.safetensors", &[]);
+    calibrate("edits.safetensors", &["--image", &image]);
+    let prune = |stats: &str, output: &str| {
+        let args = ["prune", "--model", &pipe, "--stats", stats];
+        let args = [
+            &args[..],
+            &["--blocks", "single.01", "--output", output, "--json"],
+        ]
+        .concat();
+        json(w, &args)
+    };
+    // statistics remember their reference images: fits behind replaced blocks see them too
+    prune("plain.safetensors", "a");
+    prune("edits.safetensors", "b");
+    let weights = |folder: &str| fs::read(w.join(folder).join("flux.safetensors")).unwrap();
+    assert!(weights("a") != weights("b"));
+    refused(
+        w,
+        &["calibrate", "--model", &pipe, "--image", "nothing.png"],
+        &["--image", "nothing.png"],
+    );
+}
+
+#[test]
 fn it_is_pruned_in_every_form_trained_and_converted() {
     let work = folder();
     let w = work.path();
@@ -145,7 +179,8 @@ fn it_is_pruned_in_every_form_trained_and_converted() {
     let config = fs::read_to_string(w.join("theirs/transformer/config.json")).unwrap();
     assert!(config.contains("FastFlux2Transformer2DModel"), "{config}");
 
-    let recipe = r#"{"data": {"num-prompts": 8, "held-out": 8}, "sandwich": {"steps": 4}, "finetune": {"steps": 2}}"#;
+    let recipe =
+        r#"{"data": {"num-prompts": 8, "held-out": 8}, "steps": 4, "finetune": {"steps": 2}}"#;
     fs::write(w.join("train.json"), recipe).unwrap();
     ok(
         w,
