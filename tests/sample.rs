@@ -35,6 +35,7 @@ fn encoders(name: &str, length: Option<usize>) -> Result<TextEncoders> {
     TextEncoders::load(
         TextModel::ClipAndT5,
         &files,
+        &[],
         length,
         512,
         DType::F32,
@@ -54,6 +55,7 @@ fn prompts_that_are_too_long_are_counted() -> Result<()> {
     let encoders = TextEncoders::load(
         TextModel::ClipAndT5,
         &Files::bundled(),
+        &[],
         None,
         12,
         DType::F32,
@@ -247,6 +249,7 @@ fn text_encoders_as_single_files_need_no_config_and_no_tokenizer() -> Result<()>
         TextEncoders::load(
             TextModel::ClipAndT5,
             &Files::folder(folder.path()),
+            &[],
             None,
             256,
             DType::F32,

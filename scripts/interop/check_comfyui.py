@@ -33,6 +33,27 @@ CASES = {
 BATCH, CHANNELS, HEIGHT, WIDTH, TEXT = 2, 16, 8, 6, 16
 
 
+# a LoRA in these dialects on the first case: how a module of the original is called, and its two factors
+DIALECTS = {
+    "kohya": (lambda name: "lora_unet_" + name.replace(".", "_"), ("lora_down", "lora_up")),
+    "original names": (lambda name: "diffusion_model." + name, ("lora_A", "lora_B")),
+    "diffusers": (lambda name: "transformer." + DIFFUSERS[name], ("lora_A", "lora_B")),
+    "OneTrainer": (lambda name: "lora_transformer_" + DIFFUSERS[name].replace(".", "_"), ("lora_down", "lora_up")),
+    "XLabs": (lambda name: XLABS[name], ("down", "up")),
+}
+# modules of a model of two heads, and their sizes; double.00 is replaced in the first case
+WIDTH = 256
+MODULES = {"double_blocks.2.img_attn.proj": (WIDTH, WIDTH), "single_blocks.4.linear2": (5 * WIDTH, WIDTH), "double_blocks.0.txt_attn.proj": (WIDTH, WIDTH)}
+DIFFUSERS = {
+    "double_blocks.2.img_attn.proj": "transformer_blocks.2.attn.to_out.0", "single_blocks.4.linear2": "single_transformer_blocks.4.proj_out",
+    "double_blocks.0.txt_attn.proj": "transformer_blocks.0.attn.to_add_out",
+}  # fmt: skip
+XLABS = {
+    "double_blocks.2.img_attn.proj": "double_blocks.2.processor.proj_lora1", "single_blocks.4.linear2": "single_blocks.4.processor.proj_lora",
+    "double_blocks.0.txt_attn.proj": "double_blocks.0.processor.proj_lora2",
+}  # fmt: skip
+
+
 def parsed():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comfyui", type=pathlib.Path, metavar="COMFYUI")
@@ -46,6 +67,14 @@ def stand_in(name):
     return object
 
 
+def stand_in_for(*names):
+    for name in names:
+        module = types.ModuleType(name)
+        module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
+        module.__getattr__ = stand_in
+        sys.modules[name] = module
+
+
 def start_comfyui(folder):
     """ComfyUI reads its flags from the command line when it is imported."""
     sys.argv = [sys.argv[0], "--cpu", "--force-fp32"]
@@ -55,11 +84,11 @@ def start_comfyui(folder):
         import torchaudio  # noqa: F401
     except (ImportError, OSError, RuntimeError):
         # ComfyUI imports it for models of sound; nothing of it is called here
-        for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
-            module = types.ModuleType(name)
-            module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
-            module.__getattr__ = stand_in
-            sys.modules[name] = module
+        stand_in_for("torchaudio", "torchaudio.functional", "torchaudio.transforms")
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        stand_in_for("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
     import comfy.options
 
     comfy.options.enable_args_parsing()
@@ -119,6 +148,35 @@ def check(args, base, work, blocks, form, joint):
     return subprocess.run(command, check=False).returncode == 0 and sampled
 
 
+def check_lora(args, pruned, work):
+    """A LoRA of every dialect, through the node's own names, against fastflux; and one that must be refused."""
+    import comfy.sd
+    from comfyui_fastflux import known_names, load
+
+    failed = []
+    for dialect, (spell, words) in DIALECTS.items():
+        generator = torch.Generator().manual_seed(5)
+        lora = {}
+        for name, (columns, rows) in MODULES.items():
+            factors = torch.randn(4, columns, generator=generator) * 0.2, torch.randn(rows, 4, generator=generator) * 0.2
+            lora |= {f"{spell(name)}.{word}.weight": factor for word, factor in zip(words, factors)}
+        path, reference = work / "lora.safetensors", work / "lora.reference.safetensors"
+        save_file(lora, path)
+        patcher = load(str(pruned / "flux.safetensors"))
+        patcher, _ = comfy.sd.load_lora_for_models(patcher, None, known_names(lora, patcher.model, None), 1.0, 0.0)
+        record(patcher, reference)
+        command = [args.fastflux, "verify", "--quiet", "--model", str(pruned), "--lora", str(path), "--reference", str(reference)]
+        print(f"a LoRA in {dialect} names", flush=True)
+        if subprocess.run(command, check=False).returncode != 0:
+            failed.append(f"LoRA, {dialect}")
+    try:
+        known_names({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.zeros(4, 8)}, patcher.model, None)
+        failed.append("an SDXL LoRA was not refused")
+    except ValueError as error:
+        print(f"refused: {error}")
+    return failed
+
+
 def main():
     args = parsed()
     start_comfyui(args.comfyui.resolve())
@@ -135,6 +193,7 @@ def main():
             folder.mkdir()
             if not check(args, work / "base/pipe", folder, blocks, form, joint):
                 failed.append(name)
+        failed += check_lora(args, work / "linear/pruned", work)
         print(f"FAILED: {', '.join(failed)}" if failed else "all agree", flush=True)
     return 1 if failed else 0
 

@@ -5,7 +5,7 @@
     transformer = AutoModel.from_pretrained("pruned/transformer", trust_remote_code=True, torch_dtype=torch.bfloat16)
     pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", transformer=transformer, torch_dtype=torch.bfloat16)
 
-(`Flux2KleinPipeline` for FLUX.2, which needs diffusers 0.37 or newer.)
+(`Flux2KleinPipeline` for FLUX.2.)
 
 The single file that they write otherwise opens with this file in reach (`import fastflux_flux`):
 
@@ -14,7 +14,9 @@ The single file that they write otherwise opens with this file in reach (`import
 `FastFlux2Transformer2DModel` is the class for FLUX.2.
 """
 
+import hashlib
 import json
+import pathlib
 import re
 
 import torch
@@ -68,43 +70,46 @@ SINGLE = {
     "norm.key_norm": ["attn.norm_k"],
     "linear2": ["proj_out"],
 }
-BLOCKS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
-FLUX1 = {"top": TOP, "double": DOUBLE, "single": SINGLE}
+BLOCKS = {"double": ("transformer_blocks", DOUBLE), "single": ("single_transformer_blocks", SINGLE)}
 
 # FLUX.2 has no pooled text and shares its modulation, and the first projections of its single blocks are not split.
-NORMS = {name: modules for name, modules in DOUBLE.items() if "_norm" in name}
-FLUX2 = {
-    "top": {
-        "img_in": ["x_embedder"],
-        "txt_in": ["context_embedder"],
-        "time_in.in_layer": ["time_guidance_embed.timestep_embedder.linear_1"],
-        "time_in.out_layer": ["time_guidance_embed.timestep_embedder.linear_2"],
-        "guidance_in.in_layer": ["time_guidance_embed.guidance_embedder.linear_1"],
-        "guidance_in.out_layer": ["time_guidance_embed.guidance_embedder.linear_2"],
-        "double_stream_modulation_img.lin": ["double_stream_modulation_img.linear"],
-        "double_stream_modulation_txt.lin": ["double_stream_modulation_txt.linear"],
-        "single_stream_modulation.lin": ["single_stream_modulation.linear"],
-        "final_layer.adaLN_modulation.1": ["norm_out.linear"],
-        "final_layer.linear": ["proj_out"],
-    },
-    "double": {
-        **NORMS,
-        "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
-        "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-        "img_attn.proj": ["attn.to_out.0"],
-        "txt_attn.proj": ["attn.to_add_out"],
-        "img_mlp.0": ["ff.linear_in"],
-        "img_mlp.2": ["ff.linear_out"],
-        "txt_mlp.0": ["ff_context.linear_in"],
-        "txt_mlp.2": ["ff_context.linear_out"],
-    },
-    "single": {
-        "linear1": ["attn.to_qkv_mlp_proj"],
-        "linear2": ["attn.to_out"],
-        "norm.query_norm": ["attn.norm_q"],
-        "norm.key_norm": ["attn.norm_k"],
-    },
+TOP2 = {
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    "time_in.in_layer": ["time_guidance_embed.timestep_embedder.linear_1"],
+    "time_in.out_layer": ["time_guidance_embed.timestep_embedder.linear_2"],
+    "guidance_in.in_layer": ["time_guidance_embed.guidance_embedder.linear_1"],
+    "guidance_in.out_layer": ["time_guidance_embed.guidance_embedder.linear_2"],
+    "double_stream_modulation_img.lin": ["double_stream_modulation_img.linear"],
+    "double_stream_modulation_txt.lin": ["double_stream_modulation_txt.linear"],
+    "single_stream_modulation.lin": ["single_stream_modulation.linear"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    "final_layer.linear": ["proj_out"],
 }
+DOUBLE2 = {
+    **{name: modules for name, modules in DOUBLE.items() if "_norm" in name},
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "img_attn.proj": ["attn.to_out.0"],
+    "txt_attn.proj": ["attn.to_add_out"],
+    "img_mlp.0": ["ff.linear_in"],
+    "img_mlp.2": ["ff.linear_out"],
+    "txt_mlp.0": ["ff_context.linear_in"],
+    "txt_mlp.2": ["ff_context.linear_out"],
+}
+SINGLE2 = {
+    "linear1": ["attn.to_qkv_mlp_proj"],
+    "linear2": ["attn.to_out"],
+    "norm.query_norm": ["attn.norm_q"],
+    "norm.key_norm": ["attn.norm_k"],
+}
+BLOCKS2 = {"double": ("transformer_blocks", DOUBLE2), "single": ("single_transformer_blocks", SINGLE2)}
+
+
+def tables_of(names):
+    """The names outside the blocks and in them of the family that names of tensors, or keys of a configuration, belong to."""
+    is_flux2 = any(name == "rope_theta" or name.startswith("single_stream_modulation.") for name in names)
+    return (TOP2, BLOCKS2) if is_flux2 else (TOP, BLOCKS)
 
 
 class Layer(nn.Module):
@@ -195,12 +200,11 @@ class Pruned:
     """What the classes of both families have in common."""
 
     _auto_class = "AutoModel"  # `save_pretrained` writes the `auto_map` again
-    _renumbered = False  # whether `renumbered` was called: who knows of it need not be told
 
     def _replace(self, fastflux, replaced):
         """Puts `replaced(kind, entry)` in the place of each block that was replaced."""
         for kind, slots in slots_of(fastflux).items():
-            blocks = getattr(self, BLOCKS[kind])
+            blocks = getattr(self, BLOCKS[kind][0])
             if fastflux is not None and len(slots) != len(blocks):
                 raise ValueError(f"the layout has {len(slots)} {kind} blocks, the configuration says {len(blocks)}")
             for slot, entry in enumerate(slots):
@@ -216,43 +220,65 @@ class Pruned:
                 raise ValueError(f"`{path}` has no fastflux metadata; FluxTransformer2DModel.from_single_file opens other files")
             state = {name: file.get_tensor(name) for name in file.keys()}
         dtype = dtype or torch_dtype or state["img_in.weight"].dtype
-        state, config = diffusers_names(state, json.loads(record), dtype, cls._names)
+        state, config = diffusers_names(state, json.loads(record), dtype)
+        with torch.device("meta"):
+            model = cls(**config)
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+        return model.eval()
+
+    @classmethod
+    def from_patch(cls, base, patch, level=None, torch_dtype=None, dtype=None, **_):
+        """The pruned model that a patch (`fastflux diff`, `prune --patch`) makes of its base: a folder in diffusers layout (or the transformer's own), or
+        a file with original names. `level`: which of several, such as "20"."""
+        record, tensors = opened_patch(patch, level)
+        state = original_names(opened_base(pathlib.Path(base)))
+        found = fingerprint(state)
+        if found != record["base-fingerprint"]:
+            raise ValueError(
+                f"the patch `{patch}` is for `{record['base']}` (fingerprint {record['base-fingerprint']}), and `{base}` is another model "
+                f"(fingerprint {found})"
+            )
+        kept = {}
+        for kind, slots in slots_of(record).items():
+            kept |= {f"{kind}_blocks.{int(e.split('.')[1])}.": f"{kind}_blocks.{slot}." for slot, e in enumerate(slots) if isinstance(e, str)}
+        pruned = {}
+        for name, tensor in state.items():
+            block = re.match(r"(double|single)_blocks\.\d+\.", name)
+            if block is None:
+                pruned[name] = tensor
+            elif block[0] in kept:
+                pruned[name.replace(block[0], kept[block[0]], 1)] = tensor
+        pruned |= tensors
+        dtype = dtype or torch_dtype or pruned["img_in.weight"].dtype
+        state, config = diffusers_names(pruned, record, dtype)
         with torch.device("meta"):
             model = cls(**config)
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
         return model.eval()
 
     def renumbered(self, lora):
-        """A LoRA of the unpruned model in diffusers' names, its blocks numbered as they are here; those that were replaced are left out."""
-        self._renumbered = True
-        here = {}
-        for kind, slots in slots_of(self.config.fastflux).items():
-            for slot, entry in enumerate(slots):
-                if isinstance(entry, str):
-                    here[f"{BLOCKS[kind]}.{int(entry.split('.')[1])}"] = f"{BLOCKS[kind]}.{slot}"
-        out = {}
-        for name, tensor in lora.items():
-            block = re.search(r"(?:single_)?transformer_blocks\.\d+(?=\.)", name)
-            if block is None or block[0] in here:
-                out[name if block is None else name.replace(block[0], here[block[0]], 1)] = tensor
-        return out
+        """A LoRA of the unpruned model, of any dialect (a state dict or a path), in diffusers' names and with its blocks numbered as they are here.
 
-    def load_lora_adapter(self, *args, **kwargs):
-        slots = slots_of(self.config.fastflux).values()
-        moved = any(isinstance(entry, str) and int(entry.split(".")[1]) != slot for entries in slots for slot, entry in enumerate(entries))
-        if moved and not self._renumbered:
-            logger.warning(
-                "Blocks are numbered from 0 without gaps in this pruned model. Pass a LoRA of the unpruned one through "
-                "`transformer.renumbered(state_dict)` first."
-            )
-        return super().load_lora_adapter(*args, **kwargs)
+        What acts on replaced blocks falls away, with a warning that says how much. Names that are none of this model's are an error.
+        """
+        return renumbered(lora, self.config)
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, *args, metadata=None, network_alphas=None, **kwargs):
+        lora = pretrained_model_name_or_path_or_dict
+        if isinstance(lora, dict) and not any(hasattr(tensor, "fastflux_renumbered") for tensor in lora.values()):
+            # of the unpruned model, as all files are, and already in diffusers' names
+            lora = lora | (network_alphas or {})
+            metadata = {key.removeprefix("transformer."): value for key, value in (metadata or {}).items()}
+            lora, metadata, network_alphas = renumbered(lora, self.config, metadata), None, None
+        elif not isinstance(lora, dict):
+            raise ValueError(f"pass `{lora}` through `transformer.renumbered` first: this pruned model numbers its blocks without gaps")
+        return super().load_lora_adapter(lora, *args, metadata=metadata, network_alphas=network_alphas, **kwargs)
 
 
 class FastFluxTransformer2DModel(Pruned, FluxTransformer2DModel):
     """diffusers' FLUX.1 transformer with linear layers in the place of some blocks; `fastflux["layout"]` says which."""
 
     _no_split_modules = [*FluxTransformer2DModel._no_split_modules, "ReplacedBlock"]
-    _names = FLUX1
 
     @register_to_config
     def __init__(
@@ -298,7 +324,6 @@ if Flux2Transformer2DModel is not None:
         """diffusers' FLUX.2 transformer with linear layers in the place of some blocks; `fastflux["layout"]` says which."""
 
         _no_split_modules = [*Flux2Transformer2DModel._no_split_modules, "ReplacedDouble2", "ReplacedSingle2"]
-        _names = FLUX2
 
         @register_to_config
         def __init__(
@@ -350,6 +375,267 @@ if Flux2Transformer2DModel is not None:
             return super().forward(hidden_states, encoder_hidden_states, *args, **kwargs)
 
 
+# Endings of names in LoRA files, and what the tensors are.
+ENDINGS = {
+    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_A.default.weight": "down", ".lora_B.default.weight": "up", ".lora_A": "down", ".lora_B": "up",
+    ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora.down.weight": "down", ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up", ".down.weight": "down", ".up.weight": "up",
+    ".alpha": "alpha", ".lora_B.bias": "bias", ".lora_up.bias": "bias",
+    ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude", ".lora_magnitude_vector.default.weight": "magnitude",
+}  # fmt: skip
+# What stands before the names of modules: diffusers and ai-toolkit, ComfyUI, PEFT, kohya, OneTrainer, LyCORIS; nothing in XLabs' files.
+PREFIXES = [
+    "", "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "base_model.model.transformer.",
+    "base_model.model.diffusion_model.", "model.", "unet.", "lora_unet_", "lora_transformer_", "lycoris_", "lycoris_transformer_",
+]  # fmt: skip
+# XLabs' processors. That of single blocks acts on q, k and v only.
+PROCESSORS = {
+    "double": {
+        "processor.qkv_lora1": ("img_attn.qkv", 0, 3), "processor.qkv_lora2": ("txt_attn.qkv", 0, 3),
+        "processor.proj_lora1": ("img_attn.proj", 0, 1), "processor.proj_lora2": ("txt_attn.proj", 0, 1),
+    },
+    "single": {"processor.qkv_lora": ("linear1", 0, 3), "processor.proj_lora": ("linear2", 0, 1)},
+}  # fmt: skip
+# Parts of names that tell of another model, or of a form that diffusers cannot add.
+FOREIGN = {
+    "input_blocks": "SDXL", "output_blocks": "SDXL", "middle_block": "SDXL", "down_blocks": "Stable Diffusion", "up_blocks": "Stable Diffusion",
+    "mid_block": "Stable Diffusion", "joint_blocks": "Stable Diffusion 3", "stream_modulation": "FLUX.2", "to_qkv_mlp_proj": "FLUX.2",
+    "linear_in": "FLUX.2", "distilled_guidance_layer": "Chroma", "img_attn_qkv": "HunyuanVideo", "img_mod.1": "Qwen-Image", "cross_attn": "Wan",
+}  # fmt: skip
+FORMS = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA in kohya's names", ".diff": "differences of whole weights", "oft_": "OFT"}
+
+
+def spellings(counts, top, blocks_of):
+    """Names of all modules of the unpruned model, with dots and underscores: (kind or None, block, original module, first part, parts)."""
+    out = {}
+
+    def add(name, *place):
+        out[name] = out[name.replace(".", "_")] = place
+
+    for original, theirs in top.items():
+        add(original, None, None, original, 0, 1)
+        # diffusers' rows of the final modulation are in another order
+        add(theirs[0], None, None, theirs[0], 0, 1)
+    for kind, (blocks, table) in blocks_of.items():
+        for index in range(counts[kind]):
+            for original, parts in table.items():
+                add(f"{kind}_blocks.{index}.{original}", kind, index, original, 0, len(parts))
+                for first, part in enumerate(parts):
+                    add(f"{blocks}.{index}.{part}", kind, index, original, first, 1)
+            for processor, place in PROCESSORS[kind].items():
+                add(f"{kind}_blocks.{index}.{processor}", kind, index, *place)
+    return out
+
+
+def opened(lora):
+    """The tensors of a LoRA and what is said of its scale, from a path or a state dict."""
+    if isinstance(lora, dict):
+        return dict(lora), None
+    path = pathlib.Path(lora)
+    if path.is_dir():
+        path = next(path / name for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors") if (path / name).is_file())
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        said = (file.metadata() or {}).get("lora_adapter_metadata")
+    metadata = None
+    if said is not None:
+        metadata = {key.removeprefix("transformer."): value for key, value in json.loads(said).items() if key.startswith("transformer.")}
+    elif (path.parent / "adapter_config.json").is_file() and path.name == "adapter_model.safetensors":
+        metadata = json.loads((path.parent / "adapter_config.json").read_text())
+    return tensors, metadata
+
+
+def scale_of(module, rank, metadata):
+    """alpha / rank of a module by PEFT's configuration, whose patterns are of the ends of names."""
+    if not metadata or metadata.get("lora_alpha") is None:
+        return 1.0
+    alpha = metadata["lora_alpha"]
+    for pattern, value in (metadata.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return alpha / (rank**0.5 if metadata.get("use_rslora") else rank)
+
+
+def refusal(name):
+    for word, form in FORMS.items():
+        if word in name:
+            return f"`{name}`: {form} cannot be added in diffusers; `fastflux convert --lora` merges it"
+    if any(word in name for word in ("query_norm", "key_norm", "norm_q", "norm_k", "norm_added")):
+        return f"`{name}`: a control LoRA, which turns the model into another one"
+    for word, model in FOREIGN.items():
+        if word in name:
+            return f"`{name}`: the LoRA is for {model}, not for FLUX.1"
+    return f"`{name}` is no tensor of a LoRA for FLUX.1 that is known here"
+
+
+def text_name(name):
+    """diffusers' name of a tensor of a CLIP LoRA; None for T5's, which diffusers has no place for."""
+    module, ending = next(((name.removesuffix(e), e) for e in ENDINGS if name.endswith(e)), (None, None))
+    if module is None:
+        raise ValueError(refusal(name))
+    if "text_model" not in module:
+        return None
+    found = re.search(r"text_model[._]encoder[._]layers[._](\d+)[._](self_attn|mlp)[._](\w+)$", module)
+    if found is None:
+        raise ValueError(refusal(name))
+    return f"text_encoder.text_model.encoder.layers.{found[1]}.{found[2]}.{found[3]}", ENDINGS[ending]
+
+
+def renumbered(lora, config, metadata=None):
+    """See `FastFluxTransformer2DModel.renumbered`. `config`: that of the pruned model, or a dict with its `fastflux` record."""
+    tensors, said = opened(lora)
+    metadata = metadata or said
+    record = config["fastflux"]
+    layout = record["layout"] if record else []
+    originals = [block for entry in layout for block in ([entry] if isinstance(entry, str) else entry["replaces"])]
+    counts = {kind: sum(block.startswith(kind) for block in originals) for kind in BLOCKS}
+    if not record:
+        counts = {"double": config["num_layers"], "single": config["num_single_layers"]}
+    top, blocks_of = tables_of(config)
+    known, slots = spellings(counts, top, blocks_of), slots_of(record)
+    modules, text = {}, {}
+    for name, tensor in tensors.items():
+        if "text_model" in name or re.search(r"encoder[._]block[._]", name) or name.startswith("text_encoder"):
+            place = text_name(name)
+            if place is None:
+                text.setdefault(None, {})[name] = tensor
+            else:
+                text.setdefault(place[0], {})[place[1]] = tensor
+            continue
+        module, role = next(((name.removesuffix(e), role) for e, role in ENDINGS.items() if name.endswith(e)), (None, None))
+        prefix = next((p for p in PREFIXES if module is not None and module.startswith(p) and module[len(p) :] in known), None)
+        if prefix is None:
+            raise ValueError(refusal(name))
+        modules.setdefault((module, module[len(prefix) :]), {})[role] = tensor
+    out, gone, blocks = {}, 0, set()
+    for (module, bare), parts in modules.items():
+        kind, index, original, first, count = known[bare]
+        if kind is None:
+            theirs = top.get(original, [original])
+            swap = original == "final_layer.adaLN_modulation.1"
+            targets = theirs
+        else:
+            block, swap = f"{kind}.{index:02}", False
+            if record and block not in slots[kind]:
+                gone += len(parts)
+                blocks.add(block)
+                continue
+            slot = slots[kind].index(block) if record else index
+            names = blocks_of[kind][1][original][first : first + count]
+            targets = [f"{BLOCKS[kind][0]}.{slot}.{name}" for name in names]
+        add_module(out, module, bare, targets, parts, swap, metadata)
+    for name, parts in text.items():
+        if name is not None:
+            add_module(out, name, name, [name], parts, False, None, prefix="")
+    if not out:
+        raise ValueError(f"nothing of the LoRA applies: all of it acts on replaced blocks ({', '.join(sorted(blocks))})")
+    if gone:
+        logger.warning(f"{gone} of the LoRA's {len(tensors)} tensors fall away, as these blocks are replaced: {', '.join(sorted(blocks))}")
+    if None in text:
+        logger.warning(f"{len(text[None])} of the LoRA's {len(tensors)} tensors fall away: diffusers adds nothing to T5")
+    for tensor in out.values():
+        tensor.fastflux_renumbered = True
+    return out
+
+
+def add_module(out, module, bare, targets, parts, swap, metadata, prefix="transformer."):
+    """Puts one module's factors under diffusers' names: those of a fused one share A and split the rows of B."""
+    if "down" not in parts or "up" not in parts:
+        raise ValueError(f"`{module}` has {', '.join(sorted(parts))}, but not both factors")
+    down, up = (parts[role].reshape(parts[role].shape[:2]) for role in ("down", "up"))
+    scale = float(parts["alpha"]) / down.shape[0] if "alpha" in parts else scale_of(bare, down.shape[0], metadata)
+    rows = {"up": up if scale == 1 else (up.float() * scale).to(up.dtype)}
+    if "bias" in parts:
+        rows["bias"] = parts["bias"] if scale == 1 else (parts["bias"].float() * scale).to(up.dtype)
+    if "magnitude" in parts:
+        rows["magnitude"] = parts["magnitude"]
+    if swap:
+        rows = {role: torch.cat(tensor.chunk(2)[::-1]) for role, tensor in rows.items()}
+    width = up.shape[0] // len(targets)
+    if targets[-1].endswith("proj_mlp") and len(targets) == 4:
+        width = down.shape[1]  # q, k and v are as wide as the stream, the MLP takes the rest
+    sizes = [width] * (len(targets) - 1)
+    sizes.append(up.shape[0] - sum(sizes))
+    names = {"up": "lora_B.weight", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
+    for role, tensor in rows.items():
+        for target, part in zip(targets, tensor.split(sizes)):
+            out[f"{prefix}{target}.{names[role]}"] = part.clone().contiguous()
+    for target in targets:
+        out[f"{prefix}{target}.lora_A.weight"] = down.clone().contiguous()
+
+
+def opened_patch(path, level):
+    """The record and the tensors of one pruned model in a patch."""
+    with safe_open(path, "pt") as file:
+        said = (file.metadata() or {}).get("fastflux-patch")
+        if said is None:
+            raise ValueError(f"`{path}` is no patch of fastflux")
+        levels = json.loads(said)["levels"]
+        if level is None and len(levels) > 1:
+            raise ValueError(f"`{path}` holds the levels {', '.join(levels)}: name one of them")
+        level = str(level) if level is not None else next(iter(levels))
+        if level not in levels:
+            raise ValueError(f"`{path}` has no level {level}, but {', '.join(levels)}")
+        prefix = f"{level}/"
+        return levels[level], {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+
+
+def opened_base(path):
+    """The tensors of a transformer in a file, or in a folder or its sub-folder `transformer`."""
+    if path.is_dir():
+        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        files = sorted(folder.glob("*.safetensors"))
+    else:
+        files = [path]
+    state = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            state.update((name, opened.get_tensor(name)) for name in opened.keys())
+    return state
+
+
+def original_names(state):
+    """The tensors of an unpruned transformer under the original names."""
+    for prefix in ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", ""):
+        if f"{prefix}img_in.weight" in state:
+            names = {name: name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+            return {re.sub(r"(query_norm|key_norm)\.weight$", r"\1.scale", new): state[old] for old, new in names.items()}
+    top, blocks_of = tables_of(state)
+    out = {}
+    for original, (theirs,) in top.items():
+        for leaf in ("weight", "bias"):
+            if f"{theirs}.{leaf}" in state:
+                tensor = state[f"{theirs}.{leaf}"]
+                swap = original == "final_layer.adaLN_modulation.1"
+                out[f"{original}.{leaf}"] = torch.cat(tensor.chunk(2)[::-1]) if swap else tensor
+    for kind, (blocks, table) in blocks_of.items():
+        indices = {int(found[1]) for found in (re.match(rf"{blocks}\.(\d+)\.", name) for name in state) if found}
+        for index in indices:
+            for original, theirs in table.items():
+                for leaf in ("weight", "bias"):
+                    parts = [f"{blocks}.{index}.{part}.{leaf}" for part in theirs]
+                    if all(part in state for part in parts):
+                        ending = "scale" if original.endswith("_norm") else leaf
+                        out[f"{kind}_blocks.{index}.{original}.{ending}"] = torch.cat([state[part] for part in parts])
+    return out
+
+
+FORMATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3"}
+
+
+def fingerprint(state):
+    """fastflux's short identity of a checkpoint: names, formats, shapes, and the first and last 4096 bytes of every tensor."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].contiguous().flatten()
+        count = min(4096 // tensor.element_size(), tensor.numel())
+        digest.update(f"{name} {FORMATS[tensor.dtype]} {list(state[name].shape)}\n".encode())
+        for end in (tensor[:count], tensor[tensor.numel() - count :]):
+            digest.update(end.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
 def slots_of(record):
     """The entries of fastflux's layout that have tensors, by kind: `double.07` for a kept block, a dict for a replacement. Empty without a record."""
     slots = {"double": [], "single": []}
@@ -361,9 +647,8 @@ def slots_of(record):
     return slots
 
 
-def diffusers_names(state, record, dtype, names):
-    """The tensors of a file with original names under diffusers' `names`, float8 ones in `dtype`, and the configuration that they and its metadata
-    tell."""
+def diffusers_names(state, record, dtype):
+    """The tensors of a file with original names under diffusers' names, float8 ones in `dtype`, and the configuration that they and its metadata tell."""
     state = unscaled(state, dtype)
     width, in_channels = state["img_in.weight"].shape
     slots = slots_of(record)
@@ -380,12 +665,12 @@ def diffusers_names(state, record, dtype, names):
         "axes_dims_rope": tuple(record["axes-dims"]),
         "fastflux": record,
     }
-    if names is FLUX2:
+    top, blocks_of = tables_of(state)
+    if top is TOP2:
         config["rope_theta"] = record["theta"]
-        # only single blocks' MLPs stand in one matrix with something else; both kinds have the same
-        single = next((t for n, t in state.items() if n.endswith("linear1.weight")), None)
-        hidden = single.shape[0] - 3 * width if single is not None else next(t for n, t in state.items() if n.endswith("img_mlp.0.weight")).shape[0]
-        config["mlp_ratio"] = hidden / (2 * width)
+        # the MLP's two halves stand behind q, k and v in a single block, and alone in a double one
+        single = next((t.shape[0] - 3 * width for n, t in state.items() if n.endswith("linear1.weight")), None)
+        config["mlp_ratio"] = (single or next(t.shape[0] for n, t in state.items() if n.endswith("img_mlp.0.weight"))) / (2 * width)
     else:
         config["theta"] = record["theta"]
         config["pooled_projection_dim"] = state["vector_in.in_layer.weight"].shape[1]
@@ -394,10 +679,10 @@ def diffusers_names(state, record, dtype, names):
         block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)\.(\w+)", name)
         if block is None:
             module, leaf = name.rsplit(".", 1)
-            prefix, modules = "", names["top"][module]
+            prefix, modules = "", top[module]
         else:
             kind, slot, module, leaf = block.groups()
-            blocks, table = BLOCKS[kind], names[kind]
+            blocks, table = blocks_of[kind]
             # replacement layers have one name in both
             prefix, modules = f"{blocks}.{slot}.", [module] if module.split(".")[0] == "linear" else table[module]
         if module == "final_layer.adaLN_modulation.1":

@@ -326,6 +326,11 @@ impl Calibrator<'_> {
                 path.display()
             );
         }
+        warn_of_few_rows(
+            &calibration.stats,
+            &self.pipeline.config,
+            &self.pipeline.reporter,
+        );
         Ok(calibration)
     }
 }

@@ -4,26 +4,18 @@ use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Shape, Tensor};
 use candle_nn::{Init, var_builder::SimpleBackend};
 
-use super::{Checkpoint, Source, StorageDType};
+use super::{Checkpoint, Source};
 use crate::{
     device::{PageLocked, free_host_memory},
     files::Blob,
-    quant::{QuantType, name_of_scale},
+    quant::{QuantType, name_of_scale, names_of_factors},
 };
 
 /// The most of the host's free memory that is page-locked.
 const LOCKABLE: f64 = 0.7;
 
-/// The format of a matrix that is served as its bytes too.
-pub(super) fn packed(source: &Source) -> Option<QuantType> {
-    match source.format() {
-        StorageDType::Quantized(packed) if source.shape().len() == 2 => Some(packed),
-        _ => None,
-    }
-}
-
-/// [`Checkpoint`] as candle's source of weights. Quantized matrices are served in full under their own names, and as bytes
-/// and scales under those that `quant` gives them.
+/// [`Checkpoint`] as candle's source of weights. Quantized matrices are served in full under their own names, and as bytes,
+/// scales and the factors of a LoRA under those that `quant` gives them.
 pub(super) struct Backend {
     checkpoint: Checkpoint,
     /// Files that a GPU reads directly.
@@ -56,13 +48,51 @@ impl Backend {
         }
     }
 
-    /// The packed matrix whose bytes or scales go by `name`.
+    /// The packed matrix whose bytes, scales or factors go by `name`.
     fn packed<'a>(&self, name: &'a str) -> Option<(&'a str, &Source, QuantType)> {
         let (tensor, _) = name.rsplit_once('@')?;
         let source = self.checkpoint.get(tensor)?;
-        let packed = packed(source)?;
-        let known = name == packed.name_of_bytes(tensor) || name == name_of_scale(tensor);
+        let packed = source.packed()?;
+        let known = name == packed.name_of_bytes(tensor)
+            || name == name_of_scale(tensor)
+            || (names_of_factors(tensor).iter().any(|factor| name == factor)
+                && source.adaptations().next().is_some());
         known.then_some((tensor, source, packed))
+    }
+
+    /// The bytes, scales or factors of a packed matrix.
+    fn load_packed(
+        &self,
+        name: &str,
+        (tensor, source, packed): (&str, &Source, QuantType),
+        device: &Device,
+    ) -> Result<Tensor> {
+        let [a, b] = names_of_factors(tensor);
+        if name == a || name == b {
+            let factors = source.low_rank()?.context("has no LoRA")?;
+            let factor = if name == a { factors.a } else { factors.b };
+            return Ok(factor.to_device(device)?);
+        }
+        let source = source.unadapted();
+        if name == name_of_scale(tensor) {
+            let scale = source.scale().unwrap_or(&[1.0]);
+            return Ok(Tensor::from_slice(scale, scale.len(), device)?);
+        }
+        let [rows, columns] = self.checkpoint.dims(tensor)?;
+        let shape = [rows, packed.bytes(columns)];
+        match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(gpu) if source.mapped_parts().is_some() => {
+                let parts = source.mapped_parts().unwrap_or_default();
+                Ok(crate::device::upload(&parts, DType::U8, &shape, gpu)?)
+            }
+            _ => Ok(Tensor::from_raw_buffer(
+                &source.bytes()?,
+                DType::U8,
+                &shape,
+                device,
+            )?),
+        }
     }
 
     fn load(
@@ -72,24 +102,10 @@ impl Backend {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
-        if let Some((tensor, source, packed)) = self.packed(name) {
-            let loaded = if name == name_of_scale(tensor) {
-                let scale = source.scale().unwrap_or(&[1.0]);
-                Tensor::from_slice(scale, scale.len(), device)
-            } else {
-                let [rows, columns] = self.checkpoint.dims(tensor)?;
-                let shape = [rows, packed.bytes(columns)];
-                match device {
-                    #[cfg(feature = "cuda")]
-                    Device::Cuda(gpu) if source.mapped_parts().is_some() => {
-                        let parts = source.mapped_parts().unwrap_or_default();
-                        crate::device::upload(&parts, DType::U8, &shape, gpu)
-                    }
-                    _ => Tensor::from_raw_buffer(&source.bytes()?, DType::U8, &shape, device),
-                }
-            };
+        if let Some(found) = self.packed(name) {
+            let loaded = self.load_packed(name, found, device);
             return loaded
-                .with_context(|| format!("`{}`: tensor `{tensor}`", self.checkpoint.name));
+                .with_context(|| format!("`{}`: tensor `{}`", self.checkpoint.name, found.0));
         }
         let source = self.checkpoint.expect(name)?;
         if let Some(shape) = shape {

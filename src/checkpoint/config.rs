@@ -87,7 +87,7 @@ pub fn infer(
 ) -> Result<FluxConfig> {
     let [hidden_size, in_channels] = checkpoint.dims("img_in.weight")?;
     let [_, context_in_dim] = checkpoint.dims("txt_in.weight")?;
-    let family = family(checkpoint);
+    let family = keys::family(checkpoint.names());
     // FLUX.2 takes no pooled text
     let pooled = family == Family::FLUX1;
     let [_, vec_in_dim] = if pooled {
@@ -226,16 +226,6 @@ fn layout(checkpoint: &Checkpoint, record: Option<&Record>) -> Result<Vec<BlockS
         );
     }
     Ok(record.layout.clone())
-}
-
-/// The family that the tensors belong to, under original names or those of diffusers.
-pub fn family(checkpoint: &Checkpoint) -> Family {
-    let shared = |name: &str| name.starts_with("single_stream_modulation.");
-    if checkpoint.names().any(shared) {
-        Family::FLUX2
-    } else {
-        Family::FLUX1
-    }
 }
 
 /// Head size and columns of the MLP's first projection, from the first original block of either kind.

@@ -6,18 +6,27 @@
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{
-    Checkpoint, Source, config,
-    diffusers_names::{self as names, FINAL_MODULATION},
-    keys,
-};
-use crate::layout::{BlockKind, Family};
+use super::{Checkpoint, Source, diffusers_names as names, keys};
+use crate::layout::{BlockKind, Family, FluxConfig};
+pub(super) use names::FINAL_MODULATION;
 
 /// What stands for a replaced block keeps its name in both namings.
 const REPLACEMENT: &str = "linear.";
 
+/// Modules outside of the blocks but the final modulation: original and diffusers' names.
+pub(super) fn global_modules(
+    config: &FluxConfig,
+) -> impl Iterator<Item = (&'static str, &'static str)> + use<> {
+    names::of(&config.family).global.iter().copied()
+}
+
+/// Modules of a block: original names, and the diffusers modules whose rows make them up.
+pub(super) fn block_modules(config: &FluxConfig, kind: BlockKind) -> names::Modules {
+    names::of(&config.family).block(kind).0
+}
+
 /// diffusers' prefix of all blocks of a kind.
-fn block_prefix(kind: BlockKind) -> &'static str {
+pub(super) fn block_prefix(kind: BlockKind) -> &'static str {
     match kind {
         BlockKind::Double => "transformer_blocks",
         BlockKind::Single => "single_transformer_blocks",
@@ -55,7 +64,7 @@ pub fn to_original(checkpoint: &Checkpoint) -> Result<Checkpoint> {
         metadata: checkpoint.metadata.clone(),
         ..Checkpoint::default()
     };
-    let tables = names::of(&config::family(checkpoint));
+    let tables = names::of(&keys::family(checkpoint.names()));
     for (name, source) in checkpoint.iter() {
         let context = || format!("`{}`: tensor `{name}`", checkpoint.name);
         let kinds = [BlockKind::Double, BlockKind::Single];
@@ -156,7 +165,7 @@ pub fn from_original(checkpoint: &Checkpoint) -> Result<Checkpoint> {
         metadata: checkpoint.metadata.clone(),
         ..Checkpoint::default()
     };
-    let tables = names::of(&config::family(checkpoint));
+    let tables = names::of(&keys::family(checkpoint.names()));
     for (name, source) in checkpoint.iter() {
         let context = || format!("`{}`: tensor `{name}`", checkpoint.name);
         for (new, source) in

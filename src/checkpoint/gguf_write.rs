@@ -8,7 +8,7 @@ use candle::quantized::GgmlDType;
 use super::{
     Checkpoint,
     gguf::{MAGIC, RECORD, number},
-    record,
+    keys, record,
 };
 use crate::quant::QuantType;
 
@@ -16,6 +16,10 @@ const VERSION: u32 = 3;
 const ALIGNMENT: usize = 32;
 /// `GGML_QNT_VERSION`: the layout of the blocks.
 const QUANTISATION_VERSION: u32 = 2;
+
+/// What a file with linear layers says of itself.
+const LAYERS: &str = "FLUX with linear layers in the place of some transformer blocks (tensors `*_blocks.N.linear.*`), which fastflux opens. \
+ComfyUI-GGUF loads it without an error but runs these blocks on random weights; stable-diffusion.cpp refuses it.";
 
 /// Which formats most of a file is in, as llama.cpp counts them (`general.file_type`).
 fn file_type(packed: QuantType) -> u32 {
@@ -61,6 +65,8 @@ pub(super) fn write(
 
 fn header(checkpoint: &Checkpoint, main: QuantType) -> Result<Vec<u8>> {
     let record = checkpoint.metadata.get(record::KEY);
+    let mut keys = checkpoint.names().filter_map(keys::parse);
+    let has_layers = keys.any(|key| key.of_replacement());
     let mut out = MAGIC.to_vec();
     let u32 = |out: &mut Vec<u8>, value: u32| out.extend(value.to_le_bytes());
     let u64 = |out: &mut Vec<u8>, value: usize| out.extend((value as u64).to_le_bytes());
@@ -80,7 +86,10 @@ fn header(checkpoint: &Checkpoint, main: QuantType) -> Result<Vec<u8>> {
     };
     u32(&mut out, VERSION);
     u64(&mut out, checkpoint.len());
-    u64(&mut out, 3 + usize::from(record.is_some()));
+    u64(
+        &mut out,
+        3 + usize::from(record.is_some()) + usize::from(has_layers),
+    );
     string(&mut out, "general.architecture", "flux");
     integer(
         &mut out,
@@ -88,6 +97,9 @@ fn header(checkpoint: &Checkpoint, main: QuantType) -> Result<Vec<u8>> {
         QUANTISATION_VERSION,
     );
     integer(&mut out, "general.file_type", file_type(main));
+    if has_layers {
+        string(&mut out, "general.description", LAYERS);
+    }
     if let Some(record) = record {
         string(&mut out, RECORD, record);
     }

@@ -23,7 +23,9 @@ mod gguf;
 mod gguf_write;
 pub mod init;
 pub mod keys;
+pub mod lora;
 pub mod output;
+pub mod patch;
 pub mod random;
 pub mod record;
 mod rotary;
@@ -34,7 +36,7 @@ mod source;
 mod to_f32;
 pub mod transformer_json;
 
-use backend::{Backend, packed};
+use backend::Backend;
 
 pub use crate::files::output as target;
 pub use dtype::StorageDType;
@@ -260,8 +262,8 @@ impl Checkpoint {
     /// Bytes of all tensors in memory when the model computes in `dtype`: packed matrices stay as they are.
     pub fn bytes_loaded(&self, dtype: DType) -> usize {
         let sources = self.tensors.values();
-        let bytes = sources.map(|source| match packed(source) {
-            Some(_) => source.byte_len(),
+        let bytes = sources.map(|source| match source.packed() {
+            Some(_) => source.packed_bytes(),
             None => source.elements() * dtype.size_in_bytes(),
         });
         bytes.sum()

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::{Checkpoint, rotary};
+use super::{Checkpoint, lora::recorded::RecordedLora, rotary};
 use crate::layout::{self, BlockId, BlockKind, BlockSpec};
 
 /// The metadata key that holds the record.
@@ -50,6 +50,9 @@ pub struct Record {
     pub base: String,
     /// [`fingerprint`] of the unpruned transformer.
     pub base_fingerprint: String,
+    /// LoRA files in the weights; the model it is compared with is the base with these.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lora: Vec<RecordedLora>,
     /// The layout, by original block identity.
     pub layout: Vec<BlockSpec>,
     /// Rotary sizes of the axes.
@@ -152,7 +155,8 @@ impl Record {
 /// How many bytes at each end of a tensor the fingerprint reads.
 const SAMPLE: usize = 4096;
 
-/// A short identity of a checkpoint: SHA-256 over every tensor's name, dtype, shape, and first and last bytes.
+/// A short identity of a checkpoint: SHA-256 over every tensor's name, dtype, shape, first and last bytes, and the identity
+/// of what LoRA files add to it.
 ///
 /// Reads a few megabytes whatever the size, and is the same for the original and diffusers naming of one model
 /// (give it the canonical checkpoint).
@@ -161,8 +165,10 @@ const SAMPLE: usize = 4096;
 /// When a tensor cannot be read.
 pub fn fingerprint(checkpoint: &Checkpoint) -> Result<String> {
     let mut hash = Sha256::new();
-    for (name, source) in checkpoint.iter() {
+    for (name, adapted) in checkpoint.iter() {
+        let source = adapted.unadapted();
         hash.update(format!("{name} {} {:?}\n", source.format(), source.shape()));
+        adapted.adaptations().for_each(|id| hash.update(id));
         for scale in source.scale().unwrap_or_default() {
             hash.update(scale.to_le_bytes());
         }

@@ -9,10 +9,16 @@ use safetensors::Dtype;
 use super::{dtype::StorageDType, random::Random, to_f32};
 use crate::{files::Blob, quant::QuantType};
 
+mod adapted;
+mod delta;
 mod rows;
 mod sum;
 mod values;
 
+pub(super) use adapted::RowMap;
+pub(super) use delta::{Delta, DeltaForm, Factor, Magnitude};
+
+use adapted::Adapted;
 use rows::cut;
 
 /// How many bytes of a tensor are made at a time while it is written.
@@ -39,6 +45,8 @@ enum Data {
     Converted(Box<Source>),
     /// Others of f64, added up while they are read.
     Sum(Vec<Source>),
+    /// Another one and what LoRA files add to it.
+    Adapted(Adapted),
 }
 
 #[derive(Clone, Debug)]
@@ -232,6 +240,7 @@ impl Source {
             Data::Pieces(pieces) => Ok(pieces.iter().try_for_each(|piece| piece.write_to(out))?),
             Data::Converted(_) => self.write_converted(out),
             Data::Sum(_) => self.write_sum(out),
+            Data::Adapted(adapted) => adapted.write_to(self.format, out),
             Data::Dense(tensor) => {
                 // candle copies a whole tensor from a GPU for every part of it that is asked for
                 let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
@@ -257,6 +266,7 @@ impl Source {
                 blobs.flatten().collect()
             }
             Data::Converted(from) => from.blobs(),
+            Data::Adapted(adapted) => adapted.base().blobs(),
             Data::Sum(parts) => parts.iter().flat_map(Self::blobs).collect(),
             Data::Dense(_) => vec![],
         }
@@ -280,6 +290,9 @@ impl Source {
     /// # Errors
     /// As [`Self::tensor`].
     pub fn tensor_as(&self, dtype: DType, device: &Device) -> Result<Tensor> {
+        if let Data::Adapted(adapted) = &self.data {
+            return adapted.tensor(dtype, device);
+        }
         if device.is_cpu()
             && dtype == DType::F32
             && matches!(self.data, Data::Pieces(_))
@@ -310,6 +323,7 @@ impl Source {
         }
         match &self.data {
             Data::Dense(tensor) => Ok(tensor.to_dtype(dtype)?.to_device(device)?),
+            Data::Adapted(adapted) => adapted.tensor(dtype, device),
             Data::Pieces(_) | Data::Converted(_) | Data::Sum(_) => {
                 Tensor::from_raw_buffer(&self.bytes()?, dtype, &self.shape, device)
                     .context("cannot load the tensor")

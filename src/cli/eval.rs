@@ -5,16 +5,20 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{
-    ConfigArgs, DecodeArgs, DeviceArgs, MemoryArgs, OutputArgs, PartsArgs, PipelineArgs, PrintArgs,
-    PromptsArgs, RecipeArgs, RunArgs, SamplingArgs, SeedArgs, SizeArgs, shared::written,
+    ConfigArgs, DecodeArgs, DeviceArgs, LoraArgs, MemoryArgs, OutputArgs, PartsArgs, PatchArgs,
+    PipelineArgs, PrintArgs, PromptsArgs, RecipeArgs, RunArgs, SamplingArgs, SeedArgs, SizeArgs,
+    shared::written,
 };
-use crate::device::DTypeChoice;
+use crate::{
+    calibrate::pass::Shard, device::DTypeChoice, eval::export::Suite, verify::target::Target,
+};
 
 /// `eval`.
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
 #[command(
     mut_arg("recipe", |arg| arg.requires("plan").help("Recipe that plans are carried out with (JSON, see configs/prune.json). Default: that of `prune`")),
+    mut_arg("lora", |arg| arg.help("Add this LoRA to the weights of all models and of the baseline, multiplied by WEIGHT (default 1; may be negative); may be given several times")),
     mut_arg("prompts", |arg| arg.help("Prompts, one a line. Default: captions that are in no calibration list")),
     mut_arg("num_prompts", |arg| arg.help("Images that each model generates; a short list of prompts is used again with other noise. Default: all of --prompts, otherwise 128 small or 8 large images")),
     mut_arg("steps", |arg| arg.help("Sampling steps. Default: the baseline's own")),
@@ -37,6 +41,10 @@ pub struct EvalArgs {
     #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
     pub baseline: Option<String>,
     #[command(flatten)]
+    pub patch: PatchArgs,
+    #[command(flatten)]
+    pub lora: LoraArgs,
+    #[command(flatten)]
     pub config: ConfigArgs,
     #[command(flatten)]
     pub parts: PartsArgs,
@@ -52,6 +60,14 @@ pub struct EvalArgs {
     /// as openai/clip-vit-large-patch14.
     #[arg(long, value_name = "DIR|ID")]
     pub clip: Option<String>,
+    /// Only draw images for another scorer, from its own prompt files (--prompts), into the folder --output as it reads them:
+    /// geneval (evaluation_metadata.jsonl), dpg (folder of .txt) or hpsv2 (.json lists). The same command goes on after a
+    /// kill.
+    #[arg(long, value_name = "SUITE", requires = "prompts", conflicts_with_all = ["plan", "baseline", "clip", "num_prompts"])]
+    pub export: Option<Suite>,
+    /// With --export: draw every n-th prompt only, from the i-th on.
+    #[arg(long, value_name = "I/N", requires = "export")]
+    pub shard: Option<Shard>,
     #[command(flatten)]
     pub run: RunArgs,
     #[command(flatten)]
@@ -66,11 +82,18 @@ pub struct EvalArgs {
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
 pub struct VerifyArgs {
+    /// With --target: the file, or the folder in diffusers layout.
+    #[arg(requires = "target")]
+    pub file: Option<PathBuf>,
+    /// Say whether and how this program opens FILE, by its loader's rules: diffusers, comfyui or sdcpp (stable-diffusion.cpp).
+    /// Exit status 1 if it does not.
+    #[arg(long, value_name = "PROGRAM", requires = "file", conflicts_with_all = ["reference", "model"])]
+    pub target: Option<Target>,
     #[command(flatten)]
     pub pipeline: PipelineArgs,
     /// Tensors recorded by scripts/make_reference.py.
-    #[arg(long, value_name = "FILE")]
-    pub reference: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "target")]
+    pub reference: Option<PathBuf>,
     /// Largest relative error allowed. Default: 1e-5 (1e-4 for VAE and final latents), 2e-2 in bf16.
     #[arg(long)]
     pub tolerance: Option<f64>,
@@ -83,6 +106,9 @@ pub struct VerifyArgs {
 /// `bench`.
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
+#[command(
+    mut_arg("lora", |arg| arg.conflicts_with("config").help("Add this LoRA to the weights of both models, multiplied by WEIGHT (default 1; may be negative); may be given several times"))
+)]
 pub struct BenchArgs {
     /// The model, named as elsewhere (folder, file or hub id). Default: the bundled tiny model.
     #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
@@ -99,6 +125,10 @@ pub struct BenchArgs {
     /// A second model, timed in turn with the first.
     #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
     pub against: Option<String>,
+    #[command(flatten)]
+    pub patch: PatchArgs,
+    #[command(flatten)]
+    pub lora: LoraArgs,
     /// Time the first model in turn with itself after N of its blocks, spread over the single ones, were replaced by
     /// linear layers: what pruning would bring. All other weights are shared.
     #[arg(long, value_name = "N", conflicts_with = "against")]

@@ -6,6 +6,7 @@ use crate::ui::Level;
 
 mod calibrate;
 mod convert;
+mod diff;
 mod eval;
 mod generate;
 mod init;
@@ -19,6 +20,7 @@ mod units;
 
 pub use calibrate::{CALIBRATION, CalibrateArgs, CalibrationArgs, MergeStatsArgs, StatsArgs};
 pub use convert::ConvertArgs;
+pub use diff::DiffArgs;
 pub use eval::{BenchArgs, EvalArgs, VerifyArgs};
 pub use generate::GenerateArgs;
 pub use init::InitArgs;
@@ -26,11 +28,11 @@ pub use inspect::InspectArgs;
 pub use prune::PruneArgs;
 pub use score::{GoalArgs, PlanArgs, ScoreArgs};
 pub use shared::{
-    ConfigArgs, DecodeArgs, DeviceArgs, DryRunArgs, LayoutArgs, MemoryArgs, ModelArgs, OutputArgs,
-    PartsArgs, PipelineArgs, PrintArgs, PromptsArgs, RecipeArgs, RunArgs, SamplingArgs, SeedArgs,
-    SizeArgs,
+    ConfigArgs, DecodeArgs, DeviceArgs, DryRunArgs, LayoutArgs, LoraArgs, MemoryArgs, ModelArgs,
+    OutputArgs, PartsArgs, PatchArgs, PipelineArgs, PrintArgs, PromptsArgs, RecipeArgs, RunArgs,
+    SamplingArgs, SeedArgs, SizeArgs,
 };
-pub use shell::{CompletionsArgs, ManArgs};
+pub use shell::{CompletionsArgs, DoctorArgs, ManArgs};
 pub use train::TrainArgs;
 
 /// Prune FLUX.1: replace its least important transformer blocks by linear layers and generate with what is left.
@@ -89,7 +91,7 @@ pub enum Command {
     Score(ScoreArgs),
     /// Choose the blocks to replace and estimate what that saves, without writing a model.
     #[command(
-        after_help = "Examples:\n  fastflux plan --ratio 0.2 --output plan.json\n  fastflux plan --scores scores.json --budget-params 9.5B --protect double.00,single.37\n  fastflux plan --model flux1-dev.safetensors --stats stats.safetensors --target-speedup 1.2"
+        after_help = "Examples:\n  fastflux plan --ratio 0.2 --output plan.json\n  fastflux plan --scores scores.json --ratio 0.1,0.2,0.3,0.4\n  fastflux plan --for 24GiB --model black-forest-labs/FLUX.1-dev\n  fastflux plan --model flux1-dev.safetensors --stats stats.safetensors --target-speedup 1.2"
     )]
     Plan(PlanArgs),
     /// Replace the least important blocks by linear layers and write a pruned checkpoint.
@@ -98,10 +100,17 @@ pub enum Command {
     )]
     Prune(PruneArgs),
     /// Train what a pruned model has in place of its blocks, and a LoRA next to it, towards the unpruned model.
+    ///
+    /// Without --model the bundled model is pruned at 20 % first, which takes about a minute.
     #[command(
         after_help = "Examples:\n  fastflux train-sandwich --output trained\n  fastflux train-sandwich --model pruned --output trained --rank 16 --log losses.jsonl"
     )]
     TrainSandwich(TrainArgs),
+    /// Write what differs between pruned models and the model that they were made from: a patch, which makes them of it again.
+    #[command(
+        after_help = "Examples:\n  fastflux diff --model pruned --output patch.safetensors\n  fastflux diff --model pruned-10 --model pruned-20 --output levels.safetensors\n  fastflux generate --model flux1-dev.safetensors --patch levels.safetensors --level 20 --prompt \"a fox in the snow\""
+    )]
+    Diff(DiffArgs),
     /// Generate images from prompts.
     #[command(
         after_help = "Examples:\n  fastflux generate --prompt \"a red circle left of a blue square on a white background\"\n  fastflux generate --model pruned --prompt-file prompts.txt --output images\n  fastflux generate --model flux1-dev.safetensors --text-encoders encoders --vae ae.safetensors --prompt \"a fox in the snow\""
@@ -114,7 +123,7 @@ pub enum Command {
     Eval(EvalArgs),
     /// Compare a model with tensors recorded from diffusers.
     #[command(
-        after_help = "Examples:\n  python scripts/make_reference.py PIPELINE reference.safetensors\n  fastflux verify --model PIPELINE --reference reference.safetensors"
+        after_help = "Examples:\n  python scripts/make_reference.py PIPELINE reference.safetensors\n  fastflux verify --model PIPELINE --reference reference.safetensors\n  fastflux verify --target comfyui pruned/flux.safetensors"
     )]
     Verify(VerifyArgs),
     /// Write a model in another number format: bf16, f16, f32, float8 (e4m3), or GGUF for ComfyUI-GGUF and others.
@@ -135,6 +144,9 @@ pub enum Command {
         after_help = "Examples:\n  fastflux bench\n  fastflux bench --model pruned --against flux1-dev.safetensors --size 512,1024 --batch 1,2\n  fastflux bench --config flux1-dev --dtype bf16 --json"
     )]
     Bench(BenchArgs),
+    /// Show what this build can do and what the machine has: features, kernels, GPUs, free memory and disk, cache.
+    #[command(after_help = "Example:\n  fastflux doctor")]
+    Doctor(DoctorArgs),
     /// Print a script that makes a shell complete commands and flags.
     #[command(
         after_help = "Examples:\n  fastflux completions bash > ~/.local/share/bash-completion/completions/fastflux\n  fastflux completions zsh > \"${fpath[1]}/_fastflux\"\n  fastflux completions fish > ~/.config/fish/completions/fastflux.fish"

@@ -6,13 +6,14 @@ use clap::Args;
 
 use super::{
     CalibrationArgs, DecodeArgs, DryRunArgs, GoalArgs, LayoutArgs, MemoryArgs, OutputArgs,
-    PipelineArgs, RunArgs, StatsArgs, shared::written,
+    PatchArgs, PipelineArgs, RunArgs, StatsArgs, shared::written,
 };
 
 /// `prune`.
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
 #[command(
+    mut_arg("patch", |arg| arg.num_args(0..=1).default_missing_value(PatchArgs::WRITE).value_name("FILE").help("Without FILE: write patch.safetensors, what differs from the base, in place of the whole checkpoint. With FILE: prune the model that this patch makes of --model")),
     mut_arg("output", |arg| written(arg, "DIR", "pruned", "Folder to write; must not exist yet (see --force)"))
 )]
 pub struct PruneArgs {

@@ -1,14 +1,15 @@
 //! Flags that several commands take, each defined once. If a command says more about a flag than is said here, its
 //! own arguments change the help text or the default.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Arg, Args};
 
-use super::units::{bytes, number, whole};
+use super::units::{bytes, number, seed, whole};
 use crate::{
-    checkpoint::output::Naming,
+    checkpoint::{lora::LoraChoice, output::Naming},
     device::{DTypeChoice, DeviceChoice},
+    pipeline::PatchChoice,
     pipeline::defaults::{MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MIN_SIDE},
 };
 
@@ -21,6 +22,44 @@ pub struct ConfigArgs {
     pub config: Option<PathBuf>,
 }
 
+/// LoRA files.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Model")]
+pub struct LoraArgs {
+    /// Add this LoRA to the weights, multiplied by WEIGHT (default 1; may be negative); may be given several times.
+    #[arg(long, value_name = "FILE[:WEIGHT]", value_parser = |s: &str| s.parse::<LoraChoice>())]
+    pub lora: Vec<LoraChoice>,
+}
+
+/// A patch.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Model")]
+pub struct PatchArgs {
+    /// Open the pruned model that this patch (made by `diff` or `prune --patch`) makes of its base, --model.
+    #[arg(long, value_name = "FILE")]
+    pub patch: Option<PathBuf>,
+    /// Which of the patch's pruned models, by the share of replaced blocks in percent. Default: the only one.
+    #[arg(long, value_name = "NAME", requires = "patch")]
+    pub level: Option<String>,
+}
+
+impl PatchArgs {
+    /// What `--patch` is without a file: `prune` writes one.
+    pub const WRITE: &str = "-";
+
+    /// The patch that is asked for; none if no file is named.
+    pub fn choice(&self) -> Option<PatchChoice> {
+        let path = self.patch.clone().filter(|_| !self.writes())?;
+        let level = self.level.clone();
+        Some(PatchChoice { path, level })
+    }
+
+    /// Whether a patch is to be written.
+    pub fn writes(&self) -> bool {
+        self.patch.as_deref() == Some(Path::new(Self::WRITE))
+    }
+}
+
 /// Which model.
 #[derive(Args, Clone, Debug, Default)]
 #[expect(missing_docs, reason = "flattened arguments")]
@@ -30,6 +69,10 @@ pub struct ModelArgs {
     /// (`owner/name` or `owner/name@revision`). Default: the bundled tiny model.
     #[arg(long, value_name = "PATH|ID")]
     pub model: Option<String>,
+    #[command(flatten)]
+    pub patch: PatchArgs,
+    #[command(flatten)]
+    pub lora: LoraArgs,
     #[command(flatten)]
     pub config: ConfigArgs,
 }
@@ -115,8 +158,8 @@ pub struct SizeArgs {
 /// The seed.
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub struct SeedArgs {
-    /// Seed of all that is random. Default: 0.
-    #[arg(long)]
+    /// Seed of all that is random: a number, or random. Default: 0.
+    #[arg(long, value_name = "N|random", value_parser = seed)]
     pub seed: Option<u64>,
 }
 

@@ -78,7 +78,7 @@ pub struct TrainArgs {
     pub gradient_checkpointing: bool,
     #[command(flatten)]
     pub output: OutputArgs,
-    /// Write the LoRA next to the checkpoint, in PEFT's names, instead of merging it; fastflux itself does not apply it.
+    /// Write the trained LoRA next to the checkpoint, in PEFT's names, instead of merging it; --lora applies it.
     #[arg(long, help_heading = "Output")]
     pub keep_lora: bool,
     /// Write the losses to this file as they come, one JSON object a line.

@@ -9,7 +9,7 @@ use crate::{
     bench::{self, BenchOptions, Subject},
     checkpoint::transformer_json,
     cli::BenchArgs,
-    pipeline::ModelChoice,
+    pipeline::{ModelChoice, PatchChoice},
     ui::Reporter,
 };
 
@@ -32,16 +32,18 @@ pub(super) fn run(args: &BenchArgs, reporter: &Reporter) -> Result<()> {
 
 /// The model or shape, and the one it is compared with.
 fn subjects(args: &BenchArgs, reporter: &Reporter) -> Result<Vec<Subject>> {
-    let open = |model: Option<&String>| -> Result<Subject> {
+    let open = |model: Option<&String>, patch: Option<PatchChoice>| -> Result<Subject> {
         let pipeline = super::open(&ModelChoice {
             model: model.cloned(),
+            lora: args.lora.lora.clone(),
+            patch,
             reporter: reporter.clone(),
             ..ModelChoice::default()
         })?;
         Subject::from_pipeline(pipeline)
     };
     let first = match &args.config {
-        None => open(args.model.as_ref())?,
+        None => open(args.model.as_ref(), args.patch.choice())?,
         Some(name) => {
             let (config, _) = transformer_json::read(&init::read_config(name)?)?;
             Subject::from_config(format!("random {}", Path::new(name).display()), config)
@@ -49,7 +51,7 @@ fn subjects(args: &BenchArgs, reporter: &Reporter) -> Result<Vec<Subject>> {
     };
     let mut out = vec![first];
     if let Some(other) = &args.against {
-        let other = open(Some(other)).context("--against")?;
+        let other = open(Some(other), None).context("--against")?;
         other.check_inputs(&out[0]).context("--against")?;
         out.push(other);
     }

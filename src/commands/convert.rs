@@ -61,6 +61,7 @@ pub(super) fn run(args: &ConvertArgs, reporter: &Reporter) -> Result<()> {
             conversion::write(&checkpoint, target, &folder.path().join(name), reporter)?;
             let json = transformer_json::write(&pipeline.config, Some(&record));
             output::write_json(&folder.path().join("config.json"), &json)?;
+            conversion::write_card(folder.path(), &pipeline, &record, &checkpoint, target)?;
             folder.finish()?;
         }
     }

@@ -1,11 +1,19 @@
 //! `eval`: the same prompts and noise through several models; numbers, images and a page that shows them.
 
+use std::path::Path;
+
 use anyhow::{Context, Result, bail};
 
 use crate::{
+    calibrate::pass::Shard,
     checkpoint::target::{self, OutputFolder},
     cli::EvalArgs,
-    eval::{self, EvalOptions, clip::ClipFiles, prompts},
+    eval::{
+        self, EvalOptions,
+        clip::ClipFiles,
+        export::{self, ExportOptions, Suite},
+        prompts,
+    },
     files::BUNDLED,
     pipeline::{ModelChoice, Pipeline, placement::MemoryBudget},
     prune::plan_run::PlanRun,
@@ -16,6 +24,9 @@ use crate::{
 const SEED: u64 = 10_000;
 
 pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<()> {
+    if let (Some(suite), Some(prompts)) = (args.export, &args.prompts.prompts) {
+        return export(args, suite, prompts, reporter);
+    }
     target::check_folder(&args.output.path, args.output.force)?;
     let runtime = super::runtime(args.run)?;
     let budget = MemoryBudget::new(super::memory(args.memory), &runtime, reporter);
@@ -49,6 +60,44 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<()> {
     Ok(())
 }
 
+/// Draws images for another scorer.
+fn export(args: &EvalArgs, suite: Suite, prompts: &Path, reporter: &Reporter) -> Result<()> {
+    let runtime = super::runtime(args.run)?;
+    let pipeline = Pipeline::open(&ModelChoice {
+        model: args.model.first().cloned(),
+        ..choice(args, reporter)
+    })?;
+    let budget =
+        MemoryBudget::new(super::memory(args.memory), &runtime, reporter).for_pipeline(&pipeline);
+    let sampling = &args.sampling;
+    let options = ExportOptions {
+        suite,
+        shard: args.shard.unwrap_or(Shard::WHOLE),
+        size: pipeline.image_size(args.size.width, args.size.height)?,
+        steps: sampling.steps.unwrap_or_else(|| pipeline.default_steps()),
+        guidance: sampling
+            .guidance
+            .unwrap_or_else(|| pipeline.default_guidance()),
+        seed: args.seed.seed.unwrap_or(SEED),
+        vae_tile: args.decode.vae_tile,
+    };
+    let report = export::run(&pipeline, &budget, prompts, &args.output.path, &options)?;
+    super::show(args.output.print, &report, || report.text())
+}
+
+/// What flags say of every model but its name.
+fn choice(args: &EvalArgs, reporter: &Reporter) -> ModelChoice {
+    ModelChoice {
+        model: None,
+        lora: args.lora.lora.clone(),
+        patch: args.patch.choice(),
+        config: args.config.config.clone(),
+        text_encoders: args.parts.text_encoders.clone(),
+        vae: args.parts.vae.clone(),
+        reporter: reporter.clone(),
+    }
+}
+
 /// The baseline's own settings, and flags over them.
 fn options(args: &EvalArgs, baseline: &Pipeline) -> Result<EvalOptions> {
     let size = baseline.image_size(args.size.width, args.size.height)?;
@@ -72,10 +121,7 @@ fn options(args: &EvalArgs, baseline: &Pipeline) -> Result<EvalOptions> {
 fn open(args: &EvalArgs, reporter: &Reporter) -> Result<(Pipeline, Vec<Pipeline>)> {
     let choice = |model: &str| ModelChoice {
         model: Some(model.to_owned()),
-        config: args.config.config.clone(),
-        text_encoders: args.parts.text_encoders.clone(),
-        vae: args.parts.vae.clone(),
-        reporter: reporter.clone(),
+        ..choice(args, reporter)
     };
     let models: Vec<Pipeline> = args
         .model
@@ -85,7 +131,12 @@ fn open(args: &EvalArgs, reporter: &Reporter) -> Result<(Pipeline, Vec<Pipeline>
     let baseline = match (&args.baseline, models.first()) {
         (Some(baseline), model) => {
             let record = model.and_then(|model| model.record.as_ref());
-            Pipeline::open_original(&choice(baseline), record).context("--baseline")?
+            let choice = ModelChoice {
+                lora: model.map_or_else(|| args.lora.lora.clone(), Pipeline::shared_lora),
+                patch: None,
+                ..choice(baseline)
+            };
+            Pipeline::open_original(&choice, record).context("--baseline")?
         }
         (None, Some(model)) if model.record.is_some() => model.base_with(&choice(""))?,
         (None, Some(model)) => bail!(

@@ -1,18 +1,21 @@
 //! `generate`: prompts → PNG files.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result, ensure};
 
 use super::options;
 use crate::{
-    checkpoint::{record, target},
+    checkpoint::target,
     cli::GenerateArgs,
-    layout::Family,
+    eval::scenes::Scene,
+    files::BUNDLED,
     pipeline::{
         Pipeline,
-        generate::{self, GenerateReport, ImageJob, JobOptions},
+        generate::{self, GenerateReport, ImageJob, ImageName},
         load, prompts,
     },
-    sample::png::Image,
+    sample::size::ImageSize,
     ui::{self, Reporter},
 };
 
@@ -34,28 +37,15 @@ pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
     let (mut pipeline, budget) =
         options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
     let references = load::reference_images(&pipeline, &args.image)?;
-    // FLUX.2 draws an image of the size of the first reference image, as diffusers does
-    let first = references.first();
-    let first = first.filter(|_| pipeline.config.family == Family::FLUX2);
-    let size = pipeline.image_size(
-        args.size.width.or(first.map(|image| image.width as usize)),
-        args.size
-            .height
-            .or(first.map(|image| image.height as usize)),
-    )?;
-    let jobs = generate::jobs(&JobOptions {
-        output: &args.output.path,
-        prompts: &prompts,
-        images_per_prompt: args.images_per_prompt,
-        seed: args.seed.seed.unwrap_or_default(),
-        steps: (args.sampling.steps).unwrap_or_else(|| pipeline.default_steps()),
-        guidance: guidance(args, &mut pipeline)?,
-        size,
-    })?;
+    let size = pipeline.size_of_edit(args.size.width, args.size.height, &references)?;
+    let negative = args.negative_prompt.as_deref();
+    let guidance = pipeline.guide(args.sampling.guidance, negative)?;
+    let jobs = jobs(args, &pipeline, &prompts, (size, guidance))?;
+    generate::create_folders(&jobs)?;
     for job in &jobs {
         target::check_file(&job.path, args.output.force)?;
     }
-    generate::create_folders(&jobs)?;
+    say_what_is_drawn(&jobs, &pipeline);
     let vae_files = pipeline.vae_files()?;
     let steps = jobs.first().map_or(1, |job| job.steps);
     load::schedule(&pipeline)?
@@ -75,7 +65,7 @@ pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
     for (i, job) in jobs.iter().enumerate() {
         let image = decoder.images(&latents.narrow(0, i, 1)?)?;
         let image = image.first().context("the VAE gave no image")?;
-        write(job, image, &pipeline)?;
+        job.save(image, &pipeline)?;
         if !args.output.print.json {
             ui::data(job.path.display().to_string())?;
         }
@@ -89,39 +79,64 @@ pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
     Ok(())
 }
 
-/// The guidance that images are drawn with, and what the flags say about it that has no effect.
-fn guidance(args: &GenerateArgs, pipeline: &mut Pipeline) -> Result<Option<f64>> {
-    let name = &pipeline.name;
-    ensure!(
-        args.negative_prompt.is_none() || pipeline.takes_negative_prompt(),
-        "--negative-prompt: `{name}` takes none: only FLUX.2 as long as it was not distilled is guided by one"
-    );
-    if !pipeline.takes_guidance() {
-        if args.sampling.guidance.is_some() {
-            pipeline.reporter.note(format!(
-                "`{name}` takes no guidance (it has no embedding of it, or was distilled): --guidance has no effect"
-            ));
+/// All images with their paths: names that are taken are numbered on.
+fn jobs(
+    args: &GenerateArgs,
+    pipeline: &Pipeline,
+    prompts: &[String],
+    (size, guidance): (ImageSize, Option<f64>),
+) -> Result<Vec<ImageJob>> {
+    let several = prompts.len() * args.images_per_prompt > 1;
+    let seed = args.seed.seed.unwrap_or_default();
+    let (mut jobs, mut taken) = (Vec::new(), BTreeSet::new());
+    for (prompt_index, prompt) in prompts.iter().enumerate() {
+        for image_index in 0..args.images_per_prompt {
+            // an image's own seed: it can be drawn alone
+            let seed = seed.wrapping_add(image_index as u64);
+            let name = ImageName {
+                prompt,
+                seed,
+                prompt_index,
+                image_index,
+                several,
+            };
+            let path = name.path(&args.output.path)?;
+            jobs.push(ImageJob {
+                path: generate::free_path(path, args.output.force, &mut taken),
+                prompt: prompt.clone(),
+                seed,
+                steps: args
+                    .sampling
+                    .steps
+                    .unwrap_or_else(|| pipeline.default_steps()),
+                guidance,
+                width: size.width,
+                height: size.height,
+                prompt_index,
+                image_index,
+            });
         }
-        return Ok(None);
     }
-    if let Some(negative) = &args.negative_prompt {
-        pipeline.negative_prompt.clone_from(negative);
-    }
-    let own = pipeline.default_guidance();
-    Ok(Some(args.sampling.guidance.unwrap_or(own)))
+    Ok(jobs)
 }
 
-fn write(job: &ImageJob, image: &Image, pipeline: &Pipeline) -> Result<()> {
-    let size = format!("{}x{}", job.width, job.height);
-    let text = [
-        ("prompt", job.prompt.as_str()),
-        ("seed", &job.seed.to_string()),
-        ("image", &job.image_index.to_string()),
-        ("steps", &job.steps.to_string()),
-        ("guidance", &job.guidance.unwrap_or_default().to_string()),
-        ("size", &size),
-        ("model", &pipeline.model_ref),
-        ("Software", &record::software()),
-    ];
-    image.save(&job.path, &text)
+/// One line with what the images are drawn with, and a warning if the bundled model does not know the words.
+fn say_what_is_drawn(jobs: &[ImageJob], pipeline: &Pipeline) {
+    let Some(first) = jobs.first() else { return };
+    let guidance = first
+        .guidance
+        .map_or_else(String::new, |g| format!(", guidance {g}"));
+    pipeline.reporter.note(format!(
+        "{}×{}, {} steps{guidance}, seed {}",
+        first.width, first.height, first.steps, first.seed
+    ));
+    let base = pipeline.record.as_ref().map(|record| record.base.as_str());
+    let is_bundled = [Some(pipeline.model_ref.as_str()), base].contains(&Some(BUNDLED));
+    let unknown = jobs.iter().find(|job| Scene::parse(&job.prompt).is_none());
+    if let Some(job) = unknown.filter(|_| is_bundled) {
+        pipeline.reporter.warn(format!(
+            "the bundled model knows captions of coloured shapes only, such as \"a red circle left of a blue square on a white background\", and nothing of \"{}\"",
+            job.prompt
+        ));
+    }
 }

@@ -90,6 +90,13 @@ pub(super) fn read_config(name: &str) -> Result<ConfigFile> {
             name: (*known).to_owned(),
             json: serde_json::from_str(text)?,
         }),
+        _ if !Path::new(name).exists() => {
+            let names: Vec<&str> = BUNDLED.iter().map(|(known, _)| *known).collect();
+            bail!(
+                "--config: `{name}` does not exist\nhint: name a file, or one of {}",
+                names.join(", ")
+            )
+        }
         _ => ConfigFile::read(Path::new(name)),
     }
     .context("--config")
@@ -187,6 +194,7 @@ mod tests {
             tool: String::new(),
             base: bundled.model_ref.clone(),
             base_fingerprint: String::new(),
+            lora: Vec::new(),
             layout: config.layout.clone(),
             axes_dims: config.axes_dims.clone(),
             theta: config.theta,

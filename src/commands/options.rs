@@ -25,6 +25,8 @@ use crate::{
 pub(super) fn bare_choice(args: &ModelArgs, reporter: &Reporter) -> ModelChoice {
     ModelChoice {
         model: args.model.clone(),
+        lora: args.lora.lora.clone(),
+        patch: args.patch.choice(),
         config: args.config.config.clone(),
         reporter: reporter.clone(),
         ..ModelChoice::default()
@@ -109,7 +111,13 @@ pub(super) fn recipe(args: &CalibrationArgs) -> Result<PruneRecipe> {
 /// The recipe with the flags of calibration and goal laid over it.
 pub(super) fn recipe_for(args: &CalibrationArgs, goal: &GoalArgs) -> Result<PruneRecipe> {
     let mut recipe = recipe(args)?;
-    recipe.ratio = goal.ratio.unwrap_or(recipe.ratio);
+    // of several ratios the largest: the others are on the way to it
+    recipe.ratio = goal
+        .ratio
+        .iter()
+        .copied()
+        .reduce(f64::max)
+        .unwrap_or(recipe.ratio);
     recipe.fit.form = goal.form.unwrap_or(recipe.fit.form);
     recipe.validate()?;
     Ok(recipe)
@@ -146,6 +154,10 @@ pub(super) fn goal(args: &GoalArgs, plan: Option<PathBuf>) -> GoalOptions {
 
 /// All that `prune` is asked for.
 pub(super) fn prune(args: &PruneArgs) -> Result<PruneOptions> {
+    ensure!(
+        args.goal.ratio.len() < 2,
+        "--ratio: one number is expected here\nhint: `fastflux plan` takes several and writes a plan for each"
+    );
     let recipe = recipe_for(&args.calibration, &args.goal)?;
     Ok(PruneOptions {
         calibration: calibration(&args.calibration, Some(&args.stats), &recipe),
@@ -154,6 +166,7 @@ pub(super) fn prune(args: &PruneArgs) -> Result<PruneOptions> {
         output: args.output.path.clone(),
         force: args.output.force,
         layout: args.layout.layout,
+        patch: args.pipeline.model.patch.writes(),
         vae_tile: args.decode.vae_tile,
     })
 }

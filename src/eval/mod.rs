@@ -12,6 +12,7 @@ use crate::{
 };
 
 pub mod clip;
+pub mod export;
 mod html;
 mod measure;
 pub mod metrics;
@@ -20,6 +21,7 @@ mod pairs;
 pub mod prompts;
 pub mod report;
 pub mod scenes;
+mod suites;
 pub mod velocity;
 
 pub use measure::check_family;

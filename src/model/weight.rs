@@ -13,7 +13,7 @@ use candle::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::ops;
-use crate::quant::{QuantType, name_of_scale};
+use crate::quant::{QuantType, name_of_scale, names_of_factors};
 
 /// (out, in).
 #[derive(Clone, Debug)]
@@ -33,6 +33,8 @@ pub(super) struct QuantizedWeight {
     bytes: Bytes,
     /// f32, (1) or (out)
     scale: Option<Tensor>,
+    /// What a LoRA adds whenever the weight is widened: A (rank, in) and B (out, rank), f32.
+    factors: Option<[Tensor; 2]>,
 }
 
 #[derive(Clone, Debug)]
@@ -69,6 +71,13 @@ impl Weight {
             QuantType::Blocks(_) => None,
             QuantType::F8E4M3 => Some(vb.get_unchecked_dtype(&name_of_scale(NAME), DType::F32)?),
         };
+        let names = names_of_factors(NAME);
+        let factors = if names.iter().all(|name| vb.contains_tensor(name)) {
+            let [a, b] = names.map(|name| vb.get_unchecked_dtype(&name, DType::F32));
+            Some([a?, b?])
+        } else {
+            None
+        };
         let bytes = Bytes::on(vb.device(), rows, format, (output, input))?;
         Ok(Self::Quantized(Box::new(QuantizedWeight {
             format,
@@ -76,6 +85,7 @@ impl Weight {
             dtype: vb.dtype(),
             bytes,
             scale,
+            factors,
         })))
     }
 
@@ -113,9 +123,14 @@ impl Weight {
             }
         };
         let scale = packed.scale.as_ref().map(|scale| scale.to_device(device));
+        let factors = match &packed.factors {
+            Some([a, b]) => Some([a.to_device(device)?, b.to_device(device)?]),
+            None => None,
+        };
         Ok(Self::Quantized(Box::new(QuantizedWeight {
             bytes,
             scale: scale.transpose()?,
+            factors,
             ..(**packed).clone()
         })))
     }
@@ -152,13 +167,21 @@ impl Bytes {
 }
 
 impl QuantizedWeight {
+    /// In the weight's dtype; with a LoRA summed in f32 and rounded once.
     fn dequantize(&self) -> Result<Tensor> {
+        match &self.factors {
+            None => self.dequantize_as(self.dtype),
+            Some([a, b]) => (self.dequantize_as(DType::F32)? + b.matmul(a)?)?.to_dtype(self.dtype),
+        }
+    }
+
+    fn dequantize_as(&self, dtype: DType) -> Result<Tensor> {
         match &self.bytes {
             Bytes::Rows(rows) => {
                 let scale = self.scale.as_ref();
-                ops::dequantize(rows, self.format, scale, self.dtype)?.reshape(self.shape)
+                ops::dequantize(rows, self.format, scale, dtype)?.reshape(self.shape)
             }
-            Bytes::Blocks(blocks) => blocks.dequantize(&blocks.device())?.to_dtype(self.dtype),
+            Bytes::Blocks(blocks) => blocks.dequantize(&blocks.device())?.to_dtype(dtype),
         }
     }
 }

@@ -6,7 +6,10 @@ use anyhow::Result;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::Pipeline;
+use super::{
+    Pipeline,
+    card::{self, CardFacts},
+};
 use crate::{
     checkpoint::{
         Checkpoint,
@@ -67,6 +70,27 @@ pub fn write(
     Ok(())
 }
 
+/// Writes the card of a folder with a converted model.
+///
+/// # Errors
+/// When the folder is not writable or the disk is full.
+pub fn write_card(
+    folder: &Path,
+    pipeline: &Pipeline,
+    record: &Record,
+    checkpoint: &Checkpoint,
+    target: Target,
+) -> Result<()> {
+    let facts = CardFacts {
+        parameters: [checkpoint.parameters(); 2],
+        bytes: checkpoint.bytes(),
+        quantized: !matches!(target, Target::Plain(_)),
+        family: pipeline.family(),
+        ..CardFacts::default()
+    };
+    card::write(folder, record, &facts)
+}
+
 /// The record of a pruned model goes along; that of a plain one says where its text encoders, VAE and scheduler are.
 ///
 /// # Errors
@@ -78,9 +102,22 @@ pub fn record(pipeline: &Pipeline, target: Target) -> Result<Record> {
         _ => serde_json::Map::new(),
     };
     recipe.insert("convert".to_owned(), json!({ "to": name(target) }));
+    if pipeline
+        .lora
+        .iter()
+        .any(|opened| opened.lora.is_of_pruned())
+    {
+        // it is in the weights now
+        if let Some(training) = recipe.get_mut("train-sandwich") {
+            training["kept-lora"] = false.into();
+        }
+    }
     let recipe = Value::Object(recipe);
     match before {
-        Some(before) => Ok(before.with_recipe(recipe)),
+        Some(before) => Ok(Record {
+            lora: pipeline.recorded_lora(),
+            ..before.with_recipe(recipe)
+        }),
         None => pipeline.record_of(&pipeline.config, recipe),
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     checkpoint::{record::Record, with_hint},
     files::Files,
     layout::{Family, FluxConfig, TextModel},
-    sample::size::ImageSize,
+    sample::{png::Image, size::ImageSize},
 };
 
 /// The file with a model's own defaults for `generate`.
@@ -125,6 +125,32 @@ impl Pipeline {
         self.config.guidance_embed || self.takes_negative_prompt()
     }
 
+    /// The guidance that images are drawn with, if the model takes any; sets the negative prompt, and says if `given`
+    /// guidance has no effect.
+    ///
+    /// # Errors
+    /// When there is a negative prompt, but the model takes none.
+    pub fn guide(&mut self, given: Option<f64>, negative: Option<&str>) -> Result<Option<f64>> {
+        if let Some(negative) = negative {
+            ensure!(
+                self.takes_negative_prompt(),
+                "--negative-prompt: `{}` takes none: only FLUX.2 as long as it was not distilled is guided by one",
+                self.name
+            );
+            negative.clone_into(&mut self.negative_prompt);
+        }
+        if !self.takes_guidance() {
+            if given.is_some() {
+                self.reporter.note(format!(
+                    "`{}` takes no guidance (it has no embedding of it, or was distilled): --guidance has no effect",
+                    self.name
+                ));
+            }
+            return Ok(None);
+        }
+        Ok(Some(given.unwrap_or_else(|| self.default_guidance())))
+    }
+
     /// Steps to sample with when the user names none.
     pub fn default_steps(&self) -> usize {
         let guided = self.config.guidance_embed;
@@ -189,6 +215,25 @@ impl Pipeline {
             ));
         }
         Ok(size)
+    }
+
+    /// The size of an edited image: that asked for, or for FLUX.2 that of the first reference image, as diffusers has it.
+    ///
+    /// # Errors
+    /// As [`Self::image_size`].
+    pub fn size_of_edit(
+        &self,
+        width: Option<usize>,
+        height: Option<usize>,
+        references: &[Image],
+    ) -> Result<ImageSize> {
+        let first = references.first();
+        let first = first.filter(|_| self.config.family == Family::FLUX2);
+        let side = |side: fn(&Image) -> u32| first.map(|image| side(image) as usize);
+        self.image_size(
+            width.or(side(|image| image.width)),
+            height.or(side(|image| image.height)),
+        )
     }
 
     /// Steps in which images for calibration and training are sampled, unless asked otherwise: they are noised again, so

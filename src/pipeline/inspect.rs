@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::Pipeline;
+use super::{OpenedLora, Pipeline};
 use crate::{
-    checkpoint::keys,
+    checkpoint::{keys, lora::RecordedLora},
     layout::{BlockId, BlockKind, BlockSpec, FluxConfig, TextModel},
     model::cost,
     sample::size::ImageSize,
@@ -43,11 +43,48 @@ pub struct InspectReport {
     pub blocks: Vec<BlockReport>,
     /// What opens the model that it was pruned from.
     pub base: Option<String>,
+    /// LoRA files that are added to the weights as they are read.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lora: Vec<LoraReport>,
+    /// LoRA files that are in the weights.
+    #[serde(rename = "merged-lora", skip_serializing_if = "Vec::is_empty")]
+    pub merged_lora: Vec<RecordedLora>,
     /// The recipe that made it.
     pub recipe: Option<Value>,
     /// The program that made it.
     #[serde(skip)]
     tool: Option<String>,
+}
+
+/// One LoRA file.
+#[derive(Clone, Debug, Serialize)]
+pub struct LoraReport {
+    /// As it was named.
+    pub file: String,
+    /// What it is multiplied by.
+    pub weight: f32,
+    /// Its tensors that act on this transformer.
+    pub tensors: usize,
+    /// Its tensors that act on text encoders.
+    pub text_tensors: usize,
+    /// All of its tensors.
+    pub of: usize,
+    /// Blocks that it would act on and that are replaced.
+    pub replaced: Vec<BlockId>,
+}
+
+impl LoraReport {
+    fn new(opened: &OpenedLora) -> Self {
+        let OpenedLora { lora, applied } = opened;
+        Self {
+            file: lora.name.clone(),
+            weight: lora.recorded.weight,
+            tensors: applied.tensors,
+            text_tensors: applied.text,
+            of: applied.total,
+            replaced: applied.of_blocks.keys().copied().collect(),
+        }
+    }
 }
 
 /// Cost of one step at batch 1.
@@ -128,6 +165,8 @@ impl InspectReport {
             },
             blocks: blocks(pipeline, size.tokens(), text),
             base: record.map(|r| r.base.clone()),
+            lora: pipeline.lora.iter().map(LoraReport::new).collect(),
+            merged_lora: record.map_or_else(Vec::new, |r| r.lora.clone()),
             recipe: record.map(|r| r.recipe.clone()),
             tool: record.map(|r| r.tool.clone()),
         }
@@ -177,11 +216,14 @@ impl InspectReport {
                 self.format
             ),
             format!(
-                "one step    {} at {}×{} with {} text tokens ({} matrix products, {} attention), reads {} of weights",
+                "one step    {} at {}×{} with {} text tokens",
                 ui::flops(step.flops as f64),
                 step.width,
                 step.height,
                 step.text_tokens,
+            ),
+            format!(
+                "            {} matrix products, {} attention; reads {}",
                 ui::flops(step.matmul_flops as f64),
                 ui::flops(step.attention_flops as f64),
                 ui::bytes(self.bytes as f64)
@@ -189,6 +231,19 @@ impl InspectReport {
         ];
         if let (Some(base), Some(tool)) = (&self.base, &self.tool) {
             lines.push(format!("made        from {base} by {tool}"));
+        }
+        for lora in &self.merged_lora {
+            lines.push(format!(
+                "with        {} × {}",
+                lora.file.display(),
+                lora.weight
+            ));
+        }
+        for lora in &self.lora {
+            lines.push(format!(
+                "LoRA        {} × {}: {} of {} tensors, {} more for text encoders",
+                lora.file, lora.weight, lora.tensors, lora.of, lora.text_tensors
+            ));
         }
         lines.push(String::new());
         let cells: Vec<Vec<String>> = self

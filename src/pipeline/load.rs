@@ -79,6 +79,7 @@ pub fn text_encoders(
     let encoders = TextEncoders::load(
         pipeline.config.family.text,
         files,
+        &pipeline.text_lora,
         length,
         pipeline.default_text_length()?,
         runtime.dtype,

@@ -11,22 +11,26 @@ use crate::{
     checkpoint::{
         Checkpoint,
         config::{self, ConfigFile},
+        lora::{Lora, LoraChoice},
         record::{self, Record},
         with_hint,
     },
-    files::{BUNDLED, Files},
     layout::{BlockKind, Family, FluxConfig},
     ui::Reporter,
 };
 
+pub mod card;
 mod components;
 pub mod convert;
 pub mod decoder;
 pub mod defaults;
+pub mod diff;
 pub mod generate;
 pub mod inspect;
 pub mod load;
 mod locate;
+mod lora;
+mod patch;
 pub mod placement;
 pub mod prompts;
 mod scheduler;
@@ -35,6 +39,8 @@ use components::Components;
 pub use components::VaeFiles;
 pub use defaults::Defaults;
 use locate::{DAMAGED, locate, speaks_of_flux};
+pub use lora::OpenedLora;
+pub use patch::PatchChoice;
 
 /// How a user names a model and its parts.
 #[derive(Clone, Debug, Default)]
@@ -47,6 +53,10 @@ pub struct ModelChoice {
     pub text_encoders: Option<PathBuf>,
     /// `--vae`: a VAE file or folder.
     pub vae: Option<PathBuf>,
+    /// `--lora`: files that are added to the weights.
+    pub lora: Vec<LoraChoice>,
+    /// `--patch`: what makes `model` a pruned model.
+    pub patch: Option<PatchChoice>,
     /// Who is told what is opened and downloaded.
     pub reporter: Reporter,
 }
@@ -58,7 +68,7 @@ pub struct Pipeline {
     pub name: String,
     /// The `--model` value that opens it again from anywhere.
     pub model_ref: String,
-    /// The transformer under the original names.
+    /// The transformer under the original names, with what LoRA files add to it.
     pub transformer: Checkpoint,
     /// Whether the file had diffusers' names.
     pub diffusers: bool,
@@ -74,6 +84,10 @@ pub struct Pipeline {
     pub defaults: Defaults,
     /// What images are to be unlike, for a model that takes a negative prompt.
     pub negative_prompt: String,
+    /// The files that were added to it.
+    pub lora: Vec<OpenedLora>,
+    /// What is added to text encoders.
+    text_lora: Vec<Lora>,
     /// Who is told about the work with it.
     pub reporter: Reporter,
     components: Components,
@@ -94,17 +108,34 @@ impl Pipeline {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_original(choice: &ModelChoice, of: Option<&Record>) -> Result<Self> {
+        let choice = &patch::resolved(choice)?;
         let located = locate(choice.model.as_deref(), &choice.reporter)?;
         let record = Record::read(&located.raw.name, &located.raw.metadata);
         let record = with_hint(record, DAMAGED)?;
+        // diffusers' `save_pretrained` keeps it in config.json alone
+        let of_config = |config: &ConfigFile| {
+            let value = config.json.get(record::KEY)?.clone();
+            Some(Record::from_value(&config.name, value))
+        };
+        let mut record = match record {
+            Some(record) => Some(record),
+            None => located.configs.iter().find_map(of_config).transpose()?,
+        };
         let diffusers = crate::checkpoint::diffusers::is_diffusers(&located.raw);
-        let transformer = with_hint(config::canonical(&located.raw), DAMAGED)?;
+        let mut transformer = with_hint(config::canonical(&located.raw), DAMAGED)?;
+        if let Some(file) = &choice.patch {
+            let (patched, of) = patch::apply(file, &transformer, &located.model_ref)?;
+            (transformer, record) = (patched, Some(of));
+        }
         let mut configs = Vec::new();
         if let Some(path) = &choice.config {
             configs.push(ConfigFile::read(path).context("--config")?);
         }
         configs.extend(located.configs);
         configs.extend(metadata_config(&located.raw));
+        if choice.patch.is_some() {
+            patch::forget_counts(&mut configs);
+        }
         let known = match (&record, of) {
             (None, Some(of)) if record::fingerprint(&transformer)? == of.base_fingerprint => {
                 configs.push(ConfigFile {
@@ -130,18 +161,25 @@ impl Pipeline {
             &located.raw.name,
         )?
         .with_distilled(&config, located.pipeline.as_ref(), &located.model_ref)?;
+        let folder = located.pipeline.as_ref();
+        let kept = folder.map(|files| PathBuf::from(files.describe(LORA_FILE)));
+        let kept = kept.as_deref().filter(|_| record.is_some());
         if let Some(record) = &record {
-            warn_of_kept_lora(
-                record,
-                located.pipeline.as_ref(),
-                &located.raw.name,
-                &choice.reporter,
-            )?;
+            lora::note_kept(record, (kept, folder), choice, &located.raw.name)?;
         }
+        let lora = lora::apply(choice, &mut transformer, &config, kept)?;
+        let mut text_lora = lora::for_text(record.as_ref(), &choice.reporter);
+        text_lora.extend(lora.iter().map(|opened| opened.lora.clone()));
+        choice.reporter.detail(format!(
+            "opened `{}`: {} tensors, {}",
+            located.model_ref,
+            transformer.len(),
+            crate::ui::bytes(transformer.bytes() as f64)
+        ));
         let mut choice = choice.clone();
         choice.fill_from_record(known.map(|r| &r.parts));
         Ok(Self {
-            name: choice.model.clone().unwrap_or_else(|| BUNDLED.to_owned()),
+            name: lora::name(&patch::name(&choice), &lora),
             model_ref: located.model_ref,
             transformer,
             diffusers,
@@ -149,6 +187,8 @@ impl Pipeline {
             scheduler_name,
             defaults,
             negative_prompt: String::new(),
+            lora,
+            text_lora,
             reporter: choice.reporter.clone(),
             components: Components {
                 choice,
@@ -161,7 +201,7 @@ impl Pipeline {
         })
     }
 
-    /// The model this one was pruned from, or itself.
+    /// The model this one was pruned from, with the same LoRA, or itself.
     ///
     /// # Errors
     /// When the base cannot be opened, or is not the model the record says.
@@ -172,7 +212,7 @@ impl Pipeline {
         })
     }
 
-    /// The same with flags for what lies next to the transformer; `choice.model` counts for nothing.
+    /// The same with flags for what lies next to the transformer; `choice.model` and `choice.lora` count for nothing.
     ///
     /// # Errors
     /// As [`Self::base`].
@@ -180,13 +220,17 @@ impl Pipeline {
         let Some(record) = &self.record else {
             return Ok(self.clone());
         };
+        let context = || format!("`{}` was pruned from `{}`", self.name, record.base);
+        let mut lora = lora::choices(record).with_context(context)?;
+        lora.extend(self.shared_lora());
         let choice = ModelChoice {
             model: Some(record.base.clone()),
+            lora,
+            patch: None,
             ..choice.clone()
         };
-        let base = Self::open_original(&choice, Some(record))
-            .with_context(|| format!("`{}` was pruned from `{}`", self.name, record.base))?;
-        let fingerprint = record::fingerprint(&base.transformer)?;
+        let base = Self::open_original(&choice, Some(record)).with_context(context)?;
+        let fingerprint = record::fingerprint(&base.transformer.unadapted())?;
         ensure!(
             fingerprint == record.base_fingerprint,
             "`{}` is not the model that `{}` was pruned from (fingerprint {fingerprint}, expected {})",
@@ -209,8 +253,9 @@ impl Pipeline {
             base: before.map_or_else(|| self.model_ref.clone(), |r| r.base.clone()),
             base_fingerprint: match before {
                 Some(before) => before.base_fingerprint.clone(),
-                None => record::fingerprint(&self.transformer)?,
+                None => record::fingerprint(&self.transformer.unadapted())?,
             },
+            lora: self.recorded_lora(),
             layout: config.layout.clone(),
             axes_dims: config.axes_dims.clone(),
             theta: config.theta,
@@ -276,24 +321,3 @@ fn metadata_config(raw: &Checkpoint) -> Option<ConfigFile> {
 
 /// The LoRA that `train-sandwich --keep-lora` writes next to the checkpoint.
 pub const LORA_FILE: &str = "lora.safetensors";
-
-/// Says that a model was trained with a LoRA that is not in its weights.
-fn warn_of_kept_lora(
-    record: &Record,
-    folder: Option<&Files>,
-    name: &str,
-    reporter: &Reporter,
-) -> Result<()> {
-    let Some(training) = record.recipe.get("train-sandwich") else {
-        return Ok(());
-    };
-    let recorded = training["kept-lora"].as_bool();
-    // earlier versions did not record it
-    let in_folder = || folder.map_or(Ok(false), |files| files.has(LORA_FILE));
-    if recorded.map_or_else(in_folder, Ok)? {
-        reporter.warn(format!(
-            "`{name}` was trained together with a LoRA, `{LORA_FILE}`, that is not in its weights and is not applied here: images and numbers are those without it\nhint: `fastflux train-sandwich` without --keep-lora merges it; diffusers applies it with `load_lora_weights`"
-        ));
-    }
-    Ok(())
-}

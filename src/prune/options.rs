@@ -24,6 +24,8 @@ pub struct PruneOptions {
     pub force: bool,
     /// Whose names the tensors have.
     pub layout: Naming,
+    /// Whether a patch is written in place of the whole checkpoint.
+    pub patch: bool,
     /// FitSplit of pixels of the bands that images are decoded in; 0: at once; `None`: as fits.
     pub vae_tile: Option<usize>,
 }

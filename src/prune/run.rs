@@ -17,11 +17,15 @@ use super::{
 use crate::{
     calibrate::{Calibrator, file::Calibration, options::ResolvedOptions, run::RunOptions},
     checkpoint::{
-        convert, output, record,
+        convert, output, patch, record, save,
         target::{self, OutputFolder},
     },
     model::Flux,
-    pipeline::{Pipeline, placement::MemoryBudget},
+    pipeline::{
+        Pipeline,
+        card::{self, CardFacts},
+        placement::MemoryBudget,
+    },
     sample::grid,
     score::{Metric, Scores},
 };
@@ -141,7 +145,13 @@ fn write(
     let output = OutputFolder::create(&options.output, options.force)?;
     let folder = output.path();
     let record = Some(&pruned.record);
-    output::write(folder, &checkpoint, &pruned.config, record, options.layout)?;
+    if options.patch {
+        let (base, record) = (calibrator.pipeline.base()?, pruned.record.clone());
+        let level = base.difference(&pruned.checkpoint.name, &checkpoint, record)?;
+        save::write(&patch::patch(vec![level])?, &folder.join(patch::PATCH_FILE))?;
+    } else {
+        output::write(folder, &checkpoint, &pruned.config, record, options.layout)?;
+    }
     let plan = serde_json::to_value(&pruned.plan)?;
     output::write_json(&folder.join("plan.json"), &plan)?;
     if let Some(selection) = &selection {
@@ -157,6 +167,18 @@ fn write(
     let mut report = PruneReport::new(&calibrator, recipe, &pruned, &checkpoint, &options.output);
     report.velocity_error = velocity_error;
     report.blocks = selection.as_ref().map(scores_of);
+    let facts = CardFacts {
+        layout: options.layout,
+        parameters: [report.before.parameters, report.after.parameters],
+        bytes: report.after.bytes,
+        quantized: false,
+        patch: options.patch,
+        family: calibrator.pipeline.family(),
+        results: vec![format!(
+            "velocity error {velocity_error:.4}: relative mean squared error against the model as it was, on noised latents that no fit has seen"
+        )],
+    };
+    card::write(folder, &pruned.record, &facts)?;
     let title = format!(
         "above: {}; below: {} of {} blocks replaced",
         calibrator.pipeline.name,

@@ -161,6 +161,12 @@ pub fn name_of_scale(tensor: &str) -> String {
     format!("{tensor}@scale")
 }
 
+/// Under which names a `VarBuilder` serves what a LoRA adds to a packed `tensor`, f32: A (rank, in), and B (out, rank) with
+/// its scale in it.
+pub fn names_of_factors(tensor: &str) -> [String; 2] {
+    ["a", "b"].map(|factor| format!("{tensor}@lora-{factor}"))
+}
+
 /// The bytes where GGML's blocks may stand; candle panics elsewhere.
 fn aligned(bytes: &[u8]) -> Result<Cow<'_, [u8]>> {
     const ALIGNMENT: usize = 4;

@@ -9,6 +9,7 @@ pub mod noise;
 pub mod png;
 pub mod reference;
 pub mod schedule;
+mod shift;
 pub mod size;
 pub mod text;
 pub mod tokenize;

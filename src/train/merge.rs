@@ -35,8 +35,8 @@ pub(super) fn healed(pair: &Pair, student: &Trunk, merge: bool) -> Result<Checkp
                 && moved(&lora.b)?
             {
                 let name = format!("{name}.weight");
-                let base = out.expect(&name)?.tensor(&Device::Cpu)?;
-                let mut sum = Linear::new(base.to_dtype(DType::F32)?, None)?;
+                let base = out.expect(&name)?.tensor_as(DType::F32, &Device::Cpu)?;
+                let mut sum = Linear::new(base, None)?;
                 sum.set_lora(Some(Lora {
                     a: host(&lora.a)?,
                     b: host(&lora.b)?,

@@ -14,7 +14,10 @@ use super::{
 };
 use crate::{
     checkpoint::{Checkpoint, Source, output, record::Record, save},
-    pipeline::LORA_FILE,
+    pipeline::{
+        LORA_FILE,
+        card::{self, CardFacts},
+    },
 };
 
 /// The trained values, in f32 under the names of the blocks they belong to.
@@ -37,6 +40,18 @@ pub fn write(
     let (config, student) = (&pair.pruned.config, &trained.student.trunk);
     let checkpoint = healed(pair, student, !keep_lora)?;
     output::write(folder, &checkpoint, config, Some(&record), layout)?;
+    let facts = CardFacts {
+        layout,
+        parameters: [&pair.teacher.transformer, &checkpoint].map(Checkpoint::parameters),
+        bytes: checkpoint.bytes(),
+        family: pair.teacher.family(),
+        results: vec![format!(
+            "velocity error {:.4}, before training {:.4}: relative mean squared error against the unpruned model, on noised latents that were not trained on",
+            report.velocity_error.after, report.velocity_error.before
+        )],
+        ..CardFacts::default()
+    };
+    card::write(folder, &record, &facts)?;
     drop(checkpoint);
     let mut values = Checkpoint::default();
     for (name, value) in &trained.saved.values {
@@ -45,7 +60,7 @@ pub fn write(
     values.metadata = output::metadata(Some(&record))?;
     save::write(&values, &folder.join(SANDWICH))?;
     if keep_lora {
-        save::write(&peft::lora(config, student)?, &folder.join(LORA_FILE))?;
+        save::write(&peft::factors(config, student)?, &folder.join(LORA_FILE))?;
     }
     output::write_json(&folder.join(REPORT), &serde_json::to_value(report)?)
 }
@@ -61,5 +76,8 @@ fn record(setup: &TrainSetup, report: &TrainReport, keep_lora: bool) -> Result<R
     let trained =
         json!({ "recipe": report.recipe, "phases": report.phases, "kept-lora": keep_lora });
     recipe.insert("train-sandwich".to_owned(), trained);
-    Ok(before.with_recipe(Value::Object(recipe)))
+    Ok(Record {
+        lora: setup.pair.pruned.recorded_lora(),
+        ..before.with_recipe(Value::Object(recipe))
+    })
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
-    checkpoint::{Source, keys, record},
+    checkpoint::{Source, keys, lora::RecordedLora, record},
     device::Runtime,
     layout::{BlockSpec, FluxConfig},
     model::{Block, Flux, Trunk},
@@ -50,14 +50,22 @@ impl Pair {
                 })
                 .context("the teacher\nhint: name the original model with --teacher")?,
             Some(name) => {
+                let mut lora = record
+                    .lora
+                    .iter()
+                    .map(RecordedLora::choice)
+                    .collect::<Vec<_>>();
+                lora.extend(pruned.shared_lora());
                 let choice = ModelChoice {
                     model: Some(name.to_owned()),
+                    lora,
+                    patch: None,
                     ..choice.clone()
                 };
                 Pipeline::open_original(&choice, Some(&record)).context("--teacher")?
             }
         };
-        let found = record::fingerprint(&teacher.transformer)?;
+        let found = record::fingerprint(&teacher.transformer.unadapted())?;
         ensure!(
             found == record.base_fingerprint,
             "`{}` is not the model that `{}` was pruned from (fingerprint {found}, expected {})\nhint: --teacher names the original model",
@@ -79,7 +87,8 @@ impl Pair {
             teacher.name,
             pruned.name
         );
-        let fingerprints = [record::fingerprint(&pruned.transformer)?, found];
+        let of = |pipeline: &Pipeline| record::fingerprint(&pipeline.transformer);
+        let fingerprints = [of(&pruned)?, of(&teacher)?];
         Ok(Self {
             pruned,
             teacher,

@@ -4,22 +4,22 @@ use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 
 use crate::{
-    checkpoint::{Checkpoint, Source, diffusers},
-    layout::FluxConfig,
+    checkpoint::{Checkpoint, Source, diffusers, lora},
+    layout::{BlockId, BlockSpec, FluxConfig},
     model::Trunk,
 };
 
 /// Every LoRA of `trunk` as `transformer.single_transformer_blocks.3.attn.to_q.lora_A.weight` (rank, in) and `lora_B`
 /// (out, rank), f32, with the scale multiplied into B, so that loaders that know no alpha are right.
 ///
-/// Blocks are numbered as in the pruned checkpoint. A fused projection's parts share A and split the rows of B.
+/// Blocks are numbered as in the unpruned model; the layout of the pruned one is in the metadata. A fused projection's parts share A and split the rows of B.
 ///
 /// # Errors
 /// When a projection has no counterpart in diffusers.
-pub fn lora(config: &FluxConfig, trunk: &Trunk) -> Result<Checkpoint> {
+pub fn factors(config: &FluxConfig, trunk: &Trunk) -> Result<Checkpoint> {
     let mut out = Checkpoint::default();
-    for ((spec, prefix), (_, block)) in config.slots().into_iter().zip(trunk.entries()) {
-        let Some(slot) = prefix.as_deref().and_then(|p| p.rsplit('.').next()) else {
+    for (spec, block) in trunk.entries() {
+        let BlockSpec::Original(BlockId { index, .. }) = spec else {
             continue;
         };
         let mut block = block.resident()?;
@@ -43,7 +43,7 @@ pub fn lora(config: &FluxConfig, trunk: &Trunk) -> Result<Checkpoint> {
                     start + len <= rows,
                     "`{projection}` has {rows} rows, too few for {modules:?}"
                 );
-                let name = format!("transformer.{blocks}.{slot}.{module}");
+                let name = format!("transformer.{blocks}.{index}.{module}");
                 out.insert(format!("{name}.lora_A.weight"), Source::dense(&a)?);
                 let part = b.narrow(0, start, len)?.contiguous()?;
                 out.insert(format!("{name}.lora_B.weight"), Source::dense(&part)?);
@@ -52,6 +52,8 @@ pub fn lora(config: &FluxConfig, trunk: &Trunk) -> Result<Checkpoint> {
         }
     }
     out.metadata.insert("format".to_owned(), "pt".to_owned());
+    let layout = serde_json::to_string(&config.layout)?;
+    out.metadata.insert(lora::LAYOUT.to_owned(), layout);
     Ok(out)
 }
 
@@ -89,7 +91,7 @@ mod tests {
             let noise = Tensor::randn(0f32, 1.0, trainable.var.dims(), &device).unwrap();
             trainable.var.set(&noise).unwrap();
         }
-        let written = lora(config, &trunk).unwrap();
+        let written = factors(config, &trunk).unwrap();
         // 10 projections of double.04, of which 2 are split in three; 3 of single.00, of which one is split in four
         assert_eq!(written.len(), 2 * ((8 + 2 * 3) + (2 + 4)));
         let get = |name: &str| written.get(name).unwrap().tensor(&device).unwrap();

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use candle::{DType, Device, Tensor};
 
 use super::{
-    images::{Drawn, Prompts},
+    drawn::{Drawn, Prompts},
     reference::{Reference, distance},
     report::{Comparison, Report},
 };

@@ -3,39 +3,20 @@
 use anyhow::Result;
 use candle::Tensor;
 
-use super::check::Check;
+use super::{
+    check::Check,
+    drawn::{Drawn, Prompts, tokens},
+};
 use crate::{
     layout::NoiseOrder,
     model::Flux,
     pipeline::{decoder, load},
     sample::{
-        denoise::{Denoise, Encoded, LatentSize, starting_noise},
+        denoise::{Denoise, Encoded, starting_noise},
         latents,
         vae::Vae,
     },
 };
-
-/// What the whole pipeline made of a recorded prompt: packed latents from the recorded noise, and from a recorded seed.
-pub(super) struct Drawn {
-    size: LatentSize,
-    latents: Tensor,
-    seeded: Option<Tensor>,
-    edited: Option<Tensor>,
-}
-
-/// A recorded prompt, and the same with a recorded reference image.
-pub(super) struct Prompts {
-    pub(super) plain: Encoded,
-    pub(super) edited: Option<Encoded>,
-}
-
-/// Recorded latents as image tokens: they are, or are patches (b, channels, rows, columns).
-fn tokens(latents: &Tensor) -> Result<Tensor> {
-    Ok(match latents.rank() {
-        4 => latents.flatten_from(2)?.transpose(1, 2)?.contiguous()?,
-        _ => latents.clone(),
-    })
-}
 
 impl Check<'_> {
     /// The pipeline's steps, from the recorded noise and from that of the recorded seed.

@@ -4,9 +4,11 @@
 use anyhow::{Result, ensure};
 
 mod check;
+mod drawn;
 mod images;
 mod reference;
 mod report;
+pub mod target;
 
 use check::Check;
 pub use reference::Reference;

@@ -157,6 +157,23 @@ fn sources() -> Vec<(Vec<String>, String)> {
     files.into_iter().map(read).collect()
 }
 
+/// Name and text of every Rust file of the tests.
+fn tests() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let mut files = Vec::new();
+    for folder in ["", "outside", "hub"] {
+        for entry in fs::read_dir(root.join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == "rs") {
+                let name = path.strip_prefix(&root).unwrap().display().to_string();
+                files.push((name, fs::read_to_string(path).unwrap()));
+            }
+        }
+    }
+    assert!(files.len() > 15, "{files:?}");
+    files
+}
+
 /// A file's text without comments.
 fn code(text: &str) -> String {
     let lines = text
@@ -345,6 +362,11 @@ fn files_are_short_enough_to_be_read() {
         let lines = text.lines().count();
         if lines > max {
             long.push(module.join("/"));
+        }
+    }
+    for (file, text) in tests() {
+        if text.lines().count() > MAX_LINES {
+            long.push(file);
         }
     }
     assert_eq!(long, [] as [&str; 0], "these files are too long");

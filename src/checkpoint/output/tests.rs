@@ -62,6 +62,7 @@ fn both_formats_of_a_pruned_model_open_as_the_same_model() {
     let plan = plan(&base.config, blocks);
     let (pruned, config) = apply(&base.transformer, &base.config, &plan, &layers).unwrap();
     let record = Record {
+        lora: Vec::new(),
         version: record::VERSION,
         tool: "test".to_owned(),
         base: base.model_ref.clone(),

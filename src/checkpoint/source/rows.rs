@@ -5,7 +5,7 @@ use std::ops::Range;
 use anyhow::{Result, bail, ensure};
 use candle::{Device, Tensor};
 
-use super::{Data, Piece, Source};
+use super::{Data, Piece, STEP, Source};
 
 impl Source {
     /// The rows `rows` (of the outermost dimension).
@@ -40,6 +40,7 @@ impl Source {
         });
         let data = match &self.data {
             Data::Converted(from) => Data::Converted(Box::new(from.rows(rows)?)),
+            Data::Adapted(adapted) => Data::Adapted(adapted.rows(&rows)?),
             Data::Sum(parts) => {
                 let parts = parts.iter().map(|part| part.rows(rows.clone()));
                 Data::Sum(parts.collect::<Result<_>>()?)
@@ -85,7 +86,7 @@ impl Source {
             shape[0] += part.shape[0];
             match &part.data {
                 Data::Pieces(p) => pieces.extend(p.iter().cloned()),
-                Data::Dense(_) | Data::Converted(_) | Data::Sum(_) => {
+                Data::Dense(_) | Data::Converted(_) | Data::Sum(_) | Data::Adapted(_) => {
                     let tensors = parts
                         .iter()
                         .map(|p| p.tensor(&Device::Cpu))
@@ -127,6 +128,7 @@ impl Source {
         );
         let data = match &self.data {
             Data::Dense(t) => Data::Dense(t.reshape(shape)?),
+            Data::Adapted(_) => bail!("a tensor with a LoRA keeps its shape"),
             same => same.clone(),
         };
         ensure!(
@@ -139,6 +141,30 @@ impl Source {
             data,
             scale: self.scale.clone(),
         })
+    }
+}
+
+impl Source {
+    /// Whether the tensor has the format, shape, scales and bytes of another one.
+    ///
+    /// # Errors
+    /// When one of them cannot be read.
+    pub fn same_bytes(&self, other: &Self) -> Result<bool> {
+        if self.format != other.format || self.shape != other.shape || self.scale != other.scale {
+            return Ok(false);
+        }
+        let (Data::Pieces(ours), Data::Pieces(theirs)) = (&self.data, &other.data) else {
+            return Ok(self.bytes()? == other.bytes()?);
+        };
+        let bytes = self.byte_len();
+        let part = |pieces: &[Piece], range: Range<usize>| -> Vec<u8> {
+            let pieces = cut(pieces, range);
+            pieces.iter().flat_map(|p| p.bytes().into_owned()).collect()
+        };
+        Ok((0..bytes).step_by(STEP).all(|start| {
+            let range = start..bytes.min(start + STEP);
+            part(ours, range.clone()) == part(theirs, range)
+        }))
     }
 }
 

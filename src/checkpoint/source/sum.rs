@@ -67,7 +67,7 @@ impl Source {
                 }
                 Ok(sum)
             }
-            Data::Converted(_) => bail!("a converted tensor is not of f64"),
+            Data::Converted(_) | Data::Adapted(_) => bail!("a converted tensor is not of f64"),
         }
     }
 

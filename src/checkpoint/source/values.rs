@@ -34,6 +34,7 @@ impl Source {
                 let flat = tensor.flatten_all()?.narrow(0, range.start, range.len())?;
                 Ok(flat.to_dtype(DType::F32)?.to_vec1()?)
             }
+            Data::Adapted(adapted) => adapted.values(range),
             Data::Sum(_) => {
                 let sums = self.doubles(range)?.into_iter();
                 Ok(sums.map(|x| x as f32).collect())
@@ -58,6 +59,9 @@ impl Source {
     /// # Errors
     /// When they are no floats, or cannot be read.
     pub fn values(&self, range: Range<usize>) -> Result<Vec<f32>> {
+        if let Data::Adapted(adapted) = &self.data {
+            return adapted.values(range);
+        }
         let part = |range: Range<usize>| -> Result<Vec<f32>> {
             let mut values = self.stored(range.clone())?;
             if matches!(self.data, Data::Converted(_)) {
@@ -92,9 +96,14 @@ impl Source {
     /// # Errors
     /// When a value is NaN or infinite, or cannot be read.
     pub fn largest(&self) -> Result<f32> {
-        let parts = (0..self.elements()).into_par_iter().step_by(PART);
+        // factors of a LoRA are loaded for every part
+        let step = match self.data {
+            Data::Adapted(_) => PART * PARTS,
+            _ => PART,
+        };
+        let parts = (0..self.elements()).into_par_iter().step_by(step);
         let of = |at: usize| {
-            let values = self.values(at..self.elements().min(at + PART))?;
+            let values = self.values(at..self.elements().min(at + step))?;
             ensure!(
                 values.iter().all(|v| v.is_finite()),
                 "the weights are NaN or infinite"
@@ -108,8 +117,17 @@ impl Source {
     /// Writes what is converted; only a few parts are in memory at a time.
     pub(super) fn write_converted(&self, out: &mut dyn Write) -> Result<()> {
         let step = PART * PARTS;
+        let whole =
+            matches!(&self.data, Data::Converted(from) if matches!(from.data, Data::Adapted(_)));
         for start in (0..self.elements()).step_by(step) {
             let end = self.elements().min(start + step);
+            if whole {
+                let values = self.stored(start..end)?;
+                let parts = values.par_chunks(PART).map(|part| self.format.encode(part));
+                let parts: Vec<Vec<u8>> = parts.collect::<Result<_>>()?;
+                parts.iter().try_for_each(|part| out.write_all(part))?;
+                continue;
+            }
             let parts: Vec<Vec<u8>> = (start..end)
                 .into_par_iter()
                 .step_by(PART)

@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use candle::{DType, Device, Tensor};
 
 use super::{encoded::Encoded, is_finite, tokenize::PromptTokenizer};
-use crate::{files::Files, layout::TextModel};
+use crate::{checkpoint::lora::Lora, files::Files, layout::TextModel};
 use clip::Clip;
 use flux1::ClipAndT5;
 use flux2::Qwen3Text;
@@ -85,6 +85,7 @@ impl TextEncoders {
     /// `tokenizer_2` too), or files named after them (`…clip….safetensors`, `…t5….safetensors`, `…qwen….safetensors`) in the
     /// folder itself, and checks every tensor's shape.
     ///
+    /// LoRA files are added to the weights of those encoders that they name: CLIP and T5.
     /// Prompts are given `length` tokens, by default `default_length` or the tokenizer's own limit where that is smaller.
     ///
     /// # Errors
@@ -92,6 +93,7 @@ impl TextEncoders {
     pub fn load(
         model: TextModel,
         files: &Files,
+        lora: &[Lora],
         length: Option<usize>,
         default_length: usize,
         dtype: DType,
@@ -100,6 +102,7 @@ impl TextEncoders {
         Ok(match model {
             TextModel::ClipAndT5 => Self::ClipAndT5(Box::new(ClipAndT5::load(
                 files,
+                lora,
                 length,
                 default_length,
                 dtype,

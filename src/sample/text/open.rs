@@ -9,7 +9,11 @@ use super::ops::Activation;
 use super::t5::T5;
 use super::t5_config::{FeedForward, T5Config};
 use super::{ClipText, flux1::ClipAndT5};
-use crate::checkpoint::{Checkpoint, with_hint};
+use crate::checkpoint::{
+    Checkpoint,
+    lora::{Lora, TextEncoder},
+    with_hint,
+};
 use crate::files::{Blob, Files};
 use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
 
@@ -56,13 +60,14 @@ impl ClipAndT5 {
     /// See [`super::TextEncoders::load`].
     pub(super) fn load(
         files: &Files,
+        lora: &[Lora],
         length: Option<usize>,
         default_length: usize,
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let (clip, clip_config) = open(files, Family::Clip)?;
-        let (t5, t5_config) = open(files, Family::T5)?;
+        let (mut clip, clip_config) = open(files, Family::Clip)?;
+        let (mut t5, t5_config) = open(files, Family::T5)?;
         let clip_config = match clip_config {
             Some(blob) => with_hint(clip_from_json(&blob), DAMAGED)
                 .with_context(|| describe(files, Family::Clip))?,
@@ -75,6 +80,10 @@ impl ClipAndT5 {
         };
         check(&clip, &clip_config.tensors())?;
         check(&t5, &t5_config.tensors())?;
+        for lora in lora {
+            lora.apply_text(TextEncoder::Clip, &mut clip)?;
+            lora.apply_text(TextEncoder::T5, &mut t5)?;
+        }
 
         let t5_tokenizer = tokenizer(files, Family::T5, t5_config.vocab_size)?;
         let limit = t5_tokenizer.model_max_length().unwrap_or(usize::MAX);

@@ -1,0 +1,97 @@
+//! Names that tell of which other model a LoRA is, for the message that refuses it.
+
+use crate::checkpoint::Checkpoint;
+
+/// Parts of names, and the models that have them.
+const MODELS: [(&str, &str); 22] = [
+    ("double_stream_modulation", "FLUX.2"),
+    ("single_stream_modulation", "FLUX.2"),
+    ("to_qkv_mlp_proj", "FLUX.2"),
+    ("ff.linear_in", "FLUX.2"),
+    ("ff_linear_in", "FLUX.2"),
+    ("distilled_guidance_layer", "Chroma"),
+    ("nerf_blocks", "Chroma"),
+    ("joint_blocks", "Stable Diffusion 3"),
+    ("img_attn_qkv", "HunyuanVideo"),
+    ("individual_token_refiner", "HunyuanVideo"),
+    ("img_mod.1", "Qwen-Image"),
+    ("txt_mod.1", "Qwen-Image"),
+    ("img_mlp.net", "Qwen-Image"),
+    ("cross_attn", "Wan"),
+    ("attention.to_q", "Z-Image"),
+    ("attention_to_q", "Z-Image"),
+    ("caption_projection", "PixArt or LTX-Video"),
+    ("adaln_single", "PixArt or LTX-Video"),
+    (
+        "oft_blocks",
+        "OFT, which multiplies weights instead of adding to them",
+    ),
+    (
+        "oft_diag",
+        "OFT, which multiplies weights instead of adding to them",
+    ),
+    ("lora_mid", "a LoRA of convolutions"),
+    ("_t2", "a factorisation of convolutions"),
+];
+
+/// Parts of the names of Stable Diffusion's U-Net.
+const UNET: [&str; 6] = [
+    "input_blocks",
+    "output_blocks",
+    "middle_block",
+    "down_blocks",
+    "up_blocks",
+    "mid_block",
+];
+
+/// For which other model, if names tell, a file is that has the tensors `unknown`, which this model has not.
+pub(super) fn model(file: &Checkpoint, unknown: &[String]) -> Option<String> {
+    let control = [
+        "query_norm",
+        "key_norm",
+        "norm_q.",
+        "norm_k.",
+        "norm_added_",
+    ];
+    if unknown
+        .iter()
+        .any(|name| control.iter().any(|word| name.contains(word)))
+    {
+        return Some(
+            "is a control LoRA: it replaces norms and widens the input, which turns the model into another one".to_owned(),
+        );
+    }
+    if unknown
+        .iter()
+        .any(|name| UNET.iter().any(|word| name.contains(word)))
+    {
+        return Some(format!("is a LoRA for {}", unet(file)));
+    }
+    let known = |(word, model): &(&str, &str)| {
+        let name = unknown.iter().find(|name| name.contains(word))?;
+        Some(if model.contains(' ') && model.starts_with(['O', 'a']) {
+            format!("is {model} (`{name}`)")
+        } else {
+            format!("is a LoRA for {model}")
+        })
+    };
+    MODELS.iter().find_map(known)
+}
+
+/// Which Stable Diffusion, by the width of the text that its attention takes.
+fn unet(file: &Checkpoint) -> &'static str {
+    let width = file.iter().find_map(|(name, source)| {
+        let key = name.contains("attn2.to_k") || name.contains("attn2_to_k");
+        let down = name.contains("lora_down") || name.contains("lora_A") || name.contains("down.");
+        (key && down).then(|| source.shape().get(1).copied())?
+    });
+    let has = |word: &str| file.names().any(|name| name.contains(word));
+    match width {
+        Some(768) => "Stable Diffusion 1.5",
+        Some(1024) => "Stable Diffusion 2",
+        Some(2048) => "SDXL",
+        _ if has("lora_te2_") || has("input_blocks") => "SDXL",
+        _ if has("lora_te_") => "Stable Diffusion 1.5",
+        _ => "Stable Diffusion (1.5, 2 or SDXL)",
+    }
+}

@@ -1,0 +1,302 @@
+//! The model card of an output folder: a `README.md` with the hub's YAML, and the notice that the base's licence asks for.
+//!
+//! Sources: the hub's model card specification (`huggingface_hub` `ModelCardData`), section 3 of the FLUX.1 \[dev\]
+//! Non-Commercial License, section 4 of Apache-2.0.
+
+use std::{fmt::Write as _, path::Path};
+
+use anyhow::Result;
+
+use crate::{
+    checkpoint::{output::Naming, record::Record, save},
+    files::parse_id,
+    layout::{BlockSpec, Form, original_ids},
+    ui,
+};
+
+/// The card's name in a folder, and the notice's.
+pub const CARD: &str = "README.md";
+const NOTICE: &str = "NOTICE";
+
+/// A licence as the hub names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Licence {
+    Apache,
+    FluxDev,
+    Unknown,
+}
+
+impl Licence {
+    /// By the name of the base, which all copies of it keep.
+    fn of(base: &str) -> Self {
+        let base = base.to_lowercase();
+        let has = |words: &[&str]| words.iter().any(|word| base.contains(word));
+        if has(&["schnell", "klein-4b", "bundled"]) {
+            Self::Apache
+        } else if has(&["flux.1", "flux1", "flux.2", "flux2"]) {
+            Self::FluxDev
+        } else {
+            Self::Unknown
+        }
+    }
+
+    fn yaml(self) -> &'static str {
+        match self {
+            Self::Apache => "license: apache-2.0\n",
+            Self::FluxDev => {
+                "license: other\nlicense_name: flux-1-dev-non-commercial-license\nlicense_link: https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md\n"
+            }
+            Self::Unknown => "license: other\nlicense_name: that-of-the-base-model\n",
+        }
+    }
+
+    fn notice(self, base: &str) -> String {
+        let changed = format!(
+            "This model was made from {base} by {}: blocks of its transformer were changed.\n",
+            crate::checkpoint::record::software()
+        );
+        match self {
+            Self::Apache => format!(
+                "{changed}\nThe base is licensed under the Apache License, Version 2.0 (https://www.apache.org/licenses/LICENSE-2.0), and so is this model.\n"
+            ),
+            Self::FluxDev => format!(
+                "{changed}\nThis FLUX Model is licensed by Black Forest Labs Inc. under the FLUX.1 [dev] Non-Commercial License. Copyright Black Forest Labs Inc.\nIN NO EVENT SHALL BLACK FOREST LABS INC. BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH USE OF THIS MODEL.\n"
+            ),
+            Self::Unknown => format!(
+                "{changed}\nIt stays under the licence of its base: put that licence next to this file before you publish it.\n"
+            ),
+        }
+    }
+}
+
+/// What a card says beside the record.
+#[derive(Clone, Debug, Default)]
+pub struct CardFacts {
+    /// Whose names the tensors have.
+    pub layout: Naming,
+    /// Parameters of the transformer: before, if it was another number, and now.
+    pub parameters: [usize; 2],
+    /// Bytes of the transformer now.
+    pub bytes: usize,
+    /// Whether weights are in fewer bits than 16.
+    pub quantized: bool,
+    /// Whether the folder holds a patch, not a whole checkpoint.
+    pub patch: bool,
+    /// The family, for people.
+    pub family: String,
+    /// What was measured, a line each.
+    pub results: Vec<String>,
+}
+
+/// The hub's name of a model, if that is how it was named; by its family otherwise.
+fn hub_id(base: &str, family: &str) -> Option<String> {
+    if !Path::new(base).exists()
+        && let Some((id, _)) = parse_id(base)
+    {
+        return Some(id);
+    }
+    let known = ["FLUX.1-dev", "FLUX.1-schnell"];
+    known
+        .contains(&family)
+        .then(|| format!("black-forest-labs/{family}"))
+}
+
+/// Writes card and notice into `folder`.
+///
+/// # Errors
+/// When the folder is not writable or the disk is full.
+pub fn write(folder: &Path, record: &Record, facts: &CardFacts) -> Result<()> {
+    let base = hub_id(&record.base, &facts.family);
+    let named = base.clone().unwrap_or_else(|| record.base.clone());
+    let licence = Licence::of(&format!("{named} {}", facts.family));
+    save::write_bytes(&folder.join(NOTICE), licence.notice(&named).as_bytes())?;
+    save::write_bytes(
+        &folder.join(CARD),
+        card(record, facts, base.as_deref(), licence).as_bytes(),
+    )
+}
+
+fn card(record: &Record, facts: &CardFacts, base: Option<&str>, licence: Licence) -> String {
+    let mut out = String::from("---\n");
+    if let Some(base) = base {
+        let relation = if facts.quantized {
+            "quantized"
+        } else {
+            "finetune"
+        };
+        let _ = write!(out, "base_model: {base}\nbase_model_relation: {relation}\n");
+    }
+    out += licence.yaml();
+    let library = match facts.layout {
+        Naming::Diffusers if !facts.patch => "diffusers",
+        _ => "fastflux",
+    };
+    let _ = write!(
+        out,
+        "library_name: {library}\npipeline_tag: text-to-image\ntags:\n- flux\n- fastflux\n- text-to-image\n"
+    );
+    let replaced = replaced(&record.layout);
+    if !replaced.is_empty() {
+        out += "- pruned\n";
+    }
+    out += "---\n\n";
+    let named = base.unwrap_or(&record.base);
+    let _ = write!(out, "# {named}, made smaller by fastflux\n\n");
+    let all = original_ids(&record.layout).count();
+    if replaced.is_empty() {
+        let _ = write!(out, "All {all} blocks of the transformer are kept");
+    } else {
+        let _ = write!(
+            out,
+            "{} of {all} blocks of the transformer are replaced",
+            replaced.len()
+        );
+    }
+    let [before, now] = facts.parameters.map(|n| ui::count(n as f64));
+    if before == now {
+        let _ = writeln!(
+            out,
+            "; {now} parameters, {}.",
+            ui::bytes(facts.bytes as f64)
+        );
+    } else {
+        let _ = writeln!(
+            out,
+            "; {now} parameters instead of {before}, {}.",
+            ui::bytes(facts.bytes as f64)
+        );
+    }
+    if !replaced.is_empty() {
+        out += "\n| blocks | what stands for them |\n| --- | --- |\n";
+        for (blocks, form) in replaced_entries(&record.layout) {
+            let _ = writeln!(out, "| {blocks} | {form} |");
+        }
+    }
+    for lora in &record.lora {
+        let file = lora.file.file_name().unwrap_or_default().to_string_lossy();
+        let _ = write!(
+            out,
+            "\nThe LoRA `{file}` is in the weights, multiplied by {}.\n",
+            lora.weight
+        );
+    }
+    if !facts.results.is_empty() {
+        out += "\n## Results\n\n";
+        for line in &facts.results {
+            let _ = writeln!(out, "- {line}");
+        }
+    }
+    let _ = write!(
+        out,
+        "\n## How it was made\n\n```\n{}\n```\n\nWith {}; the recipe, nothing left open, is in the metadata of the weights.\n",
+        command(),
+        record.tool
+    );
+    out + &usage(record, facts, named) + "\n## Licence\n\nThat of the base; see `NOTICE`.\n"
+}
+
+/// How to use it in the three programs.
+fn usage(record: &Record, facts: &CardFacts, base: &str) -> String {
+    let mut out = "\n## How to use it\n\nfastflux:\n\n```\n".to_owned();
+    let _ = if facts.patch {
+        writeln!(
+            out,
+            "fastflux generate --model {base} --patch patch.safetensors --prompt \"a fox in the snow\""
+        )
+    } else {
+        writeln!(
+            out,
+            "fastflux generate --model FOLDER --prompt \"a fox in the snow\""
+        )
+    };
+    out += "```\n";
+    if facts.patch {
+        out += "\n`fastflux convert --model BASE --patch patch.safetensors --dtype bf16 --output whole` writes the whole checkpoint for other programs.\n";
+        return out;
+    }
+    let plain = record.layout.iter().all(|spec| match spec {
+        BlockSpec::Original(_) => true,
+        BlockSpec::Replaced(r) => r.form == Form::Remove,
+    });
+    if facts.layout == Naming::Diffusers {
+        let (class, trust) = if plain {
+            ("FluxTransformer2DModel", "")
+        } else {
+            ("AutoModel", ", trust_remote_code=True")
+        };
+        let _ = write!(
+            out,
+            "\ndiffusers:\n\n```python\ntransformer = {class}.from_pretrained(\"FOLDER/transformer\"{trust}, torch_dtype=torch.bfloat16)\npipe = FluxPipeline.from_pretrained(\"{base}\", transformer=transformer, torch_dtype=torch.bfloat16)\n```\n\nComfyUI: `fastflux convert --model FOLDER --dtype bf16 --output flux.safetensors` writes the file for it.\n"
+        );
+    } else if plain {
+        out += "\nComfyUI, stable-diffusion.cpp and others open the file in this folder as any FLUX.1 with fewer blocks; diffusers opens what `fastflux convert` and `prune --layout diffusers` write.\n";
+    } else {
+        out += "\nComfyUI: put `comfyui_fastflux.py` (in `scripts/interop` of fastflux) into `custom_nodes` and the file of this folder into `models/diffusion_models`; the node \"Load fastflux model\" opens it.\n\ndiffusers: `fastflux_flux.FastFluxTransformer2DModel.from_single_file(\"flux.safetensors\")`, with `fastflux_flux.py` from the same folder.\n\nOther programs do not know the linear layers: they ignore them or fail.\n";
+    }
+    out
+}
+
+/// The command line that this process was started with.
+fn command() -> String {
+    let quoted = |word: String| {
+        let plain = |c: char| c.is_alphanumeric() || "-_./:=,@+%".contains(c);
+        if !word.is_empty() && word.chars().all(plain) {
+            word
+        } else {
+            format!("'{}'", word.replace('\'', r"'\''"))
+        }
+    };
+    let words = std::env::args_os().skip(1);
+    let words = words.map(|word| quoted(word.to_string_lossy().into_owned()));
+    std::iter::once("fastflux".to_owned())
+        .chain(words)
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+fn replaced(layout: &[BlockSpec]) -> Vec<String> {
+    let blocks = layout.iter().flat_map(|spec| match spec {
+        BlockSpec::Original(_) => vec![],
+        BlockSpec::Replaced(r) => r.replaces.iter().map(ToString::to_string).collect(),
+    });
+    blocks.collect()
+}
+
+fn replaced_entries(layout: &[BlockSpec]) -> Vec<(String, String)> {
+    let entries = layout.iter().filter_map(|spec| match spec {
+        BlockSpec::Original(_) => None,
+        BlockSpec::Replaced(r) => {
+            let blocks: Vec<String> = r.replaces.iter().map(ToString::to_string).collect();
+            let form = match r.form {
+                Form::Remove => "nothing".to_owned(),
+                form if r.joint => format!("{form}, one layer for text and image tokens"),
+                form => format!("{form}"),
+            };
+            Some((blocks.join(", "), form))
+        }
+    });
+    entries.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_licence_is_that_of_the_base() {
+        for (base, licence) in [
+            ("black-forest-labs/FLUX.1-schnell", Licence::Apache),
+            ("black-forest-labs/FLUX.1-dev", Licence::FluxDev),
+            ("/models/flux1-dev.safetensors", Licence::FluxDev),
+            ("/models/mine.safetensors", Licence::Unknown),
+        ] {
+            assert_eq!(Licence::of(base), licence, "{base}");
+        }
+        assert_eq!(hub_id("owner/name@main", "").as_deref(), Some("owner/name"));
+        assert_eq!(
+            hub_id("/x/y.safetensors", "FLUX.1-dev").as_deref(),
+            Some("black-forest-labs/FLUX.1-dev")
+        );
+        assert_eq!(hub_id("/x/y.safetensors", "mine"), None);
+    }
+}
