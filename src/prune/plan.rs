@@ -258,11 +258,14 @@ pub fn blocks_of_ratio(ratio: f64, config: &FluxConfig) -> Result<usize, PlanErr
 }
 
 #[cfg(test)]
+mod arbitrary_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::layout::unpruned;
 
-    fn config(double: usize, single: usize) -> FluxConfig {
+    pub(super) fn config(double: usize, single: usize) -> FluxConfig {
         FluxConfig {
             in_channels: 64,
             out_channels: 64,

@@ -77,6 +77,7 @@ const MAY_IMPORT: [(&str, &[&str]); 18] = [
         ],
     ),
     ("plot", &["layout"]),
+    // `files`: `doctor` shows the cache of the hub and the free disk
     (
         "bench",
         &[
@@ -84,6 +85,7 @@ const MAY_IMPORT: [(&str, &[&str]); 18] = [
             "sample",
             "model",
             "checkpoint",
+            "files",
             "layout",
             "device",
         ],
