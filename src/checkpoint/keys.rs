@@ -2,7 +2,7 @@
 //!
 //! "Canonical" names are Black Forest Labs' own, without prefix and with `.scale` for the q/k norms.
 
-use crate::layout::BlockKind;
+use crate::layout::{BlockKind, Family};
 
 /// First components of original names.
 const TOPS: [&str; 11] = [
@@ -40,6 +40,15 @@ pub(super) fn is_top(component: &str) -> bool {
 pub(super) fn is_of_block(name: &str) -> bool {
     let first = name.split('.').next().unwrap_or_default();
     first.ends_with("_blocks") && is_top(first)
+}
+
+/// The family that tensors belong to, by their original names or those of diffusers.
+pub fn family<'a>(mut names: impl Iterator<Item = &'a str>) -> Family {
+    if names.any(|name| name.starts_with("single_stream_modulation.")) {
+        Family::FLUX2
+    } else {
+        Family::FLUX1
+    }
 }
 
 /// A tensor name that belongs to a block.

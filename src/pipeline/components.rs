@@ -8,14 +8,26 @@ use super::{ModelChoice, Pipeline, known::Place, locate::locate};
 use crate::{
     checkpoint::{Checkpoint, part::Part, with_hint},
     files::{BUNDLED, Blob, Files},
+    layout::{FluxConfig, TextModel},
     sample::{
         text::TextFiles,
         vae::{Vae, VaeConfig},
     },
 };
 
-/// Where text encoders and VAE of a bare FLUX.1 transformer come from: the same files as FLUX.1-dev's, under Apache-2.0.
-const FLUX1_PARTS: &str = "black-forest-labs/FLUX.1-schnell";
+/// Where text encoders and VAE of a bare transformer of released sizes come from: a repository on the hub with the same
+/// files, under Apache-2.0 where there is one.
+pub(super) fn hub(config: &FluxConfig) -> Option<&'static str> {
+    if config.head_dim() != 128 {
+        return None;
+    }
+    match (config.family.text, config.context_in_dim, config.vec_in_dim) {
+        (TextModel::ClipAndT5, 4096, 768) => Some("black-forest-labs/FLUX.1-schnell"),
+        (TextModel::Qwen3, 7680, _) => Some("black-forest-labs/FLUX.2-klein-4B"),
+        (TextModel::Qwen3, 12288, _) => Some("black-forest-labs/FLUX.2-klein-9B"),
+        _ => None,
+    }
+}
 
 /// Where a model's VAE is.
 #[derive(Clone, Debug)]
@@ -54,7 +66,7 @@ pub(super) struct Components {
     pub(super) base: Option<String>,
     /// What opens it on this machine.
     pub(super) place: Option<String>,
-    pub(super) flux1: bool,
+    pub(super) hub: Option<&'static str>,
 }
 
 impl ModelChoice {
@@ -148,7 +160,7 @@ impl Pipeline {
     pub(super) fn takes_from_hub(&self, part: &str) -> bool {
         let own = self.components.own.as_ref();
         let has = own.is_some_and(|own| own.sub(part).list().is_ok_and(|names| !names.is_empty()));
-        !has && self.components.base.is_none() && self.components.flux1
+        !has && self.components.base.is_none() && self.components.hub.is_some()
     }
 
     /// The pipeline folder that has the sub-folder `part`.
@@ -174,11 +186,11 @@ impl Pipeline {
                 return Ok(files);
             }
         }
-        if self.components.flux1 {
+        if let Some(repository) = self.components.hub {
             self.reporter.note(format!(
-                "taking {what} from {FLUX1_PARTS} on the hub ({flag} names others)"
+                "taking {what} from {repository} on the hub ({flag} names others)"
             ));
-            return Files::hub(FLUX1_PARTS, None, &self.reporter)
+            return Files::hub(repository, None, &self.reporter)
                 .with_context(|| format!("cannot fetch {what}; name them with {flag}"));
         }
         bail!(

@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::Pipeline;
 use crate::{
     files::Files,
-    layout::{BlockKind, FluxConfig},
+    layout::{BlockKind, Family, FluxConfig},
 };
 
 /// What a model takes besides the prompt, by the columns of `img_in`.
@@ -153,15 +153,39 @@ impl Pipeline {
         if let Some(family) = &self.defaults.family {
             return family.clone();
         }
+        if self.config.family == Family::FLUX2 {
+            return self.flux2();
+        }
         let class = class_of(self.components.own.as_ref());
         name_of(&self.config, class.as_deref()).to_owned()
+    }
+
+    fn flux2(&self) -> String {
+        let c = &self.config;
+        let blocks = (
+            c.original_blocks(BlockKind::Double),
+            c.original_blocks(BlockKind::Single),
+        );
+        // dev has a guidance embedding, and its text encoder is another
+        let size = match (blocks, c.hidden_size) {
+            ((5, 20), 3072) => "4B",
+            ((8, 24), 4096) => "9B",
+            ((8, 48), 6144) => return "FLUX.2-dev".to_owned(),
+            _ => return format!("{} of another size", c.family.name()),
+        };
+        let base = match self.defaults.distilled {
+            Some(false) => "base ",
+            _ => "",
+        };
+        format!("FLUX.2 [klein] {base}{size}")
     }
 
     /// What was guessed about how a model is sampled, where neither its files nor `steps` say it, and which flags say
     /// otherwise.
     pub fn note_guesses(&self, steps: Option<usize>) {
         let guessed = self.defaults.steps.is_none() && steps.is_none();
-        let knows = self.scheduler_name != super::scheduler::FLUX1;
+        let knows = !self.scheduler_name.ends_with(super::scheduler::RELEASED)
+            || self.config.family == Family::FLUX2;
         if self.config.guidance_embed || !guessed || knows || self.record.is_some() {
             return;
         }

@@ -89,6 +89,8 @@ pub struct Pipeline {
     pub scheduler_name: String,
     /// The model's own defaults.
     pub defaults: Defaults,
+    /// What images are to be unlike, for a model that takes a negative prompt.
+    pub negative_prompt: String,
     /// The files that were added to it.
     pub lora: Vec<OpenedLora>,
     /// What is added to text encoders.
@@ -155,8 +157,6 @@ impl Pipeline {
             _ => record.as_ref(),
         };
         let config = config::infer(&transformer, record.as_ref(), &configs)?;
-        let flux1 =
-            config.head_dim() == 128 && config.context_in_dim == 4096 && config.vec_in_dim == 768;
         let (scheduler, scheduler_name) = scheduler::of_model(
             &configs,
             located.pipeline.as_ref(),
@@ -169,7 +169,8 @@ impl Pipeline {
             located.pipeline.as_ref(),
             record.as_ref(),
             &located.raw.name,
-        )?;
+        )?
+        .with_distilled(&config, located.pipeline.as_ref(), &located.model_ref)?;
         let folder = located.pipeline.as_ref();
         let kept = folder.map(|files| PathBuf::from(files.describe(LORA_FILE)));
         let kept = kept.as_deref().filter(|_| record.is_some());
@@ -194,10 +195,10 @@ impl Pipeline {
             model_ref: located.model_ref,
             transformer,
             diffusers,
-            config,
             scheduler,
             scheduler_name,
             defaults,
+            negative_prompt: String::new(),
             lora,
             text_lora,
             reporter: choice.reporter.clone(),
@@ -207,8 +208,9 @@ impl Pipeline {
                 own: located.pipeline,
                 base: record.as_ref().map(|r| r.base.clone()),
                 place: base.map(|base| base.model),
-                flux1,
+                hub: components::hub(&config),
             },
+            config,
             record,
         })
     }

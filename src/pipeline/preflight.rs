@@ -38,7 +38,7 @@ impl Pipeline {
                 .is_some_and(|f| f.resolved().is_some());
             if !remote {
                 let widths = [self.config.context_in_dim, self.config.vec_in_dim];
-                TextEncoders::check(&files, widths)?;
+                TextEncoders::check(self.config.family.text, &files, widths)?;
             }
         }
         if with_vae && (self.components.choice.vae.is_some() || !self.takes_from_hub("vae")) {

@@ -9,7 +9,8 @@ pub(super) struct Kind {
 }
 
 pub(super) const UNQUANTIZED: &str = "use a file in bf16, float8 or GGUF";
-const OF_FLUX1: &str = "fastflux opens FLUX.1 and models cut from it; name one with --model";
+const OF_FLUX1: &str =
+    "fastflux opens FLUX.1, FLUX.2 [klein] and models cut from them; name one with --model";
 pub(super) const MERGE: &str = "name the model that it changes with --model; a LoRA is merged into its model, or given in addition to it";
 
 /// Files whose weights are those of a FLUX transformer in a format that is not read, or that change one.
@@ -151,20 +152,7 @@ pub(super) const OF_FLUX: [Kind; 20] = [
 ];
 
 /// Models of another kind.
-pub(super) const OTHER: [Kind; 16] = [
-    Kind {
-        evidence: &[
-            &["^double_stream_modulation_img."],
-            &["^single_stream_modulation."],
-        ],
-        what: "is a FLUX.2 model",
-        hint: OF_FLUX1,
-    },
-    Kind {
-        evidence: &[&["^single_stream_modulation."]],
-        what: "is a FLUX.2 model",
-        hint: OF_FLUX1,
-    },
+pub(super) const OTHER: [Kind; 14] = [
     Kind {
         evidence: &[&["^joint_blocks."]],
         what: "is Stable Diffusion 3",

@@ -1,7 +1,7 @@
 //! Finds the text encoders in a folder in diffusers layout, among single files as ComfyUI keeps them, or inside a file of a
 //! whole pipeline. An encoder is known by its tensors, never by its file's name. `open.rs` reads sizes and tokenizers.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::{
     checkpoint::{Checkpoint, is_weights, part::Part, with_hint},
@@ -42,7 +42,7 @@ pub(super) struct Encoder {
 fn part(family: Family) -> Part {
     match family {
         Family::Clip => Part::Clip,
-        Family::T5 => Part::T5,
+        Family::T5 | Family::Qwen2 => Part::T5,
     }
 }
 
@@ -50,7 +50,7 @@ fn part(family: Family) -> Part {
 fn folder(family: Family) -> &'static str {
     match family {
         Family::Clip => "text_encoder",
-        Family::T5 => "text_encoder_2",
+        Family::T5 | Family::Qwen2 => "text_encoder_2",
     }
 }
 
@@ -94,12 +94,22 @@ impl TextFiles {
             folder(family),
             match family {
                 Family::Clip => "text_model.embeddings.token_embedding.weight",
-                Family::T5 => "encoder.block.0.layer.0.SelfAttention.q.weight",
+                Family::T5 | Family::Qwen2 => "encoder.block.0.layer.0.SelfAttention.q.weight",
             }
         );
         Ok(Encoder {
             weights: choose(family, &files, width)?,
             config,
+        })
+    }
+
+    /// The folder.
+    ///
+    /// # Errors
+    /// When only files are named.
+    pub(super) fn folder(&self) -> Result<&Files> {
+        self.folder.as_ref().with_context(|| {
+            format!("{} is no folder\nhint: name a folder with text encoder and tokenizer with --text-encoders", self.describe())
         })
     }
 
@@ -211,7 +221,7 @@ fn refusal(family: Family, taken: &Checkpoint) -> Option<String> {
 fn width_of(family: Family, taken: &Checkpoint) -> Option<usize> {
     let embedding = match family {
         Family::Clip => "embeddings.token_embedding.weight",
-        Family::T5 => "shared.weight",
+        Family::T5 | Family::Qwen2 => "shared.weight",
     };
     taken.get(embedding)?.shape().last().copied()
 }

@@ -1,6 +1,6 @@
 //! What sizes text encoders have, and their tokenizers. `files.rs` finds the encoders, `mod.rs` computes with them.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use candle::{DType, Device};
 
 use super::clip::{Clip, ClipConfig};
@@ -8,13 +8,13 @@ use super::files::{Encoder, OTHERS, TextFiles};
 use super::ops::Activation;
 use super::t5::T5;
 use super::t5_config::{FeedForward, T5Config};
-use super::{ClipText, TextEncoders};
+use super::{ClipText, flux1::ClipAndT5};
 use crate::checkpoint::{
     Checkpoint,
     lora::{Lora, TextEncoder},
     with_hint,
 };
-use crate::files::Files;
+use crate::files::{Blob, Files};
 use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
 
 /// FLUX.1's own tokenizers, for text encoders that come without.
@@ -51,6 +51,9 @@ const FLUX1_T5: TokenizerFiles = TokenizerFiles {
     )),
 };
 
+/// What to do about a file that is damaged.
+pub(super) const DAMAGED: &str = "fetch the file again, or name others with --text-encoders";
+
 /// Rows of the embeddings that belong to FLUX.1's tokenizers.
 const FLUX1_CLIP_ROWS: usize = 49408;
 const FLUX1_T5_ROWS: usize = 32128;
@@ -66,7 +69,7 @@ struct Opened {
 }
 
 /// Opens and checks both encoders; `widths` are those of T5's and CLIP's outputs that are wanted.
-fn open(files: &TextFiles, widths: Option<[usize; 2]>) -> Result<Opened> {
+fn open_both(files: &TextFiles, widths: Option<[usize; 2]>) -> Result<Opened> {
     let clip = files.encoder(Family::Clip, widths.map(|[_, clip]| clip))?;
     let t5 = files.encoder(Family::T5, widths.map(|[t5, _]| t5))?;
     let named = |name: &str| format!("`{name}`");
@@ -106,18 +109,14 @@ fn check_width(encoder: &str, name: &str, found: usize, expected: usize) -> Resu
     Ok(())
 }
 
-impl TextEncoders {
-    /// Opens the text encoders in a pipeline's folder (`text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2`), or in
-    /// files of any name, and checks every tensor's shape. `widths` are those of T5's hidden states and of CLIP's pooled
-    /// output that the transformer takes; of several encoders those that have them are opened.
-    ///
-    /// LoRA files are added to the weights of those encoders that they name.
-    /// Prompts are given `length` T5 tokens, by default `default_length` or the tokenizer's own limit if that is smaller.
-    ///
-    /// # Errors
-    /// When files are missing or damaged, a tensor has another shape than its config says, or a width is another one; the
-    /// message names it.
-    pub fn load(
+/// See [`super::TextEncoders::check`].
+pub(super) fn check_both(files: &TextFiles, widths: [usize; 2]) -> Result<()> {
+    open_both(files, Some(widths)).map(drop)
+}
+
+impl ClipAndT5 {
+    /// See [`super::TextEncoders::load`].
+    pub(super) fn load(
         files: &TextFiles,
         widths: Option<[usize; 2]>,
         lora: &[Lora],
@@ -126,7 +125,7 @@ impl TextEncoders {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let opened = open(files, widths)?;
+        let opened = open_both(files, widths)?;
         let limit = opened.t5_tokenizer.model_max_length().unwrap_or(usize::MAX);
         // half-precision products on the CPU are made of float32 ones
         let weights = if device.is_cpu() { DType::F32 } else { dtype };
@@ -146,14 +145,6 @@ impl TextEncoders {
             text_length: length.unwrap_or(default_length.min(limit)),
             dtype,
         })
-    }
-
-    /// The checks of [`Self::load`], from headers and small files alone.
-    ///
-    /// # Errors
-    /// As [`Self::load`].
-    pub fn check(files: &TextFiles, widths: [usize; 2]) -> Result<()> {
-        open(files, Some(widths)).map(drop)
     }
 }
 
@@ -197,8 +188,81 @@ fn clip_defaults() -> serde_json::Value {
     })
 }
 
+/// What a text encoder is called in a pipeline, in a single file's name, and by which tensor it is known.
+fn names(family: Family) -> (&'static str, &'static str, &'static str) {
+    match family {
+        Family::Clip => ("text_encoder", "clip", "embeddings.token_embedding.weight"),
+        Family::T5 => (
+            "text_encoder_2",
+            "t5",
+            "encoder.block.0.layer.0.SelfAttention.q.weight",
+        ),
+        Family::Qwen2 => ("text_encoder", "qwen", "layers.0.self_attn.q_norm.weight"),
+    }
+}
+
+pub(super) fn describe(files: &Files, family: Family) -> String {
+    format!("`{}`", files.sub(names(family).0).describe("config.json"))
+}
+
+/// The weights under the names that the encoders read, and their config where there is one.
+pub(super) fn open(files: &Files, family: Family) -> Result<(Checkpoint, Option<Blob>)> {
+    let (folder, word, known) = names(family);
+    let sub = files.sub(folder);
+    let (raw, config) = match with_hint(Checkpoint::open_if_present(&sub, "model"), DAMAGED)? {
+        Some(raw) => (raw, sub.get("config.json")?),
+        None => (single_file(files, word, folder)?, None),
+    };
+    let prefix = raw
+        .names()
+        .find_map(|name| name.strip_suffix(known))
+        .map(str::to_owned);
+    let prefix = prefix.with_context(|| {
+        format!(
+            "`{}` is no {family:?} text encoder: there is no tensor `…{known}`",
+            raw.name
+        )
+    })?;
+    ensure!(
+        !raw.contains(&format!("{prefix}scaled_fp8")) && !raw.contains("scaled_fp8"),
+        "`{}` holds scaled 8-bit weights, which are not supported\nhint: use the 16-bit file",
+        raw.name
+    );
+    let shared = raw.contains(&format!("{prefix}shared.weight"));
+    let renamed = raw.rename(|name| match name.strip_prefix(&prefix)? {
+        // the same table under two names
+        "encoder.embed_tokens.weight" => (!shared).then(|| "shared.weight".to_owned()),
+        name => Some(name.to_owned()),
+    })?;
+    Ok((renamed, config))
+}
+
+/// The one file of the folder that is named after the encoder.
+fn single_file(files: &Files, word: &str, folder: &str) -> Result<Checkpoint> {
+    let named = |name: &String| {
+        let lower = name.to_lowercase();
+        lower.contains(word) && lower.ends_with(".safetensors") && !lower.contains("vision")
+    };
+    let found: Vec<String> = files.list()?.into_iter().filter(named).collect();
+    match found.as_slice() {
+        [one] => with_hint(
+            Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
+            DAMAGED,
+        ),
+        [] => bail!(
+            "`{}` holds no folder `{folder}` with a model.safetensors in it, and no `…{word}….safetensors`\nhint: fetch it, or name a folder with both text encoders with --text-encoders",
+            files.model_ref()
+        ),
+        many => bail!(
+            "`{}` holds several {word} text encoders ({}); leave one of them there",
+            files.model_ref(),
+            many.join(", ")
+        ),
+    }
+}
+
 /// Every tensor is there with the shape that the config says.
-fn check(checkpoint: &Checkpoint, tensors: &[(String, Vec<usize>)]) -> Result<()> {
+pub(super) fn check(checkpoint: &Checkpoint, tensors: &[(String, Vec<usize>)]) -> Result<()> {
     for (name, shape) in tensors {
         let found = checkpoint.expect_floats(name)?.shape();
         ensure!(
@@ -228,7 +292,7 @@ fn t5_from_json(bytes: &[u8]) -> Result<T5Config> {
 }
 
 /// Layers 0, 1, 2, … for which `name` gives a tensor.
-fn count(checkpoint: &Checkpoint, name: impl Fn(usize) -> String) -> usize {
+pub(super) fn count(checkpoint: &Checkpoint, name: impl Fn(usize) -> String) -> usize {
     let mut layers = 0usize;
     while checkpoint.contains(&name(layers)) {
         layers += 1;
@@ -295,19 +359,16 @@ fn infer_t5(checkpoint: &Checkpoint) -> Result<T5Config> {
     })
 }
 
-/// Number of tokens that T5's tokenizer makes of `prompt`. `files`: as for [`TextEncoders::load`].
-///
-/// # Errors
-/// When the tokenizer is damaged.
-pub fn token_count(files: &TextFiles, prompt: &str) -> Result<usize> {
+/// Number of tokens that T5's tokenizer makes of `prompt`.
+pub(super) fn t5_token_count(files: &TextFiles, prompt: &str) -> Result<usize> {
     tokenizer(files, Family::T5, FLUX1_T5_ROWS)?.token_count(prompt)
 }
 
 /// The tokenizer in the pipeline's folder, or FLUX.1's where there is none and the embedding has FLUX.1's size.
 fn tokenizer(files: &TextFiles, family: Family, rows: usize) -> Result<PromptTokenizer> {
     let folder = match family {
-        Family::Clip => "tokenizer",
         Family::T5 => "tokenizer_2",
+        Family::Clip | Family::Qwen2 => "tokenizer",
     };
     let Some(files) = files.tokenizers() else {
         let words = "no folder with tokenizers is named (--text-encoders takes one next to files)";
@@ -323,6 +384,8 @@ fn flux1_tokenizer(family: Family, rows: usize, missing: &str) -> Result<PromptT
     let (flux1, flux1_rows) = match family {
         Family::Clip => (FLUX1_CLIP, FLUX1_CLIP_ROWS),
         Family::T5 => (FLUX1_T5, FLUX1_T5_ROWS),
+        // 11 MB that every download of the text encoder brings along
+        Family::Qwen2 => (TokenizerFiles::default(), usize::MAX),
     };
     ensure!(
         rows == flux1_rows,
@@ -332,7 +395,7 @@ fn flux1_tokenizer(family: Family, rows: usize, missing: &str) -> Result<PromptT
 }
 
 /// The tokenizer in the folder `sub`, of the transformers class `class` where something says so.
-fn tokenizer_in(
+pub(super) fn tokenizer_in(
     sub: &Files,
     class: Option<&str>,
     family: Family,
@@ -344,6 +407,11 @@ fn tokenizer_in(
         sub.get("merges.txt")?,
     );
     if json.is_none() && vocab.is_none() {
+        ensure!(
+            family != Family::Qwen2,
+            "`{}` does not exist\nhint: name a folder with Qwen3 and its tokenizer (`text_encoder` and `tokenizer`) with --text-encoders",
+            sub.describe("tokenizer.json")
+        );
         let missing = format!("`{}` does not exist", sub.describe("tokenizer.json"));
         return flux1_tokenizer(family, rows, &missing);
     }

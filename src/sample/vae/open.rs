@@ -91,7 +91,7 @@ impl Vae {
     /// Opens one file, such as `ae.safetensors` or a file of a whole pipeline; sizes come from its tensors.
     ///
     /// # Errors
-    /// When it holds no autoencoder like FLUX.1's.
+    /// When it holds no autoencoder like those of FLUX.1 and FLUX.2.
     pub fn load_weights(file: &Checkpoint, dtype: DType, device: &Device) -> Result<Self> {
         Opened::new(file, None)?.load(dtype, device)
     }
