@@ -14,6 +14,8 @@ use super::{
 };
 use crate::layout::{Activation, BlockKind, BlockSpec, Family, FluxConfig, unpruned};
 
+mod embedders;
+
 /// A JSON object that may say what tensors cannot, with its name for messages.
 #[derive(Clone, Debug)]
 pub struct ConfigFile {
@@ -87,7 +89,7 @@ pub fn infer(
     record: Option<&Record>,
     configs: &[ConfigFile],
 ) -> Result<FluxConfig> {
-    check_embedders(checkpoint)?;
+    embedders::check(checkpoint)?;
     let [hidden_size, in_channels] = checkpoint.dims("img_in.weight")?;
     let [_, context_in_dim] = checkpoint.dims("txt_in.weight")?;
     let family = keys::family(checkpoint.names());
@@ -164,50 +166,6 @@ pub fn infer(
     }
     known_only(checkpoint, &tensors)?;
     Ok(config)
-}
-
-/// Every FLUX has these outside of its blocks.
-const EMBEDDERS: [&str; 6] = [
-    "vector_in.in_layer.weight",
-    "img_in.weight",
-    "txt_in.weight",
-    "time_in.in_layer.weight",
-    "final_layer.linear.weight",
-    "final_layer.adaLN_modulation.1.weight",
-];
-
-/// Fails where tensors outside of the blocks are missing, or do not fit their biases.
-fn check_embedders(checkpoint: &Checkpoint) -> Result<()> {
-    let family = keys::family(checkpoint.names());
-    // FLUX.2 takes no pooled text
-    let embedders = &EMBEDDERS[usize::from(family != Family::FLUX1)..];
-    let missing: Vec<String> = embedders
-        .iter()
-        .filter(|name| !checkpoint.contains(name))
-        .map(|name| format!("`{name}`"))
-        .collect();
-    ensure!(
-        missing.is_empty(),
-        "`{}` holds blocks of a {} transformer but lacks {}: the file is incomplete\nhint: use a file of the whole transformer",
-        checkpoint.name,
-        family.name(),
-        missing.join(", ")
-    );
-    for name in embedders.iter().copied() {
-        let [rows, columns] = checkpoint.dims(name)?;
-        let bias = checkpoint.get(&name.replace(".weight", ".bias"));
-        if rows * columns > 0
-            && let Some(&[said]) = bias.map(super::Source::shape)
-        {
-            ensure!(
-                said == rows || said == 0 || !(rows * columns).is_multiple_of(said),
-                "`{}`: the values of tensor `{name}` are rearranged: its shape is [{rows}, {columns}], and its bias says [{said}, {}]\nhint: a GGUF file of such a tensor names its shape in `comfy.gguf.orig_shape.{name}`; use a file that does, or convert it again",
-                checkpoint.name,
-                rows * columns / said
-            );
-        }
-    }
-    Ok(())
 }
 
 /// Fails at a tensor that no model of this layout has: it would be copied, and be part of nothing.

@@ -1,6 +1,6 @@
 //! What sizes text encoders have, and their tokenizers. `files.rs` finds the encoders, `mod.rs` computes with them.
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use candle::{DType, Device};
 
 use super::clip::{Clip, ClipConfig};
@@ -14,7 +14,7 @@ use crate::checkpoint::{
     lora::{Lora, TextEncoder},
     with_hint,
 };
-use crate::files::{Blob, Files};
+use crate::files::Files;
 use crate::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
 
 /// FLUX.1's own tokenizers, for text encoders that come without.
@@ -50,9 +50,6 @@ const FLUX1_T5: TokenizerFiles = TokenizerFiles {
         "../../../configs/flux1/tokenizer_2/special_tokens_map.json"
     )),
 };
-
-/// What to do about a file that is damaged.
-pub(super) const DAMAGED: &str = "fetch the file again, or name others with --text-encoders";
 
 /// Rows of the embeddings that belong to FLUX.1's tokenizers.
 const FLUX1_CLIP_ROWS: usize = 49408;
@@ -186,79 +183,6 @@ fn clip_defaults() -> serde_json::Value {
         "num_attention_heads": 8,
         "max_position_embeddings": 77,
     })
-}
-
-/// What a text encoder is called in a pipeline, in a single file's name, and by which tensor it is known.
-fn names(family: Family) -> (&'static str, &'static str, &'static str) {
-    match family {
-        Family::Clip => ("text_encoder", "clip", "embeddings.token_embedding.weight"),
-        Family::T5 => (
-            "text_encoder_2",
-            "t5",
-            "encoder.block.0.layer.0.SelfAttention.q.weight",
-        ),
-        Family::Qwen2 => ("text_encoder", "qwen", "layers.0.self_attn.q_norm.weight"),
-    }
-}
-
-pub(super) fn describe(files: &Files, family: Family) -> String {
-    format!("`{}`", files.sub(names(family).0).describe("config.json"))
-}
-
-/// The weights under the names that the encoders read, and their config where there is one.
-pub(super) fn open(files: &Files, family: Family) -> Result<(Checkpoint, Option<Blob>)> {
-    let (folder, word, known) = names(family);
-    let sub = files.sub(folder);
-    let (raw, config) = match with_hint(Checkpoint::open_if_present(&sub, "model"), DAMAGED)? {
-        Some(raw) => (raw, sub.get("config.json")?),
-        None => (single_file(files, word, folder)?, None),
-    };
-    let prefix = raw
-        .names()
-        .find_map(|name| name.strip_suffix(known))
-        .map(str::to_owned);
-    let prefix = prefix.with_context(|| {
-        format!(
-            "`{}` is no {family:?} text encoder: there is no tensor `…{known}`",
-            raw.name
-        )
-    })?;
-    ensure!(
-        !raw.contains(&format!("{prefix}scaled_fp8")) && !raw.contains("scaled_fp8"),
-        "`{}` holds scaled 8-bit weights, which are not supported\nhint: use the 16-bit file",
-        raw.name
-    );
-    let shared = raw.contains(&format!("{prefix}shared.weight"));
-    let renamed = raw.rename(|name| match name.strip_prefix(&prefix)? {
-        // the same table under two names
-        "encoder.embed_tokens.weight" => (!shared).then(|| "shared.weight".to_owned()),
-        name => Some(name.to_owned()),
-    })?;
-    Ok((renamed, config))
-}
-
-/// The one file of the folder that is named after the encoder.
-fn single_file(files: &Files, word: &str, folder: &str) -> Result<Checkpoint> {
-    let named = |name: &String| {
-        let lower = name.to_lowercase();
-        lower.contains(word) && lower.ends_with(".safetensors") && !lower.contains("vision")
-    };
-    let found: Vec<String> = files.list()?.into_iter().filter(named).collect();
-    match found.as_slice() {
-        [one] => with_hint(
-            Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
-            DAMAGED,
-        ),
-        [] => bail!(
-            "`{}` holds no folder `{folder}` with a model.safetensors in it, and no `…{word}….safetensors`\nhint: fetch it, or name a folder with both text encoders with --text-encoders",
-            files.model_ref()
-        ),
-        many => bail!(
-            "`{}` holds several {word} text encoders ({}); leave one of them there",
-            files.model_ref(),
-            many.join(", ")
-        ),
-    }
 }
 
 /// Every tensor is there with the shape that the config says.

@@ -1,19 +1,22 @@
 //! Where Qwen3 and its tokenizer are, and what sizes it has. `flux2.rs` computes with it.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail, ensure};
 use candle::{DType, Device};
 
 use super::{
     flux2::Qwen3Text,
-    open::{DAMAGED, check, count, describe, open, tokenizer_in},
+    open::{check, count, tokenizer_in},
     qwen3::Qwen3,
     qwen3_config::Qwen3Config,
 };
 use crate::{
     checkpoint::{Checkpoint, with_hint},
-    files::Files,
+    files::{Blob, Files},
     sample::tokenize::{Family, PromptTokenizer},
 };
+
+/// What to do about a file that is of no use.
+const DAMAGED: &str = "name others with --text-encoders";
 
 impl Qwen3Text {
     /// See [`super::TextEncoders::load`].
@@ -24,10 +27,11 @@ impl Qwen3Text {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let (qwen, config) = open(files, Family::Qwen2)?;
+        let (qwen, config) = open(files)?;
         let config = match config {
-            Some(blob) => with_hint(qwen3_from_json(&blob), DAMAGED)
-                .with_context(|| describe(files, Family::Qwen2))?,
+            Some(blob) => with_hint(qwen3_from_json(&blob), DAMAGED).with_context(|| {
+                format!("`{}`", files.sub("text_encoder").describe("config.json"))
+            })?,
             None => infer_qwen3(&qwen)?,
         };
         check(&qwen, &config.tensors())?;
@@ -41,6 +45,57 @@ impl Qwen3Text {
             text_length: length.unwrap_or(default_length.min(limit)),
             dtype,
         })
+    }
+}
+
+/// The weights under the names that the encoders read, and their config where there is one.
+fn open(files: &Files) -> Result<(Checkpoint, Option<Blob>)> {
+    let (folder, word, known) = ("text_encoder", "qwen", "layers.0.self_attn.q_norm.weight");
+    let sub = files.sub(folder);
+    let (raw, config) = match with_hint(Checkpoint::open_if_present(&sub, "model"), DAMAGED)? {
+        Some(raw) => (raw, sub.get("config.json")?),
+        None => (single_file(files, word, folder)?, None),
+    };
+    let prefix = raw
+        .names()
+        .find_map(|name| name.strip_suffix(known))
+        .map(str::to_owned);
+    let prefix = prefix.with_context(|| {
+        format!(
+            "`{}` is no Qwen3 text encoder: there is no tensor `…{known}`",
+            raw.name
+        )
+    })?;
+    ensure!(
+        !raw.contains(&format!("{prefix}scaled_fp8")) && !raw.contains("scaled_fp8"),
+        "`{}` holds scaled 8-bit weights, which are not supported\nhint: use the 16-bit file",
+        raw.name
+    );
+    let renamed = raw.rename(|name| Some(name.strip_prefix(&prefix)?.to_owned()))?;
+    Ok((renamed, config))
+}
+
+/// The one file of the folder that is named after the encoder.
+fn single_file(files: &Files, word: &str, folder: &str) -> Result<Checkpoint> {
+    let named = |name: &String| {
+        let lower = name.to_lowercase();
+        lower.contains(word) && lower.ends_with(".safetensors") && !lower.contains("vision")
+    };
+    let found: Vec<String> = files.list()?.into_iter().filter(named).collect();
+    match found.as_slice() {
+        [one] => with_hint(
+            Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
+            DAMAGED,
+        ),
+        [] => bail!(
+            "`{}` holds no folder `{folder}` with a model.safetensors in it, and no `…{word}….safetensors`\nhint: fetch it, or name a folder with both text encoders with --text-encoders",
+            files.model_ref()
+        ),
+        many => bail!(
+            "`{}` holds several {word} text encoders ({}); leave one of them there",
+            files.model_ref(),
+            many.join(", ")
+        ),
     }
 }
 
