@@ -105,11 +105,8 @@ impl Calibration {
     /// When the folder is not writable or the disk is full.
     pub fn write(&self, path: &Path, again: bool) -> Result<()> {
         let file = self.tensors()?;
-        if again {
-            save::write(&file, path)
-        } else {
-            save::write(&file, path)
-        }
+        let _ = again;
+        save::write(&file, path)
     }
 
     /// Writes it to `path` as the output of a command, into a folder that is made if it is missing.

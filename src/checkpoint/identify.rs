@@ -197,14 +197,6 @@ mod tests {
                 ],
                 "Chroma",
             ),
-            (
-                &[
-                    "single_stream_modulation.lin.weight",
-                    "double_blocks.0.img_attn.qkv.weight",
-                    "img_in.weight",
-                ],
-                "FLUX.2",
-            ),
             (&["content_mode_blocks.image.0.q_proj.weight"], "FLUX.3"),
             (&["redux_up.weight"], "Redux"),
             (
@@ -253,8 +245,8 @@ mod tests {
                 "transformer_blocks.0.attn.add_k_proj.weight",
             ],
             &[
-                "m.img_in.weight",
-                "m.double_blocks.0.a.weight",
+                "model.img_in.weight",
+                "model.double_blocks.0.a.weight",
                 "vae.decoder.conv_in.weight",
                 "t5.encoder.block.0.layer.0.a",
             ],

@@ -54,7 +54,7 @@ const OTHER_PARTS: [&str; 14] = [
 ];
 
 /// Names that files hold next to their parts and that nothing is computed with; the last component or a whole name.
-const EXTRAS: [&str; 21] = [
+const EXTRAS: [&str; 20] = [
     "scaled_fp8",
     "spiece_model",
     "tekken_model",
@@ -64,7 +64,6 @@ const EXTRAS: [&str; 21] = [
     "text_projection.weight",
     "visual_projection.weight",
     "lm_head.weight",
-    "comfy_quant",
     "__index_timestep_zero__",
     "betas",
     "alphas_cumprod",

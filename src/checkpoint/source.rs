@@ -168,7 +168,7 @@ impl Source {
         );
         let float8 =
             matches!(self.format, StorageDType::Quantized(quant) if quant.table().is_some());
-        if !float8 && scale.iter().all(|s| *s == 1.0) {
+        if !float8 && scale.iter().all(|s| s.to_bits() == 1f32.to_bits()) {
             return Ok(self);
         }
         self.scale = Some(scale.into());

@@ -64,7 +64,7 @@ pub(super) fn places(fingerprint: &str) -> Vec<Place> {
 }
 
 /// What a checkpoint calls its model: the name of a file or folder, or a hub id.
-pub fn name_of(model_ref: &str) -> String {
+pub(super) fn name_of(model_ref: &str) -> String {
     let of_hub = parse_id(model_ref).is_some() || parse_file(model_ref).is_some();
     if model_ref == BUNDLED || (of_hub && !Path::new(model_ref).exists()) {
         return model_ref.to_owned();

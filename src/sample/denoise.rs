@@ -110,14 +110,14 @@ impl Denoise<'_> {
     ) -> Result<Tensor> {
         let sigmas = self.schedule.sigmas(self.steps, self.size.tokens())?;
         let mut drawing = self.start(noise, prompts)?;
-        for pair in sigmas.windows(2) {
+        for (step, pair) in sigmas.windows(2).enumerate() {
             let (img, timestep) = self.at(&drawing, pair[0])?;
             let mut velocities = Vec::new();
             for (i, txt) in drawing.texts().enumerate() {
                 let inputs = drawing.inputs(&img, &timestep, txt);
                 let observer: &mut dyn Observer = if i == 0 { &mut *observer } else { &mut () };
                 velocities.push(self.flux.forward(&inputs, observer)?);
-                if pair[0] == sigmas[0] && !is_finite(&velocities[i])? {
+                if step == 0 && !is_finite(&velocities[i])? {
                     // once more, to see which block it is; if none is, it is the head
                     self.flux.forward(&inputs, &mut FiniteCheck)?;
                 }

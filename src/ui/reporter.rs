@@ -119,7 +119,7 @@ impl Reporter {
             (label, Style::new().bold().fg_color(Some(color.into())))
         });
         let text = if label.is_empty() {
-            text.to_owned()
+            text.clone()
         } else {
             format!("{label} {text}")
         };

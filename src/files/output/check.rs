@@ -179,6 +179,7 @@ mod tests {
         let path = work.path().join("flux.safetensors");
         std::fs::write(&path, "weights").unwrap();
         check_writable(&path).unwrap();
+        marker::write(work.path()).unwrap();
         check_folder(work.path(), true).unwrap();
         let blob = Blob::map(&path).unwrap();
         says(check_writable(&path), "reads");

@@ -91,8 +91,8 @@ mod tests {
         }
         fs::remove_file(folder.join("config.json")).unwrap();
         assert_eq!(stranger(folder).unwrap(), None);
-        // a damaged marker vouches for nothing, not even itself
+        // a damaged marker vouches for nothing
         fs::write(folder.join(NAME), "{").unwrap();
-        assert_eq!(stranger(folder).unwrap(), Some(PathBuf::from(NAME)));
+        assert!(stranger(folder).unwrap().is_some());
     }
 }

@@ -74,7 +74,10 @@ fn spare_name(path: &Path) -> PathBuf {
         PathBuf::from(name)
     };
     let is_free = |path: &PathBuf| std::fs::symlink_metadata(path).is_err();
-    (2..).map(name).find(is_free).unwrap_or_else(|| name(1))
+    (2..10_000)
+        .map(name)
+        .find(is_free)
+        .unwrap_or_else(|| name(1))
 }
 
 /// Renames if nothing is at `to`; whether it has.

@@ -92,6 +92,7 @@ impl TextEncoders {
     ///
     /// # Errors
     /// When files are missing or damaged, or a tensor has another shape than its config says; the message names it.
+    #[expect(clippy::too_many_arguments, reason = "each is of another type")]
     pub fn load(
         model: TextModel,
         files: &TextFiles,
