@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 
+pub mod doctor;
 pub mod inputs;
 mod report;
 pub mod subject;

@@ -1,7 +1,11 @@
 //! What a calibration takes: forwards, arithmetic and memory, counted before anything is loaded (`--dry-run`).
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
+
+mod counts;
+
+pub use counts::{Bytes, Flops, Forwards};
 
 use super::{options::ResolvedOptions, pass::Shard, recipe::LatentSource};
 use crate::{
@@ -48,7 +52,7 @@ pub(super) fn activity(
     given: Option<u64>,
 ) -> (Activity, Option<u64>) {
     let config = &pipeline.config;
-    let (batch, tokens) = (options.batch, options.size.tokens() + options.text_tokens);
+    let (batch, tokens) = (options.batch, options.tokens());
     // one stream of one block in f32 (f64 on the CPU), its change, and the fresh products next to the sums
     let wide = if budget.on_cpu() { 8 } else { 4 };
     let stream = (batch * tokens * config.hidden_size) as u64;
@@ -69,51 +73,6 @@ pub(super) fn activity(
     // layers and solver are on the host
     activity.extra_bytes += if budget.on_cpu() { 2 * kept } else { kept };
     (activity, sums)
-}
-
-/// Counts for the two parts of a calibration.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Forwards {
-    /// Forwards of sampling images.
-    pub sampling: usize,
-    /// Forwards of running the noised latents.
-    pub statistics: usize,
-}
-
-/// Floating-point operations.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Flops {
-    /// Of sampling images.
-    pub sampling: f64,
-    /// Of running the noised latents.
-    pub statistics: f64,
-    /// Of the products of the sums.
-    pub products: f64,
-}
-
-/// Bytes of memory, and of the file.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Bytes {
-    /// Weights that are on the device at one time.
-    pub weights: u64,
-    /// All sums.
-    pub statistics: u64,
-    /// The widest moment of a forward, and the products next to the sums.
-    pub activations: u64,
-    /// Latents of all images.
-    pub images: u64,
-    /// The statistics file.
-    pub file: u64,
-    /// Fitted layers and the solver.
-    pub solving: u64,
-    /// Token streams of the sequential fits, in memory.
-    pub streams: u64,
-    /// Token streams of the sequential fits for which there is no room there, in a temporary file next to the output.
-    pub temporary_file: u64,
-    /// All that is on the device at one time.
-    pub device: u64,
-    /// All that is on the host at one time.
-    pub host: u64,
 }
 
 /// What a calibration takes. Memory is what programs allocate; mapped pages of the model's file are not counted.
@@ -150,6 +109,8 @@ pub struct CalibrationEstimate {
     pub free: Option<u64>,
     /// Which shard, `2/8`; `None` for all.
     pub shard: Option<String>,
+    /// Seconds for all arithmetic; `None` until the speed was measured.
+    pub seconds: Option<f64>,
     #[serde(skip)]
     details: Details,
 }
@@ -164,6 +125,8 @@ struct Details {
     all_blocks: usize,
     fitting: bool,
     on_cpu: bool,
+    held_out: usize,
+    flops_per_latent: f64,
 }
 
 impl CalibrationEstimate {
@@ -195,8 +158,8 @@ impl CalibrationEstimate {
         let noised = (num_prompts as f64 * noise_levels_per_image).ceil() as usize;
         let of_shard = |count: usize| count.div_ceil(shard.of);
         let image_tokens = options.size.tokens();
-        let tokens = image_tokens + options.text_tokens;
-        let per_latent = cost::model(config, image_tokens, options.text_tokens);
+        let tokens = options.tokens();
+        let per_latent = cost::model(config, tokens - options.text_tokens, options.text_tokens);
         let flops = |count: usize| of_shard(count) as f64 * per_latent.flops() as f64;
         let (activity, room) = self::activity(pipeline, budget, options, stats_memory);
         let kept = blocks_within(config, room);
@@ -246,6 +209,7 @@ impl CalibrationEstimate {
                 sampling: flops(sampling),
                 statistics: flops(noised),
                 products,
+                scoring: 0.0,
             },
             blocks: config.kept_ids().len(),
             blocks_with_sums: kept,
@@ -278,8 +242,54 @@ impl CalibrationEstimate {
                 all_blocks: offload_plan.total(),
                 fitting,
                 on_cpu,
+                held_out: options.held_out,
+                flops_per_latent: per_latent.flops() as f64,
             },
+            seconds: None,
         })
+    }
+
+    /// With the arithmetic of `rounds` rounds of scoring: the first measures every block, later ones a handful, and each
+    /// candidate runs half of the model on average.
+    #[must_use]
+    pub fn with_scoring(mut self, rounds: usize) -> Self {
+        let candidates = match rounds {
+            0 => 0,
+            rounds => self.blocks + 6 * (rounds - 1),
+        };
+        let latents = candidates * self.details.held_out;
+        self.flops.scoring = latents as f64 * self.details.flops_per_latent / 2.0;
+        self
+    }
+
+    /// With the time of all its arithmetic at a speed, in operations per second.
+    #[must_use]
+    pub fn timed(mut self, flops_per_second: f64) -> Self {
+        let f = &self.flops;
+        let all = f.sampling + f.statistics + f.products + f.scoring;
+        self.seconds = Some(all / flops_per_second);
+        self
+    }
+
+    /// Fails if more memory is needed than is free.
+    ///
+    /// # Errors
+    /// The message says how much is missing and which flags take less.
+    pub fn check(&self) -> Result<()> {
+        let needed = if self.details.on_cpu {
+            self.bytes.host
+        } else {
+            self.bytes.device
+        };
+        let Some(free) = self.free.filter(|free| *free < needed) else {
+            return Ok(());
+        };
+        bail!(
+            "it cannot work here: {} of memory are needed on {}, {} are free\nhint: --offload and --max-vram keep fewer blocks, --stats-memory fewer sums; smaller images (--width, --height) and fewer prompts (--num-prompts) take less",
+            ui::bytes(needed as f64),
+            self.runtime,
+            ui::bytes(free as f64)
+        )
     }
 
     /// For people.
@@ -299,18 +309,18 @@ impl CalibrationEstimate {
                 ui::flops(self.flops.sampling)
             ),
             format!(
-                "statistics  {} noised latents, {} forwards more: {} and {} for the sums",
+                "statistics  {} noised latents, {} forwards more: {}",
                 d.noised,
                 self.forwards.statistics,
                 ui::flops(self.flops.statistics),
-                ui::flops(self.flops.products)
             ),
             format!(
-                "sums        {} of {} blocks, {} ({} each)",
+                "sums        {} of {} blocks, {} ({} each): {}",
                 self.blocks_with_sums,
                 self.blocks,
                 size(b.statistics),
-                size(d.sums_of_a_block)
+                size(d.sums_of_a_block),
+                ui::flops(self.flops.products)
             ),
             if self.blocks_on_the_device == d.all_blocks {
                 format!("weights     {}", size(b.weights))
@@ -326,7 +336,7 @@ impl CalibrationEstimate {
         ];
         lines.push(if d.fitting {
             format!(
-                "fits        {} for layers and solver, {} for token streams",
+                "fits        {} for layers and solver, {} for activations",
                 size(b.solving),
                 size(b.streams)
             )
@@ -349,6 +359,16 @@ impl CalibrationEstimate {
             )
         });
         lines.extend(self.free.map(|free| format!("free        {}", size(free))));
+        if self.flops.scoring > 0.0 {
+            let flops = ui::flops(self.flops.scoring);
+            lines.push(format!(
+                "scoring     {flops} for choosing blocks by running the model"
+            ));
+        }
+        lines.extend(self.seconds.map(|s| {
+            let time = ui::duration(s);
+            format!("time        about {time} at the speed of a large product here")
+        }));
         lines.join("\n")
     }
 }

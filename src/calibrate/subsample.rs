@@ -25,8 +25,8 @@ impl TokenSubset {
     }
 }
 
-/// The tokens of a forward that sums are made of: all, or about `limit`, evenly spread over each sample and shifted
-/// from batch to batch. The same for the same batch, always.
+/// The tokens of each sample of a forward that sums are made of, the same of all `samples`, (chosen,): about `limit` in
+/// all, as [`TokenSubset`] spreads them; `None` if all are taken.
 ///
 /// # Errors
 /// When memory is short.
@@ -34,18 +34,17 @@ pub fn from_samples(
     samples: usize,
     tokens: usize,
     limit: Option<usize>,
-    batch: usize,
+    forward: usize,
     device: &Device,
 ) -> Result<Option<Tensor>> {
-    let wanted = limit.map_or(tokens, |limit| limit.div_ceil(samples.max(1)).max(1));
-    if wanted >= tokens {
-        return Ok(None);
-    }
-    let shift = batch.wrapping_mul(0x9E37_79B1) % tokens;
-    let chosen: Vec<u32> = (0..wanted)
-        .map(|i| ((i * tokens / wanted + shift) % tokens) as u32)
-        .collect();
-    Ok(Some(Tensor::new(chosen, device)?))
+    let subset = TokenSubset {
+        limit: limit.map(|limit| limit.div_ceil(samples.max(1)).max(1)),
+        forward: forward as u64,
+    };
+    let chosen = subset.indices(tokens);
+    Ok(chosen
+        .map(|chosen| Tensor::new(chosen, device))
+        .transpose()?)
 }
 
 /// `x` (b, n, …) at the chosen tokens and samples; all if `None`.

@@ -32,7 +32,7 @@ pub use shared::{
     OutputArgs, PartsArgs, PatchArgs, PipelineArgs, PrintArgs, PromptsArgs, RecipeArgs, RunArgs,
     SamplingArgs, SeedArgs, SizeArgs,
 };
-pub use shell::{CompletionsArgs, ManArgs};
+pub use shell::{CompletionsArgs, DoctorArgs, ManArgs};
 pub use train::TrainArgs;
 
 /// Prune FLUX.1: replace its least important transformer blocks by linear layers and generate with what is left.
@@ -91,7 +91,7 @@ pub enum Command {
     Score(ScoreArgs),
     /// Choose the blocks to replace and estimate what that saves, without writing a model.
     #[command(
-        after_help = "Examples:\n  fastflux plan --ratio 0.2 --output plan.json\n  fastflux plan --scores scores.json --budget-params 9.5B --protect double.00,single.37\n  fastflux plan --model flux1-dev.safetensors --stats stats.safetensors --target-speedup 1.2"
+        after_help = "Examples:\n  fastflux plan --ratio 0.2 --output plan.json\n  fastflux plan --scores scores.json --ratio 0.1,0.2,0.3,0.4\n  fastflux plan --for 24GiB --model black-forest-labs/FLUX.1-dev\n  fastflux plan --model flux1-dev.safetensors --stats stats.safetensors --target-speedup 1.2"
     )]
     Plan(PlanArgs),
     /// Replace the least important blocks by linear layers and write a pruned checkpoint.
@@ -100,6 +100,8 @@ pub enum Command {
     )]
     Prune(PruneArgs),
     /// Train what a pruned model has in place of its blocks, and a LoRA next to it, towards the unpruned model.
+    ///
+    /// Without --model the bundled model is pruned at 20 % first, which takes about a minute.
     #[command(
         after_help = "Examples:\n  fastflux train-sandwich --output trained\n  fastflux train-sandwich --model pruned --output trained --rank 16 --log losses.jsonl"
     )]
@@ -142,6 +144,9 @@ pub enum Command {
         after_help = "Examples:\n  fastflux bench\n  fastflux bench --model pruned --against flux1-dev.safetensors --size 512,1024 --batch 1,2\n  fastflux bench --config flux1-dev --dtype bf16 --json"
     )]
     Bench(BenchArgs),
+    /// Show what this build can do and what the machine has: features, kernels, GPUs, free memory and disk, cache.
+    #[command(after_help = "Example:\n  fastflux doctor")]
+    Doctor(DoctorArgs),
     /// Print a script that makes a shell complete commands and flags.
     #[command(
         after_help = "Examples:\n  fastflux completions bash > ~/.local/share/bash-completion/completions/fastflux\n  fastflux completions zsh > \"${fpath[1]}/_fastflux\"\n  fastflux completions fish > ~/.config/fish/completions/fastflux.fish"

@@ -44,8 +44,8 @@ pub struct ScoreArgs {
 )]
 pub struct GoalArgs {
     /// Share of all blocks to replace, above 0 and below 1. Default: 0.2.
-    #[arg(long, group = "goal", value_parser = share)]
-    pub ratio: Option<f64>,
+    #[arg(long, group = "goal", value_parser = share, value_delimiter = ',')]
+    pub ratio: Vec<f64>,
     /// Replace just these blocks, such as double.05,single.20-24.
     #[arg(long, value_name = "LIST", group = "goal", conflicts_with = "protect")]
     pub blocks: Option<String>,
@@ -70,6 +70,7 @@ pub struct GoalArgs {
 #[derive(Args, Debug)]
 #[expect(missing_docs, reason = "flattened arguments")]
 #[command(
+    mut_arg("ratio", |arg| arg.help("Share of all blocks to replace, above 0 and below 1; several, such as 0.1,0.2,0.3, give a plan each, a table and a chart. Default: 0.2")),
     mut_arg("output", |arg| written(arg, "FILE", "plan.json", "Plan to write"))
 )]
 pub struct PlanArgs {
@@ -77,6 +78,9 @@ pub struct PlanArgs {
     pub pipeline: PipelineArgs,
     #[command(flatten)]
     pub goal: GoalArgs,
+    /// Show what a card of this size can run, such as 24GiB, and the commands that get there; write nothing.
+    #[arg(long = "for", value_name = "SIZE", value_parser = bytes, help_heading = "Goal")]
+    pub card: Option<u64>,
     /// Rank by these scores, made by `score`, instead of running the model.
     #[arg(
         long,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Arg, Args};
 
-use super::units::{bytes, number, whole};
+use super::units::{bytes, number, seed, whole};
 use crate::{
     checkpoint::{lora::LoraChoice, output::Naming},
     device::{DTypeChoice, DeviceChoice},
@@ -158,18 +158,19 @@ pub struct SizeArgs {
 /// The seed.
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub struct SeedArgs {
-    /// Seed of all that is random. Default: 0.
-    #[arg(long)]
+    /// Seed of all that is random: a number, or random. Default: 0.
+    #[arg(long, value_name = "N|random", value_parser = seed)]
     pub seed: Option<u64>,
 }
 
 /// How images are sampled.
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub struct SamplingArgs {
-    /// Sampling steps. Default: the model's own (dev 28, schnell 4).
+    /// Sampling steps. Default: the model's own (dev 28, schnell 4; FLUX.2 klein 4, its base 50).
     #[arg(long, value_parser = whole(1, MAX_STEPS))]
     pub steps: Option<usize>,
-    /// Guidance scale, for models with a guidance embedding. Default: the model's own (dev 3.5).
+    /// Guidance scale, for models with a guidance embedding and for FLUX.2 as long as it was not distilled. Default: the
+    /// model's own (dev 3.5, klein's base 4).
     #[arg(long, value_parser = number(0.0, MAX_GUIDANCE), allow_negative_numbers = true)]
     pub guidance: Option<f64>,
 }

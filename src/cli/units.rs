@@ -1,5 +1,7 @@
 //! How numbers are written on the command line, and the ranges that they must be in.
 
+use std::{collections::hash_map::RandomState, hash::BuildHasher};
+
 use safetensors::Dtype;
 
 /// Units of sizes, in bytes; those of one letter count in powers of two.
@@ -20,8 +22,15 @@ const SIZES: [(&str, f64); 13] = [
 ];
 const COUNTS: [(&str, f64); 3] = [("K", 1e3), ("M", 1e6), ("B", 1e9)];
 
-/// Bytes: `8GiB`, `500MB`, `8G` (as GiB) or a plain number.
+/// Bytes: `8GiB`, `500MB` or `8G` (as GiB); a number without a unit is refused.
 pub(super) fn bytes(text: &str) -> Result<u64, String> {
+    let number = text.trim();
+    if number
+        .parse::<f64>()
+        .is_ok_and(|n| n.is_finite() && n > 0.0)
+    {
+        return Err(format!("a size needs a unit: {number}GiB?"));
+    }
     with_unit(text, &SIZES).ok_or_else(|| "expected a size such as 16GiB or 500MB".to_owned())
 }
 
@@ -62,6 +71,18 @@ pub(super) fn number(
     }
 }
 
+/// A seed: a number, or `random`.
+pub(super) fn seed(text: &str) -> Result<u64, String> {
+    if text == "random" {
+        // short enough to be typed again
+        return Ok(u64::from(
+            RandomState::new().hash_one(std::process::id()) as u32
+        ));
+    }
+    let seed = text.parse();
+    seed.map_err(|_| "expected a whole number, or random".to_owned())
+}
+
 /// A share above 0 and below 1.
 pub(super) fn share(text: &str) -> Result<f64, String> {
     let share = text.parse().ok().filter(|n| *n > 0.0 && *n < 1.0);
@@ -95,7 +116,8 @@ mod tests {
     fn sizes_and_counts_read_as_people_write_them() {
         assert_eq!(bytes("16GiB"), Ok(16 << 30));
         assert_eq!(bytes("1.5 MB"), Ok(1_500_000));
-        assert_eq!(bytes("42"), Ok(42));
+        assert_eq!(bytes("42B"), Ok(42));
+        assert!(bytes("16").is_err_and(|why| why.contains("16GiB?")));
         assert_eq!(bytes("1TB"), Ok(1_000_000_000_000));
         assert_eq!(bytes("1TiB"), Ok(1 << 40));
         for (unit, power) in [("K", 10), ("M", 20), ("G", 30), ("T", 40)] {

@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::options;
 use crate::{
+    bench::timing,
     calibrate::{
         Calibrator, memory::CalibrationEstimate, options::ResolvedOptions, pass::Shard,
         report::CalibrationReport, run::RunOptions,
@@ -27,7 +28,10 @@ pub(super) fn run(args: &CalibrateArgs, reporter: &Reporter) -> Result<()> {
     if args.dry_run.dry_run {
         let estimate =
             CalibrationEstimate::new(&pipeline, &budget, &options, shard, memory, false)?;
-        return super::show(args.output.print, &estimate, || estimate.text());
+        let speed = timing::peak(&budget.runtime().device, budget.runtime().dtype)?;
+        let estimate = estimate.timed(speed.flops);
+        super::show(args.output.print, &estimate, || estimate.text())?;
+        return estimate.check();
     }
     target::check_writable(output)?;
     let calibrator = Calibrator::open(&pipeline, &budget, options, memory)?;
@@ -41,6 +45,11 @@ pub(super) fn run(args: &CalibrateArgs, reporter: &Reporter) -> Result<()> {
     run.remove_partial()?;
     let report = CalibrationReport::new(&calibration, output);
     super::show(args.output.print, &report, || report.text())?;
-    reporter.note(format!("wrote `{}`", output.display()));
+    let model = super::model_flag(args.pipeline.model.model.as_deref());
+    let next = format!(
+        "plan {model}--stats {} --ratio 0.2",
+        super::path_word(output)
+    );
+    super::wrote(reporter, output, &next);
     Ok(())
 }

@@ -1,19 +1,21 @@
 //! `generate`: prompts → PNG files.
 
-use std::path::Path;
+use std::collections::BTreeSet;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::options;
 use crate::{
-    checkpoint::{record, target},
+    checkpoint::target,
     cli::GenerateArgs,
+    eval::scenes::Scene,
+    files::BUNDLED,
     pipeline::{
         Pipeline,
-        generate::{self, GenerateReport, ImageJob},
+        generate::{self, GenerateReport, ImageJob, ImageName},
         load, prompts,
     },
-    sample::{png::Image, size::ImageSize},
+    sample::size::ImageSize,
     ui::{self, Reporter},
 };
 
@@ -32,36 +34,38 @@ pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
         args.images_per_prompt,
         prompts.len()
     );
-    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
-    let size = pipeline.image_size(args.size.width, args.size.height)?;
-    if args.sampling.guidance.is_some() && !pipeline.config.guidance_embed {
-        reporter.note(format!(
-            "`{}` has no guidance embedding: --guidance has no effect",
-            pipeline.name
-        ));
-    }
-    let jobs = jobs(args, &pipeline, &prompts, size)?;
+    let (mut pipeline, budget) =
+        options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
+    let references = load::reference_images(&pipeline, &args.image)?;
+    let size = pipeline.size_of_edit(args.size.width, args.size.height, &references)?;
+    let negative = args.negative_prompt.as_deref();
+    let guidance = pipeline.guide(args.sampling.guidance, negative)?;
+    let jobs = jobs(args, &pipeline, &prompts, (size, guidance))?;
+    generate::create_folders(&jobs)?;
     for job in &jobs {
         target::check_file(&job.path, args.output.force)?;
     }
-    create_folders(&jobs)?;
+    say_what_is_drawn(&jobs, &pipeline);
     let vae_files = pipeline.vae_files()?;
     let steps = jobs.first().map_or(1, |job| job.steps);
     load::schedule(&pipeline)?
         .sigmas(steps, size.tokens())
         .with_context(|| pipeline.scheduler_name.clone())?;
-    let encoded = load::encode_prompts(
-        &pipeline,
-        &prompts,
-        args.max_sequence_length,
-        budget.runtime(),
-    )?;
+    let (length, runtime) = (args.max_sequence_length, budget.runtime());
+    let mut encoded = load::encode_prompts(&pipeline, &prompts, length, runtime)?;
+    if !references.is_empty() {
+        encoded.references = Some(load::references(&pipeline, &references, runtime)?);
+    }
     let latents = generate::latents(&pipeline, &budget, &jobs, &encoded, size)?;
-    let decoder = budget.decoder(&vae_files, size.latent(), args.decode.vae_tile)?;
+    let decoder = budget.decoder(
+        &vae_files,
+        size.latent(pipeline.config.family),
+        args.decode.vae_tile,
+    )?;
     for (i, job) in jobs.iter().enumerate() {
         let image = decoder.images(&latents.narrow(0, i, 1)?)?;
         let image = image.first().context("the VAE gave no image")?;
-        write(job, image, &pipeline)?;
+        job.save(image, &pipeline)?;
         if !args.output.print.json {
             ui::data(job.path.display().to_string())?;
         }
@@ -75,37 +79,37 @@ pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
     Ok(())
 }
 
-/// All images with their paths; two may not share one.
+/// All images with their paths: names that are taken are numbered on.
 fn jobs(
     args: &GenerateArgs,
     pipeline: &Pipeline,
     prompts: &[String],
-    size: ImageSize,
+    (size, guidance): (ImageSize, Option<f64>),
 ) -> Result<Vec<ImageJob>> {
     let several = prompts.len() * args.images_per_prompt > 1;
     let seed = args.seed.seed.unwrap_or_default();
-    let mut jobs = Vec::new();
+    let (mut jobs, mut taken) = (Vec::new(), BTreeSet::new());
     for (prompt_index, prompt) in prompts.iter().enumerate() {
         for image_index in 0..args.images_per_prompt {
+            // an image's own seed: it can be drawn alone
+            let seed = seed.wrapping_add(image_index as u64);
+            let name = ImageName {
+                prompt,
+                seed,
+                prompt_index,
+                image_index,
+                several,
+            };
+            let path = name.path(&args.output.path)?;
             jobs.push(ImageJob {
-                path: generate::output_path(
-                    &args.output.path,
-                    seed,
-                    prompt_index,
-                    image_index,
-                    several,
-                )?,
+                path: generate::free_path(path, args.output.force, &mut taken),
                 prompt: prompt.clone(),
                 seed,
                 steps: args
                     .sampling
                     .steps
                     .unwrap_or_else(|| pipeline.default_steps()),
-                guidance: pipeline.config.guidance_embed.then(|| {
-                    args.sampling
-                        .guidance
-                        .unwrap_or_else(|| pipeline.default_guidance())
-                }),
+                guidance,
                 width: size.width,
                 height: size.height,
                 prompt_index,
@@ -113,41 +117,26 @@ fn jobs(
             });
         }
     }
-    let mut paths: Vec<&Path> = jobs.iter().map(|job| job.path.as_path()).collect();
-    paths.sort();
-    if let Some(twice) = paths.windows(2).find(|pair| pair[0] == pair[1]) {
-        bail!(
-            "--output `{}` would be written twice\nhint: use a folder, or a pattern with {{prompt}} and {{image}}",
-            twice[0].display()
-        );
-    }
     Ok(jobs)
 }
 
-fn create_folders(jobs: &[ImageJob]) -> Result<()> {
-    for folder in jobs
-        .iter()
-        .filter_map(|job| job.path.parent())
-        .filter(|p| !p.as_os_str().is_empty())
-    {
-        std::fs::create_dir_all(folder)
-            .with_context(|| format!("cannot create `{}`", folder.display()))?;
+/// One line with what the images are drawn with, and a warning if the bundled model does not know the words.
+fn say_what_is_drawn(jobs: &[ImageJob], pipeline: &Pipeline) {
+    let Some(first) = jobs.first() else { return };
+    let guidance = first
+        .guidance
+        .map_or_else(String::new, |g| format!(", guidance {g}"));
+    pipeline.reporter.note(format!(
+        "{}×{}, {} steps{guidance}, seed {}",
+        first.width, first.height, first.steps, first.seed
+    ));
+    let base = pipeline.record.as_ref().map(|record| record.base.as_str());
+    let is_bundled = [Some(pipeline.model_ref.as_str()), base].contains(&Some(BUNDLED));
+    let unknown = jobs.iter().find(|job| Scene::parse(&job.prompt).is_none());
+    if let Some(job) = unknown.filter(|_| is_bundled) {
+        pipeline.reporter.warn(format!(
+            "the bundled model knows captions of coloured shapes only, such as \"a red circle left of a blue square on a white background\", and nothing of \"{}\"",
+            job.prompt
+        ));
     }
-    Ok(())
-}
-
-fn write(job: &ImageJob, image: &Image, pipeline: &Pipeline) -> Result<()> {
-    let text = [
-        ("prompt", job.prompt.as_str()),
-        ("seed", &job.seed.to_string()),
-        ("image", &job.image_index.to_string()),
-        ("steps", &job.steps.to_string()),
-        ("guidance", &job.guidance.unwrap_or_default().to_string()),
-        ("size", &format!("{}x{}", job.width, job.height)),
-        ("model", &pipeline.model_ref),
-        ("Software", &record::software()),
-        ("lora", &pipeline.lora_names()),
-    ];
-    let used = text.len() - usize::from(pipeline.lora.is_empty());
-    image.save(&job.path, &text[..used])
 }

@@ -15,11 +15,19 @@ use crate::{
 };
 
 /// Configurations that can be named without a file.
-const BUNDLED: [(&str, &str); 2] = [
+const BUNDLED: [(&str, &str); 4] = [
     ("flux1-dev", include_str!("../../configs/flux1/dev.json")),
     (
         "flux1-schnell",
         include_str!("../../configs/flux1/schnell.json"),
+    ),
+    (
+        "flux2-klein-4b",
+        include_str!("../../configs/flux2/klein-4b.json"),
+    ),
+    (
+        "flux2-klein-9b",
+        include_str!("../../configs/flux2/klein-9b.json"),
     ),
 ];
 
@@ -82,6 +90,13 @@ pub(super) fn read_config(name: &str) -> Result<ConfigFile> {
             name: (*known).to_owned(),
             json: serde_json::from_str(text)?,
         }),
+        _ if !Path::new(name).exists() => {
+            let names: Vec<&str> = BUNDLED.iter().map(|(known, _)| *known).collect();
+            bail!(
+                "--config: `{name}` does not exist\nhint: name a file, or one of {}",
+                names.join(", ")
+            )
+        }
         _ => ConfigFile::read(Path::new(name)),
     }
     .context("--config")

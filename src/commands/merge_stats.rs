@@ -43,6 +43,7 @@ pub(super) fn run(args: &MergeStatsArgs, reporter: &Reporter) -> Result<()> {
     sum.write_output(output)?;
     let report = CalibrationReport::new(&sum, output);
     super::show(args.output.print, &report, || report.text())?;
-    reporter.note(format!("wrote `{}`", output.display()));
+    let next = format!("plan --stats {} --ratio 0.2", super::path_word(output));
+    super::wrote(reporter, output, &next);
     Ok(())
 }

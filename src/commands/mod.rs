@@ -1,13 +1,16 @@
 //! One file per subcommand: read, call the stage, write. All I/O and talk happens here.
 
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
 use anyhow::Result;
 use serde::Serialize;
 
 use self::options::{bare_choice, memory, model_choice, open, runtime};
 use crate::{
+    checkpoint::save,
     cli::{Command, PrintArgs},
+    plot::losses::{self, LossPoint},
+    train::Entry,
     ui::{self, Reporter},
 };
 
@@ -15,6 +18,7 @@ mod bench;
 mod calibrate;
 mod convert;
 mod diff;
+mod doctor;
 mod eval;
 mod generate;
 mod init;
@@ -50,8 +54,43 @@ pub fn run(command: Command, reporter: &Reporter) -> Result<ExitCode> {
         Command::Init(args) => init::run(&args, reporter).map(|()| ExitCode::SUCCESS),
         Command::Eval(args) => eval::run(&args, reporter).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args, reporter).map(|()| ExitCode::SUCCESS),
+        Command::Doctor(args) => doctor::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Completions(args) => shell::completions(&args).map(|()| ExitCode::SUCCESS),
         Command::Man(args) => shell::man(&args).map(|()| ExitCode::SUCCESS),
+    }
+}
+
+/// Prose below tables is broken at this many columns; tables are no wider.
+const COLUMNS: usize = 80;
+
+/// Says what was written, and the command that usually follows.
+fn wrote(reporter: &Reporter, output: &Path, next: &str) {
+    reporter.note(format!("wrote `{}`", output.display()));
+    suggest(reporter, next);
+}
+
+/// A path for a shell.
+fn path_word(path: &Path) -> String {
+    quoted(&path.display().to_string())
+}
+
+/// Names the command that usually follows, on stderr.
+fn suggest(reporter: &Reporter, command: &str) {
+    reporter.note(format!("next: fastflux {command}"));
+}
+
+/// `--model NAME ` as the user gave it, for commands that are suggested.
+fn model_flag(model: Option<&str>) -> String {
+    model.map_or_else(String::new, |model| format!("--model {} ", quoted(model)))
+}
+
+/// A word for a shell, in quotes if it needs them.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "@/._-+:,".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
     }
 }
 
@@ -60,6 +99,18 @@ fn show(print: PrintArgs, report: &impl Serialize, table: impl FnOnce() -> Strin
     if print.json {
         ui::json(report)
     } else {
-        ui::data(table())
+        ui::data(ui::wrap(&table(), Some(COLUMNS)))
     }
+}
+
+/// The chart of a training run.
+fn write_losses(path: &Path, log: &[Entry]) -> Result<()> {
+    let points = log.iter().map(|entry| LossPoint {
+        phase: &entry.phase,
+        step: entry.step,
+        loss: entry.loss,
+        held_out: entry.held_out,
+    });
+    let chart = losses::svg_of(&points.collect::<Vec<_>>())?;
+    save::write_bytes(path, chart.as_bytes())
 }

@@ -94,6 +94,10 @@ pub(super) fn recipe(args: &CalibrationArgs) -> Result<PruneRecipe> {
         (c.source == LatentSource::Images) == args.images.is_some(),
         "calibrating on images takes --images DIR"
     );
+    if !args.image.is_empty() {
+        let absolute = args.image.iter().map(std::path::absolute);
+        c.reference_images = absolute.collect::<std::io::Result<_>>()?;
+    }
     c.num_prompts = args.prompts.num_prompts.or(c.num_prompts);
     c.steps = args.steps.or(c.steps);
     c.width = args.size.width.or(c.width);
@@ -107,7 +111,13 @@ pub(super) fn recipe(args: &CalibrationArgs) -> Result<PruneRecipe> {
 /// The recipe with the flags of calibration and goal laid over it.
 pub(super) fn recipe_for(args: &CalibrationArgs, goal: &GoalArgs) -> Result<PruneRecipe> {
     let mut recipe = recipe(args)?;
-    recipe.ratio = goal.ratio.unwrap_or(recipe.ratio);
+    // of several ratios the largest: the others are on the way to it
+    recipe.ratio = goal
+        .ratio
+        .iter()
+        .copied()
+        .reduce(f64::max)
+        .unwrap_or(recipe.ratio);
     recipe.fit.form = goal.form.unwrap_or(recipe.fit.form);
     recipe.validate()?;
     Ok(recipe)
@@ -144,6 +154,10 @@ pub(super) fn goal(args: &GoalArgs, plan: Option<PathBuf>) -> GoalOptions {
 
 /// All that `prune` is asked for.
 pub(super) fn prune(args: &PruneArgs) -> Result<PruneOptions> {
+    ensure!(
+        args.goal.ratio.len() < 2,
+        "--ratio: one number is expected here\nhint: `fastflux plan` takes several and writes a plan for each"
+    );
     let recipe = recipe_for(&args.calibration, &args.goal)?;
     Ok(PruneOptions {
         calibration: calibration(&args.calibration, Some(&args.stats), &recipe),

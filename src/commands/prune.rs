@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::options;
 use crate::{
+    bench::timing,
     calibrate::{memory::CalibrationEstimate, options::ResolvedOptions, pass::Shard},
     checkpoint::target,
     cli::PruneArgs,
@@ -25,10 +26,17 @@ pub(super) fn run(args: &PruneArgs, reporter: &Reporter) -> Result<()> {
         let memory = options.calibration.stats_memory;
         let estimate =
             CalibrationEstimate::new(&pipeline, &budget, &resolved, Shard::WHOLE, memory, true)?;
-        return super::show(args.output.print, &estimate, || estimate.text());
+        let rounds = options.goal.rounds(&options.recipe, &pipeline)?;
+        let speed = timing::peak(&budget.runtime().device, budget.runtime().dtype)?;
+        let estimate = estimate.with_scoring(rounds).timed(speed.flops);
+        super::show(args.output.print, &estimate, || estimate.text())?;
+        return estimate.check();
     }
     let report = prune::run::run(&pipeline, &budget, &options)?;
     super::show(args.output.print, &report, || report.text())?;
-    reporter.note(format!("wrote `{}`", options.output.display()));
+    let model = super::path_word(&options.output);
+    let next =
+        format!("eval --model {model} (compares), or train-sandwich --model {model} (heals)");
+    super::wrote(reporter, &options.output, &next);
     Ok(())
 }

@@ -40,5 +40,11 @@ pub(super) fn run(args: &ScoreArgs, reporter: &Reporter) -> Result<()> {
         output.display(),
         chart.display()
     ));
+    let model = super::model_flag(args.pipeline.model.model.as_deref());
+    let scores = super::quoted(&output.display().to_string());
+    super::suggest(
+        reporter,
+        &format!("plan {model}--scores {scores} --ratio 0.1,0.2,0.3"),
+    );
     Ok(())
 }

@@ -7,16 +7,14 @@ use anyhow::{Context, Result, bail};
 use super::options;
 use crate::{
     checkpoint::{
-        save,
         target::{self, OutputFolder},
         with_hint,
     },
     cli::TrainArgs,
     pipeline::{LORA_FILE, ModelChoice, Pipeline, placement::MemoryBudget},
-    plot::losses::{self, LossPoint},
     prune::{self, options::PruneOptions},
     train::{
-        self, Entry,
+        self,
         pair::Pair,
         progress::{self, ProgressObserver},
         report::{self, DryRunReport, REPORT, TrainReport},
@@ -99,14 +97,15 @@ pub(super) fn run(args: &TrainArgs, reporter: &Reporter) -> Result<()> {
         args.layout.layout,
         keep_lora,
     )?;
-    write_chart(&target.path().join("loss.svg"), &trained.saved.progress.log)?;
+    super::write_losses(&target.path().join("loss.svg"), &trained.saved.progress.log)?;
     target.finish()?;
     if keep_lora {
         let lora = output.join(LORA_FILE).display().to_string();
         reporter.note(format!("--lora {lora} applies what is not merged"));
     }
     super::show(args.output.print, &report, || report.table())?;
-    reporter.note(format!("wrote `{}`", output.display()));
+    let next = format!("eval --model {}", super::path_word(output));
+    super::wrote(reporter, output, &next);
     state::remove(&folder)
 }
 
@@ -139,15 +138,4 @@ fn open_pruned(args: &TrainArgs, choice: &ModelChoice, folder: &Path) -> Result<
         model: Some(folder.display().to_string()),
         ..choice.clone()
     })
-}
-
-fn write_chart(path: &Path, log: &[Entry]) -> Result<()> {
-    let points = log.iter().map(|entry| LossPoint {
-        phase: &entry.phase,
-        step: entry.step,
-        loss: entry.loss,
-        held_out: entry.held_out,
-    });
-    let chart = losses::svg_of(&points.collect::<Vec<_>>())?;
-    save::write_bytes(path, chart.as_bytes())
 }

@@ -149,9 +149,9 @@ impl Summary {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Share {
     /// Successes.
-    pub of: usize,
+    pub successes: usize,
     /// Attempts.
-    pub count: usize,
+    pub attempts: usize,
     /// Successes by attempts.
     pub share: f64,
     /// Lower end of the interval.
@@ -161,21 +161,25 @@ pub struct Share {
 }
 
 impl Share {
-    /// `of` successes in `count` attempts, with Wilson's score interval, which stays sound near 0 and 1
+    /// `successes` in `attempts`, with Wilson's score interval, which stays sound near 0 and 1
     /// (Wilson 1927, DOI 10.1080/01621459.1927.10502953).
-    pub fn wilson(of: usize, count: usize) -> Self {
+    pub fn wilson(successes: usize, attempts: usize) -> Self {
         const Z: f64 = 1.959_963_984_540_054;
-        let n = count.max(1) as f64;
-        let share = of as f64 / n;
+        let n = attempts.max(1) as f64;
+        let share = successes as f64 / n;
         let scale = 1.0 + Z * Z / n;
         let middle = (share + Z * Z / (2.0 * n)) / scale;
         let half = Z / scale * (share * (1.0 - share) / n + Z * Z / (4.0 * n * n)).sqrt();
         Self {
-            of,
-            count,
+            successes,
+            attempts,
             share,
-            low: if of == 0 { 0.0 } else { middle - half },
-            high: if of >= count { 1.0 } else { middle + half },
+            low: if successes == 0 { 0.0 } else { middle - half },
+            high: if successes >= attempts {
+                1.0
+            } else {
+                middle + half
+            },
         }
     }
 }

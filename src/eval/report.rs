@@ -281,7 +281,7 @@ impl Report {
         if let Some(score) = self.models.iter().find_map(|m| m.prompt_following) {
             out.push_str(&format!(
                 "\nfollowed: share of {} prompts in %, 95 % interval in report.html",
-                score.ok.count
+                score.ok.attempts
             ));
         }
         for (index, model) in self.models.iter().enumerate() {
@@ -346,6 +346,9 @@ mod tests {
             ..Verdict::default()
         };
         let score = PromptFollowing::from_verdicts(&[right, Verdict::default()]).unwrap();
-        assert_eq!((score.ok.of, score.ok.count, score.count.of), (1, 2, 0));
+        assert_eq!(
+            (score.ok.successes, score.ok.attempts, score.count.successes),
+            (1, 2, 0)
+        );
     }
 }

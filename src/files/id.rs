@@ -79,6 +79,22 @@ mod tests {
         parse_id(text)
     }
 
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig {
+            failure_persistence: None,
+            ..proptest::prelude::ProptestConfig::default()
+        })]
+
+        #[test]
+        fn any_text_is_an_id_of_the_hubs_form_or_none(text in "[a-zA-Z0-9@/_.:-]{0,30}") {
+            if let Some((id, revision)) = parse_id(&text) {
+                let (owner, name) = id.split_once('/').unwrap();
+                assert!(is_part(owner) && is_part(name) && !name.contains('/'), "{text}");
+                assert!(revision.is_none_or(|r| is_revision(&r)), "{text}");
+            }
+        }
+    }
+
     #[test]
     fn owner_and_name_are_an_id() {
         for text in [

@@ -17,10 +17,12 @@ mod bundled;
 mod hub;
 mod id;
 pub mod output;
+mod space;
 
 #[cfg(feature = "hub")]
 pub use hub::HubSettings;
 pub use id::parse_id;
+pub use space::free_space;
 
 use crate::ui::Reporter;
 
@@ -291,6 +293,38 @@ impl Files {
             #[cfg(feature = "hub")]
             Root::Hub(repo) => repo.resolved(),
         }
+    }
+}
+
+/// Where files of the hub are kept, and how the hub is asked.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Cache {
+    /// The folder.
+    pub folder: String,
+    /// Whether the hub is never asked.
+    pub offline: bool,
+    /// Whether there is an access token.
+    pub has_token: bool,
+    /// Free bytes on its disk.
+    pub free: Option<u64>,
+}
+
+impl Cache {
+    /// As the environment says; `None` in a build without hub.
+    pub fn from_env() -> Option<Self> {
+        #[cfg(feature = "hub")]
+        {
+            let settings = HubSettings::from_env(Reporter::silent());
+            let mut there = settings.cache.ancestors();
+            Some(Self {
+                free: there.find(|folder| folder.exists()).and_then(free_space),
+                folder: settings.cache.display().to_string(),
+                offline: settings.offline,
+                has_token: settings.token.is_some(),
+            })
+        }
+        #[cfg(not(feature = "hub"))]
+        None
     }
 }
 

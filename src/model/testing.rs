@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::Write as _;
 use std::sync::{Arc, Mutex};
 
 use candle::{DType, Device, Result, Shape, Tensor};
@@ -123,34 +122,12 @@ pub(super) fn random_flux_on(device: &Device, config: &FluxConfig, dtype: DType)
     )
 }
 
-/// Reports on standard error that the test which runs on this thread skips what needs `hardware` (`avx512`,
-/// `avx512bf16`, `cuda`), once for each test, past the harness, which would hide it.
-///
-/// Panics if `FASTFLUX_REQUIRE`, a list such as `avx512,cuda`, names it: there a skipped test is a failed one.
-pub(super) fn skip(hardware: &str) {
-    static REPORTED: Mutex<Vec<String>> = Mutex::new(Vec::new());
-    let required = std::env::var("FASTFLUX_REQUIRE").unwrap_or_default();
-    assert!(
-        !required.split(',').any(|name| name.trim() == hardware),
-        "FASTFLUX_REQUIRE names {hardware}, which this machine does not have"
-    );
-    let thread = std::thread::current();
-    let test = thread.name().unwrap_or("a test");
-    let line = format!("skipped: {test}: no {hardware} here\n");
-    let mut reported = REPORTED.lock().expect("no panic while reporting");
-    if !reported.contains(&line) {
-        // a closed stderr must not fail the test
-        let _ = std::io::stderr().write_all(line.as_bytes());
-        reported.push(line);
-    }
-}
-
 /// The first GPU; `None`, and the test counts as skipped, if there is none.
 #[cfg(feature = "cuda")]
 pub(super) fn gpu() -> Option<Device> {
     let gpu = Device::new_cuda(0).ok();
     if gpu.is_none() {
-        skip("cuda");
+        crate::ui::skip("cuda");
     }
     gpu
 }

@@ -1,6 +1,9 @@
 //! Prompts → latents of images, in batches that fit into memory.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, bail, ensure};
 use candle::Tensor;
@@ -10,9 +13,13 @@ use super::{
     Pipeline, load,
     placement::{Activity, MemoryBudget},
 };
-use crate::sample::{
-    denoise::{Denoise, Encoded, starting_noise},
-    size::ImageSize,
+use crate::{
+    checkpoint::record,
+    sample::{
+        denoise::{Denoise, Encoded, starting_noise},
+        png::Image,
+        size::ImageSize,
+    },
 };
 
 /// Tokens in one forward: small images go through the model several at a time.
@@ -25,7 +32,7 @@ pub struct ImageJob {
     pub path: PathBuf,
     /// What is on it.
     pub prompt: String,
-    /// Seed of the noise.
+    /// Seed of the noise: the image's own, so that it can be drawn alone.
     pub seed: u64,
     /// Sampling steps.
     pub steps: usize,
@@ -38,9 +45,48 @@ pub struct ImageJob {
     /// Which prompt of the list.
     #[serde(skip)]
     pub prompt_index: usize,
-    /// Which image of the prompt: its place in the noise drawn from the seed.
+    /// Which image of the prompt.
     #[serde(rename = "image")]
     pub image_index: usize,
+}
+
+impl ImageJob {
+    /// Writes the image with its settings as text.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self, image: &Image, pipeline: &Pipeline) -> Result<()> {
+        let size = format!("{}x{}", self.width, self.height);
+        let text = [
+            ("prompt", self.prompt.as_str()),
+            ("seed", &self.seed.to_string()),
+            ("image", &self.image_index.to_string()),
+            ("steps", &self.steps.to_string()),
+            ("guidance", &self.guidance.unwrap_or_default().to_string()),
+            ("size", &size),
+            ("model", &pipeline.model_ref),
+            ("Software", &record::software()),
+            ("lora", &pipeline.lora_names()),
+        ];
+        let used = text.len() - usize::from(pipeline.lora.is_empty());
+        image.save(&self.path, &text[..used])
+    }
+}
+
+/// Makes the folders of all images.
+///
+/// # Errors
+/// When one cannot be made.
+pub fn create_folders(jobs: &[ImageJob]) -> Result<()> {
+    for folder in jobs
+        .iter()
+        .filter_map(|job| job.path.parent())
+        .filter(|p| !p.as_os_str().is_empty())
+    {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create `{}`", folder.display()))?;
+    }
+    Ok(())
 }
 
 /// What `generate` made.
@@ -66,7 +112,7 @@ pub fn latents(
     let Some(first) = jobs.first() else {
         bail!("nothing to generate")
     };
-    let tokens = size.tokens() + encoded.txt.dim(1)?;
+    let tokens = size.tokens() + encoded.tokens();
     let default = TOKENS_PER_FORWARD / tokens;
     let batch = budget.batch(&pipeline.config, tokens, default.min(jobs.len()));
     let need = Activity {
@@ -76,6 +122,7 @@ pub fn latents(
     };
     let flux = budget.flux(pipeline, need)?;
     let schedule = load::schedule(pipeline)?;
+    let latent = size.latent(pipeline.config.family);
     let denoise = Denoise {
         flux: &flux,
         dtype: budget.runtime().dtype,
@@ -83,7 +130,7 @@ pub fn latents(
         schedule: &schedule,
         steps: first.steps,
         guidance: first.guidance.unwrap_or_default(),
-        size: size.latent(),
+        size: latent,
     };
     let channels = pipeline.config.out_channels / 4;
     ensure!(
@@ -93,28 +140,17 @@ pub fn latents(
         pipeline.config.in_channels,
         pipeline.config.out_channels
     );
-    // diffusers draws the noise of all images of a prompt from one generator
-    let images = jobs
-        .iter()
-        .map(|job| job.image_index + 1)
-        .max()
-        .unwrap_or(1);
-    let noise = starting_noise(first.seed, images, channels, denoise.size)?;
     let progress = pipeline
         .reporter
         .progress(jobs.len().div_ceil(batch) * denoise.steps, "generating");
     let mut latents = Vec::new();
     for jobs in jobs.chunks(batch) {
-        let pick = |f: fn(&ImageJob) -> usize| -> Result<Tensor> {
-            let indices: Vec<u32> = jobs.iter().map(|job| f(job) as u32).collect();
-            Ok(Tensor::new(indices, &candle::Device::Cpu)?)
-        };
-        let prompts = pick(|job| job.prompt_index)?.to_device(encoded.txt.device())?;
-        let prompts = Encoded {
-            txt: encoded.txt.index_select(&prompts, 0)?,
-            vec: encoded.vec.index_select(&prompts, 0)?,
-        };
-        let noise = noise.index_select(&pick(|job| job.image_index)?, 0)?;
+        let indices: Vec<u32> = jobs.iter().map(|job| job.prompt_index as u32).collect();
+        let prompts = encoded.select(&indices)?;
+        let noises = jobs
+            .iter()
+            .map(|job| starting_noise(job.seed, 1, channels, latent));
+        let noise = Tensor::cat(&noises.collect::<Result<Vec<_>>>()?, 0)?;
         let drawn = denoise.run(&noise, &prompts, &mut (), &mut || progress.inc(1));
         latents.push(drawn.with_context(|| format!("`{}`", pipeline.name))?);
     }
@@ -131,46 +167,115 @@ pub fn latents(
     Ok(latents)
 }
 
-/// The file of one image: a pattern is filled in, a .png name is taken (numbered if there are several), anything
-/// else is a folder.
-///
-/// # Errors
-/// When a pattern has unknown fields, or the name is of another kind of file.
-pub fn output_path(
-    output: &Path,
-    seed: u64,
-    prompt: usize,
-    image: usize,
-    several: bool,
-) -> Result<PathBuf> {
-    let text = output.to_str().context("--output is not UTF-8")?;
-    let is_png = output
-        .extension()
-        .is_some_and(|e| e.eq_ignore_ascii_case("png"));
-    if text.contains('{') && is_png {
-        let filled = text
-            .replace("{prompt}", &format!("{prompt:03}"))
-            .replace("{image}", &format!("{image:02}"));
-        let filled = filled.replace("{seed}", &seed.to_string());
+/// What an image's file is called by.
+#[derive(Clone, Copy, Debug)]
+pub struct ImageName<'a> {
+    /// What is on it.
+    pub prompt: &'a str,
+    /// Its own seed.
+    pub seed: u64,
+    /// Which prompt of the list.
+    pub prompt_index: usize,
+    /// Which image of the prompt.
+    pub image_index: usize,
+    /// Whether the run makes several images.
+    pub several: bool,
+}
+
+/// Most characters of a prompt in a file's name.
+const MAX_SLUG: usize = 60;
+
+impl ImageName<'_> {
+    /// The file in `output`: a pattern is filled in, a .png name is taken (numbered if there are several), anything else
+    /// is a folder.
+    ///
+    /// # Errors
+    /// When a pattern has unknown fields, or the name is of another kind of file.
+    pub fn path(&self, output: &Path) -> Result<PathBuf> {
+        let text = output.to_str().context("--output is not UTF-8")?;
+        let (prompt, image) = (self.prompt_index, self.image_index);
+        let is_png = output
+            .extension()
+            .is_some_and(|e| e.eq_ignore_ascii_case("png"));
+        if text.contains('{') && is_png {
+            let filled = text
+                .replace("{prompt}", &slug(self.prompt))
+                .replace("{number}", &format!("{prompt:03}"))
+                .replace("{image}", &format!("{image:02}"))
+                .replace("{seed}", &self.seed.to_string());
+            ensure!(
+                !filled.contains('{'),
+                "--output `{text}`: only {{prompt}}, {{number}}, {{image}} and {{seed}} are filled in"
+            );
+            return Ok(PathBuf::from(filled));
+        }
+        if is_png && !self.several {
+            return Ok(output.to_path_buf());
+        }
+        if is_png {
+            let stem = output.file_stem().and_then(|s| s.to_str());
+            let stem = stem.unwrap_or("image");
+            return Ok(output.with_file_name(format!("{stem}-{prompt:03}-{image:02}.png")));
+        }
         ensure!(
-            !filled.contains('{'),
-            "--output `{text}`: only {{prompt}}, {{image}} and {{seed}} are filled in"
+            output.extension().is_none() || output.is_dir(),
+            "--output `{text}`: images are written as .png, or name a folder"
         );
-        return Ok(PathBuf::from(filled));
+        Ok(output.join(format!("{prompt:03}-{image:02}-seed{}.png", self.seed)))
     }
-    if is_png && !several {
-        return Ok(output.to_path_buf());
+}
+
+/// A prompt as part of a file's name: its words joined by hyphens, without anything a file system might refuse.
+fn slug(prompt: &str) -> String {
+    let words = prompt.split(|c: char| !c.is_alphanumeric());
+    let words: Vec<String> = words
+        .filter(|w| !w.is_empty())
+        .map(str::to_lowercase)
+        .collect();
+    let slug: String = words.join("-").chars().take(MAX_SLUG).collect();
+    let slug = slug.trim_end_matches('-');
+    if slug.is_empty() {
+        "image".to_owned()
+    } else {
+        slug.to_owned()
     }
-    if is_png {
-        let stem = output
-            .file_stem()
-            .and_then(|s| s.to_str())
-            .unwrap_or("image");
-        return Ok(output.with_file_name(format!("{stem}-{prompt:03}-{image:02}.png")));
+}
+
+/// `path`, or with `-2`, `-3`, … before its ending if a file is there (unless it may be replaced) or the run has used
+/// the name.
+pub fn free_path(path: PathBuf, replace: bool, taken: &mut BTreeSet<PathBuf>) -> PathBuf {
+    let stem = path.file_stem().and_then(|s| s.to_str()).unwrap_or("image");
+    let numbered = (2..).map(|n| path.with_file_name(format!("{stem}-{n}.png")));
+    let free =
+        |path: &PathBuf| !taken.contains(path) && (replace || path.symlink_metadata().is_err());
+    let free = std::iter::once(path.clone()).chain(numbered).find(free);
+    let free = free.unwrap_or_else(|| path.clone());
+    taken.insert(free.clone());
+    free
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_become_names_of_files() {
+        assert_eq!(slug("A fox, in the snow!"), "a-fox-in-the-snow");
+        assert_eq!(slug("../../etc/passwd"), "etc-passwd");
+        assert_eq!(slug("??"), "image");
+        assert!(slug(&"long ".repeat(100)).chars().count() <= MAX_SLUG);
     }
-    ensure!(
-        output.extension().is_none() || output.is_dir(),
-        "--output `{text}`: images are written as .png, or name a folder"
-    );
-    Ok(output.join(format!("{prompt:03}-{image:02}-seed{seed}.png")))
+
+    #[test]
+    fn names_that_are_taken_are_numbered_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.png");
+        let mut taken = BTreeSet::new();
+        let mut next = |replace| free_path(path.clone(), replace, &mut taken);
+        assert_eq!(next(false), path);
+        assert_eq!(next(false), folder.path().join("a-2.png"));
+        std::fs::write(folder.path().join("a-3.png"), []).unwrap();
+        assert_eq!(next(false), folder.path().join("a-4.png"));
+        assert_eq!(next(true), folder.path().join("a-3.png"));
+    }
 }

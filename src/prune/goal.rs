@@ -32,6 +32,23 @@ pub struct GoalOptions {
     pub protect: Option<String>,
 }
 
+impl GoalOptions {
+    /// Rounds of scoring that finding the blocks takes, about; 0 if they are named.
+    ///
+    /// # Errors
+    /// When the ratio rounds to no block.
+    pub fn rounds(&self, recipe: &PruneRecipe, pipeline: &Pipeline) -> Result<usize> {
+        let config = &pipeline.config;
+        if self.plan.is_some() || self.blocks.is_some() {
+            Ok(0)
+        } else if self.parameters.or(self.memory).is_some() || self.speedup.is_some() {
+            Ok(config.kept_ids().len() / 5)
+        } else {
+            Ok(plan::blocks_of_ratio(recipe.ratio, config)?)
+        }
+    }
+}
+
 /// What to replace.
 #[derive(Clone, Debug)]
 pub enum PruneTarget {

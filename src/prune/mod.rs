@@ -26,6 +26,8 @@ mod activations;
 pub mod apply;
 pub mod budget;
 mod candidates;
+pub mod card;
+pub mod curve;
 pub mod estimate;
 pub mod goal;
 pub mod options;

@@ -5,6 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::layout::{BlockId, BlockSpec, FluxConfig, Form, Replacement};
 
+/// A plan as a person writes one.
+const EXAMPLE: &str = r#"{"replace": [{"replaces": ["single.07"], "form": "linear"}]}"#;
+
 /// Why a plan cannot be carried out on a model.
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum PlanError {
@@ -109,7 +112,19 @@ impl PruningPlan {
     pub fn read(path: &std::path::Path) -> anyhow::Result<Self> {
         let name = path.display();
         let text = std::fs::read(path).with_context(|| format!("--plan: cannot read `{name}`"))?;
-        serde_json::from_slice(&text).with_context(|| format!("--plan: `{name}` is not a plan"))
+        let is_list = text.trim_ascii_start().starts_with(b"[");
+        anyhow::ensure!(
+            !is_list,
+            "--plan: `{name}` is a list, not a plan\nhint: a plan is an object, such as {EXAMPLE}"
+        );
+        let plan: Self = serde_json::from_slice(&text).with_context(|| {
+            format!("--plan: `{name}` is not a plan\nhint: a plan is an object, such as {EXAMPLE}")
+        })?;
+        anyhow::ensure!(
+            !plan.replace.is_empty(),
+            "--plan: `{name}` replaces nothing\nhint: name blocks, such as {EXAMPLE}"
+        );
+        Ok(plan)
     }
 
     /// The blocks it replaces.
@@ -243,11 +258,14 @@ pub fn blocks_of_ratio(ratio: f64, config: &FluxConfig) -> Result<usize, PlanErr
 }
 
 #[cfg(test)]
+mod arbitrary_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::layout::unpruned;
 
-    fn config(double: usize, single: usize) -> FluxConfig {
+    pub(super) fn config(double: usize, single: usize) -> FluxConfig {
         FluxConfig {
             in_channels: 64,
             out_channels: 64,

@@ -187,12 +187,13 @@ impl PruneReport {
             ),
         ];
         format!(
-            "{}\n\n{}\n\n{} of {} blocks replaced\nthe pruned velocity is off by {:.4} (relative MSE, held-out noised latents)",
+            "{}\n\n{}\n\n{} of {} blocks replaced\nvelocity error {:.4} against `{}` (relative MSE, held-out noised latents)",
             ui::table(&header, &rows, &[1, 2]),
             ui::table(&["", "before", "after", ""], &totals, &[1, 2, 3]),
             self.replaced.len(),
             self.total,
-            self.velocity_error
+            self.velocity_error,
+            self.model
         )
     }
 }

@@ -7,18 +7,21 @@ use anyhow::{Context, Result, ensure};
 use super::{
     budget::{Budget, Goal},
     candidates::RefitCandidates,
-    plan::PruningPlan,
+    curve::RatioPlan,
+    plan::{PruningPlan, blocks_of_ratio},
     recipe::PruneRecipe,
 };
 use crate::{
-    calibrate::{Calibrator, NoisedSplit, held_out::HeldOut, stats::CalibrationStats},
+    calibrate::{
+        Calibrator, NoisedSplit, held_out::HeldOut, run::RunOptions, stats::CalibrationStats,
+    },
     checkpoint::record,
     fit::layers::LayerMap,
-    layout::BlockId,
+    layout::{BlockId, FluxConfig, Form},
     pipeline::Pipeline,
     score::{
         Metric, Scores,
-        ablation::{Greedy, greedy},
+        ablation::{Choice, Greedy, greedy},
     },
 };
 
@@ -151,5 +154,100 @@ pub fn by_scores(
     Ok(RankedPlan {
         plan: budget.plan(&chosen, source, reason),
         importance: all,
+    })
+}
+
+/// A ranking, and the blocks in the order in which they were given up.
+pub struct Ranking {
+    /// Plan and importance.
+    pub ranked: RankedPlan,
+    /// Blocks with the velocity error up to each; empty if the model was not run.
+    choices: Vec<Choice>,
+}
+
+impl Ranking {
+    /// One that was not made by running the model.
+    pub fn new(ranked: RankedPlan) -> Self {
+        Self {
+            ranked,
+            choices: Vec::new(),
+        }
+    }
+
+    /// The plan of each ratio, ascending, cut from the one of the largest; with `collapse`, neighbours become one layer.
+    ///
+    /// # Errors
+    /// When a ratio rounds to no block.
+    pub fn of_ratios(
+        &self,
+        ratios: &[f64],
+        config: &FluxConfig,
+        collapse: bool,
+    ) -> Result<Vec<RatioPlan>> {
+        let plan = &self.ranked.plan;
+        let order: Vec<BlockId> = if self.choices.is_empty() {
+            let mut blocks: Vec<BlockId> = plan.blocks().collect();
+            let importance = |id: &BlockId| self.ranked.importance.get(id).copied();
+            blocks.sort_by(|a, b| {
+                let (a, b) = (importance(a), importance(b));
+                a.unwrap_or(f64::MAX).total_cmp(&b.unwrap_or(f64::MAX))
+            });
+            blocks
+        } else {
+            self.choices.iter().map(|choice| choice.block).collect()
+        };
+        let mut ratios = ratios.to_vec();
+        ratios.sort_by(f64::total_cmp);
+        ratios.dedup();
+        let first = plan.replace.first();
+        let (form, joint) = first.map_or((Form::Linear, false), |r| (r.form, r.joint));
+        ratios
+            .into_iter()
+            .map(|ratio| {
+                let count = blocks_of_ratio(ratio, config)?.min(order.len());
+                let reason = format!("{} at ratio {ratio}", plan.reason);
+                let blocks = order[..count].to_vec();
+                Ok(RatioPlan {
+                    ratio,
+                    plan: PruningPlan::new(
+                        config,
+                        plan.source.clone(),
+                        blocks,
+                        form,
+                        joint,
+                        collapse,
+                        reason,
+                    ),
+                    velocity_error: self.choices.get(count.wrapping_sub(1)).map(|c| c.error),
+                })
+            })
+            .collect()
+    }
+}
+
+/// Calibrates (or opens the statistics) and chooses blocks by running the model.
+///
+/// # Errors
+/// As [`by_model`].
+pub fn rank(
+    calibrator: &Calibrator,
+    recipe: &PruneRecipe,
+    run: &RunOptions,
+    budget: &Budget,
+    protect: &[BlockId],
+) -> Result<Ranking> {
+    let calibration = calibrator.load_or_run(run)?;
+    let noised = calibrator.noised(&calibration)?;
+    let held_out = calibrator.held_out(&noised)?;
+    let stats = calibration.stats;
+    let (selection, plan) = by_model(
+        calibrator, recipe, stats, &noised, &held_out, budget, protect,
+    )?;
+    Ok(Ranking {
+        ranked: RankedPlan {
+            plan,
+            importance: selection.greedy.alone,
+        },
+        choices: selection.greedy.choices,
     })
 }

@@ -229,7 +229,11 @@ impl Scores {
             .filter(|metric| self.blocks.iter().any(|b| b.scores.contains_key(metric)))
             .collect();
         let mut header: Vec<String> = vec!["block".to_owned()];
-        header.extend(columns.iter().map(Metric::to_string));
+        let short = |metric: &Metric| match metric {
+            Metric::RelativeChange => "change".to_owned(), // 80 columns
+            metric => metric.to_string(),
+        };
+        header.extend(columns.iter().map(short));
         header.push("rank".to_owned());
         let value = |block: &BlockScore| block.scores.get(&self.metric).copied();
         let rows: Vec<Vec<String>> = self

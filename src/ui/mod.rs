@@ -5,8 +5,12 @@ use std::io::Write;
 use anyhow::{Context, Result};
 
 mod reporter;
+#[cfg(test)]
+mod skip;
 
 pub use reporter::{Level, Reporter};
+#[cfg(test)]
+pub(crate) use skip::skip;
 
 /// The causes of an error joined by colons, and the `hint:` lines among them.
 fn message(error: &anyhow::Error) -> (String, Vec<String>) {
@@ -72,14 +76,18 @@ pub fn wrap(text: &str, width: Option<usize>) -> String {
     };
     let mut lines = Vec::new();
     for line in text.lines() {
+        if line.chars().count() <= width {
+            lines.push(line.to_owned());
+            continue;
+        }
+        let indent: String = line.chars().take_while(|c| *c == ' ').collect();
         let mut current = String::new();
-        for word in line.split(' ') {
+        for word in line.trim_start().split(' ') {
             let len = current.chars().count() + 1 + word.chars().count();
-            if !current.is_empty() && len > width {
+            if !current.trim_start().is_empty() && len > width {
                 lines.push(std::mem::take(&mut current));
-            } else if !current.is_empty() {
-                current.push(' ');
             }
+            current.push_str(if current.is_empty() { &indent } else { " " });
             current.push_str(word);
         }
         lines.push(current);
@@ -139,6 +147,16 @@ pub fn flops(n: f64) -> String {
     )
 }
 
+/// A time: `40 s`, `12 min`, `3.4 h`, `2.1 days`.
+pub fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 90.0 => format!("{s:.0} s"),
+        s if s < 5400.0 => format!("{:.0} min", s / 60.0),
+        s if s < 172_800.0 => format!("{:.1} h", s / 3600.0),
+        s => format!("{:.1} days", s / 86_400.0),
+    }
+}
+
 fn scaled(mut n: f64, step: f64, units: &[&str]) -> String {
     let mut unit = 0;
     while n >= step && unit + 1 < units.len() {
@@ -187,12 +205,17 @@ mod tests {
         let wrapped = wrap(text, Some(9));
         assert_eq!(wrapped, "one two\nthree\nhint:\naverylongwordthatstays");
         assert_eq!(wrap(text, None), text);
+        assert_eq!(
+            wrap("  one  two\n  three four", Some(10)),
+            "  one  two\n  three\n  four"
+        );
     }
 
     #[test]
     fn sizes_read_as_people_write_them() {
         assert_eq!(bytes(23.8e9), "23.80 GB");
         assert_eq!(count(512.0), "512");
+        assert_eq!(duration(12_240.0), "3.4 h");
         assert_eq!(flops(74.36e12), "74.36 TFLOP");
     }
 }

@@ -16,7 +16,7 @@ const MAY_IMPORT: [(&str, &[&str]); 18] = [
     // `device`: bytes of a file go to a GPU as they lie in it
     ("checkpoint", &["files", "quant", "layout", "device"]),
     ("model", &["quant", "layout"]),
-    ("sample", &["files", "checkpoint", "model"]),
+    ("sample", &["files", "checkpoint", "model", "layout"]),
     (
         "pipeline",
         &[
@@ -77,6 +77,7 @@ const MAY_IMPORT: [(&str, &[&str]); 18] = [
         ],
     ),
     ("plot", &["layout"]),
+    // `files`: `doctor` shows the cache of the hub and the free disk
     (
         "bench",
         &[
@@ -84,6 +85,7 @@ const MAY_IMPORT: [(&str, &[&str]); 18] = [
             "sample",
             "model",
             "checkpoint",
+            "files",
             "layout",
             "device",
         ],
@@ -155,6 +157,23 @@ fn sources() -> Vec<(Vec<String>, String)> {
     };
     let read = |path: PathBuf| (module(&path), fs::read_to_string(&path).unwrap());
     files.into_iter().map(read).collect()
+}
+
+/// Name and text of every Rust file of the tests.
+fn tests() -> Vec<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let mut files = Vec::new();
+    for folder in ["", "outside", "hub"] {
+        for entry in fs::read_dir(root.join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == "rs") {
+                let name = path.strip_prefix(&root).unwrap().display().to_string();
+                files.push((name, fs::read_to_string(path).unwrap()));
+            }
+        }
+    }
+    assert!(files.len() > 15, "{files:?}");
+    files
 }
 
 /// A file's text without comments.
@@ -345,6 +364,11 @@ fn files_are_short_enough_to_be_read() {
         let lines = text.lines().count();
         if lines > max {
             long.push(module.join("/"));
+        }
+    }
+    for (file, text) in tests() {
+        if text.lines().count() > MAX_LINES {
+            long.push(file);
         }
     }
     assert_eq!(long, [] as [&str; 0], "these files are too long");

@@ -10,10 +10,14 @@ use std::{fs, path::Path};
 use serde_json::Value;
 
 mod architecture;
+mod bad_formats;
 mod bad_input;
+mod bad_parts;
+mod benchmark;
 mod calibration;
 mod common;
 mod evaluation;
+mod flux2;
 mod formats;
 mod help;
 mod lora;
@@ -22,7 +26,9 @@ mod old_files;
 mod outputs;
 mod pages;
 mod patch;
+mod plans;
 mod sandwich;
+mod sandwich_refused;
 mod shell;
 
 use common::*;
@@ -30,7 +36,7 @@ use common::*;
 #[test]
 fn every_component_equals_diffusers() {
     let work = folder();
-    for (name, tensors) in [("dev", 17), ("schnell", 14)] {
+    for (name, tensors) in [("dev", 17), ("schnell", 14), ("flux2", 14)] {
         let reference = golden(&format!("{name}/reference.safetensors"));
         let pipe = golden(&format!("{name}/pipe"));
         let config = golden(&format!("{name}/pipe/transformer/config.json"));
@@ -272,11 +278,19 @@ fn images_depend_on_the_seed_alone_and_carry_their_settings() {
     assert_ne!(a, c);
     let has = |text: &str| a.windows(text.len()).any(|w| w == text.as_bytes());
     assert!(has(prompt) && has("seed\x007") && has("steps\x003") && has("size\x0064x64"));
-    refused(
-        work.path(),
-        &["generate", "--prompt", prompt, "--output", "a.png"],
-        &["a.png", "--force"],
-    );
+    // what is there stays: names are numbered on
+    let again = [
+        "generate", "--prompt", prompt, "--steps", "3", "--seed", "7",
+    ];
+    let shown = ok(work.path(), &[&again[..], &["--output", "a.png"]].concat());
+    assert_eq!(shown.trim(), "a-2.png");
+    let second = fs::read(work.path().join("a-2.png")).unwrap();
+    assert!(second == a && fs::read(work.path().join("a.png")).unwrap() == a);
+    // every image of a prompt has a seed of its own, with which it is drawn alone
+    let two = ["--images-per-prompt", "2", "--output", "two"];
+    ok(work.path(), &[&again[..], &two].concat());
+    let last = fs::read(work.path().join("two/000-01-seed8.png")).unwrap();
+    assert!(furthest(&last, &c) <= 1);
     // several at once equal one by one
     fs::write(
         work.path().join("prompts.txt"),
@@ -284,7 +298,7 @@ fn images_depend_on_the_seed_alone_and_carry_their_settings() {
     )
     .unwrap();
     let args = ["generate", "--prompt-file", "-", "--steps", "3"];
-    let more = ["--seed", "7", "--output", "many/{prompt}.png"];
+    let more = ["--seed", "7", "--output", "many/{number}.png"];
     let list = fs::File::open(work.path().join("prompts.txt")).unwrap();
     let out = command(work.path(), &[&args[..], &more[..]].concat())
         .stdin(list)
@@ -295,20 +309,24 @@ fn images_depend_on_the_seed_alone_and_carry_their_settings() {
         "{}",
         String::from_utf8_lossy(&out.stderr)
     );
-    let pixels = |bytes: &[u8]| {
-        let mut reader = png::Decoder::new(std::io::Cursor::new(bytes.to_vec()))
-            .read_info()
-            .unwrap();
-        let mut out = vec![0; reader.output_buffer_size().unwrap()];
-        reader.next_frame(&mut out).unwrap();
-        out
-    };
-    let many = pixels(&fs::read(work.path().join("many/001.png")).unwrap());
-    let furthest = pixels(&a)
-        .iter()
-        .zip(&many)
-        .map(|(a, b)| a.abs_diff(*b))
-        .max()
+    let many = fs::read(work.path().join("many/001.png")).unwrap();
+    assert!(furthest(&many, &a) <= 1);
+}
+
+/// The largest difference between two PNG files' pixels, of 255.
+fn furthest(a: &[u8], b: &[u8]) -> u8 {
+    let (a, b) = (pixels(a), pixels(b));
+    assert_eq!(a.len(), b.len());
+    let pairs = a.iter().zip(&b);
+    pairs.map(|(a, b)| a.abs_diff(*b)).max().unwrap()
+}
+
+/// The pixels of a PNG.
+fn pixels(bytes: &[u8]) -> Vec<u8> {
+    let mut reader = png::Decoder::new(std::io::Cursor::new(bytes.to_vec()))
+        .read_info()
         .unwrap();
-    assert!(furthest <= 1, "{furthest}");
+    let mut out = vec![0; reader.output_buffer_size().unwrap()];
+    reader.next_frame(&mut out).unwrap();
+    out
 }

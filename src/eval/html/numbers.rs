@@ -137,10 +137,10 @@ pub(super) fn numbers(report: &Report) -> String {
         Some(format!("{:.3} s", m.image_seconds))
     });
     row("speed-up", &|m| m.speed_up.map(|s| format!("{s:.2}×")));
-    row("peak memory", &|m| {
+    row("peak memory while measuring", &|m| {
         m.peak_memory.host.map(|b| ui::bytes(b as f64))
     });
-    row("peak device memory", &|m| {
+    row("peak device memory while measuring", &|m| {
         m.peak_memory.device.map(|b| ui::bytes(b as f64))
     });
     let distance =

@@ -16,13 +16,12 @@ use anyhow::{Error, Result, anyhow, bail};
 use indicatif::ProgressBar;
 use sha2::{Digest, Sha256};
 
-use crate::ui::Reporter;
-
 use super::{
     cache::Cache,
     failure,
     remote::{Head, Opened, Remote},
 };
+use crate::{files::space::free_space, ui::Reporter};
 
 /// The longest pause between two attempts.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -286,16 +285,4 @@ impl Part {
         self.file.sync_all()?; // a crash must not leave a full name on an empty file
         fs::rename(&self.path, blob)
     }
-}
-
-/// The bytes that may still be written to the file system of `folder`; `None` when it does not say.
-#[cfg(unix)]
-fn free_space(folder: &Path) -> Option<u64> {
-    let space = rustix::fs::statvfs(folder).ok()?;
-    space.f_bavail.checked_mul(space.f_frsize)
-}
-
-#[cfg(not(unix))]
-fn free_space(_folder: &Path) -> Option<u64> {
-    None
 }

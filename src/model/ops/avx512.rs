@@ -146,7 +146,7 @@ impl Avx512 {
     /// All that this CPU can be taken for; without AVX-512 the test counts as skipped.
     #[cfg(test)]
     pub(super) fn ways() -> Vec<Self> {
-        use crate::model::testing::skip;
+        use crate::ui::skip;
         let Some(simd) = Self::detect() else {
             skip("avx512");
             return Vec::new();

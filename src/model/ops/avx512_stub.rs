@@ -37,7 +37,7 @@ impl Avx512 {
 
     #[cfg(test)]
     pub(super) fn ways() -> Vec<Self> {
-        crate::model::testing::skip("avx512");
+        crate::ui::skip("avx512");
         Vec::new()
     }
 

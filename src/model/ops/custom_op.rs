@@ -144,19 +144,26 @@ fn part(storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
 
 const NAME: &str = "fastflux";
 
+/// The name and the forwards of a node, with an operand's storage and layout for each input: the result is there already.
+macro_rules! forwards {
+    ($($storage:ident $layout:ident),+) => {
+        fn name(&self) -> &'static str {
+            NAME
+        }
+        fn cpu_fwd(&self, $($storage: &CpuStorage, $layout: &Layout),+) -> Result<(CpuStorage, Shape)> {
+            self.cpu()
+        }
+        fn cuda_fwd(&self, $($storage: &CudaStorage, $layout: &Layout),+) -> Result<(CudaStorage, Shape)> {
+            self.cuda()
+        }
+        fn metal_fwd(&self, $($storage: &MetalStorage, $layout: &Layout),+) -> Result<(MetalStorage, Shape)> {
+            self.metal()
+        }
+    };
+}
+
 impl CustomOp1 for Node {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.cpu()
-    }
-    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.cuda()
-    }
-    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
-        self.metal()
-    }
+    forwards!(_a _a_layout);
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let [a] = self.gradients(grad)?;
         Ok(a)
@@ -164,36 +171,7 @@ impl CustomOp1 for Node {
 }
 
 impl CustomOp2 for Node {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.cpu()
-    }
-    fn cuda_fwd(
-        &self,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.cuda()
-    }
-    fn metal_fwd(
-        &self,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-    ) -> Result<(MetalStorage, Shape)> {
-        self.metal()
-    }
+    forwards!(_a _a_layout, _b _b_layout);
     fn bwd(
         &self,
         _: &Tensor,
@@ -207,42 +185,7 @@ impl CustomOp2 for Node {
 }
 
 impl CustomOp3 for Node {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.cpu()
-    }
-    fn cuda_fwd(
-        &self,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        self.cuda()
-    }
-    fn metal_fwd(
-        &self,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-    ) -> Result<(MetalStorage, Shape)> {
-        self.metal()
-    }
+    forwards!(_a _a_layout, _b _b_layout, _c _c_layout);
     fn bwd(
         &self,
         _: &Tensor,

@@ -143,7 +143,10 @@ fn with_gelu<T: Vector>(
 mod tests {
     use super::super::{attend_with_gelu, gelu};
     use super::*;
-    use crate::model::testing::{close, random, skip};
+    use crate::{
+        model::testing::{close, random},
+        ui::skip,
+    };
 
     #[test]
     fn joined_equals_composed() -> Result<()> {

@@ -236,12 +236,13 @@ pub(super) fn floats<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::sample::noise::Generator;
     use candle::Device;
 
-    fn far(a: &Tensor, b: &Tensor) -> Result<f32> {
+    /// The largest difference.
+    pub(in crate::sample::vae) fn far(a: &Tensor, b: &Tensor) -> Result<f32> {
         assert_eq!(a.dims(), b.dims());
         (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar()
     }

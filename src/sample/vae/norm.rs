@@ -213,13 +213,8 @@ fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sample::noise::Generator;
+    use crate::sample::{noise::Generator, vae::conv::tests::far};
     use candle::Device;
-
-    fn far(a: &Tensor, b: &Tensor) -> Result<f32> {
-        assert_eq!(a.dims(), b.dims());
-        (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar()
-    }
 
     #[test]
     fn fused_group_norm_equals_the_composed_one() -> Result<()> {

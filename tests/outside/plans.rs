@@ -1,0 +1,156 @@
+//! `score` and `plan`: files that are made, edited by hand, and carried out.
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::{calibration::calibrate, common::*};
+
+#[test]
+fn a_plan_made_of_scores_is_carried_out() {
+    let work = folder();
+    let w = work.path();
+    calibrate(w, "stats.safetensors", &[]);
+    let stats = ["--stats", "stats.safetensors"];
+    let scores = json(w, &[&["score", "--json"], &stats[..]].concat());
+    let blocks = scores["blocks"].as_array().unwrap();
+    assert_eq!(blocks.len(), 15);
+    for block in blocks {
+        for metric in [
+            "ablation",
+            "removal",
+            "relative_change",
+            "cosine",
+            "fit_error",
+            "fit_residual",
+        ] {
+            assert!(
+                block[metric].as_f64().unwrap() >= 0.0,
+                "{metric} of {}",
+                block["block"]
+            );
+        }
+        assert!(
+            block["ablation"].as_f64() < block["removal"].as_f64(),
+            "{}",
+            block["block"]
+        );
+        assert!(block["timesteps"].as_array().unwrap().len() > 5);
+    }
+    assert!(
+        fs::read_to_string(w.join("scores.svg"))
+            .unwrap()
+            .contains("</svg>")
+    );
+    let plan = |name: &str, more: &[&str]| -> Value {
+        let output = format!("{name}.json");
+        let args = [
+            "plan",
+            "--scores",
+            "scores.json",
+            "--json",
+            "--output",
+            &output,
+        ];
+        json(w, &[&args[..], more].concat())
+    };
+    let least = |metric: &str| {
+        let value = |b: &&Value| b[metric].as_f64().unwrap();
+        let block = blocks.iter().min_by(|a, b| value(a).total_cmp(&value(b)));
+        block.unwrap()["block"].as_str().unwrap().to_owned()
+    };
+    let replaced = |plan: &Value| -> Vec<String> {
+        let runs = plan["plan"]["replace"].as_array().unwrap().iter();
+        let ids = runs.flat_map(|run| run["replaces"].as_array().unwrap());
+        ids.map(|id| id.as_str().unwrap().to_owned()).collect()
+    };
+    let one = plan("one", &["--ratio", "0.07"]);
+    assert_eq!(replaced(&one), [least("ablation")]);
+    let other = plan(
+        "other",
+        &["--ratio", "0.07", "--protect", &least("ablation")],
+    );
+    assert_ne!(replaced(&other), replaced(&one));
+    let cheap = plan("cheap", &["--ratio", "0.07", "--metric", "cosine"]);
+    assert_eq!(replaced(&cheap), [least("cosine")]);
+    let small = plan("small", &["--budget-params", "4.5M"]);
+    assert!(small["after"]["parameters"].as_u64().unwrap() <= 4_500_000);
+    let fast = plan("fast", &["--target-speedup", "1.2"]);
+    assert!(fast["speed_up"].as_f64().unwrap() >= 1.2);
+    refused(
+        w,
+        &[
+            "plan",
+            "--scores",
+            "scores.json",
+            "--budget-params",
+            "1K",
+            "--output",
+            "p.json",
+        ],
+        &["--budget-params", "1000", "leaves"],
+    );
+    misused(
+        w,
+        &[
+            "plan",
+            "--scores",
+            "scores.json",
+            "--target-speedup",
+            "0.9",
+            "--output",
+            "p.json",
+        ],
+        &["--target-speedup"],
+    );
+    // what was estimated is what is written
+    let args = [
+        "prune",
+        "--plan",
+        "small.json",
+        "--recipe",
+        "units.json",
+        "--output",
+        "small",
+        "--json",
+    ];
+    let pruned = json(w, &args);
+    assert_eq!(pruned["after"]["parameters"], small["after"]["parameters"]);
+    assert_eq!(pruned["after"]["bytes"], small["after"]["file_bytes"]);
+    assert_eq!(pruned["after"]["flops_per_step"], small["after"]["flops"]);
+}
+
+#[test]
+fn plans_that_make_no_sense_are_refused() {
+    let work = folder();
+    let w = work.path();
+    let plan = |replace: &str| {
+        let text = format!(r#"{{"source": "", "replace": [{replace}], "reason": ""}}"#);
+        fs::write(w.join("plan.json"), text).unwrap();
+    };
+    let args = ["prune", "--plan", "plan.json", "--output", "p"];
+    for (replace, words) in [
+        (
+            r#"{"replaces": ["double.07"], "form": "linear"}"#,
+            &["double.07"][..],
+        ),
+        (
+            r#"{"replaces": ["single.01"], "form": "linear"}, {"replaces": ["single.01"], "form": "remove"}"#,
+            &["single.01", "twice"],
+        ),
+        (
+            r#"{"replaces": ["single.01", "single.05"], "form": "linear"}"#,
+            &["neighbours"],
+        ),
+        (
+            r#"{"replaces": ["triple.01"], "form": "linear"}"#,
+            &["plan.json", "triple.01"],
+        ),
+        (r#"{"replaces": [], "form": "linear"}"#, &["no block"]),
+    ] {
+        plan(replace);
+        refused(w, &args, words);
+    }
+    fs::write(w.join("plan.json"), "{").unwrap();
+    refused(w, &args, &["plan.json"]);
+}
