@@ -20,6 +20,7 @@ mod evaluation;
 mod formats;
 mod help;
 mod lora;
+mod lora_applied;
 mod memory;
 mod old_files;
 mod outputs;
