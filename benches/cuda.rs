@@ -98,8 +98,8 @@ fn of(dtype: DType, device: &Device) -> Result<()> {
     })?;
 
     let [ids, img_ids] = [
-        latents::txt_ids(TOKENS[0], &Device::Cpu)?,
-        latents::img_ids(128, 128, &Device::Cpu)?,
+        latents::txt_ids(TOKENS[0], 3, &Device::Cpu)?,
+        latents::img_ids(0, 128, 128, 3, &Device::Cpu)?,
     ];
     let ids = Tensor::cat(&[ids, img_ids], 0)?;
     let rope = Rope::new(&ids, &[16, 56, 56], 10_000.0, device)?;

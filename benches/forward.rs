@@ -61,12 +61,12 @@ struct Data {
 impl Data {
     fn random(device: &Device) -> Result<Self> {
         let normal = |shape: &[usize]| Tensor::randn(0f32, 1., shape, device);
-        let img_ids = latents::img_ids(SIDE, SIDE, device)?;
+        let img_ids = latents::img_ids(0, SIDE, SIDE, 3, device)?;
         Ok(Self {
             img: normal(&[1, img_ids.dim(0)?, 64])?,
             img_ids,
             txt: normal(&[1, TEXT, 512])?,
-            txt_ids: latents::txt_ids(TEXT, device)?,
+            txt_ids: latents::txt_ids(TEXT, 3, device)?,
             vec: normal(&[1, 256])?,
             timestep: Tensor::new(&[0.6f32], device)?,
             guidance: Tensor::new(&[3.5f32], device)?,

@@ -99,7 +99,7 @@ fn products(dtype: DType, report: &Report) -> Result<()> {
 
 fn attention_of(tokens: usize, dtype: DType, report: &Report) -> Result<()> {
     let (heads, axes) = (WIDTH / 128, [16, 56, 56]);
-    let ids = latents::txt_ids(tokens, &Device::Cpu)?;
+    let ids = latents::txt_ids(tokens, 3, &Device::Cpu)?;
     let rope = Rope::new(&ids, &axes, 10_000.0, &Device::Cpu)?;
     let one = Tensor::ones(128, dtype, &Device::Cpu)?;
     let norms = Norms {
@@ -158,8 +158,8 @@ fn embedded(
 ) -> Result<(Flux, Stream, Conditioning)> {
     let device = Device::Cpu;
     let flux = Flux::new(config, weights.var_builder(dtype, &device))?;
-    let img_ids = latents::img_ids(SIDE, SIDE, &device)?;
-    let txt_ids = latents::txt_ids(TEXT, &device)?;
+    let img_ids = latents::img_ids(0, SIDE, SIDE, 3, &device)?;
+    let txt_ids = latents::txt_ids(TEXT, 3, &device)?;
     let (img, txt, vec) = (
         normal(&[1, img_ids.dim(0)?, 64])?.to_dtype(dtype)?,
         normal(&[1, TEXT, 512])?.to_dtype(dtype)?,

@@ -31,6 +31,7 @@ shapes = {0: (1, 16, 4, 6), 7: (3,), 8: (15,), 9: (16,), 10: (17,), 42: (2, 16, 
 noise = {f"seed{s}": torch.randn(shape, generator=torch.Generator("cpu").manual_seed(s)) for s, shape in shapes.items()}
 save_file(noise, sys.argv[1], metadata={"torch": torch.__version__.split("+")[0]})
 PY
+"$python" scripts/golden_flux2.py
 "$python" scripts/golden_sample.py
 "$python" scripts/golden_clip.py
 "$python" scripts/golden_lora.py

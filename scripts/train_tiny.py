@@ -4,7 +4,7 @@
 # ///
 """Train a text-to-image pipeline like configs/tiny from nothing on procedurally drawn, captioned scenes (scenes.py).
 
-    python scripts/train_tiny.py OUT [--steps 1264] [--seed 0] [--dtype bfloat16]
+    python scripts/train_tiny.py OUT [--steps 1264] [--seed 0] [--dtype bfloat16] [--family flux2]
 
 Writes a pipeline in diffusers layout that fastflux opens (`fastflux generate --model OUT …`) and prints its score. Sizes and tokenizers are
 those of configs/tiny; every weight is new. Text encoders and transformer are trained together by flow matching. The VAE's latents are fixed
@@ -94,6 +94,63 @@ def build(like):
     return transformer, vae, clip, t5
 
 
+class Flux1:
+    """The model of configs/tiny: how it is built, called and written. tiny_flux2.py has the same of the other family."""
+
+    guidance = 3.5
+
+    def __init__(self, args, _):
+        self.transformer, self.vae, clip, t5 = build(args.like)
+        self.clip, self.t5 = clip, t5
+        self.tokenizers = CLIPTokenizer.from_pretrained(args.like / "tokenizer"), T5Tokenizer.from_pretrained(args.like / "tokenizer_2")
+        self.trained = torch.nn.ModuleList([self.transformer, clip, t5])
+        self.steps = json.loads((args.like / "fastflux.json").read_text())["steps"]
+
+    def pack(self, latents):
+        return pack(latents)
+
+    def velocity(self, noised, captions, t):
+        def ids(tokenizer):
+            given = tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
+            return given.input_ids
+
+        pooled = self.clip(ids(self.tokenizers[0])).pooler_output
+        text = self.t5(ids(self.tokenizers[1]))[0]
+        return self.transformer(
+            hidden_states=pack(noised), encoder_hidden_states=text, pooled_projections=pooled, timestep=t,
+            guidance=1 + 4 * torch.rand(len(noised)), img_ids=position_ids(noised), txt_ids=torch.zeros(text.shape[1], 3),
+        ).sample
+
+    def pipeline(self, average, like):
+        transformer, clip, t5 = average
+        self.vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)  # the latents have variance 1 as they are
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(FlowMatchEulerDiscreteScheduler.load_config(like / "scheduler"))
+        return FluxPipeline(
+            scheduler=scheduler, vae=self.vae.eval(), text_encoder=clip.eval(), tokenizer=self.tokenizers[0],
+            text_encoder_2=t5.eval(), tokenizer_2=self.tokenizers[1], transformer=transformer.eval(),
+        )
+
+    def save(self, pipe, out, like):
+        pipe.save_config(out)
+        for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
+            getattr(pipe, name).save_pretrained(out / name)
+        for name in ("tokenizer", "tokenizer_2"):
+            shutil.copytree(like / name, out / name)
+        shutil.copy(like / "fastflux.json", out / "fastflux.json")
+
+    def options(self):
+        return {"max_sequence_length": self.tokenizers[1].model_max_length, "num_inference_steps": self.steps}
+
+
+def family_of(args):
+    """The family that is trained, with new weights."""
+    if args.family == "flux2":
+        from tiny_flux2 import Flux2
+
+        return Flux2(args, random.Random(args.seed + 2))
+    return Flux1(args, None)
+
+
 def rate(step, steps, warm_up=60):
     if step < warm_up:
         return (step + 1) / warm_up
@@ -104,16 +161,12 @@ def rate(step, steps, warm_up=60):
 def train(args):
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    transformer, vae, clip, t5 = build(args.like)
-    tokenizers = CLIPTokenizer.from_pretrained(args.like / "tokenizer"), T5Tokenizer.from_pretrained(args.like / "tokenizer_2")
+    family = family_of(args)
+    vae = family.vae
     latents_of = Latents(draw_batch(random.Random(args.seed + 1), 1024)[0])
     print(f"latents hold {100 * latents_of.share:.1f} % of the images' variance", flush=True)
 
-    def ids(tokenizer, captions):
-        given = tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
-        return given.input_ids
-
-    words = torch.nn.ModuleList([transformer, clip, t5])
+    words = family.trained
     average = copy.deepcopy(words).requires_grad_(False)
     optimizer = torch.optim.AdamW(words.parameters(), lr=args.lr, betas=(0.9, 0.96), weight_decay=0.01)
     vae_optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, betas=(0.9, 0.96))
@@ -129,13 +182,8 @@ def train(args):
         noise = torch.randn_like(clean)
         noised = (1 - t)[:, None, None, None] * clean + t[:, None, None, None] * noise
         with half():
-            pooled = clip(ids(tokenizers[0], captions)).pooler_output
-            text = t5(ids(tokenizers[1], captions))[0]
-            velocity = transformer(
-                hidden_states=pack(noised), encoder_hidden_states=text, pooled_projections=pooled, timestep=t,
-                guidance=1 + 4 * torch.rand(len(clean)), img_ids=position_ids(clean), txt_ids=torch.zeros(text.shape[1], 3),
-            ).sample
-        loss = F.mse_loss(velocity.float(), pack(noise - clean))
+            velocity = family.velocity(noised, captions, t)
+        loss = F.mse_loss(velocity.float(), family.pack(noise - clean))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(words.parameters(), 1.0)
@@ -159,18 +207,16 @@ def train(args):
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             recent = sum(losses[-args.every :]) / len(losses[-args.every :])
             print(f"step {step + 1}: velocity loss {recent:.4f}, VAE loss {vae_loss.item():.4f}, {time.time() - start:.0f} s", flush=True)
-    transformer, clip, t5 = average
-    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)  # the latents have variance 1 as they are
-    return transformer.eval(), vae.eval(), clip.eval(), t5.eval()
+    return family, family.pipeline(average, args.like)
 
 
-def score(pipe, count, steps, seed):
+def score(pipe, family, count, seed):
     rng, verdicts = random.Random(seed), []
     for first in range(0, count, 32):
         wanted = [scenes.draw_scene(rng) for _ in range(min(32, count - first))]
         out = pipe(
-            [scenes.caption(scene) for scene in wanted], height=SIDE, width=SIDE, num_inference_steps=steps, guidance_scale=3.5,
-            max_sequence_length=pipe.tokenizer_2.model_max_length, generator=torch.Generator().manual_seed(seed + first), output_type="np",
+            prompt=[scenes.caption(scene) for scene in wanted], height=SIDE, width=SIDE, guidance_scale=family.guidance,
+            generator=torch.Generator().manual_seed(seed + first), output_type="np", **family.options(),
         )
         verdicts += [scenes.judge(scene, np.rint(255 * image)) for scene, image in zip(wanted, out.images)]
     return {name: sum(v[name] for v in verdicts) / len(verdicts) for name in verdicts[0]}
@@ -180,6 +226,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path, help="new folder to write")
     parser.add_argument("--like", type=pathlib.Path, default=ROOT / "configs/tiny", help="pipeline whose sizes and tokenizers to take")
+    parser.add_argument("--family", choices=["flux1", "flux2"], default="flux1")
     parser.add_argument("--steps", type=int, default=1264)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
@@ -193,22 +240,13 @@ def main():
         parser.error(f"{args.out} exists already")
     diffusers.utils.logging.set_verbosity_error()
 
-    transformer, vae, clip, t5 = train(args)
-    pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_config(FlowMatchEulerDiscreteScheduler.load_config(args.like / "scheduler")),
-        vae=vae, text_encoder=clip, tokenizer=CLIPTokenizer.from_pretrained(args.like / "tokenizer"),
-        text_encoder_2=t5, tokenizer_2=T5Tokenizer.from_pretrained(args.like / "tokenizer_2"), transformer=transformer,
-    ).to(getattr(torch, args.dtype))
-    pipe.save_config(args.out)
-    for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
-        getattr(pipe, name).save_pretrained(args.out / name)
-    for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(args.like / name, args.out / name)
-    shutil.copy(args.like / "fastflux.json", args.out / "fastflux.json")
+    family, pipe = train(args)
+    pipe = pipe.to(getattr(torch, args.dtype))
+    family.save(pipe, args.out, args.like)
     pipe = pipe.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    steps = json.loads((args.like / "fastflux.json").read_text())["steps"]
-    result = score(pipe, args.score, steps, 1000)
+    steps = family.options()["num_inference_steps"]
+    result = score(pipe, family, args.score, 1000)
     print(f"{args.out}: {100 * result['ok']:.1f} % of {args.score} captions right at {steps} steps;", json.dumps(result))
 
 

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use candle::{DType, Device, Tensor};
 use fastflux::files::{Blob, Files};
+use fastflux::layout::TextModel;
+use fastflux::sample::encoded::Encoded;
 use fastflux::sample::noise::Generator;
 use fastflux::sample::text::{Cut, TextEncoders};
 use fastflux::sample::tokenize::{Family, PromptTokenizer, TokenizerFiles};
@@ -30,7 +32,15 @@ fn relative(a: &Tensor, b: &Tensor) -> Result<f64> {
 
 fn encoders(name: &str, length: Option<usize>) -> Result<TextEncoders> {
     let files = Files::folder(path("tests/golden").join(name).join("pipe"));
-    TextEncoders::load(&files, &[], length, 512, DType::F32, &Device::Cpu)
+    TextEncoders::load(
+        TextModel::ClipAndT5,
+        &files,
+        &[],
+        length,
+        512,
+        DType::F32,
+        &Device::Cpu,
+    )
 }
 
 fn prompts() -> Result<Vec<String>> {
@@ -42,9 +52,18 @@ fn prompts() -> Result<Vec<String>> {
 
 #[test]
 fn prompts_that_are_too_long_are_counted() -> Result<()> {
-    let encoders = TextEncoders::load(&Files::bundled(), &[], None, 12, DType::F32, &Device::Cpu)?;
+    let encoders = TextEncoders::load(
+        TextModel::ClipAndT5,
+        &Files::bundled(),
+        &[],
+        None,
+        12,
+        DType::F32,
+        &Device::Cpu,
+    )?;
     let cut = |prompts: &[String]| -> Result<[usize; 2]> {
-        Ok(encoders.cut(prompts)?.map(|cut| cut.prompts))
+        let cut = encoders.cut(prompts)?;
+        Ok([cut[0].1.prompts, cut[1].1.prompts])
     };
     let known: Vec<String> = std::fs::read_to_string(path("configs/tiny/prompts.txt"))?
         .lines()
@@ -54,7 +73,8 @@ fn prompts_that_are_too_long_are_counted() -> Result<()> {
     let words = |count: usize| vec!["red"; count].join(" ");
     // T5 reads 12 tokens with the end token, CLIP 14 with start and end
     let found = encoders.cut(&[words(12), words(13), words(14)])?;
-    let expected = [(1, 14), (2, 12)].map(|(prompts, length)| Cut { prompts, length });
+    let expected = [("CLIP", 1, 14), ("T5", 2, 12)];
+    let expected = expected.map(|(name, prompts, length)| (name, Cut { prompts, length }));
     assert_eq!(found, expected);
     Ok(())
 }
@@ -103,11 +123,40 @@ fn flux1_tokenizers_give_transformers_ids() -> Result<()> {
 }
 
 #[test]
+fn qwens_tokenizer_gives_transformers_ids() -> Result<()> {
+    let read = |name: &str| std::fs::read(path("tests/golden/flux2").join(name));
+    let (json, config) = (
+        read("pipe/tokenizer/tokenizer.json")?,
+        read("pipe/tokenizer/tokenizer_config.json")?,
+    );
+    let files = TokenizerFiles {
+        tokenizer: Some(&json),
+        config: Some(&config),
+        ..TokenizerFiles::default()
+    };
+    let tokenizer = PromptTokenizer::new(Family::Qwen2, &files)?;
+    let rows: Vec<serde_json::Value> = serde_json::from_slice(&read("qwen_ids.json")?)?;
+    assert!(rows.len() > 5);
+    for row in rows {
+        let text = row["text"].as_str().context("text")?;
+        let chat = format!(
+            "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        );
+        let ids: Vec<u32> = serde_json::from_value(row["ids"].clone())?;
+        let (found, real) = tokenizer.encode_padded(&chat, 48)?;
+        assert_eq!(found, ids, "{text:?}");
+        let count = tokenizer.token_count(&chat)?.min(48);
+        assert_eq!(real, 0..count, "{text:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn text_encoders_give_transformers_numbers() -> Result<()> {
     let expected = golden("sample.safetensors")?;
     for name in ["dev", "schnell"] {
         let encoders = encoders(name, None)?;
-        let (txt, vec) = encoders.encode(&prompts()?)?;
+        let Encoded { txt, vec, .. } = encoders.encode(&prompts()?)?;
         let (t5, clip) = (
             &expected[&format!("{name}.t5.hidden")],
             &expected[&format!("{name}.clip.pooled")],
@@ -126,7 +175,10 @@ fn the_text_length_is_the_given_one_or_the_smaller_of_default_and_limit() -> Res
     let limited = encoders("dev", None)?;
     assert_eq!(limited.text_length(), 16, "the tokenizer's own limit");
     let given = encoders("dev", Some(30))?;
-    assert_eq!(given.encode(&["a house".to_owned()])?.0.dims(), [1, 30, 40]);
+    assert_eq!(
+        given.encode(&["a house".to_owned()])?.txt.dims(),
+        [1, 30, 40]
+    );
     let none = encoders("dev", Some(0))?;
     let error = format!("{:#}", none.encode(&["a house".to_owned()]).unwrap_err());
     assert!(error.contains("text length of 0"), "{error}");
@@ -195,6 +247,7 @@ fn text_encoders_as_single_files_need_no_config_and_no_tokenizer() -> Result<()>
 
     let load = || {
         TextEncoders::load(
+            TextModel::ClipAndT5,
             &Files::folder(folder.path()),
             &[],
             None,
@@ -204,10 +257,10 @@ fn text_encoders_as_single_files_need_no_config_and_no_tokenizer() -> Result<()>
         )
     };
     let encoders = load()?;
-    let (clip_ids, t5_ids) = encoders.tokenize("A photo of a cat")?;
+    let [(_, clip_ids), (_, t5_ids)] = encoders.tokenize("A photo of a cat")?.try_into().unwrap();
     assert_eq!(clip_ids[..7], [49406, 320, 1125, 539, 320, 2368, 49407]);
     assert_eq!(t5_ids[..6], [71, 1202, 13, 3, 9, 1712]);
-    let (txt, vec) = encoders.encode(&["A photo of a cat".to_owned()])?;
+    let Encoded { txt, vec, .. } = encoders.encode(&["A photo of a cat".to_owned()])?;
     assert_eq!((txt.dims(), vec.dims()), (&[1, 256, 8][..], &[1, 64][..]));
 
     t5.remove("encoder.block.0.layer.1.DenseReluDense.wo.weight");

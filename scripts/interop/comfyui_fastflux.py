@@ -1,4 +1,4 @@
-"""FLUX.1 models pruned by fastflux, in ComfyUI.
+"""FLUX.1 and FLUX.2 models pruned by fastflux, in ComfyUI.
 
 Put this file into ComfyUI's `custom_nodes` and the `flux.safetensors` that `fastflux prune` or `fastflux train-sandwich` wrote into
 `models/diffusion_models`. The node "Load fastflux model" then gives a MODEL, as "Load Diffusion Model" does for other files.
@@ -24,25 +24,32 @@ from comfy.ops import manual_cast
 from torch import nn
 from torch.nn import functional as F
 
-# What ComfyUI takes every FLUX.1 to have.
-AXES, THETA = [16, 56, 56], 10000
+# What ComfyUI takes every FLUX.1 and every FLUX.2 to have.
+ROTARY = [([16, 56, 56], 10000), ([32, 32, 32, 32], 2000)]
+# A tensor that only FLUX.2 has.
+SHARED = "single_stream_modulation.lin.weight"
 
 
 class Layer(nn.Module):
     """y = x + g * (W z + V silu(vec) + b) for the tokens x of a stream.
 
-    linear: z = x, no V, g = 1; conditioned: with V; modulated: z = LN(x) (1 + scale) + shift and the gate g, as the replaced block has them.
+    linear: z = x, no V, g = 1; conditioned: with V; modulated: z = LN(x) (1 + scale) + shift and the gate g, as the replaced block has them: by a
+    projection of its own, or those of FLUX.2, which all blocks share.
     """
 
-    def __init__(self, tensors, prefix):
+    def __init__(self, tensors, prefix, form):
         super().__init__()
+        self.form = form
         self.linear = linear(tensors, f"{prefix}.")
         self.vec = linear(tensors, f"{prefix}.vec.")
         self.modulation = linear(tensors, f"{prefix}.modulation.lin.")
 
-    def forward(self, x, vec):
-        if self.modulation is not None:
-            shift, scale, gate = self.modulation(F.silu(vec)).unsqueeze(1).chunk(3, dim=-1)
+    def forward(self, x, vec, shared=None):
+        if self.form == "modulated":
+            if self.modulation is not None:
+                shift, scale, gate = self.modulation(F.silu(vec)).unsqueeze(1).chunk(3, dim=-1)
+            else:
+                shift, scale, gate = shared.shift, shared.scale, shared.gate
             y = x + gate * self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
         else:
             y = x + self.linear(x)
@@ -69,16 +76,21 @@ def linear(tensors, prefix):
 class Replaced(nn.Module):
     """What stands for replaced blocks: a layer for each stream, or one for both."""
 
-    def __init__(self, tensors, joint):
+    def __init__(self, tensors, joint, form, seen):
         super().__init__()
-        self.txt = Layer(tensors, "linear" if joint else "linear.txt")
-        self.img = self.txt if joint else Layer(tensors, "linear.img")
+        self.txt = Layer(tensors, "linear" if joint else "linear.txt", form)
+        self.img = self.txt if joint else Layer(tensors, "linear.img", form)
+        self.seen = seen
 
 
 class ReplacedDouble(Replaced):
     """In the place of a double block."""
 
     def forward(self, img, txt, vec, **_):
+        if isinstance(vec, tuple):
+            # FLUX.2 hands on what its shared projections give: for image and text, the first and the second branch
+            (of_img, _), (of_txt, _) = vec
+            return self.img(img, self.seen.vec, of_img), self.txt(txt, self.seen.vec, of_txt)
         return self.img(img, vec), self.txt(txt, vec)
 
 
@@ -87,7 +99,9 @@ class ReplacedSingle(Replaced):
 
     def forward(self, x, vec, transformer_options, **_):
         text = transformer_options["img_slice"][0]
-        return torch.cat((self.txt(x[:, :text], vec), self.img(x[:, text:], vec)), 1)
+        # FLUX.2 hands on shift, scale and gate
+        vec, shared = (vec, None) if torch.is_tensor(vec) else (self.seen.vec, vec)
+        return torch.cat((self.txt(x[:, :text], vec, shared), self.img(x[:, text:], vec, shared)), 1)
 
 
 class PassDouble(nn.Module):
@@ -104,10 +118,19 @@ class PassSingle(nn.Module):
         return x
 
 
+class Seen:
+    """The embedding of the timestep in the current forward, which FLUX.2 does not hand to its blocks."""
+
+    vec = None
+
+    def note(self, _, __, vec):
+        self.vec = vec
+
+
 MODULES = {"double": (ReplacedDouble, PassDouble), "single": (ReplacedSingle, PassSingle)}
 
 
-def stacks(layout, tensors):
+def stacks(layout, tensors, seen):
     """For each kind what stands at the places of the unpruned model's blocks (`None`: the next kept one), and the tensors under the names that a
     model of the kept blocks alone has."""
     places = {kind: {} for kind in MODULES}
@@ -133,7 +156,7 @@ def stacks(layout, tensors):
             out.update((f"{kind}_blocks.{kept[kind]}.{tail}", tensor) for tail, tensor in here.items())
             kept[kind] += 1
         else:
-            places[kind][int(index)] = MODULES[kind][0](here, entry.get("joint", False))
+            places[kind][int(index)] = MODULES[kind][0](here, entry.get("joint", False), entry["form"], seen)
     return places, out
 
 
@@ -196,13 +219,16 @@ def load(path, patch=None, level="", **options):
         if "fastflux" not in (metadata or {}):
             return comfy.sd.load_diffusion_model(path, **options)
         record = json.loads(metadata["fastflux"])
-    if record["axes-dims"] != AXES or record["theta"] != THETA:
-        raise ValueError(f"`{path}`: ComfyUI knows FLUX.1's rotary axes {AXES} only, these are {record['axes-dims']}")
-    places, kept = stacks(record["layout"], tensors)
+    if (record["axes-dims"], record["theta"]) not in ROTARY:
+        raise ValueError(f"`{path}`: ComfyUI knows the rotary axes {ROTARY[0][0]} and {ROTARY[1][0]} only, these are {record['axes-dims']}")
+    seen = Seen()
+    places, kept = stacks(record["layout"], tensors, seen)
     patcher = comfy.sd.load_diffusion_model_state_dict(kept, metadata=metadata, **options)
     if patcher is None:
         raise ValueError(f"`{path}`: ComfyUI does not recognise what was kept; it needs a double block to tell that it is FLUX")
     model = patcher.model
+    if SHARED in kept:
+        model.diffusion_model.time_in.register_forward_hook(seen.note)
     for kind, depth in (("double", "depth"), ("single", "depth_single_blocks")):
         blocks = iter(getattr(model.diffusion_model, f"{kind}_blocks"))
         stack = [next(blocks) if module is None else module for _, module in sorted(places[kind].items())]

@@ -1,13 +1,17 @@
-"""FLUX.1 transformers pruned by fastflux, in diffusers.
+"""FLUX.1 and FLUX.2 transformers pruned by fastflux, in diffusers.
 
 `fastflux prune --layout diffusers` and `fastflux train-sandwich --layout diffusers` put this file next to the weights:
 
     transformer = AutoModel.from_pretrained("pruned/transformer", trust_remote_code=True, torch_dtype=torch.bfloat16)
     pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", transformer=transformer, torch_dtype=torch.bfloat16)
 
+(`Flux2KleinPipeline` for FLUX.2.)
+
 The single file that they write otherwise opens with this file in reach (`import fastflux_flux`):
 
     transformer = fastflux_flux.FastFluxTransformer2DModel.from_single_file("pruned/flux.safetensors", torch_dtype=torch.bfloat16)
+
+`FastFlux2Transformer2DModel` is the class for FLUX.2.
 """
 
 import hashlib
@@ -23,6 +27,11 @@ from diffusers.utils import logging
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
+
+try:
+    from diffusers import Flux2Transformer2DModel
+except ImportError:  # an older diffusers, which opens FLUX.1 all the same
+    Flux2Transformer2DModel = None
 
 logger = logging.get_logger(__name__)
 
@@ -64,24 +73,69 @@ SINGLE = {
 }
 BLOCKS = {"double": ("transformer_blocks", DOUBLE), "single": ("single_transformer_blocks", SINGLE)}
 
+# FLUX.2 has no pooled text and shares its modulation, and the first projections of its single blocks are not split.
+TOP2 = {
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    "time_in.in_layer": ["time_guidance_embed.timestep_embedder.linear_1"],
+    "time_in.out_layer": ["time_guidance_embed.timestep_embedder.linear_2"],
+    "guidance_in.in_layer": ["time_guidance_embed.guidance_embedder.linear_1"],
+    "guidance_in.out_layer": ["time_guidance_embed.guidance_embedder.linear_2"],
+    "double_stream_modulation_img.lin": ["double_stream_modulation_img.linear"],
+    "double_stream_modulation_txt.lin": ["double_stream_modulation_txt.linear"],
+    "single_stream_modulation.lin": ["single_stream_modulation.linear"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    "final_layer.linear": ["proj_out"],
+}
+DOUBLE2 = {
+    **{name: modules for name, modules in DOUBLE.items() if "_norm" in name},
+    "img_attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "txt_attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "img_attn.proj": ["attn.to_out.0"],
+    "txt_attn.proj": ["attn.to_add_out"],
+    "img_mlp.0": ["ff.linear_in"],
+    "img_mlp.2": ["ff.linear_out"],
+    "txt_mlp.0": ["ff_context.linear_in"],
+    "txt_mlp.2": ["ff_context.linear_out"],
+}
+SINGLE2 = {
+    "linear1": ["attn.to_qkv_mlp_proj"],
+    "linear2": ["attn.to_out"],
+    "norm.query_norm": ["attn.norm_q"],
+    "norm.key_norm": ["attn.norm_k"],
+}
+BLOCKS2 = {"double": ("transformer_blocks", DOUBLE2), "single": ("single_transformer_blocks", SINGLE2)}
+
+
+def tables_of(names):
+    """The names outside the blocks and in them of the family that names of tensors, or keys of a configuration, belong to."""
+    is_flux2 = any(name == "rope_theta" or name.startswith("single_stream_modulation.") for name in names)
+    return (TOP2, BLOCKS2) if is_flux2 else (TOP, BLOCKS)
+
 
 class Layer(nn.Module):
     """y = x + g * (W z + V silu(temb) + b) for the tokens x of a stream.
 
-    linear: z = x, no V, g = 1; conditioned: with V; modulated: z = LN(x) (1 + scale) + shift and the gate g, as the replaced block has them.
+    linear: z = x, no V, g = 1; conditioned: with V; modulated: z = LN(x) (1 + scale) + shift and the gate g, as the replaced block has them:
+    by a projection of its own, or given where all blocks share it.
     """
 
-    def __init__(self, width, form):
+    def __init__(self, width, form, shares_modulation=False):
         super().__init__()
+        own = form == "modulated" and not shares_modulation
+        self.form = form
         # zeros: tokens pass unchanged until weights are loaded
         self.weight = nn.Parameter(torch.zeros(width, width))
         self.bias = nn.Parameter(torch.zeros(width))
         self.vec = nn.Linear(width, width, bias=False) if form == "conditioned" else None
-        self.modulation = nn.ModuleDict({"lin": nn.Linear(width, 3 * width)}) if form == "modulated" else None
+        self.modulation = nn.ModuleDict({"lin": nn.Linear(width, 3 * width)}) if own else None
 
-    def forward(self, x, temb):
-        if self.modulation is not None:
-            shift, scale, gate = self.modulation["lin"](F.silu(temb)).unsqueeze(1).chunk(3, dim=-1)
+    def forward(self, x, temb, modulation=None):
+        if self.form == "modulated":
+            if self.modulation is not None:
+                modulation = self.modulation["lin"](F.silu(temb)).unsqueeze(1)
+            # of the six parts of a double block those of its first branch
+            shift, scale, gate = modulation.split(x.shape[-1], dim=-1)[:3]
             z = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
             y = x + gate * F.linear(z, self.weight, self.bias)
         else:
@@ -104,54 +158,59 @@ class ReplacedBlock(nn.Module):
         return txt(encoder_hidden_states, temb), img(hidden_states, temb)
 
 
-class FastFluxTransformer2DModel(FluxTransformer2DModel):
-    """diffusers' FLUX transformer with linear layers in the place of some blocks; `fastflux["layout"]` says which."""
+class Seen:
+    """What FLUX.2's blocks are not told in a forward, noted by the model for the layers in their places."""
+
+    temb = None  # embedding of the timestep
+    text = 0  # number of text tokens
+
+
+class Replaced2(nn.Module):
+    """What stands for replaced blocks of FLUX.2."""
+
+    def __init__(self, width, form, joint, seen):
+        super().__init__()
+        layer = lambda: Layer(width, form, shares_modulation=True)
+        self.linear = layer() if joint else nn.ModuleDict({s: layer() for s in ("txt", "img")})
+        self.seen = seen
+
+    def layers(self, txt, img, txt_modulation, img_modulation):
+        of_txt, of_img = (self.linear, self.linear) if isinstance(self.linear, Layer) else (self.linear["txt"], self.linear["img"])
+        with_batch = lambda mod: mod.unsqueeze(1) if mod.ndim == 2 else mod
+        return of_txt(txt, self.seen.temb, with_batch(txt_modulation)), of_img(img, self.seen.temb, with_batch(img_modulation))
+
+
+class ReplacedDouble2(Replaced2):
+    """Called as diffusers' double blocks are."""
+
+    def forward(
+        self, hidden_states, encoder_hidden_states, temb_mod_img, temb_mod_txt, image_rotary_emb=None, joint_attention_kwargs=None
+    ):
+        return self.layers(encoder_hidden_states, hidden_states, temb_mod_txt, temb_mod_img)
+
+
+class ReplacedSingle2(Replaced2):
+    """Called as diffusers' single blocks are: on the text tokens and then those of the image."""
+
+    def forward(self, hidden_states, encoder_hidden_states, temb_mod, image_rotary_emb=None, joint_attention_kwargs=None, **_):
+        txt, img = hidden_states[:, : self.seen.text], hidden_states[:, self.seen.text :]
+        return torch.cat(self.layers(txt, img, temb_mod, temb_mod), dim=1)
+
+
+class Pruned:
+    """What the classes of both families have in common."""
 
     _auto_class = "AutoModel"  # `save_pretrained` writes the `auto_map` again
-    _no_split_modules = [*FluxTransformer2DModel._no_split_modules, "ReplacedBlock"]
 
-    @register_to_config
-    def __init__(
-        self,
-        patch_size: int = 1,
-        in_channels: int = 64,
-        out_channels: int | None = None,
-        num_layers: int = 19,
-        num_single_layers: int = 38,
-        attention_head_dim: int = 128,
-        num_attention_heads: int = 24,
-        joint_attention_dim: int = 4096,
-        pooled_projection_dim: int = 768,
-        guidance_embeds: bool = False,
-        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
-        theta: float = 10000,
-        mlp_ratio: float = 4.0,
-        fastflux: dict | None = None,
-        auto_map: dict | None = None,  # of config.json; unused, but diffusers warns of what it does not find here
-    ):
-        super().__init__(
-            patch_size=patch_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            num_layers=num_layers,
-            num_single_layers=num_single_layers,
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-            joint_attention_dim=joint_attention_dim,
-            pooled_projection_dim=pooled_projection_dim,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=axes_dims_rope,
-        )
-        if mlp_ratio != 4:
-            raise ValueError(f"diffusers' FLUX blocks have MLPs 4 times as wide as the stream, this model's are {mlp_ratio} times")
-        self.pos_embed.theta = theta
+    def _replace(self, fastflux, replaced):
+        """Puts `replaced(kind, entry)` in the place of each block that was replaced."""
         for kind, slots in slots_of(fastflux).items():
             blocks = getattr(self, BLOCKS[kind][0])
             if fastflux is not None and len(slots) != len(blocks):
                 raise ValueError(f"the layout has {len(slots)} {kind} blocks, the configuration says {len(blocks)}")
             for slot, entry in enumerate(slots):
                 if isinstance(entry, dict):
-                    blocks[slot] = ReplacedBlock(self.inner_dim, entry["form"], entry.get("joint", False))
+                    blocks[slot] = replaced(kind, entry)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As diffusers', with this file next to the weights, so that the folder opens again."""
@@ -224,6 +283,106 @@ class FastFluxTransformer2DModel(FluxTransformer2DModel):
         return super().load_lora_adapter(lora, *args, metadata=metadata, network_alphas=network_alphas, **kwargs)
 
 
+class FastFluxTransformer2DModel(Pruned, FluxTransformer2DModel):
+    """diffusers' FLUX.1 transformer with linear layers in the place of some blocks; `fastflux["layout"]` says which."""
+
+    _no_split_modules = [*FluxTransformer2DModel._no_split_modules, "ReplacedBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        guidance_embeds: bool = False,
+        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
+        theta: float = 10000,
+        mlp_ratio: float = 4.0,
+        fastflux: dict | None = None,
+        auto_map: dict | None = None,  # of config.json; unused, but diffusers warns of what it does not find here
+    ):
+        super().__init__(
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=num_layers,
+            num_single_layers=num_single_layers,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=axes_dims_rope,
+        )
+        if mlp_ratio != 4:
+            raise ValueError(f"diffusers' FLUX blocks have MLPs 4 times as wide as the stream, this model's are {mlp_ratio} times")
+        self.pos_embed.theta = theta
+        self._replace(fastflux, lambda _, entry: ReplacedBlock(self.inner_dim, entry["form"], entry.get("joint", False)))
+
+
+if Flux2Transformer2DModel is not None:
+
+    class FastFlux2Transformer2DModel(Pruned, Flux2Transformer2DModel):
+        """diffusers' FLUX.2 transformer with linear layers in the place of some blocks; `fastflux["layout"]` says which."""
+
+        _no_split_modules = [*Flux2Transformer2DModel._no_split_modules, "ReplacedDouble2", "ReplacedSingle2"]
+
+        @register_to_config
+        def __init__(
+            self,
+            patch_size: int = 1,
+            in_channels: int = 128,
+            out_channels: int | None = None,
+            num_layers: int = 5,
+            num_single_layers: int = 20,
+            attention_head_dim: int = 128,
+            num_attention_heads: int = 24,
+            joint_attention_dim: int = 7680,
+            timestep_guidance_channels: int = 256,
+            mlp_ratio: float = 3.0,
+            axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32),
+            rope_theta: float = 2000,
+            eps: float = 1e-6,
+            guidance_embeds: bool = False,
+            fastflux: dict | None = None,
+            auto_map: dict | None = None,  # of config.json; unused, but diffusers warns of what it does not find here
+        ):
+            super().__init__(
+                patch_size=patch_size,
+                in_channels=in_channels,
+                out_channels=out_channels,
+                num_layers=num_layers,
+                num_single_layers=num_single_layers,
+                attention_head_dim=attention_head_dim,
+                num_attention_heads=num_attention_heads,
+                joint_attention_dim=joint_attention_dim,
+                timestep_guidance_channels=timestep_guidance_channels,
+                mlp_ratio=mlp_ratio,
+                axes_dims_rope=axes_dims_rope,
+                rope_theta=rope_theta,
+                eps=eps,
+                guidance_embeds=guidance_embeds,
+            )
+            seen = self._seen = Seen()
+            classes = {"double": ReplacedDouble2, "single": ReplacedSingle2}
+            self._replace(fastflux, lambda kind, entry: classes[kind](self.inner_dim, entry["form"], entry.get("joint", False), seen))
+
+            def note(_, __, temb):
+                seen.temb = temb
+
+            self.time_guidance_embed.register_forward_hook(note)
+
+        def forward(self, hidden_states, encoder_hidden_states=None, *args, **kwargs):
+            self._seen.text = encoder_hidden_states.shape[1]
+            return super().forward(hidden_states, encoder_hidden_states, *args, **kwargs)
+
+
 # Endings of names in LoRA files, and what the tensors are.
 ENDINGS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_A.default.weight": "down", ".lora_B.default.weight": "up", ".lora_A": "down", ".lora_B": "up",
@@ -254,18 +413,18 @@ FOREIGN = {
 FORMS = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA in kohya's names", ".diff": "differences of whole weights", "oft_": "OFT"}
 
 
-def spellings(counts):
+def spellings(counts, top, blocks_of):
     """Names of all modules of the unpruned model, with dots and underscores: (kind or None, block, original module, first part, parts)."""
     out = {}
 
     def add(name, *place):
         out[name] = out[name.replace(".", "_")] = place
 
-    for original, theirs in TOP.items():
+    for original, theirs in top.items():
         add(original, None, None, original, 0, 1)
         # diffusers' rows of the final modulation are in another order
         add(theirs[0], None, None, theirs[0], 0, 1)
-    for kind, (blocks, table) in BLOCKS.items():
+    for kind, (blocks, table) in blocks_of.items():
         for index in range(counts[kind]):
             for original, parts in table.items():
                 add(f"{kind}_blocks.{index}.{original}", kind, index, original, 0, len(parts))
@@ -341,7 +500,8 @@ def renumbered(lora, config, metadata=None):
     counts = {kind: sum(block.startswith(kind) for block in originals) for kind in BLOCKS}
     if not record:
         counts = {"double": config["num_layers"], "single": config["num_single_layers"]}
-    known, slots = spellings(counts), slots_of(record)
+    top, blocks_of = tables_of(config)
+    known, slots = spellings(counts, top, blocks_of), slots_of(record)
     modules, text = {}, {}
     for name, tensor in tensors.items():
         if "text_model" in name or re.search(r"encoder[._]block[._]", name) or name.startswith("text_encoder"):
@@ -360,7 +520,7 @@ def renumbered(lora, config, metadata=None):
     for (module, bare), parts in modules.items():
         kind, index, original, first, count = known[bare]
         if kind is None:
-            theirs = TOP.get(original, [original])
+            theirs = top.get(original, [original])
             swap = original == "final_layer.adaLN_modulation.1"
             targets = theirs
         else:
@@ -370,7 +530,7 @@ def renumbered(lora, config, metadata=None):
                 blocks.add(block)
                 continue
             slot = slots[kind].index(block) if record else index
-            names = BLOCKS[kind][1][original][first : first + count]
+            names = blocks_of[kind][1][original][first : first + count]
             targets = [f"{BLOCKS[kind][0]}.{slot}.{name}" for name in names]
         add_module(out, module, bare, targets, parts, swap, metadata)
     for name, parts in text.items():
@@ -449,14 +609,15 @@ def original_names(state):
         if f"{prefix}img_in.weight" in state:
             names = {name: name.removeprefix(prefix) for name in state if name.startswith(prefix)}
             return {re.sub(r"(query_norm|key_norm)\.weight$", r"\1.scale", new): state[old] for old, new in names.items()}
+    top, blocks_of = tables_of(state)
     out = {}
-    for original, (theirs,) in TOP.items():
+    for original, (theirs,) in top.items():
         for leaf in ("weight", "bias"):
             if f"{theirs}.{leaf}" in state:
                 tensor = state[f"{theirs}.{leaf}"]
                 swap = original == "final_layer.adaLN_modulation.1"
                 out[f"{original}.{leaf}"] = torch.cat(tensor.chunk(2)[::-1]) if swap else tensor
-    for kind, (blocks, table) in BLOCKS.items():
+    for kind, (blocks, table) in blocks_of.items():
         indices = {int(found[1]) for found in (re.match(rf"{blocks}\.(\d+)\.", name) for name in state) if found}
         for index in indices:
             for original, theirs in table.items():
@@ -508,21 +669,28 @@ def diffusers_names(state, record, dtype):
         "attention_head_dim": state[norm].shape[0],
         "num_attention_heads": width // state[norm].shape[0],
         "joint_attention_dim": state["txt_in.weight"].shape[1],
-        "pooled_projection_dim": state["vector_in.in_layer.weight"].shape[1],
         "guidance_embeds": "guidance_in.in_layer.weight" in state,
         "axes_dims_rope": tuple(record["axes-dims"]),
-        "theta": record["theta"],
         "fastflux": record,
     }
+    top, blocks_of = tables_of(state)
+    if top is TOP2:
+        config["rope_theta"] = record["theta"]
+        # the MLP's two halves stand behind q, k and v in a single block, and alone in a double one
+        single = next((t.shape[0] - 3 * width for n, t in state.items() if n.endswith("linear1.weight")), None)
+        config["mlp_ratio"] = (single or next(t.shape[0] for n, t in state.items() if n.endswith("img_mlp.0.weight"))) / (2 * width)
+    else:
+        config["theta"] = record["theta"]
+        config["pooled_projection_dim"] = state["vector_in.in_layer.weight"].shape[1]
     out = {}
     for name, tensor in state.items():
         block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)\.(\w+)", name)
         if block is None:
             module, leaf = name.rsplit(".", 1)
-            prefix, modules = "", TOP[module]
+            prefix, modules = "", top[module]
         else:
             kind, slot, module, leaf = block.groups()
-            blocks, table = BLOCKS[kind]
+            blocks, table = blocks_of[kind]
             # replacement layers have one name in both
             prefix, modules = f"{blocks}.{slot}.", [module] if module.split(".")[0] == "linear" else table[module]
         if module == "final_layer.adaLN_modulation.1":

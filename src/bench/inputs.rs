@@ -141,13 +141,14 @@ impl StepInputs {
                 .to_device(device)?
                 .to_dtype(dtype)?)
         };
-        let img_ids = latents::img_ids(size / 8, size / 8, device)?;
+        let axes = config.family.position_axes;
+        let img_ids = latents::img_ids(0, size / 8, size / 8, axes, device)?;
         let image_tokens = img_ids.dim(0)?;
         Ok(Self {
             img: normal(&[batch, image_tokens, config.in_channels])?,
             img_ids,
             txt: normal(&[batch, text_tokens, config.context_in_dim])?,
-            txt_ids: latents::txt_ids(text_tokens, device)?,
+            txt_ids: latents::txt_ids(text_tokens, axes, device)?,
             timestep: Tensor::full(0.6f32, batch, device)?,
             vec: normal(&[batch, config.vec_in_dim])?,
             guidance: Tensor::full(3.5f32, batch, device)?,

@@ -11,7 +11,7 @@ use crate::{
         memory::{self, ElementSizes},
         ops,
     },
-    pipeline::{Pipeline, load},
+    pipeline::{Pipeline, defaults::released_text_length, load},
     ui,
     ui::Reporter,
 };
@@ -54,7 +54,7 @@ impl Subject {
         Self {
             name,
             default_size: DEFAULT_SIZE,
-            default_text_tokens: if config.guidance_embed { 512 } else { 256 },
+            default_text_tokens: released_text_length(&config),
             config,
             pipeline: None,
         }

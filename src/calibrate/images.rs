@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use candle::Tensor;
+use candle::{Device, Tensor};
 
 use crate::{
     device::Runtime,
     pipeline::{Pipeline, load},
-    sample::{image, latents, size::ImageSize},
+    sample::{encoded::References, image, latents, size::ImageSize},
 };
 
 /// The images of a folder in the order of their names, with the captions next to them.
@@ -48,8 +48,39 @@ pub(super) fn captioned(folder: &Path) -> Result<(Vec<String>, Vec<PathBuf>)> {
     Ok((captions, images))
 }
 
+/// Reference images of `prompts` prompts, at the size of the images themselves: one for each, from the first again if
+/// there are fewer.
+pub(super) fn references(
+    pipeline: &Pipeline,
+    runtime: &Runtime,
+    size: ImageSize,
+    paths: &[PathBuf],
+    prompts: usize,
+) -> Result<References> {
+    let each = encode_as("--image", pipeline, runtime, size, paths)?;
+    let turns: Vec<u32> = (0..prompts).map(|i| (i % paths.len()) as u32).collect();
+    let family = pipeline.config.family;
+    let latent = size.latent(family);
+    let (number, axes) = (family.reference_step, family.position_axes);
+    Ok(References {
+        tokens: each.index_select(&Tensor::new(turns, &Device::Cpu)?, 0)?,
+        ids: latents::img_ids(number, latent.height, latent.width, axes, &Device::Cpu)?,
+    })
+}
+
 /// Image files → packed latents (images, tokens, 4 · channels), f32 on the CPU; one image in memory at a time.
 pub(super) fn encode(
+    pipeline: &Pipeline,
+    runtime: &Runtime,
+    size: ImageSize,
+    images: &[PathBuf],
+) -> Result<Tensor> {
+    encode_as("--images", pipeline, runtime, size, images)
+}
+
+/// The same of images that `flag` names.
+fn encode_as(
+    flag: &'static str,
     pipeline: &Pipeline,
     runtime: &Runtime,
     size: ImageSize,
@@ -59,7 +90,7 @@ pub(super) fn encode(
     let progress = pipeline.reporter.progress(images.len(), "encoding images");
     let mut out = Vec::new();
     for path in images {
-        let image = image::read(path).context("--images")?;
+        let image = image::read(path).context(flag)?;
         let image = image::covering(&image, size.width, size.height)?.unsqueeze(0)?;
         let image = image.to_device(&runtime.device)?;
         let latents = vae.encode(&image.to_dtype(runtime.dtype)?)?;

@@ -52,7 +52,7 @@ pub(super) fn activity(
     given: Option<u64>,
 ) -> (Activity, Option<u64>) {
     let config = &pipeline.config;
-    let (batch, tokens) = (options.batch, options.size.tokens() + options.text_tokens);
+    let (batch, tokens) = (options.batch, options.tokens());
     // one stream of one block in f32 (f64 on the CPU), its change, and the fresh products next to the sums
     let wide = if budget.on_cpu() { 8 } else { 4 };
     let stream = (batch * tokens * config.hidden_size) as u64;
@@ -158,8 +158,8 @@ impl CalibrationEstimate {
         let noised = (num_prompts as f64 * noise_levels_per_image).ceil() as usize;
         let of_shard = |count: usize| count.div_ceil(shard.of);
         let image_tokens = options.size.tokens();
-        let tokens = image_tokens + options.text_tokens;
-        let per_latent = cost::model(config, image_tokens, options.text_tokens);
+        let tokens = options.tokens();
+        let per_latent = cost::model(config, tokens - options.text_tokens, options.text_tokens);
         let flops = |count: usize| of_shard(count) as f64 * per_latent.flops() as f64;
         let (activity, room) = self::activity(pipeline, budget, options, stats_memory);
         let kept = blocks_within(config, room);

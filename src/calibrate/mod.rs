@@ -27,6 +27,7 @@ pub mod header;
 pub mod held_out;
 mod images;
 pub mod memory;
+mod noise_levels;
 pub mod noised;
 mod on_gpu;
 pub mod options;
@@ -41,6 +42,7 @@ mod sums;
 mod token_sums;
 
 pub use behind::gather_behind;
+pub use noise_levels::NoiseLevels;
 pub use sampling::sample;
 
 /// See the module.
@@ -79,7 +81,13 @@ impl<'a> Calibrator<'a> {
         let images = images
             .map(|images| images::encode(pipeline, runtime, options.size, images))
             .transpose()?;
-        let encoded = load::encode_prompts(pipeline, &options.prompts, None, runtime)?;
+        let mut encoded = load::encode_prompts(pipeline, &options.prompts, None, runtime)?;
+        let paths = &options.recipe.reference_images;
+        if !paths.is_empty() {
+            let prompts = options.prompts.len();
+            let references = images::references(pipeline, runtime, options.size, paths, prompts);
+            encoded.references = Some(references?);
+        }
         let (activity, stats_memory) = memory::activity(pipeline, budget, &options, stats_memory);
         let flux = budget.flux(pipeline, activity)?;
         Ok(Self {
@@ -103,7 +111,7 @@ impl<'a> Calibrator<'a> {
             schedule: &self.schedule,
             steps: recipe.steps.context("steps are resolved")?,
             guidance: recipe.guidance.context("guidance is resolved")?,
-            size: self.options.size.latent(),
+            size: self.options.size.latent(self.pipeline.config.family),
         })
     }
 
@@ -124,7 +132,14 @@ impl<'a> Calibrator<'a> {
             channels: self.channels(),
             seed: recipe.seed,
             images: self.images.as_ref(),
+            levels: self.noise_levels()?,
         })
+    }
+
+    /// The noise levels that the model is looked at.
+    fn noise_levels(&self) -> Result<NoiseLevels> {
+        let steps = self.options.recipe.steps.context("steps are resolved")?;
+        NoiseLevels::of_model(self.pipeline, self.options.size, steps)
     }
 
     /// One step of one image: a damaged model is named by its block before hours are spent on it.
@@ -149,20 +164,22 @@ impl<'a> Calibrator<'a> {
         let images = calibration.all_images()?;
         let denoise = self.denoise(&self.flux)?;
         let seed = self.options.recipe.seed;
+        let levels = self.noise_levels()?;
         let noised = |range: std::ops::Range<usize>,
                       noise_levels_per_image,
                       seed|
          -> Result<NoisedLatents> {
             let part: Tensor = images.narrow(0, range.start, range.len())?;
             let prompts = self.encoded.range(range)?;
-            NoisedLatents::new(
+            let noised = NoisedLatents::new(
                 part,
                 prompts,
                 denoise.size,
                 denoise.guidance,
                 noise_levels_per_image,
                 seed,
-            )
+            )?;
+            Ok(noised.with_levels(levels.clone()))
         };
         let num_prompts = self.options.num_prompts;
         let held_out = noised(

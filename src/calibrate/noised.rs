@@ -3,11 +3,12 @@
 use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 
+use super::NoiseLevels;
 use crate::{
     model::Inputs,
     sample::{
         denoise::{Encoded, LatentSize},
-        latents, noise,
+        noise,
     },
 };
 
@@ -21,8 +22,9 @@ pub struct NoisedLatents {
     prompts: Encoded,
     size: LatentSize,
     guidance: f64,
-    /// (image, t, noise seed) of each state.
-    items: Vec<(u32, f32, u64)>,
+    levels: NoiseLevels,
+    /// (image, number in (0, 1) that its noise level follows from, noise seed) of each state.
+    items: Vec<(u32, f64, u64)>,
 }
 
 /// One batch of noised latents on a device, ready for the model.
@@ -52,6 +54,26 @@ impl Batch {
     }
 }
 
+/// Image tokens (b, tokens, channels) and their positions, with those of the reference images behind them.
+///
+/// # Errors
+/// When memory is short.
+pub(crate) fn with_references(
+    img: Tensor,
+    img_ids: Tensor,
+    prompts: &Encoded,
+) -> Result<(Tensor, Tensor)> {
+    let Some(references) = &prompts.references else {
+        return Ok((img, img_ids));
+    };
+    let tokens = references.tokens_of(img.dim(0)?)?;
+    let tokens = tokens.to_device(img.device())?;
+    Ok((
+        Tensor::cat(&[&img, &tokens.to_dtype(img.dtype())?], 1)?,
+        Tensor::cat(&[&img_ids, &references.ids], 0)?,
+    ))
+}
+
 /// Which of all images a share holds.
 #[derive(Clone, Copy, Debug)]
 pub struct Share {
@@ -63,8 +85,6 @@ pub struct Share {
     pub num_noised: usize,
 }
 
-/// Times keep this far from 0 and 1, where the velocity is trivial.
-pub(crate) const MARGIN: f64 = 0.01;
 /// The golden ratio's fractional part: its multiples fill an interval evenly.
 const GOLDEN: f64 = 0.618_033_988_749_894_9;
 
@@ -116,21 +136,27 @@ impl NoisedLatents {
                 return None;
             }
             let even = (i as f64 + 0.5) * GOLDEN % 1.0;
-            let t = MARGIN + (1.0 - 2.0 * MARGIN) * even;
             let seed = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
             Some((
                 (image - share.first) as u32,
-                t as f32,
+                even,
                 seed.wrapping_add(i as u64),
             ))
         });
         Ok(Self {
+            levels: NoiseLevels::Even,
             items: items.collect(),
             images,
             prompts,
             size,
             guidance,
         })
+    }
+
+    /// The same with other noise levels than those spread evenly.
+    #[must_use]
+    pub fn with_levels(self, levels: NoiseLevels) -> Self {
+        Self { levels, ..self }
     }
 
     /// The first `len` noised latents, or all if there are fewer.
@@ -177,24 +203,25 @@ impl NoisedLatents {
         }
         let noise = Tensor::stack(&noises, 0)?;
         let which: Vec<u32> = items.iter().map(|(image, _, _)| *image).collect();
+        let prompts = self.prompts.select(&which)?;
         let which = Tensor::new(which, &Device::Cpu)?;
-        let times: Vec<f32> = items.iter().map(|(_, t, _)| *t).collect();
+        let times = items.iter().map(|(_, even, _)| self.levels.at(*even));
+        let times: Vec<f32> = times.collect();
         let t = Tensor::new(times, &Device::Cpu)?.reshape((items.len(), 1, 1))?;
         let clean = self
             .images
             .to_device(&Device::Cpu)?
             .index_select(&which, 0)?;
         let img = (clean.broadcast_mul(&t.affine(-1.0, 1.0)?)? + noise.broadcast_mul(&t)?)?;
-        let which = which.to_device(self.prompts.txt.device())?;
+        let (img, img_ids) = with_references(img, self.size.img_ids()?, &prompts)?;
         let place = |t: Tensor| -> Result<Tensor> { Ok(t.to_device(device)?.to_dtype(dtype)?) };
-        let text_len = self.prompts.txt.dim(1)?;
         Ok(Batch {
             img: place(img)?,
-            img_ids: latents::img_ids(self.size.height, self.size.width, &Device::Cpu)?,
-            txt: place(self.prompts.txt.index_select(&which, 0)?)?,
-            txt_ids: latents::txt_ids(text_len, &Device::Cpu)?,
+            img_ids,
+            txt: place(prompts.txt)?,
+            txt_ids: self.size.txt_ids(self.prompts.txt.dim(1)?)?,
             timestep: t.flatten_all()?.to_device(device)?,
-            vec: place(self.prompts.vec.index_select(&which, 0)?)?,
+            vec: place(prompts.vec)?,
             guidance: Tensor::full(self.guidance as f32, items.len(), device)?,
         })
     }
@@ -202,7 +229,8 @@ impl NoisedLatents {
     /// The times of the noised latents `range` (fewer if there are fewer).
     pub fn times(&self, range: std::ops::Range<usize>) -> Vec<f32> {
         let items = self.items.get(range).unwrap_or_default();
-        items.iter().map(|(_, t, _)| *t).collect()
+        let times = items.iter().map(|(_, even, _)| self.levels.at(*even));
+        times.collect()
     }
 
     /// The image that each of the noised latents `range` is made of (fewer if there are fewer).

@@ -168,8 +168,9 @@ impl ResolvedOptions {
         };
         recipe.num_prompts = Some(num_prompts);
         let text_tokens = pipeline.default_text_length()?;
-        let default = (TOKENS_PER_FORWARD / (size.tokens() + text_tokens)).max(1);
-        let batch = *recipe.batch.get_or_insert(default);
+        let references = reference_tokens(&recipe, size);
+        let default = TOKENS_PER_FORWARD / (size.tokens() + references + text_tokens);
+        let batch = *recipe.batch.get_or_insert(default.max(1));
         Ok(Self {
             recipe,
             size,
@@ -205,6 +206,11 @@ impl ResolvedOptions {
         })
     }
 
+    /// Tokens of one forward of one image: its own, those of the text and those of a reference image.
+    pub fn tokens(&self) -> usize {
+        self.size.tokens() + reference_tokens(&self.recipe, self.size) + self.text_tokens
+    }
+
     /// Noised latents of each image that later fits look at.
     pub(super) fn noise_levels_later(&self) -> usize {
         let count = if self.size.is_large() {
@@ -213,6 +219,15 @@ impl ResolvedOptions {
             LATENTS_LATER
         };
         (count / self.num_prompts.max(1)).clamp(1, HELD_OUT_NOISE_LEVELS)
+    }
+}
+
+/// Tokens of the reference image of a prompt, which has the size of the image itself.
+fn reference_tokens(recipe: &CalibrationRecipe, size: ImageSize) -> usize {
+    if recipe.reference_images.is_empty() {
+        0
+    } else {
+        size.tokens()
     }
 }
 

@@ -7,6 +7,7 @@ use candle::{Device, Tensor};
 use indicatif::ProgressBar;
 
 use super::{
+    NoiseLevels,
     noised::{NoisedLatents, Share},
     stats::CalibrationStats,
 };
@@ -34,6 +35,8 @@ pub struct Pass<'a> {
     pub seed: u64,
     /// Given images as packed latents (prompts, tokens, 4 · channels); otherwise they are sampled.
     pub images: Option<&'a Tensor>,
+    /// Noise levels of the noised latents.
+    pub levels: NoiseLevels,
 }
 
 impl Pass<'_> {
@@ -107,7 +110,8 @@ impl Pass<'_> {
             let (size, guidance) = (self.denoise.size, self.denoise.guidance);
             let seed = self.seed.wrapping_add(1);
             let noised =
-                NoisedLatents::share(images.clone(), prompts, share, size, guidance, seed)?;
+                NoisedLatents::share(images.clone(), prompts, share, size, guidance, seed)?
+                    .with_levels(self.levels.clone());
             for range in noised.batches(self.batch) {
                 let batch = noised.batch(range, self.denoise.device, self.denoise.dtype)?;
                 trunk_only(self.denoise.flux, &batch.inputs(), stats)?;

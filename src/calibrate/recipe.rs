@@ -1,6 +1,6 @@
 //! The numbers that decide what a calibration gathers, as they stand in recipes and in statistics files.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, path::PathBuf, str::FromStr};
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -80,6 +80,10 @@ pub struct CalibrationRecipe {
     pub batch: Option<usize>,
     /// Tokens of each stream that enter the products of one forward; `null`: all.
     pub tokens_per_forward: Option<usize>,
+    /// Reference images of the prompts, for a model that edits: the first of the first prompt and so on, from the first
+    /// again if they are fewer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub reference_images: Vec<PathBuf>,
 }
 
 impl Default for CalibrationRecipe {
@@ -95,6 +99,7 @@ impl Default for CalibrationRecipe {
             seed: 0,
             batch: None,
             tokens_per_forward: None,
+            reference_images: Vec::new(),
         }
     }
 }

@@ -237,7 +237,8 @@ fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
         num_noised: count,
     };
     let (size, guidance) = (pass.denoise.size, pass.denoise.guidance);
-    let noised = NoisedLatents::share(images, prompts, share, size, guidance, pass.seed)?;
+    let noised = NoisedLatents::share(images, prompts, share, size, guidance, pass.seed)?
+        .with_levels(pass.levels.clone());
     let runtime = calibrator.runtime;
     let held_out = HeldOut::new(
         &calibrator.flux,

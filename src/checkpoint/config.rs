@@ -8,10 +8,10 @@ use serde_json::Value;
 use super::{
     Checkpoint, keys,
     record::Record,
-    rotary::{FLUX1_AXES, FLUX1_THETA, are_axes, is_theta},
+    rotary::{are_axes, is_theta, released},
     shapes,
 };
-use crate::layout::{BlockKind, BlockSpec, Family, FluxConfig, unpruned};
+use crate::layout::{Activation, BlockKind, BlockSpec, Family, FluxConfig, unpruned};
 
 /// A JSON object that may say what tensors cannot, with its name for messages.
 #[derive(Clone, Debug)]
@@ -87,15 +87,22 @@ pub fn infer(
 ) -> Result<FluxConfig> {
     let [hidden_size, in_channels] = checkpoint.dims("img_in.weight")?;
     let [_, context_in_dim] = checkpoint.dims("txt_in.weight")?;
-    let [_, vec_in_dim] = checkpoint.dims("vector_in.in_layer.weight")?;
+    let family = keys::family(checkpoint.names());
+    // FLUX.2 takes no pooled text
+    let pooled = family == Family::FLUX1;
+    let [_, vec_in_dim] = if pooled {
+        checkpoint.dims("vector_in.in_layer.weight")?
+    } else {
+        [0, 0]
+    };
     let [out_channels, _] = checkpoint.dims("final_layer.linear.weight")?;
     let sizes = [
         ("img_in.weight", hidden_size.min(in_channels)),
         ("txt_in.weight", context_in_dim),
-        ("vector_in.in_layer.weight", vec_in_dim),
         ("final_layer.linear.weight", out_channels),
+        ("vector_in.in_layer.weight", vec_in_dim),
     ];
-    for (name, smallest) in sizes {
+    for (name, smallest) in sizes.into_iter().take(if pooled { 4 } else { 3 }) {
         ensure!(
             smallest > 0,
             "`{}`: tensor `{name}` is empty (shape {:?})\nhint: fetch the file again, or name another with --model",
@@ -106,7 +113,7 @@ pub fn infer(
     checkpoint.expect("time_in.in_layer.weight")?;
     checkpoint.expect("final_layer.adaLN_modulation.1.weight")?;
     let layout = layout(checkpoint, record)?;
-    let Some((head_dim, mlp_size)) = block_sizes(checkpoint, hidden_size)? else {
+    let Some((head_dim, mlp_in)) = block_sizes(checkpoint, hidden_size)? else {
         bail!(
             "`{}` has no original block left to tell the head size from",
             checkpoint.name
@@ -117,6 +124,10 @@ pub fn infer(
         "`{}`: the head size {head_dim} does not divide the width {hidden_size}",
         checkpoint.name
     );
+    let mlp_size = match family.activation {
+        Activation::Gelu => mlp_in,
+        Activation::SwiGlu => mlp_in / 2,
+    };
     ensure!(
         mlp_size > 0,
         "`{}`: the first block has an MLP of width 0",
@@ -132,8 +143,8 @@ pub fn infer(
         vec_in_dim,
         guidance_embed: checkpoint.contains("guidance_in.in_layer.weight"),
         axes_dims: Vec::new(),
-        theta: record.map_or(FLUX1_THETA, |r| r.theta),
-        family: Family::FLUX1,
+        theta: released(&family).theta,
+        family,
         layout,
     };
     for file in configs {
@@ -217,7 +228,7 @@ fn layout(checkpoint: &Checkpoint, record: Option<&Record>) -> Result<Vec<BlockS
     Ok(record.layout.clone())
 }
 
-/// Head size and MLP width from the first original block of either kind.
+/// Head size and columns of the MLP's first projection, from the first original block of either kind.
 fn block_sizes(checkpoint: &Checkpoint, hidden: usize) -> Result<Option<(usize, usize)>> {
     for name in checkpoint.names() {
         let Some(key) = keys::parse(name) else {
@@ -287,27 +298,27 @@ fn agree(config: &FluxConfig, file: &ConfigFile, checkpoint: &str) -> Result<()>
     Ok(())
 }
 
-/// Rotary axes and base: the first that says so of config files and record, else FLUX.1's if they fit.
+/// Rotary axes and base: the first that says so of config files and record, else the released models' where they fit.
 fn rotary(
     config: &FluxConfig,
     record: Option<&Record>,
     configs: &[ConfigFile],
     name: &str,
 ) -> Result<(Vec<usize>, f64)> {
-    let head = config.head_dim();
+    let (head, released) = (config.head_dim(), released(&config.family));
+    let count = config.family.position_axes;
     let mut axes = None;
     let mut theta = None;
     for file in configs {
-        if let Some(value) = file
-            .json
-            .get("theta")
-            .filter(|v| !v.is_null())
-            .filter(|_| theta.is_none())
-        {
+        let said = ["theta", "rope_theta"].into_iter().find_map(|key| {
+            let value = file.json.get(key).filter(|v| !v.is_null())?;
+            Some((key, value))
+        });
+        if let Some((key, value)) = said.filter(|_| theta.is_none()) {
             let value = value.as_f64().filter(|t| is_theta(*t));
             theta = Some(value.with_context(|| {
                 format!(
-                    "`{}`: `theta` must be a number above 1 and at most 1e12",
+                    "`{}`: `{key}` must be a number above 1 and at most 1e12",
                     file.name
                 )
             })?);
@@ -324,25 +335,25 @@ fn rotary(
                 )
             })?;
             ensure!(
-                are_axes(&dims) && dims.iter().sum::<usize>() == head,
-                "`{}` says `axes_dims_rope` = {value}; expected three even sizes that sum to the head size {head}",
+                are_axes(&dims) && dims.len() == count && dims.iter().sum::<usize>() == head,
+                "`{}` says `axes_dims_rope` = {value}; expected {count} even sizes that sum to the head size {head}",
                 file.name
             );
             axes = Some(dims);
         }
     }
     let axes = axes.or_else(|| record.map(|r| r.axes_dims.clone()));
-    let axes =
-        axes.or_else(|| (head == FLUX1_AXES.iter().sum::<usize>()).then(|| FLUX1_AXES.to_vec()));
+    let fits = head == released.axes.iter().sum::<usize>();
+    let axes = axes.or_else(|| fits.then(|| released.axes.to_vec()));
     let axes = axes.with_context(|| {
         format!("`{name}` does not say how its rotary axes divide the head size {head}\nhint: put a config.json with `axes_dims_rope` next to it, or name one with --config")
     })?;
     ensure!(
-        are_axes(&axes) && axes.iter().sum::<usize>() == head,
-        "`{name}`: the rotary axes {axes:?} do not sum to the head size {head}"
+        are_axes(&axes) && axes.len() == count && axes.iter().sum::<usize>() == head,
+        "`{name}`: the rotary axes {axes:?} are not {count} that sum to the head size {head}"
     );
     Ok((
         axes,
-        theta.or(record.map(|r| r.theta)).unwrap_or(FLUX1_THETA),
+        theta.or(record.map(|r| r.theta)).unwrap_or(released.theta),
     ))
 }

@@ -6,108 +6,23 @@
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Checkpoint, Source, keys};
-use crate::layout::{BlockKind, FluxConfig};
-
-/// Modules outside the blocks: (original, diffusers).
-const GLOBAL: [(&str, &str); 9] = [
-    ("img_in", "x_embedder"),
-    ("txt_in", "context_embedder"),
-    (
-        "time_in.in_layer",
-        "time_text_embed.timestep_embedder.linear_1",
-    ),
-    (
-        "time_in.out_layer",
-        "time_text_embed.timestep_embedder.linear_2",
-    ),
-    (
-        "vector_in.in_layer",
-        "time_text_embed.text_embedder.linear_1",
-    ),
-    (
-        "vector_in.out_layer",
-        "time_text_embed.text_embedder.linear_2",
-    ),
-    (
-        "guidance_in.in_layer",
-        "time_text_embed.guidance_embedder.linear_1",
-    ),
-    (
-        "guidance_in.out_layer",
-        "time_text_embed.guidance_embedder.linear_2",
-    ),
-    ("final_layer.linear", "proj_out"),
-];
-
-/// The final modulation: the original's rows are (shift, scale), diffusers' (scale, shift).
-pub(super) const FINAL_MODULATION: (&str, &str) =
-    ("final_layer.adaLN_modulation.1", "norm_out.linear");
-
-/// Modules of a double block: original, and the diffusers modules whose rows make it up.
-const DOUBLE: [(&str, &[&str]); 10] = [
-    ("img_mod.lin", &["norm1.linear"]),
-    ("txt_mod.lin", &["norm1_context.linear"]),
-    ("img_attn.qkv", &["attn.to_q", "attn.to_k", "attn.to_v"]),
-    (
-        "txt_attn.qkv",
-        &["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-    ),
-    ("img_attn.proj", &["attn.to_out.0"]),
-    ("txt_attn.proj", &["attn.to_add_out"]),
-    ("img_mlp.0", &["ff.net.0.proj"]),
-    ("img_mlp.2", &["ff.net.2"]),
-    ("txt_mlp.0", &["ff_context.net.0.proj"]),
-    ("txt_mlp.2", &["ff_context.net.2"]),
-];
-
-/// Modules of a single block.
-const SINGLE: [(&str, &[&str]); 3] = [
-    ("modulation.lin", &["norm.linear"]),
-    (
-        "linear1",
-        &["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
-    ),
-    ("linear2", &["proj_out"]),
-];
-
-/// Norm scales of a double block, whole tensor names.
-const DOUBLE_NORMS: [(&str, &str); 4] = [
-    ("img_attn.norm.query_norm.scale", "attn.norm_q.weight"),
-    ("img_attn.norm.key_norm.scale", "attn.norm_k.weight"),
-    ("txt_attn.norm.query_norm.scale", "attn.norm_added_q.weight"),
-    ("txt_attn.norm.key_norm.scale", "attn.norm_added_k.weight"),
-];
-
-/// Norm scales of a single block.
-const SINGLE_NORMS: [(&str, &str); 2] = [
-    ("norm.query_norm.scale", "attn.norm_q.weight"),
-    ("norm.key_norm.scale", "attn.norm_k.weight"),
-];
+use super::{Checkpoint, Source, diffusers_names as names, keys};
+use crate::layout::{BlockKind, Family, FluxConfig};
+pub(super) use names::FINAL_MODULATION;
 
 /// What stands for a replaced block keeps its name in both namings.
 const REPLACEMENT: &str = "linear.";
 
-/// Original modules with the diffusers modules whose rows make them up.
-pub(super) type Modules = &'static [(&'static str, &'static [&'static str])];
-/// Pairs of names: (original, diffusers).
-type Names = &'static [(&'static str, &'static str)];
-
-fn tables(kind: BlockKind) -> (Modules, Names) {
-    match kind {
-        BlockKind::Double => (&DOUBLE, &DOUBLE_NORMS),
-        BlockKind::Single => (&SINGLE, &SINGLE_NORMS),
-    }
-}
-
 /// Modules outside of the blocks but the final modulation: original and diffusers' names.
-pub(super) fn global_modules(_: &FluxConfig) -> impl Iterator<Item = (&'static str, &'static str)> {
-    GLOBAL.into_iter()
+pub(super) fn global_modules(
+    config: &FluxConfig,
+) -> impl Iterator<Item = (&'static str, &'static str)> + use<> {
+    names::of(&config.family).global.iter().copied()
 }
 
 /// Modules of a block: original names, and the diffusers modules whose rows make them up.
-pub(super) fn block_modules(_: &FluxConfig, kind: BlockKind) -> Modules {
-    tables(kind).0
+pub(super) fn block_modules(config: &FluxConfig, kind: BlockKind) -> names::Modules {
+    names::of(&config.family).block(kind).0
 }
 
 /// diffusers' prefix of all blocks of a kind.
@@ -120,17 +35,19 @@ pub(super) fn block_prefix(kind: BlockKind) -> &'static str {
 
 /// The diffusers modules whose rows make up a block's projection, and diffusers' name for blocks of that kind.
 pub fn modules(
+    family: &Family,
     kind: BlockKind,
     projection: &str,
 ) -> Option<(&'static str, &'static [&'static str])> {
-    let (_, modules) = tables(kind)
+    let (_, modules) = names::of(family)
+        .block(kind)
         .0
         .iter()
         .find(|(name, _)| *name == projection)?;
     Some((block_prefix(kind), modules))
 }
 
-/// Whether the tensor names are those of diffusers' `FluxTransformer2DModel`.
+/// Whether the tensor names are those of diffusers' `FluxTransformer2DModel` or `Flux2Transformer2DModel`.
 pub fn is_diffusers(checkpoint: &Checkpoint) -> bool {
     let has = |prefix: &str| checkpoint.names().any(|name| name.starts_with(prefix));
     checkpoint.contains("x_embedder.weight")
@@ -147,6 +64,7 @@ pub fn to_original(checkpoint: &Checkpoint) -> Result<Checkpoint> {
         metadata: checkpoint.metadata.clone(),
         ..Checkpoint::default()
     };
+    let tables = names::of(&keys::family(checkpoint.names()));
     for (name, source) in checkpoint.iter() {
         let context = || format!("`{}`: tensor `{name}`", checkpoint.name);
         let kinds = [BlockKind::Double, BlockKind::Single];
@@ -160,13 +78,14 @@ pub fn to_original(checkpoint: &Checkpoint) -> Result<Checkpoint> {
                 let theirs = format!("{}.{slot}", block_prefix(kind));
                 let ours = format!("{}.{slot}", kind.prefix());
                 if let Some((new, source)) =
-                    block_tensor(checkpoint, kind, &theirs, tail, source).with_context(context)?
+                    block_tensor(checkpoint, (tables, kind), &theirs, tail, source)
+                        .with_context(context)?
                 {
                     out.insert(format!("{ours}.{new}"), source);
                 }
             }
             None => {
-                let (new, source) = global_tensor(name, source).with_context(context)?;
+                let (new, source) = global_tensor(tables, name, source).with_context(context)?;
                 out.insert(new, source);
             }
         }
@@ -177,12 +96,12 @@ pub fn to_original(checkpoint: &Checkpoint) -> Result<Checkpoint> {
 /// The original tail and tensor of one tensor of a block; `None` for the later parts of a fused projection.
 fn block_tensor(
     checkpoint: &Checkpoint,
-    kind: BlockKind,
+    (tables, kind): (names::Tables, BlockKind),
     prefix: &str,
     tail: &str,
     source: &Source,
 ) -> Result<Option<(String, Source)>> {
-    let (modules, norms) = tables(kind);
+    let (modules, norms) = tables.block(kind);
     if tail.starts_with(REPLACEMENT) {
         return Ok(Some((tail.to_owned(), source.clone())));
     }
@@ -222,7 +141,7 @@ fn block_tensor(
     Ok(Some((format!("{ours}.{leaf}"), fused)))
 }
 
-fn global_tensor(name: &str, source: &Source) -> Result<(String, Source)> {
+fn global_tensor(tables: names::Tables, name: &str, source: &Source) -> Result<(String, Source)> {
     let (module, leaf) = name.rsplit_once('.').unwrap_or((name, ""));
     if module == FINAL_MODULATION.1 {
         return Ok((
@@ -230,7 +149,7 @@ fn global_tensor(name: &str, source: &Source) -> Result<(String, Source)> {
             swap_halves(source)?,
         ));
     }
-    let Some((ours, _)) = GLOBAL.iter().find(|(_, theirs)| *theirs == module) else {
+    let Some((ours, _)) = tables.global.iter().find(|(_, theirs)| *theirs == module) else {
         bail!("is not part of a FLUX transformer");
     };
     Ok((format!("{ours}.{leaf}"), source.clone()))
@@ -246,9 +165,12 @@ pub fn from_original(checkpoint: &Checkpoint) -> Result<Checkpoint> {
         metadata: checkpoint.metadata.clone(),
         ..Checkpoint::default()
     };
+    let tables = names::of(&keys::family(checkpoint.names()));
     for (name, source) in checkpoint.iter() {
         let context = || format!("`{}`: tensor `{name}`", checkpoint.name);
-        for (new, source) in split_original(checkpoint, name, source).with_context(context)? {
+        for (new, source) in
+            split_original(checkpoint, tables, name, source).with_context(context)?
+        {
             out.insert(new, source);
         }
     }
@@ -257,6 +179,7 @@ pub fn from_original(checkpoint: &Checkpoint) -> Result<Checkpoint> {
 
 fn split_original(
     checkpoint: &Checkpoint,
+    tables: names::Tables,
     name: &str,
     source: &Source,
 ) -> Result<Vec<(String, Source)>> {
@@ -268,13 +191,13 @@ fn split_original(
                 swap_halves(source)?,
             )]);
         }
-        let Some((_, theirs)) = GLOBAL.iter().find(|(ours, _)| *ours == module) else {
+        let Some((_, theirs)) = tables.global.iter().find(|(ours, _)| *ours == module) else {
             bail!("has no counterpart in diffusers");
         };
         return Ok(vec![(format!("{theirs}.{leaf}"), source.clone())]);
     };
     let prefix = format!("{}.{}", block_prefix(key.kind), key.slot);
-    let (modules, norms) = tables(key.kind);
+    let (modules, norms) = tables.block(key.kind);
     if key.tail.starts_with(REPLACEMENT) {
         return Ok(vec![(format!("{prefix}.{}", key.tail), source.clone())]);
     }

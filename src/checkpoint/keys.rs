@@ -2,7 +2,7 @@
 //!
 //! "Canonical" names are Black Forest Labs' own, without prefix and with `.scale` for the q/k norms.
 
-use crate::layout::BlockKind;
+use crate::layout::{BlockKind, Family};
 
 /// Prefixes that other tools put before the original names.
 const PREFIXES: [&str; 4] = [
@@ -11,6 +11,15 @@ const PREFIXES: [&str; 4] = [
     "transformer.",
     "model.",
 ];
+
+/// The family that tensors belong to, by their original names or those of diffusers.
+pub fn family<'a>(mut names: impl Iterator<Item = &'a str>) -> Family {
+    if names.any(|name| name.starts_with("single_stream_modulation.")) {
+        Family::FLUX2
+    } else {
+        Family::FLUX1
+    }
+}
 
 /// A tensor name that belongs to a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,12 +55,15 @@ pub fn parse(name: &str) -> Option<BlockKey<'_>> {
 pub fn canonical(name: &str, prefix: &str) -> Option<String> {
     let name = name.strip_prefix(prefix)?;
     let top = name.split('.').next()?;
-    const TOPS: [&str; 8] = [
+    const TOPS: [&str; 11] = [
         "img_in",
         "txt_in",
         "time_in",
         "vector_in",
         "guidance_in",
+        "double_stream_modulation_img",
+        "double_stream_modulation_txt",
+        "single_stream_modulation",
         "double_blocks",
         "single_blocks",
         "final_layer",

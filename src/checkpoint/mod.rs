@@ -17,6 +17,7 @@ pub mod convert;
 #[cfg(test)]
 mod damage_tests;
 pub mod diffusers;
+mod diffusers_names;
 mod dtype;
 mod gguf;
 mod gguf_write;

@@ -10,7 +10,7 @@ use super::{
     record::{self, Record},
     save, transformer_json,
 };
-use crate::layout::FluxConfig;
+use crate::layout::{Family, FluxConfig};
 
 /// The stem of a weight file with original names.
 pub const ORIGINAL_STEM: &str = "flux";
@@ -19,8 +19,16 @@ pub const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
 
 /// The module that diffusers loads with a model that it has no class of its own for; `scripts/interop/check_diffusers.py` tries it.
 const DIFFUSERS_MODULE: &str = "fastflux_flux";
-const DIFFUSERS_CLASS: &str = "FastFluxTransformer2DModel";
 const DIFFUSERS_SOURCE: &str = include_str!("../../scripts/interop/fastflux_flux.py");
+
+/// The class in that module for a family.
+fn diffusers_class(family: &Family) -> &'static str {
+    if *family == Family::FLUX2 {
+        "FastFlux2Transformer2DModel"
+    } else {
+        "FastFluxTransformer2DModel"
+    }
+}
 
 /// A `--layout` value: names and places of what is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -102,9 +110,10 @@ pub fn write(
     save::write(&named, &folder.join(format!("{stem}.safetensors")))?;
     let mut json = transformer_json::write(config, record);
     if format == Naming::Diffusers && !transformer_json::is_stock(config) {
-        json["_class_name"] = DIFFUSERS_CLASS.into();
+        let class = diffusers_class(&config.family);
+        json["_class_name"] = class.into();
         json["auto_map"] =
-            serde_json::json!({ "AutoModel": format!("{DIFFUSERS_MODULE}.{DIFFUSERS_CLASS}") });
+            serde_json::json!({ "AutoModel": format!("{DIFFUSERS_MODULE}.{class}") });
         save::write_bytes(
             &folder.join(format!("{DIFFUSERS_MODULE}.py")),
             DIFFUSERS_SOURCE.as_bytes(),

@@ -55,7 +55,7 @@ pub struct Record {
     pub lora: Vec<RecordedLora>,
     /// The layout, by original block identity.
     pub layout: Vec<BlockSpec>,
-    /// Rotary sizes of the three axes.
+    /// Rotary sizes of the axes.
     pub axes_dims: Vec<usize>,
     /// Rotary base.
     pub theta: f64,
@@ -132,7 +132,7 @@ impl Record {
         }
         ensure!(
             rotary::are_axes(&self.axes_dims),
-            "its `axes-dims` are {:?}, expected three even sizes",
+            "its `axes-dims` are {:?}, expected three or four even sizes",
             self.axes_dims
         );
         ensure!(

@@ -33,7 +33,7 @@ pub fn tensors(config: &FluxConfig) -> Vec<(String, Vec<usize>)> {
         match spec {
             BlockSpec::Original(id) if id.kind == BlockKind::Double => out.double(config, &prefix),
             BlockSpec::Original(_) => out.single(config, &prefix),
-            BlockSpec::Replaced(replacement) => out.replacement(hidden, replacement, &prefix),
+            BlockSpec::Replaced(replacement) => out.replacement(config, replacement, &prefix),
         }
     }
     out.linear("final_layer.adaLN_modulation.1", hidden, 2 * hidden);
@@ -97,7 +97,8 @@ impl Names {
         );
     }
 
-    fn replacement(&mut self, hidden: usize, replacement: &Replacement, prefix: &str) {
+    fn replacement(&mut self, config: &FluxConfig, replacement: &Replacement, prefix: &str) {
+        let (hidden, shares) = (config.hidden_size, config.shares_modulation());
         let streams: &[&str] = if replacement.joint {
             &["linear"]
         } else {
@@ -110,10 +111,10 @@ impl Names {
                 Form::Conditioned => self
                     .all
                     .push((format!("{part}.vec.weight"), vec![hidden, hidden])),
-                Form::Modulated => {
+                Form::Modulated if !shares => {
                     self.with_bias(&format!("{part}.modulation.lin"), hidden, 3 * hidden, true);
                 }
-                Form::Remove | Form::Linear => {}
+                Form::Remove | Form::Linear | Form::Modulated => {}
             }
         }
     }

@@ -6,21 +6,38 @@ use serde_json::{Value, json};
 use super::{
     config::ConfigFile,
     record::Record,
-    rotary::{FLUX1_AXES, FLUX1_THETA, is_theta},
+    rotary::{Released, is_theta, released},
 };
-use crate::layout::{BlockKind, BlockSpec, Family, FluxConfig, unpruned};
+use crate::layout::{Activation, BlockKind, BlockSpec, Family, FluxConfig, unpruned};
 
 /// Larger sizes are mistakes, and their products would not fit a machine word.
 const MAX_SIZE: usize = 1 << 20;
 /// Blocks of one kind: FLUX.1 has 19 and 38.
 const MAX_BLOCKS: usize = 1000;
-/// MLP width over stream width, fixed in diffusers' FLUX blocks.
-const MLP_RATIO: f64 = 4.0;
+
+/// The class of diffusers that computes a family.
+pub fn class(family: &Family) -> &'static str {
+    if *family == Family::FLUX2 {
+        "Flux2Transformer2DModel"
+    } else {
+        "FluxTransformer2DModel"
+    }
+}
+
+/// MLP width over stream width where a configuration does not say: fixed in diffusers' FLUX.1 blocks, a default in
+/// those of FLUX.2.
+fn mlp_ratio(family: &Family) -> f64 {
+    match family.activation {
+        Activation::Gelu => 4.0,
+        Activation::SwiGlu => 3.0,
+    }
+}
 
 /// The configuration that a file describes on its own, and the record of a pruned one.
 ///
-/// Takes diffusers' keys, and `mlp_ratio` (default 4) and `theta` (default 10000). The `fastflux` object that `prune`
-/// writes gives the layout of a pruned model.
+/// Takes diffusers' keys, and for FLUX.1 `mlp_ratio` (default 4) and `theta` (default 10000) too. The family follows from
+/// `_class_name`, or from what only FLUX.2 has: four rotary axes, `rope_theta`. The `fastflux` object that `prune` writes
+/// gives the layout of a pruned model.
 ///
 /// # Errors
 /// When a size is missing, no positive integer, or contradicts another; the message names file and key.
@@ -44,6 +61,7 @@ pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
             .filter(|v| v.is_finite() && *v > 0.0 && *v <= MAX_SIZE as f64)
             .with_context(|| format!("`{}`: `{key}` must be a positive number", file.name))
     };
+    let family = family(file);
     let (num_heads, head) = (
         size("num_attention_heads", 1)?,
         size("attention_head_dim", 1)?,
@@ -68,7 +86,8 @@ pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
         .map(|v| Record::from_value(&file.name, v.clone()))
         .transpose()?;
     let guidance_embed = match get("guidance_embeds") {
-        None => false,
+        // as the classes of diffusers have it
+        None => family == Family::FLUX2,
         Some(value) => value
             .as_bool()
             .with_context(|| format!("`{}`: `guidance_embeds` must be true or false", file.name))?,
@@ -78,16 +97,25 @@ pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
         out_channels: get("out_channels").map_or(Ok(in_channels), |_| size("out_channels", 1))?,
         hidden_size,
         num_heads,
-        mlp_size: (number("mlp_ratio", MLP_RATIO)? * hidden_size as f64).round() as usize,
+        mlp_size: (number("mlp_ratio", mlp_ratio(&family))? * hidden_size as f64).round() as usize,
         context_in_dim: size("joint_attention_dim", 1)?,
-        vec_in_dim: size("pooled_projection_dim", 1)?,
-        guidance_embed,
-        axes_dims: axes(file, head)?,
-        theta: match number("theta", FLUX1_THETA)? {
-            theta if is_theta(theta) => theta,
-            _ => bail!("`{}`: `theta` must be a number above 1", file.name),
+        vec_in_dim: if family == Family::FLUX1 {
+            size("pooled_projection_dim", 1)?
+        } else {
+            0
         },
-        family: Family::FLUX1,
+        guidance_embed,
+        axes_dims: axes(file, &family, head)?,
+        theta: {
+            let Released {
+                theta, theta_key, ..
+            } = released(&family);
+            match number(theta_key, theta)? {
+                theta if is_theta(theta) => theta,
+                _ => bail!("`{}`: `{theta_key}` must be a number above 1", file.name),
+            }
+        },
+        family,
         layout: record
             .as_ref()
             .map_or_else(|| unpruned(double, single), |r| r.layout.clone()),
@@ -109,21 +137,40 @@ pub fn read(file: &ConfigFile) -> Result<(FluxConfig, Option<Record>)> {
     Ok((config, record))
 }
 
-fn axes(file: &ConfigFile, head: usize) -> Result<Vec<usize>> {
+/// The family that a configuration describes.
+fn family(file: &ConfigFile) -> Family {
+    let class = file.json.get("_class_name").and_then(Value::as_str);
+    let axes = file.json.get("axes_dims_rope").and_then(Value::as_array);
+    let is_flux2 = match class {
+        Some(class) => class.contains("Flux2"),
+        None => {
+            axes.is_some_and(|axes| axes.len() == Family::FLUX2.position_axes)
+                || file.json.get("rope_theta").is_some()
+        }
+    };
+    if is_flux2 {
+        Family::FLUX2
+    } else {
+        Family::FLUX1
+    }
+}
+
+fn axes(file: &ConfigFile, family: &Family, head: usize) -> Result<Vec<usize>> {
+    let (count, released) = (family.position_axes, released(family).axes);
     let Some(value) = file.json.get("axes_dims_rope").filter(|v| !v.is_null()) else {
         ensure!(
-            head == FLUX1_AXES.iter().sum::<usize>(),
+            head == released.iter().sum::<usize>(),
             "`{}` does not say `axes_dims_rope`: how the rotary axes divide the head size {head}",
             file.name
         );
-        return Ok(FLUX1_AXES.to_vec());
+        return Ok(released.to_vec());
     };
     let dims: Vec<usize> = serde_json::from_value(value.clone()).unwrap_or_default();
     ensure!(
-        dims.len() == 3
+        dims.len() == count
             && dims.iter().all(|d| d % 2 == 0 && (1..=head).contains(d))
             && dims.iter().sum::<usize>() == head,
-        "`{}` says `axes_dims_rope` = {value}; expected three even sizes that sum to the head size {head}",
+        "`{}` says `axes_dims_rope` = {value}; expected {count} even sizes that sum to the head size {head}",
         file.name
     );
     Ok(dims)
@@ -132,7 +179,7 @@ fn axes(file: &ConfigFile, head: usize) -> Result<Vec<usize>> {
 /// The file that describes a checkpoint of this configuration to diffusers and to us.
 pub fn write(config: &FluxConfig, record: Option<&Record>) -> Value {
     let mut json = json!({
-        "_class_name": "FluxTransformer2DModel",
+        "_class_name": class(&config.family),
         "patch_size": 1,
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
@@ -141,17 +188,23 @@ pub fn write(config: &FluxConfig, record: Option<&Record>) -> Value {
         "attention_head_dim": config.head_dim(),
         "num_attention_heads": config.num_heads,
         "joint_attention_dim": config.context_in_dim,
-        "pooled_projection_dim": config.vec_in_dim,
         "guidance_embeds": config.guidance_embed,
         "axes_dims_rope": config.axes_dims,
     });
-    // diffusers has no such keys: its models have these values
-    let ratio = config.mlp_size as f64 / config.hidden_size as f64;
-    if ratio != MLP_RATIO {
+    if config.vec_in_dim > 0 {
+        json["pooled_projection_dim"] = json!(config.vec_in_dim);
+    }
+    // diffusers has no such keys for FLUX.1: its models have these values
+    let (ratio, released) = (
+        config.mlp_size as f64 / config.hidden_size as f64,
+        released(&config.family),
+    );
+    let always = config.family == Family::FLUX2;
+    if always || ratio.to_bits() != mlp_ratio(&config.family).to_bits() {
         json["mlp_ratio"] = json!(ratio);
     }
-    if config.theta != FLUX1_THETA {
-        json["theta"] = json!(config.theta);
+    if always || config.theta.to_bits() != released.theta.to_bits() {
+        json[released.theta_key] = json!(config.theta);
     }
     if let Some(record) = record {
         json["fastflux"] = json!(record);
@@ -159,13 +212,15 @@ pub fn write(config: &FluxConfig, record: Option<&Record>) -> Value {
     json
 }
 
-/// Whether diffusers' own class computes this model: its blocks are all FLUX's, and it cannot be told another rotary base.
+/// Whether diffusers' own class computes this model: its blocks are all FLUX's, and FLUX.1's class cannot be told another
+/// rotary base.
 pub fn is_stock(config: &FluxConfig) -> bool {
     let replaced = config
         .layout
         .iter()
         .any(|spec| spec.has_tensors() && matches!(spec, BlockSpec::Replaced(_)));
-    !replaced && config.theta == FLUX1_THETA
+    let told = config.family == Family::FLUX2;
+    !replaced && (told || config.theta.to_bits() == released(&config.family).theta.to_bits())
 }
 
 /// How many blocks of a kind own tensors.
@@ -195,9 +250,26 @@ mod tests {
     fn the_shipped_configurations_have_the_published_sizes() {
         let dev = read(&file(include_str!("../../configs/flux1/dev.json"))).unwrap();
         assert_eq!(cost::model(&dev.0, 1, 1).parameters, 11_901_408_320);
-        assert_eq!(dev.0.axes_dims, FLUX1_AXES);
+        assert_eq!(dev.0.axes_dims, [16, 56, 56]);
         let schnell = read(&file(include_str!("../../configs/flux1/schnell.json"))).unwrap();
         assert_eq!(cost::model(&schnell.0, 1, 1).parameters, 11_891_178_560);
+    }
+
+    #[test]
+    fn the_shipped_configurations_of_flux2_have_the_published_sizes() {
+        let klein = |text| read(&file(text)).unwrap().0;
+        let small = klein(include_str!("../../configs/flux2/klein-4b.json"));
+        assert_eq!(cost::model(&small, 1, 1).parameters, 3_875_544_576);
+        assert_eq!(small.family, Family::FLUX2);
+        let large = klein(include_str!("../../configs/flux2/klein-9b.json"));
+        // its file on the hub has 18,157,185,168 bytes, of which 22,672 are the header
+        assert_eq!(2 * cost::model(&large, 1, 1).parameters, 18_157_162_496);
+        for config in [small, large] {
+            let name = "again".to_owned();
+            let json = write(&config, None);
+            assert_eq!(json["_class_name"], "Flux2Transformer2DModel");
+            assert_eq!(read(&ConfigFile { name, json }).unwrap(), (config, None));
+        }
     }
 
     #[test]

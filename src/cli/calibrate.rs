@@ -16,9 +16,10 @@ use crate::{
 };
 
 /// The flags that make no sense next to a calibration that was made before.
-pub const CALIBRATION: [&str; 10] = [
+pub const CALIBRATION: [&str; 11] = [
     "prompts",
     "images",
+    "image",
     "source",
     "num_prompts",
     "steps",
@@ -48,6 +49,10 @@ pub struct CalibrationArgs {
     /// Calibrate on these images (PNG, JPEG) instead of sampling; the caption of fox.jpg is in fox.txt.
     #[arg(long, value_name = "DIR", conflicts_with = "prompts")]
     pub images: Option<PathBuf>,
+    /// A reference image (PNG, JPEG) for a model that edits (FLUX.2, FLUX.1-Kontext); given several times, the first is that of
+    /// the first prompt and so on.
+    #[arg(long, value_name = "FILE")]
+    pub image: Vec<PathBuf>,
     /// Of earlier versions, where it could be `trajectory` too.
     #[arg(long, hide = true, conflicts_with = "images")]
     pub source: Option<LatentSource>,

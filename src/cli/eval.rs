@@ -113,8 +113,8 @@ pub struct BenchArgs {
     /// The model, named as elsewhere (folder, file or hub id). Default: the bundled tiny model.
     #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
     pub model: Option<String>,
-    /// Time random weights of this shape instead of a model: flux1-dev, flux1-schnell, or a transformer config.json
-    /// (also one that `prune` wrote).
+    /// Time random weights of this shape instead of a model: flux1-dev, flux1-schnell, flux2-klein-4b,
+    /// flux2-klein-9b, or a transformer config.json (also one that `prune` wrote).
     #[arg(
         long,
         value_name = "FILE|NAME",

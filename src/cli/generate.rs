@@ -37,7 +37,16 @@ pub struct GenerateArgs {
     pub size: SizeArgs,
     #[command(flatten)]
     pub seed: SeedArgs,
-    /// Longest text the T5 encoder is given, in tokens. Default: 512 (dev), 256 (schnell), or the tokenizer's limit.
+    /// What images are to be unlike, for FLUX.2 as long as it was not distilled: each step computes a second velocity.
+    /// Default: nothing.
+    #[arg(long, value_name = "TEXT")]
+    pub negative_prompt: Option<String>,
+    /// A reference image (PNG or JPEG) for a model that edits: FLUX.2, where it may be given several times, and
+    /// FLUX.1-Kontext.
+    #[arg(long, value_name = "FILE")]
+    pub image: Vec<PathBuf>,
+    /// Longest text the text encoder is given, in tokens. Default: 512 (FLUX.2, dev), 256 (schnell), or the tokenizer's
+    /// limit.
     #[arg(long, value_name = "TOKENS", value_parser = whole(1, MAX_TEXT_TOKENS))]
     pub max_sequence_length: Option<usize>,
     #[command(flatten)]

@@ -16,7 +16,8 @@ use super::{DryRunArgs, LayoutArgs, PrintArgs, SeedArgs, units::weight_dtype};
     mut_arg("dry_run", |arg| arg.help("Print how large the file would be and write nothing"))
 )]
 pub struct InitArgs {
-    /// What to make: a diffusers transformer config.json (or one that `prune` wrote), flux1-dev or flux1-schnell.
+    /// What to make: a diffusers transformer config.json (or one that `prune` wrote), flux1-dev, flux1-schnell,
+    /// flux2-klein-4b or flux2-klein-9b.
     #[arg(long, value_name = "FILE|NAME", help_heading = "Model")]
     pub config: String,
     #[command(flatten)]

@@ -166,10 +166,11 @@ pub struct SeedArgs {
 /// How images are sampled.
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub struct SamplingArgs {
-    /// Sampling steps. Default: the model's own (dev 28, schnell 4).
+    /// Sampling steps. Default: the model's own (dev 28, schnell 4; FLUX.2 klein 4, its base 50).
     #[arg(long, value_parser = whole(1, MAX_STEPS))]
     pub steps: Option<usize>,
-    /// Guidance scale, for models with a guidance embedding. Default: the model's own (dev 3.5).
+    /// Guidance scale, for models with a guidance embedding and for FLUX.2 as long as it was not distilled. Default: the
+    /// model's own (dev 3.5, klein's base 4).
     #[arg(long, value_parser = number(0.0, MAX_GUIDANCE), allow_negative_numbers = true)]
     pub guidance: Option<f64>,
 }

@@ -34,15 +34,13 @@ pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
         args.images_per_prompt,
         prompts.len()
     );
-    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
-    let size = pipeline.image_size(args.size.width, args.size.height)?;
-    if args.sampling.guidance.is_some() && !pipeline.config.guidance_embed {
-        reporter.note(format!(
-            "`{}` has no guidance embedding: --guidance has no effect",
-            pipeline.name
-        ));
-    }
-    let jobs = jobs(args, &pipeline, &prompts, size)?;
+    let (mut pipeline, budget) =
+        options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
+    let references = load::reference_images(&pipeline, &args.image)?;
+    let size = pipeline.size_of_edit(args.size.width, args.size.height, &references)?;
+    let negative = args.negative_prompt.as_deref();
+    let guidance = pipeline.guide(args.sampling.guidance, negative)?;
+    let jobs = jobs(args, &pipeline, &prompts, (size, guidance))?;
     generate::create_folders(&jobs)?;
     for job in &jobs {
         target::check_file(&job.path, args.output.force)?;
@@ -53,14 +51,17 @@ pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
     load::schedule(&pipeline)?
         .sigmas(steps, size.tokens())
         .with_context(|| pipeline.scheduler_name.clone())?;
-    let encoded = load::encode_prompts(
-        &pipeline,
-        &prompts,
-        args.max_sequence_length,
-        budget.runtime(),
-    )?;
+    let (length, runtime) = (args.max_sequence_length, budget.runtime());
+    let mut encoded = load::encode_prompts(&pipeline, &prompts, length, runtime)?;
+    if !references.is_empty() {
+        encoded.references = Some(load::references(&pipeline, &references, runtime)?);
+    }
     let latents = generate::latents(&pipeline, &budget, &jobs, &encoded, size)?;
-    let decoder = budget.decoder(&vae_files, size.latent(), args.decode.vae_tile)?;
+    let decoder = budget.decoder(
+        &vae_files,
+        size.latent(pipeline.config.family),
+        args.decode.vae_tile,
+    )?;
     for (i, job) in jobs.iter().enumerate() {
         let image = decoder.images(&latents.narrow(0, i, 1)?)?;
         let image = image.first().context("the VAE gave no image")?;
@@ -83,7 +84,7 @@ fn jobs(
     args: &GenerateArgs,
     pipeline: &Pipeline,
     prompts: &[String],
-    size: ImageSize,
+    (size, guidance): (ImageSize, Option<f64>),
 ) -> Result<Vec<ImageJob>> {
     let several = prompts.len() * args.images_per_prompt > 1;
     let seed = args.seed.seed.unwrap_or_default();
@@ -108,11 +109,7 @@ fn jobs(
                     .sampling
                     .steps
                     .unwrap_or_else(|| pipeline.default_steps()),
-                guidance: pipeline.config.guidance_embed.then(|| {
-                    args.sampling
-                        .guidance
-                        .unwrap_or_else(|| pipeline.default_guidance())
-                }),
+                guidance,
                 width: size.width,
                 height: size.height,
                 prompt_index,

@@ -15,11 +15,19 @@ use crate::{
 };
 
 /// Configurations that can be named without a file.
-const BUNDLED: [(&str, &str); 2] = [
+const BUNDLED: [(&str, &str); 4] = [
     ("flux1-dev", include_str!("../../configs/flux1/dev.json")),
     (
         "flux1-schnell",
         include_str!("../../configs/flux1/schnell.json"),
+    ),
+    (
+        "flux2-klein-4b",
+        include_str!("../../configs/flux2/klein-4b.json"),
+    ),
+    (
+        "flux2-klein-9b",
+        include_str!("../../configs/flux2/klein-9b.json"),
     ),
 ];
 

@@ -94,6 +94,10 @@ pub(super) fn recipe(args: &CalibrationArgs) -> Result<PruneRecipe> {
         (c.source == LatentSource::Images) == args.images.is_some(),
         "calibrating on images takes --images DIR"
     );
+    if !args.image.is_empty() {
+        let absolute = args.image.iter().map(std::path::absolute);
+        c.reference_images = absolute.collect::<std::io::Result<_>>()?;
+    }
     c.num_prompts = args.prompts.num_prompts.or(c.num_prompts);
     c.steps = args.steps.or(c.steps);
     c.width = args.size.width.or(c.width);

@@ -148,7 +148,7 @@ fn draw(
                 prompt: entry.prompt.clone(),
                 seed: options.seed,
                 steps: options.steps,
-                guidance: pipeline.config.guidance_embed.then_some(options.guidance),
+                guidance: pipeline.takes_guidance().then_some(options.guidance),
                 width: options.size.width,
                 height: options.size.height,
                 prompt_index,
@@ -160,7 +160,7 @@ fn draw(
     let latents = generate::latents(pipeline, budget, &jobs, &encoded, options.size)?;
     let decoder = budget.decoder(
         &pipeline.vae_files()?,
-        options.size.latent(),
+        options.size.latent(pipeline.config.family),
         options.vae_tile,
     )?;
     for (i, entry) in entries.iter().enumerate() {

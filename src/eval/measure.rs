@@ -6,7 +6,7 @@ use candle::Tensor;
 use super::{report::Memory, velocity::Velocities};
 use crate::{
     bench::timing::{self, Effort, MemoryWatch, Timing},
-    calibrate::{self, noised::NoisedLatents},
+    calibrate::{self, NoiseLevels, noised::NoisedLatents},
     device::Runtime,
     model::{Flux, memory::BATCHES_PER_LOAD},
     pipeline::{
@@ -73,17 +73,19 @@ impl Task<'_> {
     /// Samples the baseline's images; noised again, they are the latents that all velocities are compared on.
     fn baseline(&self, pipeline: &Pipeline) -> Result<(Measured, NoisedLatents)> {
         let mut compared = None;
+        let levels = NoiseLevels::of_model(pipeline, self.size, self.steps)?;
         let measured = self.run(pipeline, &mut |latents: &Tensor| {
             let wanted = self.size.default_held_out();
             let noise_levels = wanted.div_ceil(self.encoded.len());
             let noised = NoisedLatents::new(
                 latents.clone(),
                 self.encoded.clone(),
-                self.size.latent(),
+                self.size.latent(pipeline.config.family),
                 self.guidance,
                 noise_levels,
                 self.seed.wrapping_add(1),
-            )?;
+            )?
+            .with_levels(levels.clone());
             compared = Some(noised.first(wanted));
             Ok(compared.clone())
         })?;
@@ -124,7 +126,7 @@ impl Task<'_> {
             schedule: &self.schedule,
             steps: self.steps,
             guidance: self.guidance,
-            size: self.size.latent(),
+            size: self.size.latent(pipeline.config.family),
         };
         let images = self.encoded.len();
         let progress = pipeline
@@ -200,8 +202,8 @@ pub fn check_family(baseline: &Pipeline, model: &Pipeline) -> Result<()> {
     for (what, a, b) in [
         ("input channels", a.in_channels, b.in_channels),
         ("output channels", a.out_channels, b.out_channels),
-        ("T5 width", a.context_in_dim, b.context_in_dim),
-        ("CLIP width", a.vec_in_dim, b.vec_in_dim),
+        ("width of the text", a.context_in_dim, b.context_in_dim),
+        ("width of the pooled text", a.vec_in_dim, b.vec_in_dim),
     ] {
         ensure!(
             a == b,

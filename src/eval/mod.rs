@@ -97,7 +97,11 @@ pub fn run(
         together: bytes <= MAX_BYTES_TOGETHER && !budget.is_short_of(2 * bytes as u64),
     };
     let measured = task.all(baseline, models)?;
-    let decoder = budget.decoder(&vae_files, options.size.latent(), options.vae_tile)?;
+    let decoder = budget.decoder(
+        &vae_files,
+        options.size.latent(baseline.config.family),
+        options.vae_tile,
+    )?;
     let (images, decode_seconds) = decode(&decoder, &measured, budget)?;
     drop(decoder);
     let clip_scores = clip

@@ -46,6 +46,20 @@ impl Gram {
         })
     }
 
+    /// The same problem without the column of ones, which stands last: for a layer that has no bias.
+    ///
+    /// # Errors
+    /// When there is no column.
+    pub fn without_bias(self) -> Result<Self> {
+        let features = self.gram.dim(0)?.saturating_sub(1);
+        let gram = self.gram.narrow(0, 0, features)?.narrow(1, 0, features)?;
+        Ok(Self {
+            gram: gram.contiguous()?,
+            cross: self.cross.narrow(0, 0, features)?,
+            target_sq: self.target_sq,
+        })
+    }
+
     /// Adds to a sum that may have no share yet.
     ///
     /// # Errors

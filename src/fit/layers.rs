@@ -7,7 +7,7 @@ use candle::{DType, Device, Tensor};
 
 use crate::{
     layout::BlockId,
-    model::{AffineLayer, Block, Linear, Modulation, ReplacementBlock},
+    model::{AffineLayer, Block, BlockModulation, Linear, Modulation, ReplacementBlock},
 };
 
 /// The fitted layer of one stream, f32 on the CPU.
@@ -19,8 +19,9 @@ pub struct Fitted {
     pub bias: Tensor,
     /// V of a conditioned layer, (d, d).
     pub vec: Option<Tensor>,
-    /// The kept modulation of a modulated layer: weight (3d, d) and bias (3d), in the model's format.
-    pub modulation: Option<(Tensor, Tensor)>,
+    /// The kept modulation of a modulated layer: weight (3d, d) and bias (3d), in the model's format on the CPU, or which
+    /// parts of that which all blocks share.
+    pub modulation: Option<BlockModulation<3>>,
     /// Share of ‖y − x‖² over the fitted pairs that the layer leaves: 1 − R².
     pub error: f64,
     /// The ridge it was fitted with, relative to the mean diagonal.
@@ -55,9 +56,12 @@ impl Fitted {
             .as_ref()
             .map(|v| anyhow::Ok(Linear::new(place(v)?, None)?))
             .transpose()?;
-        let modulation = self.modulation.as_ref().map(|(weight, bias)| {
-            anyhow::Ok(Modulation {
-                lin: Linear::new(place(weight)?, Some(place(bias)?))?,
+        let modulation = self.modulation.as_ref().map(|kept| {
+            anyhow::Ok(match kept {
+                BlockModulation::Shared(part) => BlockModulation::Shared(*part),
+                BlockModulation::Own(Modulation { lin }) => BlockModulation::Own(Modulation {
+                    lin: Linear::new(place(&lin.weight()?)?, lin.bias().map(place).transpose()?)?,
+                }),
             })
         });
         Ok(AffineLayer {
@@ -68,14 +72,14 @@ impl Fitted {
     }
 
     /// Name below the layer's prefix and tensor, as a checkpoint stores them.
-    fn tensors(&self) -> Vec<(&'static str, Tensor)> {
+    fn tensors(&self) -> Result<Vec<(&'static str, Tensor)>> {
         let mut out = vec![("weight", self.weight.clone()), ("bias", self.bias.clone())];
         out.extend(self.vec.as_ref().map(|v| ("vec.weight", v.clone())));
-        if let Some((weight, bias)) = &self.modulation {
-            out.push(("modulation.lin.weight", weight.clone()));
-            out.push(("modulation.lin.bias", bias.clone()));
+        if let Some(lin) = self.modulation.as_ref().and_then(BlockModulation::linear) {
+            out.push(("modulation.lin.weight", lin.weight()?));
+            out.extend(lin.bias().map(|b| ("modulation.lin.bias", b.clone())));
         }
-        out
+        Ok(out)
     }
 
     /// This layer and then `next`, as one, exactly: (I + W₂)((I + W₁) x + b₁) + b₂ = x + W x + b.
@@ -124,22 +128,24 @@ impl Layers {
     }
 
     /// Names below the block's prefix, and tensors.
-    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+    ///
+    /// # Errors
+    /// When a kept modulation cannot be read.
+    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let under = |prefix: &str, layer: &Fitted| {
-            let tensors = layer.tensors().into_iter();
-            tensors
-                .map(|(name, t)| (format!("{prefix}.{name}"), t))
-                .collect::<Vec<_>>()
+            let tensors = layer.tensors()?.into_iter();
+            let named = tensors.map(|(name, t)| (format!("{prefix}.{name}"), t));
+            anyhow::Ok(named.collect::<Vec<_>>())
         };
-        match self {
+        Ok(match self {
             Self::Remove => Vec::new(),
-            Self::Joint(layer) => under("linear", layer),
+            Self::Joint(layer) => under("linear", layer)?,
             Self::Streams { txt, img } => {
-                let mut out = under("linear.img", img);
-                out.extend(under("linear.txt", txt));
+                let mut out = under("linear.img", img)?;
+                out.extend(under("linear.txt", txt)?);
                 out
             }
-        }
+        })
     }
 
     /// The fits of text and image tokens (the same one twice if they share it).

@@ -24,6 +24,37 @@ pub enum Activation {
     SwiGlu,
 }
 
+/// What encodes a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TextModel {
+    /// CLIP's pooled output and T5's hidden states.
+    ClipAndT5,
+    /// Three hidden states of Qwen3, side by side.
+    Qwen3,
+}
+
+/// In which order the numbers of starting noise are drawn; image tokens are the same in both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NoiseOrder {
+    /// Latent pixel by latent pixel: (images, channels, rows, columns).
+    Pixels,
+    /// Patch of 2×2 latent pixels by patch: (images, 4 · channels, rows / 2, columns / 2).
+    Patches,
+}
+
+/// What the dynamic shift of a schedule follows from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShiftRule {
+    /// The number of image tokens, by the numbers in the scheduler's configuration.
+    #[default]
+    Tokens,
+    /// The numbers of image tokens and of steps, by numbers measured once for all models of the family.
+    TokensAndSteps,
+}
+
 /// What differs between the families of FLUX in addition to sizes. The code of the model is one for all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Family {
@@ -33,6 +64,16 @@ pub struct Family {
     pub modulation: ModulationSource,
     /// The MLP's activation, in both block kinds.
     pub activation: Activation,
+    /// Numbers in a token's position: image, row, column, and with a fourth the place in the text.
+    pub position_axes: usize,
+    /// First number of the position of the first reference image, and what each further one adds to it.
+    pub reference_step: usize,
+    /// What encodes prompts.
+    pub text: TextModel,
+    /// The order in which starting noise is drawn.
+    pub noise: NoiseOrder,
+    /// What the schedule's dynamic shift follows from.
+    pub shift: ShiftRule,
 }
 
 impl Family {
@@ -41,7 +82,32 @@ impl Family {
         biases: true,
         modulation: ModulationSource::PerBlock,
         activation: Activation::Gelu,
+        position_axes: 3,
+        reference_step: 1,
+        text: TextModel::ClipAndT5,
+        noise: NoiseOrder::Pixels,
+        shift: ShiftRule::Tokens,
     };
+
+    /// FLUX.2: klein in its sizes.
+    pub const FLUX2: Self = Self {
+        biases: false,
+        modulation: ModulationSource::Shared,
+        activation: Activation::SwiGlu,
+        position_axes: 4,
+        reference_step: 10,
+        text: TextModel::Qwen3,
+        noise: NoiseOrder::Patches,
+        shift: ShiftRule::TokensAndSteps,
+    };
+
+    /// What people call it.
+    pub fn name(&self) -> &'static str {
+        match self.text {
+            TextModel::ClipAndT5 => "FLUX.1",
+            TextModel::Qwen3 => "FLUX.2",
+        }
+    }
 }
 
 /// Every size of a FLUX transformer, its family and its layout. All but the rotary numbers are read off the tensors.

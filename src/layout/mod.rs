@@ -6,7 +6,9 @@ mod block;
 mod config;
 
 pub use block::{BlockId, BlockIdError, BlockKind, BlockSpec, Form, Replacement};
-pub use config::{Activation, Family, FluxConfig, ModulationSource};
+pub use config::{
+    Activation, Family, FluxConfig, ModulationSource, NoiseOrder, ShiftRule, TextModel,
+};
 
 /// The ids of all blocks of the unpruned model that a layout comes from, in network order.
 pub fn original_ids(layout: &[BlockSpec]) -> impl Iterator<Item = BlockId> + '_ {

@@ -7,7 +7,7 @@ use candle_nn::VarBuilder;
 
 use super::double::DoubleBlock;
 use super::linear::{Linear, Lora};
-use super::modulation::Modulation;
+use super::modulation::{BlockModulation, FIRST_OF_IMG, FIRST_OF_TXT, Modulation, OF_SINGLE};
 use super::output_projection::OutputProjection;
 use super::replacement::ReplacementBlock;
 use super::single::SingleBlock;
@@ -184,25 +184,25 @@ impl Block {
     }
 
     /// Shift, scale and gate of the block's first branch, for its text and its image tokens, as a modulated
-    /// replacement keeps them; `None` for replacements and for blocks that share their modulation.
-    pub fn modulations(&self) -> Result<Option<[Modulation<3>; 2]>> {
-        let modulations = match self {
-            Self::Double(block) => block.modulations(),
-            Self::Single(block) => block.modulations(),
-            Self::Replacement(_) => None,
+    /// replacement keeps them; `None` for replacements.
+    pub fn modulations(&self) -> Result<Option<[BlockModulation<3>; 2]>> {
+        let (modulations, shared) = match self {
+            Self::Double(block) => (block.modulations(), [FIRST_OF_TXT, FIRST_OF_IMG]),
+            Self::Single(block) => (block.modulations(), [OF_SINGLE; 2]),
+            Self::Replacement(_) => return Ok(None),
             Self::Offloaded(_) => return self.resident()?.modulations(),
         };
         let Some([txt, img]) = modulations else {
-            return Ok(None);
+            return Ok(Some(shared.map(BlockModulation::Shared)));
         };
         // the first three parts of three (single) or six (double)
-        let first = |lin: &Linear| -> Result<Modulation<3>> {
+        let first = |lin: &Linear| -> Result<BlockModulation<3>> {
             let rows = 3 * lin.shape()?.1;
             let weight = lin.weight()?.narrow(0, 0, rows)?;
             let bias = lin.bias().map(|b| b.narrow(0, 0, rows)).transpose()?;
-            Ok(Modulation {
+            Ok(BlockModulation::Own(Modulation {
                 lin: Linear::new(weight, bias)?,
-            })
+            }))
         };
         Ok(Some([first(txt)?, first(img)?]))
     }

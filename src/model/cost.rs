@@ -108,6 +108,8 @@ pub fn block(config: &FluxConfig, spec: &BlockSpec, img: usize, txt: usize) -> C
                                 attention_flops: 0,
                             }
                     }
+                    // where all blocks share their modulation, the layer takes its parts of it
+                    Form::Modulated if config.shares_modulation() => linear,
                     Form::Modulated => linear + Cost::linear(hidden, 3 * hidden, true, 1),
                 }
             };

@@ -23,11 +23,12 @@ const TIME_FACTOR: f64 = 1000.0;
 pub struct Inputs<'a> {
     /// Packed latents, (batch, image tokens, in_channels).
     pub img: &'a Tensor,
-    /// Positions of the image tokens, (image tokens, axes); best on the CPU, where the rotary table is made.
+    /// Positions of the image tokens, (image tokens, axes); best on the CPU, where the rotary table is made. Tokens of
+    /// reference images have a first number that is not 0, stand last and get no velocity.
     pub img_ids: &'a Tensor,
-    /// Hidden states of the text encoder (T5 in FLUX.1), (batch, text tokens, context_in_dim).
+    /// Hidden states of the text encoder (T5 in FLUX.1, Qwen3 in FLUX.2), (batch, text tokens, context_in_dim).
     pub txt: &'a Tensor,
-    /// Positions of the text tokens, (text tokens, axes); FLUX.1 gives zeros.
+    /// Positions of the text tokens, (text tokens, axes); FLUX.1 gives zeros, FLUX.2 numbers them on its last axis.
     pub txt_ids: &'a Tensor,
     /// Noise level of each sample in [0, 1], (batch,).
     pub timestep: &'a Tensor,

@@ -27,15 +27,17 @@ impl Head {
         })
     }
 
-    /// Velocity of the image tokens, (batch, image tokens, out_channels).
+    /// Velocity of the image tokens, (batch, image tokens, out_channels); tokens of reference images are left out.
     pub(super) fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Tensor> {
         self.linear.forward(&self.input(stream, conditioning)?)
     }
 
-    /// What the projection to the velocity is applied to, (batch, image tokens, hidden).
+    /// What the projection to the velocity is applied to, (batch, image tokens, hidden), without reference images.
     pub(super) fn input(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Tensor> {
         let [shift, scale] = self.modulation.forward(conditioning)?;
-        ops::norm_modulate(&stream.img_view()?, &shift, &scale)
+        let img = stream.img_view()?;
+        let drawn = stream.img_len()? - conditioning.rope.references();
+        ops::norm_modulate(&img.narrow(1, 0, drawn)?, &shift, &scale)
     }
 
     /// The projection to the velocity, hidden → out_channels.

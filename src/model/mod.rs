@@ -29,7 +29,7 @@ pub use block::Block;
 pub use double::DoubleBlock;
 pub use embed::Inputs;
 pub use linear::{Linear, Lora};
-pub use modulation::Modulation;
+pub use modulation::{BlockModulation, Modulation};
 pub use output_projection::OutputProjection;
 pub use replacement::{AffineLayer, ReplacementBlock};
 pub use rope::Rope;

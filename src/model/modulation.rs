@@ -78,13 +78,28 @@ impl SharedModulation {
     }
 }
 
-/// Where a block takes its shift, scale and gate from.
+/// Where a block, or the layer in its place, takes its shift, scale and gate from.
 #[derive(Clone, Debug)]
-pub(super) enum BlockModulation<const N: usize> {
+pub enum BlockModulation<const N: usize> {
     /// A projection of its own.
     Own(Modulation<N>),
     /// The parts that [`Conditioning`] holds for all blocks.
-    Shared(fn(&SharedParts) -> &[Tensor; N]),
+    Shared(SharedPart<N>),
+}
+
+/// Chooses a block's parts of those that all blocks share.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedPart<const N: usize>(pub(super) fn(&SharedParts) -> &[Tensor; N]);
+
+/// Shift, scale and gate of the first branch of a double block's image tokens and text tokens, and of a single block.
+pub(super) const FIRST_OF_IMG: SharedPart<3> = SharedPart(|shared| first(&shared.img));
+pub(super) const FIRST_OF_TXT: SharedPart<3> = SharedPart(|shared| first(&shared.txt));
+pub(super) const OF_SINGLE: SharedPart<3> = SharedPart(|shared| &shared.single);
+
+fn first(parts: &[Tensor; 6]) -> &[Tensor; 3] {
+    parts
+        .first_chunk()
+        .expect("six parts have three first ones")
 }
 
 impl<const N: usize> BlockModulation<N> {
@@ -95,7 +110,7 @@ impl<const N: usize> BlockModulation<N> {
         vb: &VarBuilder,
     ) -> Result<Self> {
         match config.family.modulation {
-            ModulationSource::Shared => Ok(Self::Shared(shared)),
+            ModulationSource::Shared => Ok(Self::Shared(SharedPart(shared))),
             ModulationSource::PerBlock => {
                 Modulation::new(config.hidden_size, config.family.biases, vb).map(Self::Own)
             }
@@ -103,15 +118,15 @@ impl<const N: usize> BlockModulation<N> {
     }
 
     /// The N parts, each (batch, hidden).
-    pub(super) fn forward(&self, conditioning: &Conditioning) -> Result<[Tensor; N]> {
+    pub fn forward(&self, conditioning: &Conditioning) -> Result<[Tensor; N]> {
         match self {
             Self::Own(modulation) => modulation.forward(conditioning),
-            Self::Shared(part) => Ok(part(conditioning.shared()?).clone()),
+            Self::Shared(part) => Ok((part.0)(conditioning.shared()?).clone()),
         }
     }
 
     /// The block's own projection, if it has one.
-    pub(super) fn linear(&self) -> Option<&Linear> {
+    pub fn linear(&self) -> Option<&Linear> {
         match self {
             Self::Own(modulation) => Some(&modulation.lin),
             Self::Shared(_) => None,

@@ -5,10 +5,12 @@ use candle::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::linear::Linear;
-use super::modulation::Modulation;
+use super::modulation::{
+    BlockModulation, FIRST_OF_IMG, FIRST_OF_TXT, Modulation, OF_SINGLE, SharedPart,
+};
 use super::ops::{self, Branch};
 use super::stream::{Conditioning, Stream};
-use crate::layout::{FluxConfig, Form, Replacement};
+use crate::layout::{BlockKind, FluxConfig, Form, Replacement};
 
 /// The layer of one stream: y = x + g ⊙ (W z + V silu(vec) + b).
 ///
@@ -20,8 +22,8 @@ pub struct AffineLayer {
     pub linear: Linear,
     /// V, (hidden, hidden), without bias.
     pub vec: Option<Linear>,
-    /// The replaced block's own shift, scale and gate.
-    pub modulation: Option<Modulation<3>>,
+    /// The replaced block's own shift, scale and gate: a projection, or the parts that all blocks share.
+    pub modulation: Option<BlockModulation<3>>,
 }
 
 impl AffineLayer {
@@ -34,17 +36,25 @@ impl AffineLayer {
         }
     }
 
-    fn load(hidden: usize, form: Form, vb: &VarBuilder) -> Result<Self> {
+    /// Reads the layer below `vb`; `shared` chooses the parts of a modulated layer where all blocks share them.
+    fn load(
+        config: &FluxConfig,
+        form: Form,
+        shared: SharedPart<3>,
+        vb: &VarBuilder,
+    ) -> Result<Self> {
+        let hidden = config.hidden_size;
         let vec = match form {
             Form::Conditioned => Some(Linear::load(hidden, hidden, false, &vb.pp("vec"))?),
             _ => None,
         };
         let modulation = match form {
-            Form::Modulated => Some(Modulation::new(
+            Form::Modulated if config.shares_modulation() => Some(BlockModulation::Shared(shared)),
+            Form::Modulated => Some(BlockModulation::Own(Modulation::new(
                 hidden,
                 true,
                 &vb.pp("modulation").pp("lin"),
-            )?),
+            )?)),
             _ => None,
         };
         Ok(Self {
@@ -85,7 +95,11 @@ impl AffineLayer {
         let [linear, vec, modulation] = names;
         let mut out = vec![(linear, &mut self.linear)];
         out.extend(self.vec.as_mut().map(|l| (vec, l)));
-        out.extend(self.modulation.as_mut().map(|m| (modulation, &mut m.lin)));
+        let lin = self
+            .modulation
+            .as_mut()
+            .and_then(BlockModulation::linear_mut);
+        out.extend(lin.map(|lin| (modulation, lin)));
         out
     }
 }
@@ -110,19 +124,23 @@ impl ReplacementBlock {
     /// Reads the layers below `vb`: `linear.weight` if joint, else `linear.img.weight` and `linear.txt.weight`,
     /// (hidden, hidden), and their biases; `….vec.weight` and `….modulation.lin.*` if the form has them.
     pub fn new(config: &FluxConfig, replacement: &Replacement, vb: &VarBuilder) -> Result<Self> {
-        let (hidden, form) = (config.hidden_size, replacement.form);
-        if form == Form::Modulated && config.shares_modulation() {
-            candle::bail!(
-                "the form `modulated` keeps a block's own modulation, which blocks of this model do not have"
-            );
-        }
+        let form = replacement.form;
+        let single = replacement
+            .replaces
+            .first()
+            .is_some_and(|id| id.kind == BlockKind::Single);
+        let [txt, img] = if single {
+            [OF_SINGLE; 2]
+        } else {
+            [FIRST_OF_TXT, FIRST_OF_IMG]
+        };
         let vb = vb.pp("linear");
         Ok(match (form, replacement.joint) {
             (Form::Remove, _) => Self::Remove,
-            (_, true) => Self::Joint(AffineLayer::load(hidden, form, &vb)?),
+            (_, true) => Self::Joint(AffineLayer::load(config, form, img, &vb)?),
             (_, false) => Self::Streams {
-                txt: AffineLayer::load(hidden, form, &vb.pp("txt"))?,
-                img: AffineLayer::load(hidden, form, &vb.pp("img"))?,
+                txt: AffineLayer::load(config, form, txt, &vb.pp("txt"))?,
+                img: AffineLayer::load(config, form, img, &vb.pp("img"))?,
             },
         })
     }

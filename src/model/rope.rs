@@ -14,6 +14,7 @@ use candle::{DType, Device, Result, Tensor};
 pub struct Rope {
     cos: Tensor,
     sin: Tensor,
+    references: usize,
 }
 
 impl Rope {
@@ -21,6 +22,8 @@ impl Rope {
     ///
     /// Axis `a` takes `axes_dims[a]` entries of the head, i.e. half as many pairs, with frequencies
     /// `theta^(-2i / axes_dims[a])`.
+    ///
+    /// Tokens whose first position is not 0 are those of reference images; they stand behind all others.
     pub fn new(ids: &Tensor, axes_dims: &[usize], theta: f64, device: &Device) -> Result<Self> {
         let (tokens, axes) = ids.dims2()?;
         if axes != axes_dims.len() {
@@ -42,7 +45,13 @@ impl Rope {
             .collect();
         let mut cos = Vec::with_capacity(tokens * size);
         let mut sin = Vec::with_capacity(tokens * size);
+        let mut references = 0;
         for position in ids.to_dtype(DType::F64)?.to_vec2::<f64>()? {
+            if position.first().is_some_and(|image| *image != 0.0) {
+                references += 1;
+            } else if references > 0 {
+                candle::bail!("tokens of a reference image stand before others");
+            }
             for &(axis, frequency) in &frequencies {
                 let (s, c) = (position[axis] * frequency).sin_cos();
                 cos.extend([c as f32; 2]);
@@ -53,6 +62,7 @@ impl Rope {
         Ok(Self {
             cos: Tensor::from_vec(cos, shape, device)?,
             sin: Tensor::from_vec(sin, shape, device)?,
+            references,
         })
     }
 
@@ -69,6 +79,11 @@ impl Rope {
     /// Number of tokens the table is for.
     pub fn tokens(&self) -> usize {
         self.cos.dims()[0]
+    }
+
+    /// Number of tokens, the last ones, that belong to reference images: what they become is no part of the velocity.
+    pub fn references(&self) -> usize {
+        self.references
     }
 
     /// Head size.

@@ -8,10 +8,7 @@ use candle_nn::VarBuilder;
 
 use super::testing::{SmallInputs, close, random, random_flux, small_config, tensors_of};
 use super::{Conditioning, Flux, cost};
-use crate::layout::{
-    Activation, BlockId, BlockSpec, Family, FluxConfig, Form, ModulationSource, Replacement,
-    unpruned,
-};
+use crate::layout::{BlockSpec, Family, FluxConfig, Form, Replacement, unpruned};
 
 /// Two double and two single blocks of a family that differs from FLUX.1 in everything that `FluxConfig` can say.
 fn config() -> FluxConfig {
@@ -20,11 +17,7 @@ fn config() -> FluxConfig {
         guidance_embed: false,
         axes_dims: vec![4, 4, 4, 4],
         theta: 2000.0,
-        family: Family {
-            biases: false,
-            modulation: ModulationSource::Shared,
-            activation: Activation::SwiGlu,
-        },
+        family: Family::FLUX2,
         layout: unpruned(2, 2),
         ..small_config()
     }
@@ -278,17 +271,23 @@ fn its_gradients_agree_with_finite_differences() -> Result<()> {
 }
 
 #[test]
-fn its_blocks_can_be_replaced_but_have_no_modulation_to_keep() -> Result<()> {
-    let mut config = config();
-    let replaced = |form| {
-        BlockSpec::Replaced(Replacement {
-            replaces: vec![BlockId::single(0)],
+fn its_blocks_can_be_replaced_in_every_form() -> Result<()> {
+    let forms = [
+        Form::Remove,
+        Form::Linear,
+        Form::Conditioned,
+        Form::Modulated,
+    ];
+    for (k, form) in [0, 2].into_iter().flat_map(|k| forms.map(|form| (k, form))) {
+        let mut config = config();
+        let BlockSpec::Original(id) = config.layout[k] else {
+            unreachable!()
+        };
+        config.layout[k] = BlockSpec::Replaced(Replacement {
+            replaces: vec![id],
             form,
-            joint: true,
-        })
-    };
-    for form in [Form::Remove, Form::Linear, Form::Conditioned] {
-        config.layout[2] = replaced(form);
+            joint: false,
+        });
         let flux = random_flux(&config, DType::F32)?;
         let inputs = SmallInputs::new(&config, 1)?;
         let velocity = flux.forward(&inputs.borrowed(), &mut ())?;
@@ -296,15 +295,31 @@ fn its_blocks_can_be_replaced_but_have_no_modulation_to_keep() -> Result<()> {
             velocity.sqr()?.sum_all()?.to_scalar::<f32>()? > 0.0,
             "{form}"
         );
+        let read: usize = tensors_of(&config)?.values().map(Tensor::elem_count).sum();
+        assert_eq!(cost::model(&config, 4, 3).parameters, read as u64, "{form}");
     }
-    config.layout[2] = replaced(Form::Modulated);
-    let error = random_flux(&config, DType::F32).expect_err("no modulation of its own");
-    assert!(error.to_string().contains("modulated"), "{error}");
-    let kept = random_flux(&self::config(), DType::F32)?;
+    Ok(())
+}
+
+/// A modulated layer in the place of a block takes the block's own parts of the shared modulation.
+#[test]
+fn a_modulated_layer_keeps_the_parts_of_its_block() -> Result<()> {
+    let kept = random_flux(&config(), DType::F32)?;
+    let inputs = SmallInputs::new(&config(), 1)?;
+    let (stream, conditioning) = kept.embed(&inputs.borrowed())?;
+    let shared = conditioning.shared()?;
     for (_, block) in kept.trunk.entries() {
-        assert!(block.modulations()?.is_none());
+        let expected = match block {
+            super::Block::Double(_) => [&shared.txt[..3], &shared.img[..3]],
+            _ => [&shared.single[..], &shared.single[..]],
+        };
+        let parts = block.modulations()?.expect("kept blocks have modulation");
+        for (part, expected) in parts.iter().zip(expected) {
+            for (a, b) in part.forward(&conditioning)?.iter().zip(expected) {
+                close(a, b, 0.0)?;
+            }
+        }
     }
-    let (_, conditioning) = kept.embed(&SmallInputs::new(&self::config(), 1)?.borrowed())?;
     let Conditioning {
         vec,
         timestep,
@@ -313,5 +328,10 @@ fn its_blocks_can_be_replaced_but_have_no_modulation_to_keep() -> Result<()> {
     } = conditioning;
     let bare = Conditioning::new(vec, timestep, rope)?;
     assert!(bare.shared().is_err());
+    assert!(
+        kept.trunk
+            .forward_range(0..1, &stream, &bare, &mut ())
+            .is_err()
+    );
     Ok(())
 }

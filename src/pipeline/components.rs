@@ -8,10 +8,22 @@ use super::{ModelChoice, Pipeline, locate::locate};
 use crate::{
     checkpoint::record::RecordedParts,
     files::{Blob, Files},
+    layout::{FluxConfig, TextModel},
 };
 
-/// Where text encoders and VAE of a bare FLUX.1 transformer come from: the same files as FLUX.1-dev's, under Apache-2.0.
-const FLUX1_PARTS: &str = "black-forest-labs/FLUX.1-schnell";
+/// Where text encoders and VAE of a bare transformer of released sizes come from: a repository on the hub with the same
+/// files, under Apache-2.0 where there is one.
+pub(super) fn hub(config: &FluxConfig) -> Option<&'static str> {
+    if config.head_dim() != 128 {
+        return None;
+    }
+    match (config.family.text, config.context_in_dim, config.vec_in_dim) {
+        (TextModel::ClipAndT5, 4096, 768) => Some("black-forest-labs/FLUX.1-schnell"),
+        (TextModel::Qwen3, 7680, _) => Some("black-forest-labs/FLUX.2-klein-4B"),
+        (TextModel::Qwen3, 12288, _) => Some("black-forest-labs/FLUX.2-klein-9B"),
+        _ => None,
+    }
+}
 
 /// Where a model's VAE is.
 #[derive(Clone, Debug)]
@@ -28,7 +40,7 @@ pub(super) struct Components {
     pub(super) choice: ModelChoice,
     pub(super) own: Option<Files>,
     pub(super) base: Option<String>,
-    pub(super) flux1: bool,
+    pub(super) hub: Option<&'static str>,
 }
 
 impl ModelChoice {
@@ -117,11 +129,11 @@ impl Pipeline {
                 return Ok(files);
             }
         }
-        if self.components.flux1 {
+        if let Some(repository) = self.components.hub {
             self.reporter.note(format!(
-                "taking {what} from {FLUX1_PARTS} on the hub ({flag} names others)"
+                "taking {what} from {repository} on the hub ({flag} names others)"
             ));
-            return Files::hub(FLUX1_PARTS, None, &self.reporter)
+            return Files::hub(repository, None, &self.reporter)
                 .with_context(|| format!("cannot fetch {what}; name them with {flag}"));
         }
         bail!(

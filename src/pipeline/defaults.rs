@@ -9,7 +9,8 @@ pub use crate::sample::size::{MAX_SIDE, MIN_SIDE};
 use crate::{
     checkpoint::{record::Record, with_hint},
     files::Files,
-    sample::size::ImageSize,
+    layout::{Family, FluxConfig, TextModel},
+    sample::{png::Image, size::ImageSize},
 };
 
 /// The file with a model's own defaults for `generate`.
@@ -43,9 +44,12 @@ pub struct Defaults {
     /// Width and height of images, in pixels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size: Option<usize>,
-    /// The longest text the T5 encoder is given, in tokens.
+    /// The longest text the text encoder is given, in tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_length: Option<usize>,
+    /// Whether a model of FLUX.2 was distilled to few steps: then it knows no negative prompt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub distilled: Option<bool>,
 }
 
 impl Defaults {
@@ -76,19 +80,99 @@ impl Defaults {
     }
 }
 
+impl Defaults {
+    /// With what `model_index.json` says about distillation, or else the file's name, for a model of FLUX.2.
+    pub(super) fn with_distilled(
+        mut self,
+        config: &FluxConfig,
+        pipeline: Option<&Files>,
+        locator: &str,
+    ) -> Result<Self> {
+        if config.family != Family::FLUX2 || config.guidance_embed || self.distilled.is_some() {
+            return Ok(self);
+        }
+        let index = pipeline.map_or(Ok(None), |files| files.json("model_index.json"))?;
+        let said = index
+            .filter(|index| !index["transformer"].is_null())
+            // diffusers takes a pipeline that does not say as one that was not distilled
+            .map(|index| index["is_distilled"].as_bool().unwrap_or(false));
+        let name = locator.rsplit(['/', '\\']).next().unwrap_or_default();
+        let named_base = || name.to_lowercase().contains("base").then_some(false);
+        self.distilled = said.or_else(named_base);
+        Ok(self)
+    }
+}
+
 impl Pipeline {
+    /// Whether images are drawn away from a negative prompt, with a second forward in each step: FLUX.2 as long as it was
+    /// not distilled.
+    pub fn takes_negative_prompt(&self) -> bool {
+        self.config.family == Family::FLUX2
+            && !self.config.guidance_embed
+            && self.defaults.distilled != Some(true)
+    }
+
+    /// Whether the model was distilled to so few steps that it is evaluated at their noise levels only: FLUX.2 [klein]
+    /// without `base`.
+    pub fn has_few_steps(&self) -> bool {
+        self.config.family == Family::FLUX2
+            && !self.config.guidance_embed
+            && self.defaults.distilled != Some(false)
+    }
+
+    /// Whether guidance has an effect.
+    pub fn takes_guidance(&self) -> bool {
+        self.config.guidance_embed || self.takes_negative_prompt()
+    }
+
+    /// The guidance that images are drawn with, if the model takes any; sets the negative prompt, and says if `given`
+    /// guidance has no effect.
+    ///
+    /// # Errors
+    /// When there is a negative prompt, but the model takes none.
+    pub fn guide(&mut self, given: Option<f64>, negative: Option<&str>) -> Result<Option<f64>> {
+        if let Some(negative) = negative {
+            ensure!(
+                self.takes_negative_prompt(),
+                "--negative-prompt: `{}` takes none: only FLUX.2 as long as it was not distilled is guided by one",
+                self.name
+            );
+            negative.clone_into(&mut self.negative_prompt);
+        }
+        if !self.takes_guidance() {
+            if given.is_some() {
+                self.reporter.note(format!(
+                    "`{}` takes no guidance (it has no embedding of it, or was distilled): --guidance has no effect",
+                    self.name
+                ));
+            }
+            return Ok(None);
+        }
+        Ok(Some(given.unwrap_or_else(|| self.default_guidance())))
+    }
+
     /// Steps to sample with when the user names none.
     pub fn default_steps(&self) -> usize {
-        self.defaults
-            .steps
-            .unwrap_or(if self.config.guidance_embed { 28 } else { 4 })
+        let guided = self.config.guidance_embed;
+        let own = match self.config.family.text {
+            TextModel::Qwen3 if guided || self.defaults.distilled == Some(false) => 50,
+            TextModel::ClipAndT5 if guided => 28,
+            _ => 4,
+        };
+        self.defaults.steps.unwrap_or(own)
     }
 
     /// Guidance when the user names none.
     pub fn default_guidance(&self) -> f64 {
-        self.defaults
-            .guidance
-            .unwrap_or(if self.config.guidance_embed { 3.5 } else { 0.0 })
+        let guided = self.config.guidance_embed;
+        let own = match self.config.family.text {
+            TextModel::Qwen3 if guided || self.defaults.distilled == Some(false) => 4.0,
+            // no effect
+            TextModel::Qwen3 => 1.0,
+            TextModel::ClipAndT5 if guided => 3.5,
+            TextModel::ClipAndT5 => 0.0,
+        };
+        self.defaults.guidance.unwrap_or(own)
     }
 
     /// Width and height in pixels when the user names none: the model's own, its VAE's sample size, or FLUX.1's 1024.
@@ -133,14 +217,33 @@ impl Pipeline {
         Ok(size)
     }
 
+    /// The size of an edited image: that asked for, or for FLUX.2 that of the first reference image, as diffusers has it.
+    ///
+    /// # Errors
+    /// As [`Self::image_size`].
+    pub fn size_of_edit(
+        &self,
+        width: Option<usize>,
+        height: Option<usize>,
+        references: &[Image],
+    ) -> Result<ImageSize> {
+        let first = references.first();
+        let first = first.filter(|_| self.config.family == Family::FLUX2);
+        let side = |side: fn(&Image) -> u32| first.map(|image| side(image) as usize);
+        self.image_size(
+            width.or(side(|image| image.width)),
+            height.or(side(|image| image.height)),
+        )
+    }
+
     /// Steps in which images for calibration and training are sampled, unless asked otherwise: they are noised again, so
     /// their number counts for more than their finish.
     pub fn default_steps_of_data(&self) -> usize {
         self.default_steps().min(STEPS_OF_DATA)
     }
 
-    /// The longest text the T5 encoder is given by default, in tokens: 512 with guidance embedding (dev), 256 without
-    /// (schnell), or the limit of the model's own tokenizer if that is smaller.
+    /// The longest text the text encoder is given by default, in tokens: 512 for FLUX.2 and with guidance embedding (dev),
+    /// 256 without (schnell), or the limit of the model's own tokenizer where that is smaller.
     ///
     /// # Errors
     /// When the tokenizer's configuration is damaged.
@@ -148,11 +251,15 @@ impl Pipeline {
         if let Some(length) = self.defaults.text_length {
             return Ok(length);
         }
-        let family = if self.config.guidance_embed { 512 } else { 256 };
+        let family = released_text_length(&self.config);
         let Some(own) = &self.components.own else {
             return Ok(family);
         };
-        let tokenizer = own.sub("tokenizer_2").json("tokenizer_config.json")?;
+        let folder = match self.config.family.text {
+            TextModel::ClipAndT5 => "tokenizer_2",
+            TextModel::Qwen3 => "tokenizer",
+        };
+        let tokenizer = own.sub(folder).json("tokenizer_config.json")?;
         // tokenizers without a limit give a huge float
         let limit = tokenizer.and_then(|json| json.get("model_max_length")?.as_u64());
         Ok(limit.map_or(family, |limit| family.min(limit as usize)))
@@ -168,6 +275,14 @@ impl Pipeline {
             text_length: Some(self.default_text_length()?),
             ..self.defaults.clone()
         })
+    }
+}
+
+/// The longest text that the released models of these sizes are given, in tokens.
+pub fn released_text_length(config: &FluxConfig) -> usize {
+    match config.family.text {
+        TextModel::ClipAndT5 if !config.guidance_embed => 256,
+        _ => 512,
     }
 }
 

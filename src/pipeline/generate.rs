@@ -112,7 +112,7 @@ pub fn latents(
     let Some(first) = jobs.first() else {
         bail!("nothing to generate")
     };
-    let tokens = size.tokens() + encoded.txt.dim(1)?;
+    let tokens = size.tokens() + encoded.tokens();
     let default = TOKENS_PER_FORWARD / tokens;
     let batch = budget.batch(&pipeline.config, tokens, default.min(jobs.len()));
     let need = Activity {
@@ -122,6 +122,7 @@ pub fn latents(
     };
     let flux = budget.flux(pipeline, need)?;
     let schedule = load::schedule(pipeline)?;
+    let latent = size.latent(pipeline.config.family);
     let denoise = Denoise {
         flux: &flux,
         dtype: budget.runtime().dtype,
@@ -129,7 +130,7 @@ pub fn latents(
         schedule: &schedule,
         steps: first.steps,
         guidance: first.guidance.unwrap_or_default(),
-        size: size.latent(),
+        size: latent,
     };
     let channels = pipeline.config.out_channels / 4;
     ensure!(
@@ -144,18 +145,11 @@ pub fn latents(
         .progress(jobs.len().div_ceil(batch) * denoise.steps, "generating");
     let mut latents = Vec::new();
     for jobs in jobs.chunks(batch) {
-        let pick = |f: fn(&ImageJob) -> usize| -> Result<Tensor> {
-            let indices: Vec<u32> = jobs.iter().map(|job| f(job) as u32).collect();
-            Ok(Tensor::new(indices, &candle::Device::Cpu)?)
-        };
-        let prompts = pick(|job| job.prompt_index)?.to_device(encoded.txt.device())?;
-        let prompts = Encoded {
-            txt: encoded.txt.index_select(&prompts, 0)?,
-            vec: encoded.vec.index_select(&prompts, 0)?,
-        };
+        let indices: Vec<u32> = jobs.iter().map(|job| job.prompt_index as u32).collect();
+        let prompts = encoded.select(&indices)?;
         let noises = jobs
             .iter()
-            .map(|job| starting_noise(job.seed, 1, channels, size.latent()));
+            .map(|job| starting_noise(job.seed, 1, channels, latent));
         let noise = Tensor::cat(&noises.collect::<Result<Vec<_>>>()?, 0)?;
         let drawn = denoise.run(&noise, &prompts, &mut (), &mut || progress.inc(1));
         latents.push(drawn.with_context(|| format!("`{}`", pipeline.name))?);

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::{OpenedLora, Pipeline};
 use crate::{
     checkpoint::{keys, lora::RecordedLora},
-    layout::{BlockId, BlockKind, BlockSpec, FluxConfig},
+    layout::{BlockId, BlockKind, BlockSpec, FluxConfig, TextModel},
     model::cost,
     sample::size::ImageSize,
     ui,
@@ -193,11 +193,15 @@ impl InspectReport {
                 config.theta
             ),
             format!(
-                "inputs      {} channels in, {} out, T5 {}, CLIP {}, guidance {}",
+                "inputs      {} channels in, {} out, {}, guidance {}",
                 config.in_channels,
                 config.out_channels,
-                config.context_in_dim,
-                config.vec_in_dim,
+                match config.family.text {
+                    TextModel::ClipAndT5 => {
+                        format!("T5 {}, CLIP {}", config.context_in_dim, config.vec_in_dim)
+                    }
+                    TextModel::Qwen3 => format!("Qwen3 3 × {}", config.context_in_dim / 3),
+                },
                 if config.guidance_embed {
                     "embedded"
                 } else {

@@ -1,16 +1,26 @@
 //! Loads the components of a pipeline onto the device, with progress and errors that name files.
 
+use std::path::PathBuf;
 use std::sync::{Mutex, Once, PoisonError};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle::{Device, Tensor};
 
 use super::{Pipeline, VaeFiles};
 use crate::{
     device::{self, Runtime},
     files::Files,
+    layout::Family,
     model::{Flux, ops},
-    sample::{denoise::Encoded, schedule::Schedule, text::TextEncoders, vae::Vae},
+    sample::{
+        encoded::{Encoded, References},
+        image,
+        png::Image,
+        reference,
+        schedule::Schedule,
+        text::TextEncoders,
+        vae::Vae,
+    },
     ui::Reporter,
 };
 
@@ -52,11 +62,12 @@ pub fn check_kernels(runtime: &Runtime, reporter: &Reporter) {
 
 /// The scheduler.
 pub fn schedule(pipeline: &Pipeline) -> Result<Schedule> {
-    Schedule::from_json(pipeline.scheduler.to_string().as_bytes())
-        .with_context(|| pipeline.scheduler_name.clone())
+    let schedule = Schedule::from_json(pipeline.scheduler.to_string().as_bytes())
+        .with_context(|| pipeline.scheduler_name.clone())?;
+    Ok(schedule.with_rule(pipeline.config.family.shift))
 }
 
-/// Both text encoders and their tokenizers; `length` is the T5 length, by default the model's.
+/// The text encoders and their tokenizers; `length` is that of the text in tokens, by default the model's.
 pub fn text_encoders(
     pipeline: &Pipeline,
     files: &Files,
@@ -66,6 +77,7 @@ pub fn text_encoders(
     // what is drawn with the prompts needs it, and encoding them takes a while
     schedule(pipeline)?;
     let encoders = TextEncoders::load(
+        pipeline.config.family.text,
         files,
         &pipeline.text_lora,
         length,
@@ -77,21 +89,26 @@ pub fn text_encoders(
     Ok(encoders)
 }
 
-/// Encodes prompts, a bounded number at a time; on the CPU, as those of a calibration are half a gigabyte.
-pub fn encode(encoders: &TextEncoders, prompts: &[String], reporter: &Reporter) -> Result<Encoded> {
-    let progress = reporter.progress(prompts.len(), "encoding prompts");
+/// Encodes prompts, and the negative prompt of a model that takes one, a bounded number at a time; on the CPU, as those of
+/// a calibration are half a gigabyte.
+pub fn encode(pipeline: &Pipeline, encoders: &TextEncoders, prompts: &[String]) -> Result<Encoded> {
+    let progress = pipeline
+        .reporter
+        .progress(prompts.len(), "encoding prompts");
     let (mut txt, mut vec) = (Vec::new(), Vec::new());
     for chunk in prompts.chunks(PROMPTS_PER_CALL) {
-        let (t, v) = encoders.encode(chunk)?;
-        txt.push(t.to_device(&Device::Cpu)?);
-        vec.push(v.to_device(&Device::Cpu)?);
+        let encoded = encoders.encode(chunk)?.to_device(&Device::Cpu)?;
+        txt.push(encoded.txt);
+        vec.push(encoded.vec);
         progress.inc(chunk.len() as u64);
     }
+    let mut encoded = Encoded::new(Tensor::cat(&txt, 0)?, Tensor::cat(&vec, 0)?);
+    if pipeline.takes_negative_prompt() {
+        let negative = encoders.encode(std::slice::from_ref(&pipeline.negative_prompt))?;
+        encoded.negative = Some(negative.txt.to_device(&Device::Cpu)?);
+    }
     progress.finish_and_clear();
-    Ok(Encoded {
-        txt: Tensor::cat(&txt, 0)?,
-        vec: Tensor::cat(&vec, 0)?,
-    })
+    Ok(encoded)
 }
 
 /// Loads the text encoders, encodes prompts and frees the encoders again.
@@ -102,8 +119,8 @@ pub fn encode_prompts(
     runtime: &Runtime,
 ) -> Result<Encoded> {
     let encoders = text_encoders(pipeline, &pipeline.text_files()?, length, runtime)?;
-    let encoded = encode(&encoders, prompts, &pipeline.reporter)?;
-    for (name, cut) in ["CLIP", "T5"].iter().zip(encoders.cut(prompts)?) {
+    let encoded = encode(pipeline, &encoders, prompts)?;
+    for (name, cut) in encoders.cut(prompts)? {
         if cut.prompts > 0 {
             let which = match prompts.len() {
                 1 => "the prompt is".to_owned(),
@@ -122,6 +139,34 @@ pub fn encode_prompts(
         if prompts.len() == 1 { "" } else { "s" }
     ));
     Ok(encoded)
+}
+
+/// The reference images in these files, at the sizes that the model sees them in.
+///
+/// # Errors
+/// When they are more than the model takes, cannot be read, or are too small; the message names `--image`.
+pub fn reference_images(pipeline: &Pipeline, paths: &[PathBuf]) -> Result<Vec<Image>> {
+    let family = &pipeline.config.family;
+    ensure!(
+        paths.len() <= 1 || *family == Family::FLUX2,
+        "--image: `{}` takes one reference image, {} are given",
+        pipeline.name,
+        paths.len()
+    );
+    let read = |path: &PathBuf| {
+        let image = reference::prepared(&image::read(path)?, family);
+        image.with_context(|| format!("`{}`", path.display()))
+    };
+    let images = paths.iter().map(read).collect::<Result<_>>();
+    images.context("--image")
+}
+
+/// Reference images at the sizes that the model sees them in, as tokens, which all prompts share; loads the VAE and frees
+/// it again.
+pub fn references(pipeline: &Pipeline, images: &[Image], runtime: &Runtime) -> Result<References> {
+    let vae = vae(&pipeline.vae_files()?, runtime)?;
+    let family = &pipeline.config.family;
+    reference::encode(&vae, images, family, &runtime.device)
 }
 
 /// The VAE.

@@ -186,7 +186,9 @@ fn config_file(files: &Files, name: &str) -> Result<Vec<ConfigFile>> {
 
 pub(super) fn speaks_of_flux(json: &Value) -> bool {
     let class = json.get("_class_name").and_then(Value::as_str);
-    class.is_some_and(|c| c.contains("FluxTransformer")) || json.get("axes_dims_rope").is_some()
+    let known = ["FluxTransformer", "Flux2Transformer"];
+    class.is_some_and(|c| known.iter().any(|name| c.contains(name)))
+        || json.get("axes_dims_rope").is_some()
 }
 
 #[cfg(test)]

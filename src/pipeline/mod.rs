@@ -15,7 +15,7 @@ use crate::{
         record::{self, Record},
         with_hint,
     },
-    layout::{BlockKind, FluxConfig},
+    layout::{BlockKind, Family, FluxConfig},
     ui::Reporter,
 };
 
@@ -82,6 +82,8 @@ pub struct Pipeline {
     pub scheduler_name: String,
     /// The model's own defaults.
     pub defaults: Defaults,
+    /// What images are to be unlike, for a model that takes a negative prompt.
+    pub negative_prompt: String,
     /// The files that were added to it.
     pub lora: Vec<OpenedLora>,
     /// What is added to text encoders.
@@ -145,8 +147,6 @@ impl Pipeline {
             _ => record.as_ref(),
         };
         let config = config::infer(&transformer, record.as_ref(), &configs)?;
-        let flux1 =
-            config.head_dim() == 128 && config.context_in_dim == 4096 && config.vec_in_dim == 768;
         let (scheduler, scheduler_name) = scheduler::of_model(
             &configs,
             located.pipeline.as_ref(),
@@ -159,7 +159,8 @@ impl Pipeline {
             located.pipeline.as_ref(),
             record.as_ref(),
             &located.raw.name,
-        )?;
+        )?
+        .with_distilled(&config, located.pipeline.as_ref(), &located.model_ref)?;
         let folder = located.pipeline.as_ref();
         let kept = folder.map(|files| PathBuf::from(files.describe(LORA_FILE)));
         let kept = kept.as_deref().filter(|_| record.is_some());
@@ -182,10 +183,10 @@ impl Pipeline {
             model_ref: located.model_ref,
             transformer,
             diffusers,
-            config,
             scheduler,
             scheduler_name,
             defaults,
+            negative_prompt: String::new(),
             lora,
             text_lora,
             reporter: choice.reporter.clone(),
@@ -193,8 +194,9 @@ impl Pipeline {
                 choice,
                 own: located.pipeline,
                 base: record.as_ref().map(|r| r.base.clone()),
-                flux1,
+                hub: components::hub(&config),
             },
+            config,
             record,
         })
     }
@@ -274,6 +276,20 @@ impl Pipeline {
             c.original_blocks(BlockKind::Double),
             c.original_blocks(BlockKind::Single),
         );
+        if c.family == Family::FLUX2 {
+            // dev has a guidance embedding, and its text encoder is another
+            let size = match (blocks, c.hidden_size) {
+                ((5, 20), 3072) => "4B",
+                ((8, 24), 4096) => "9B",
+                ((8, 48), 6144) => return "FLUX.2-dev".to_owned(),
+                _ => return format!("{} of another size", c.family.name()),
+            };
+            let base = match self.defaults.distilled {
+                Some(false) => "base ",
+                _ => "",
+            };
+            return format!("FLUX.2 [klein] {base}{size}");
+        }
         let name = match blocks {
             (19, 38) if c.hidden_size == 3072 && c.guidance_embed => "FLUX.1-dev",
             (19, 38) if c.hidden_size == 3072 => "FLUX.1-schnell",

@@ -51,7 +51,8 @@ pub const SCENES: &str = include_str!("../../configs/tiny/prompts.txt");
 /// Whether the model has words for the bundled model's scenes and spells all others, as that model and its kin do.
 pub fn knows_only_scenes(pipeline: &Pipeline) -> bool {
     let spells = |prompt: &str| {
-        let tokens = text::token_count(&pipeline.text_files()?, prompt)?;
+        let tokens =
+            text::token_count(pipeline.config.family.text, &pipeline.text_files()?, prompt)?;
         anyhow::Ok(tokens > 2 * prompt.split(' ').count())
     };
     let caption = SCENES.lines().next().unwrap_or_default();

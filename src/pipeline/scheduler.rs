@@ -6,11 +6,11 @@ use serde_json::Value;
 use crate::{
     checkpoint::{config::ConfigFile, record::Record},
     files::Files,
-    layout::FluxConfig,
+    layout::{Family, FluxConfig},
     ui::Reporter,
 };
 
-/// The scheduler: `--config`'s `scheduler`, the pipeline's own, the record's, or FLUX.1's if the sizes are FLUX.1's.
+/// The scheduler: `--config`'s `scheduler`, the pipeline's own, the record's, or that of the released models of its family.
 pub(super) fn of_model(
     configs: &[ConfigFile],
     pipeline: Option<&Files>,
@@ -40,20 +40,22 @@ pub(super) fn of_model(
     }
     if config.head_dim() != 128 {
         reporter.note(format!(
-            "`{name}` names no scheduler: taking FLUX.1's (--config with a `scheduler` object names another)"
+            "`{name}` names no scheduler: taking {}'s (--config with a `scheduler` object names another)",
+            config.family.name()
         ));
     }
-    let scheduler = flux1_scheduler(config.guidance_embed);
-    Ok((scheduler, "FLUX.1's scheduler".to_owned()))
+    let dynamic = config.guidance_embed || config.family == Family::FLUX2;
+    let name = format!("{}'s scheduler", config.family.name());
+    Ok((released(dynamic), name))
 }
 
-/// FLUX.1-dev's (dynamic shift) and FLUX.1-schnell's scheduler, from their `scheduler_config.json`.
-fn flux1_scheduler(dev: bool) -> Value {
+/// FLUX.1-dev's and FLUX.2's (`dynamic` shift), and FLUX.1-schnell's scheduler, from their `scheduler_config.json`.
+fn released(dynamic: bool) -> Value {
     serde_json::json!({
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
-        "shift": if dev { 3.0 } else { 1.0 },
-        "use_dynamic_shifting": dev,
+        "shift": if dynamic { 3.0 } else { 1.0 },
+        "use_dynamic_shifting": dynamic,
         "base_shift": 0.5,
         "max_shift": 1.15,
         "base_image_seq_len": 256,

@@ -67,7 +67,7 @@ pub fn apply(
         let prefix = target(&BlockSpec::Replaced(replacement.clone()))
             .context("a replacement has no slot")?;
         let dtype = block_dtype(checkpoint, &old, id);
-        for (name, tensor) in layers.tensors() {
+        for (name, tensor) in layers.tensors()? {
             out.insert(
                 format!("{prefix}.{name}"),
                 Source::dense_as(&tensor, dtype)?,
@@ -99,7 +99,12 @@ pub fn put_output_projections(
                 )
             }
         };
-        for (part, tensor) in [("weight", &projection.weight), ("bias", &projection.bias)] {
+        let parts = [
+            ("weight", Some(&projection.weight)),
+            ("bias", projection.bias.as_ref()),
+        ];
+        for (part, tensor) in parts {
+            let Some(tensor) = tensor else { continue };
             let name = format!("{prefix}.{part}");
             let before = checkpoint
                 .get(&name)

@@ -58,8 +58,8 @@ pub const RIDGES: [f64; 4] = [1e-2, 3e-2, 1e-1, 3e-1];
 pub struct Projection {
     /// (out, in).
     pub weight: Tensor,
-    /// (out).
-    pub bias: Tensor,
+    /// (out); `None` in a model without biases: what is kept of it must open elsewhere.
+    pub bias: Option<Tensor>,
 }
 
 /// New projections by kept block (`None`: the head) and name below it.
@@ -149,26 +149,32 @@ impl OutputProjectionSums {
         } else {
             gate.ones_like()?
         };
+        let has_bias = before.bias().is_some();
         let scaled = |gram: Gram| -> Result<Gram> {
-            Ok(Gram {
+            let gram = Gram {
                 cross: gram.cross.to_device(&Device::Cpu)?.broadcast_div(&root)?,
                 ..gram
-            })
+            };
+            if has_bias {
+                Ok(gram)
+            } else {
+                gram.without_bias()
+            }
         };
         let (fitted, left_out) = (
             self.fitted.map(scaled).transpose()?,
             self.left_out.map(scaled).transpose()?,
         );
         let solution = ridge::solve_split(fitted, left_out, ridge, &RIDGES)?;
-        let inputs = solution.coefficients.nrows() - 1;
+        let inputs = solution.coefficients.nrows() - usize::from(has_bias);
         let column = root.unsqueeze(1)?.to_dtype(DType::F32)?;
         let change = ridge::weight(&solution.coefficients, 0..inputs)?.broadcast_div(&column)?;
-        let shift = (ridge::bias(&solution.coefficients)? / column.squeeze(1)?)?;
         let host = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F32);
-        let bias = match before.bias() {
-            Some(bias) => (host(bias)? + shift)?,
-            None => shift,
-        };
+        let bias = before.bias().map(|bias| -> Result<Tensor> {
+            let shift = (ridge::bias(&solution.coefficients)? / column.squeeze(1)?)?;
+            Ok((host(bias)? + shift)?)
+        });
+        let bias = bias.transpose()?;
         Ok(Projection {
             weight: (host(&before.weight()?)? + change)?,
             bias,
@@ -183,7 +189,8 @@ impl Projection {
     /// When it does not fit on the device.
     pub fn linear(&self, runtime: &Runtime) -> Result<Linear> {
         let place = |t: &Tensor| t.to_dtype(runtime.dtype)?.to_device(&runtime.device);
-        Ok(Linear::new(place(&self.weight)?, Some(place(&self.bias)?))?)
+        let bias = self.bias.as_ref().map(place).transpose()?;
+        Ok(Linear::new(place(&self.weight)?, bias)?)
     }
 }
 
@@ -263,7 +270,7 @@ mod tests {
             let want = (before.weight().unwrap() + &change).unwrap();
             assert!(off(&got.weight, &want) < 1e-4, "{gated}");
             let want = (before.bias().unwrap() + &shift).unwrap();
-            assert!(off(&got.bias, &want) < 1e-4, "{gated}");
+            assert!(off(&got.bias.unwrap(), &want) < 1e-4, "{gated}");
         }
     }
 
@@ -276,6 +283,19 @@ mod tests {
             .unwrap();
         let got = sums.solve(&before, None).unwrap();
         assert!(off(&got.weight, &before.weight().unwrap()) < 1e-12);
-        assert!(off(&got.bias, before.bias().unwrap()) < 1e-12);
+        assert!(off(&got.bias.unwrap(), before.bias().unwrap()) < 1e-12);
+    }
+
+    #[test]
+    fn a_projection_without_bias_gets_none() {
+        let (before, change) = (Linear::new(random(&[4, 6]), None).unwrap(), random(&[4, 6]));
+        let mut sums = OutputProjectionSums::default();
+        let z = random(&[20, 5, 6]);
+        let lack = z.broadcast_matmul(&change.t().unwrap()).unwrap();
+        sums.add(&z, &lack, None, false).unwrap();
+        let got = sums.solve(&before, Some(0.0)).unwrap();
+        let want = (before.weight().unwrap() + &change).unwrap();
+        assert!(off(&got.weight, &want) < 1e-4);
+        assert!(got.bias.is_none());
     }
 }

@@ -13,7 +13,7 @@ use crate::{
         ridge::{self, Solution},
     },
     layout::{Form, Replacement},
-    model::{AffineLayer, Block, Conditioning, Linear, Modulation, Stream},
+    model::{AffineLayer, Block, BlockModulation, Conditioning, Linear, Modulation, Stream},
 };
 
 /// Sums of one replacement: for the text tokens, then for the image tokens.
@@ -27,7 +27,9 @@ struct StreamSums {
     fitted: Option<Gram>,
     left_out: Option<Gram>,
     gated: GatedGram,
-    modulation: Option<Modulation<3>>,
+    modulation: Option<BlockModulation<3>>,
+    /// Where the pairs are.
+    device: Option<Device>,
     change_sq: f64,
 }
 
@@ -75,6 +77,7 @@ impl<'a> Sums<'a> {
             let change = gram::square(&target)?;
             ensure!(change.is_finite(), "activations are NaN or infinite");
             stream.change_sq += change;
+            stream.device = Some(x.device().clone());
             if let Some(modulation) = &stream.modulation {
                 let (z, gate) = gated_input(modulation, &x, conditioning)?;
                 stream.gated.add(&z, &target, &gate)?;
@@ -134,7 +137,7 @@ pub(super) type Inputs<'a> =
 
 /// What W of a modulated layer is applied to, (b, n, d), and its gate, (b, d).
 fn gated_input(
-    modulation: &Modulation<3>,
+    modulation: &BlockModulation<3>,
     x: &Tensor,
     conditioning: &Conditioning,
 ) -> Result<(Tensor, Tensor)> {
@@ -178,7 +181,7 @@ impl StreamSums {
     fn solve_gated(self, ridge: Option<f64>, inputs: &mut Inputs, txt: bool) -> Result<Fitted> {
         let modulation = self.modulation.context("a modulated layer has one")?;
         let ridge = ridge.unwrap_or(ridge::DEFAULT_RIDGE);
-        let device = modulation.lin.device();
+        let device = self.device.context("no pairs to fit a layer on")?;
         let solution = self.gated.solve(ridge, &device, &mut |b| {
             // to the device and back once for all batches
             let b = b.to_device(&device)?.to_dtype(product_dtype(&device))?;
@@ -192,11 +195,14 @@ impl StreamSums {
             })?;
             Ok(out.to_device(&Device::Cpu)?)
         })?;
-        let bias = modulation
-            .lin
-            .bias()
-            .context("the modulation has no bias")?;
-        let kept = (host(&modulation.lin.weight()?)?, host(bias)?);
+        let kept = match modulation {
+            BlockModulation::Shared(_) => modulation,
+            BlockModulation::Own(Modulation { lin }) => {
+                let bias = lin.bias().map(host).transpose()?;
+                let lin = Linear::new(host(&lin.weight()?)?, bias)?;
+                BlockModulation::Own(Modulation { lin })
+            }
+        };
         fitted(&solution, None, Some(kept), self.change_sq)
     }
 }
@@ -212,7 +218,7 @@ fn host(t: &Tensor) -> Result<Tensor> {
 fn fitted(
     solution: &Solution,
     vec: Option<Tensor>,
-    modulation: Option<(Tensor, Tensor)>,
+    modulation: Option<BlockModulation<3>>,
     change_sq: f64,
 ) -> Result<Fitted> {
     let b = &solution.coefficients;

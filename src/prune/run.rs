@@ -221,8 +221,9 @@ fn before_and_after(
     };
     let (latents, prompts) = calibrator.draw(&[&calibrator.flux, &pruned], count)?;
     let prompts = prompts.join("\n");
+    let family = calibrator.pipeline.config.family;
     drop((calibrator, pruned));
-    let decoder = budget.decoder(&files, size.latent(), vae_tile)?;
+    let decoder = budget.decoder(&files, size.latent(family), vae_tile)?;
     let rows: Result<Vec<_>> = latents.iter().map(|x| decoder.images(x)).collect();
     let text = [
         ("Title", title),

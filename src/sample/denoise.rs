@@ -3,40 +3,12 @@
 use anyhow::{Result, ensure};
 use candle::{DType, Device, Tensor};
 
+pub use super::encoded::{Encoded, References};
 use super::{latents, noise, schedule::Schedule};
-use crate::model::{Conditioning, Flux, Inputs, Observer};
-
-/// Prompts as the transformer sees them.
-#[derive(Clone, Debug)]
-pub struct Encoded {
-    /// T5 hidden states, (prompts, text tokens, T5 width).
-    pub txt: Tensor,
-    /// Pooled CLIP vectors, (prompts, CLIP width).
-    pub vec: Tensor,
-}
-
-impl Encoded {
-    /// Number of prompts.
-    pub fn len(&self) -> usize {
-        self.vec.dim(0).unwrap_or(0)
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The prompts of a range.
-    ///
-    /// # Errors
-    /// When there are fewer.
-    pub fn range(&self, range: std::ops::Range<usize>) -> Result<Self> {
-        Ok(Self {
-            txt: self.txt.narrow(0, range.start, range.len())?.contiguous()?,
-            vec: self.vec.narrow(0, range.start, range.len())?.contiguous()?,
-        })
-    }
-}
+use crate::{
+    layout::{Family, NoiseOrder},
+    model::{Conditioning, Flux, Inputs, Observer},
+};
 
 /// Size of a latent image, in latent pixels (an eighth of the image's), both even.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +17,8 @@ pub struct LatentSize {
     pub height: usize,
     /// Columns.
     pub width: usize,
+    /// Whose latents: says how tokens are numbered and noise is drawn.
+    pub family: Family,
 }
 
 impl LatentSize {
@@ -52,11 +26,29 @@ impl LatentSize {
     pub fn tokens(self) -> usize {
         self.height / 2 * (self.width / 2)
     }
+
+    /// Positions of the image tokens, (tokens, axes), on the CPU.
+    ///
+    /// # Errors
+    /// When memory is short.
+    pub fn img_ids(self) -> candle::Result<Tensor> {
+        let axes = self.family.position_axes;
+        latents::img_ids(0, self.height, self.width, axes, &Device::Cpu)
+    }
+
+    /// Positions of `len` text tokens, (len, axes), on the CPU.
+    ///
+    /// # Errors
+    /// When memory is short.
+    pub fn txt_ids(self, len: usize) -> candle::Result<Tensor> {
+        latents::txt_ids(len, self.family.position_axes, &Device::Cpu)
+    }
 }
 
 /// Starting noise of one prompt's images, packed: (images, tokens, 4 · channels), f32, on the CPU.
 ///
-/// diffusers draws (images, channels, h, w) from one generator and packs; so do we, and a seed means the same noise.
+/// diffusers draws (images, channels, h, w), or for FLUX.2 (images, 4 · channels, h/2, w/2), from one generator and packs;
+/// so do we, and a seed means the same noise.
 ///
 /// # Errors
 /// When the size is odd.
@@ -67,8 +59,18 @@ pub fn starting_noise(
     size: LatentSize,
 ) -> Result<Tensor> {
     let mut generator = noise::Generator::new(seed);
-    let latent = generator.randn((images, channels, size.height, size.width), &Device::Cpu)?;
-    Ok(latents::pack(&latent)?)
+    let (height, width) = (size.height, size.width);
+    match size.family.noise {
+        NoiseOrder::Pixels => {
+            let latent = generator.randn((images, channels, height, width), &Device::Cpu)?;
+            Ok(latents::pack(&latent)?)
+        }
+        NoiseOrder::Patches => {
+            let shape = (images, 4 * channels, height / 2, width / 2);
+            let patches = generator.randn(shape, &Device::Cpu)?;
+            Ok(patches.flatten_from(2)?.transpose(1, 2)?.contiguous()?)
+        }
+    }
 }
 
 /// How a batch of images is denoised.
@@ -84,7 +86,8 @@ pub struct Denoise<'a> {
     pub schedule: &'a Schedule,
     /// Number of Euler steps.
     pub steps: usize,
-    /// Given to the guidance embedding, if the model has one.
+    /// Given to the guidance embedding, where the model has one; otherwise how far the velocity is moved away from that
+    /// of the negative prompt, where there is one.
     pub guidance: f64,
     /// Size of the images.
     pub size: LatentSize,
@@ -93,7 +96,8 @@ pub struct Denoise<'a> {
 impl Denoise<'_> {
     /// Runs all steps on packed noise (b, tokens, channels) with b prompts; gives packed latents in f32.
     ///
-    /// `observer` sees every block of every step; `on_step` is called after each step.
+    /// `observer` sees every block of every step, with the prompts and not with the negative prompt; `on_step` is called
+    /// after each step.
     ///
     /// # Errors
     /// When a forward fails or the latents become NaN or infinite.
@@ -108,10 +112,13 @@ impl Denoise<'_> {
         let mut drawing = self.start(noise, prompts)?;
         for pair in sigmas.windows(2) {
             let (img, timestep) = self.at(&drawing, pair[0])?;
-            let velocity = self
-                .flux
-                .forward(&drawing.inputs(&img, &timestep), observer)?;
-            drawing.step(&velocity, pair)?;
+            let mut velocities = Vec::new();
+            for (i, txt) in drawing.texts().enumerate() {
+                let inputs = drawing.inputs(&img, &timestep, txt);
+                let observer: &mut dyn Observer = if i == 0 { &mut *observer } else { &mut () };
+                velocities.push(self.flux.forward(&inputs, observer)?);
+            }
+            drawing.step(&self.guided(&velocities)?, pair)?;
             on_step();
         }
         drawing.finished(self.dtype)
@@ -137,14 +144,21 @@ impl Denoise<'_> {
             let (mut streams, mut conditionings) = (Vec::new(), Vec::new());
             for drawing in &drawings {
                 let (img, timestep) = self.at(drawing, pair[0])?;
-                let (stream, conditioning) = self.flux.embed(&drawing.inputs(&img, &timestep))?;
-                streams.push(stream);
-                conditionings.push(conditioning);
+                for txt in drawing.texts() {
+                    let inputs = drawing.inputs(&img, &timestep, txt);
+                    let (stream, conditioning) = self.flux.embed(&inputs)?;
+                    streams.push(stream);
+                    conditionings.push(conditioning);
+                }
             }
             let borrowed: Vec<&Conditioning> = conditionings.iter().collect();
             trunk.forward_each(0..trunk.len(), &mut streams, &borrowed)?;
-            for ((drawing, end), conditioning) in drawings.iter_mut().zip(streams).zip(borrowed) {
-                drawing.step(&self.flux.head(&end, conditioning)?, pair)?;
+            let mut ends = streams.into_iter().zip(borrowed);
+            for drawing in &mut drawings {
+                let ends = ends.by_ref().take(drawing.texts().count());
+                let heads = ends.map(|(end, conditioning)| self.flux.head(&end, conditioning));
+                let velocities: Vec<Tensor> = heads.collect::<candle::Result<_>>()?;
+                drawing.step(&self.guided(&velocities)?, pair)?;
                 on_step();
             }
         }
@@ -164,21 +178,52 @@ impl Denoise<'_> {
         let place =
             |t: &Tensor| -> Result<Tensor> { Ok(t.to_device(self.device)?.to_dtype(self.dtype)?) };
         let (txt, vec) = (place(&prompts.txt)?, place(&prompts.vec)?);
+        let negative = prompts.negative.as_ref().filter(|_| self.guidance > 1.0);
+        let negative = negative.map(|negative| {
+            let (_, len, width) = negative.dims3()?;
+            place(&negative.broadcast_as((batch, len, width))?.contiguous()?)
+        });
+        let mut img_ids = self.size.img_ids()?;
+        if let Some(references) = &prompts.references {
+            img_ids = Tensor::cat(&[&img_ids, &references.ids], 0)?;
+        }
+        let references = prompts.references.as_ref();
         Ok(Drawing {
             x: noise.to_device(self.device)?.to_dtype(DType::F32)?,
-            img_ids: latents::img_ids(self.size.height, self.size.width, &Device::Cpu)?,
-            txt_ids: latents::txt_ids(txt.dim(1)?, &Device::Cpu)?,
+            img_ids,
+            txt_ids: self.size.txt_ids(txt.dim(1)?)?,
             guidance: Tensor::full(self.guidance as f32, batch, self.device)?,
+            references: references
+                .map(|r| place(&r.tokens_of(batch)?))
+                .transpose()?,
+            negative: negative.transpose()?,
             txt,
             vec,
         })
     }
 
-    /// The latents and the noise level as the model takes them.
+    /// The tokens and the noise level as the model takes them.
     fn at(&self, drawing: &Drawing, sigma: f32) -> Result<(Tensor, Tensor)> {
         let batch = drawing.x.dim(0)?;
         let timestep = Tensor::full(self.schedule.timestep(sigma), batch, self.device)?;
-        Ok((drawing.x.to_dtype(self.dtype)?, timestep))
+        let img = drawing.x.to_dtype(self.dtype)?;
+        let img = match &drawing.references {
+            None => img,
+            Some(references) => Tensor::cat(&[&img, references], 1)?,
+        };
+        Ok((img, timestep))
+    }
+
+    /// The velocity of a step from that with the prompts and, where there is one, that with the negative prompt.
+    fn guided(&self, velocities: &[Tensor]) -> Result<Tensor> {
+        let [velocity, negative] = velocities else {
+            return Ok(velocities[0].clone());
+        };
+        let (velocity, negative) = (
+            velocity.to_dtype(DType::F32)?,
+            negative.to_dtype(DType::F32)?,
+        );
+        Ok((&negative + ((&velocity - &negative)? * self.guidance)?)?)
     }
 }
 
@@ -186,19 +231,29 @@ impl Denoise<'_> {
 struct Drawing {
     /// Packed latents, (b, tokens, channels), f32.
     x: Tensor,
+    /// Positions of these tokens and those of the reference images.
     img_ids: Tensor,
     txt: Tensor,
     txt_ids: Tensor,
     vec: Tensor,
     guidance: Tensor,
+    /// (b, text tokens, width)
+    negative: Option<Tensor>,
+    /// (b, tokens of reference images, channels)
+    references: Option<Tensor>,
 }
 
 impl Drawing {
-    fn inputs<'a>(&'a self, img: &'a Tensor, timestep: &'a Tensor) -> Inputs<'a> {
+    /// The prompts and, where there is one, the negative prompt.
+    fn texts(&self) -> impl Iterator<Item = &Tensor> {
+        std::iter::once(&self.txt).chain(&self.negative)
+    }
+
+    fn inputs<'a>(&'a self, img: &'a Tensor, timestep: &'a Tensor, txt: &'a Tensor) -> Inputs<'a> {
         Inputs {
             img,
             img_ids: &self.img_ids,
-            txt: &self.txt,
+            txt,
             txt_ids: &self.txt_ids,
             timestep,
             vec: &self.vec,

@@ -99,15 +99,46 @@ pub fn within(image: &Image, most: u32) -> Result<Image> {
     }
     let scaled = |side: u32| (u64::from(side) * u64::from(most) / u64::from(longest)).max(1) as u32;
     let (width, height) = (scaled(w), scaled(h));
+    resized(image, width, height)
+}
+
+/// The image scaled to this size (Lanczos), whatever its own shape.
+///
+/// # Errors
+/// When it has no pixels, before or after.
+pub fn resized(image: &Image, width: u32, height: u32) -> Result<Image> {
+    ensure!(width > 0 && height > 0, "the image is empty");
     let source = pixels(image);
     let mut out = vec![RGB::new(0, 0, 0); (width * height) as usize];
-    let [from_w, from_h, to_w, to_h] = [w, h, width, height].map(|side| side as usize);
+    let [from_w, from_h, to_w, to_h] =
+        [image.width, image.height, width, height].map(|side| side as usize);
     resize::new(from_w, from_h, to_w, to_h, Pixel::RGB8, Type::Lanczos3)?
         .resize(&source, &mut out)?;
     Ok(Image {
         width,
         height,
         rgb: out.iter().flat_map(|p| [p.r, p.g, p.b]).collect(),
+    })
+}
+
+/// The middle of the image.
+///
+/// # Errors
+/// When it is smaller than that.
+pub fn cropped(image: &Image, width: u32, height: u32) -> Result<Image> {
+    ensure!(
+        width <= image.width && height <= image.height,
+        "the image is smaller than {width}×{height}"
+    );
+    let (left, top) = ((image.width - width) / 2, (image.height - height) / 2);
+    let line = |row: u32| {
+        let start = 3 * ((top + row) * image.width + left) as usize;
+        image.rgb[start..start + 3 * width as usize].iter().copied()
+    };
+    Ok(Image {
+        width,
+        height,
+        rgb: (0..height).flat_map(line).collect(),
     })
 }
 

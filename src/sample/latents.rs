@@ -2,7 +2,10 @@
 //!
 //! Source: [diffusers `FluxPipeline`][flux]: `_prepare_latent_image_ids`, `_pack_latents`, `_unpack_latents`.
 //!
+//! and [diffusers `Flux2Pipeline`][flux2]: `_prepare_text_ids`, `_prepare_latent_ids`, `_prepare_image_ids`.
+//!
 //! [flux]: https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/pipelines/flux/pipeline_flux.py#L506-L541
+//! [flux2]: https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/pipelines/flux2/pipeline_flux2.py
 
 use candle::{Device, Result, Tensor, bail};
 
@@ -31,15 +34,22 @@ pub fn unpack(tokens: &Tensor, h: usize, w: usize) -> Result<Tensor> {
         .reshape((b, d / 4, h, w))
 }
 
-/// Position ids of the tokens of a latent image of `h`×`w`: (h/2·w/2, 3) float32, rows (0, row, column).
-pub fn img_ids(h: usize, w: usize, device: &Device) -> Result<Tensor> {
-    let rows = (0..h / 2).flat_map(|y| (0..w / 2).flat_map(move |x| [0.0, y as f32, x as f32]));
-    Tensor::from_iter(rows, device)?.reshape((h / 2 * (w / 2), 3))
+/// Position ids of the tokens of a latent image of `h`×`w` in a family with `axes` numbers in a position: (h/2·w/2, axes)
+/// float32, rows (`image`, row, column, 0 …). `image` is 0 for what is generated, and not for reference images.
+pub fn img_ids(image: usize, h: usize, w: usize, axes: usize, device: &Device) -> Result<Tensor> {
+    let id = |y: usize, x: usize| {
+        let position = [image, y, x].into_iter().chain(std::iter::repeat(0));
+        position.take(axes).map(|n| n as f32)
+    };
+    let rows = (0..h / 2).flat_map(|y| (0..w / 2).flat_map(move |x| id(y, x)));
+    Tensor::from_iter(rows, device)?.reshape((h / 2 * (w / 2), axes))
 }
 
-/// Position ids of `len` text tokens: (len, 3) float32, all zero: FLUX gives text no positions.
-pub fn txt_ids(len: usize, device: &Device) -> Result<Tensor> {
-    Tensor::zeros((len, 3), candle::DType::F32, device)
+/// Position ids of `len` text tokens: (len, axes) float32. All zero with three axes (FLUX.1 gives text no positions); a
+/// fourth numbers the tokens.
+pub fn txt_ids(len: usize, axes: usize, device: &Device) -> Result<Tensor> {
+    let id = move |i: usize| (0..axes).map(move |axis| if axis == 3 { i as f32 } else { 0.0 });
+    Tensor::from_iter((0..len).flat_map(id), device)?.reshape((len, axes))
 }
 
 #[cfg(test)]
@@ -80,7 +90,7 @@ mod tests {
 
     #[test]
     fn ids_count_rows_then_columns() -> Result<()> {
-        let ids = img_ids(4, 6, &Device::Cpu)?.to_vec2::<f32>()?;
+        let ids = img_ids(0, 4, 6, 3, &Device::Cpu)?.to_vec2::<f32>()?;
         assert_eq!(
             ids,
             [
@@ -92,7 +102,11 @@ mod tests {
                 [0., 1., 2.]
             ]
         );
-        assert_eq!(txt_ids(2, &Device::Cpu)?.to_vec2::<f32>()?, [[0.; 3]; 2]);
+        assert_eq!(txt_ids(2, 3, &Device::Cpu)?.to_vec2::<f32>()?, [[0.; 3]; 2]);
+        let four = img_ids(10, 2, 4, 4, &Device::Cpu)?.to_vec2::<f32>()?;
+        assert_eq!(four, [[10., 0., 0., 0.], [10., 0., 1., 0.]]);
+        let text = txt_ids(2, 4, &Device::Cpu)?.to_vec2::<f32>()?;
+        assert_eq!(text, [[0.; 4], [0., 0., 0., 1.]]);
         Ok(())
     }
 }

@@ -1,12 +1,15 @@
 //! Prompt → latent → image: everything around the transformer, each part equal to diffusers. Calibration and pruning run on top of it.
 
 pub mod denoise;
+pub mod encoded;
 pub mod grid;
 pub mod image;
 pub mod latents;
 pub mod noise;
 pub mod png;
+pub mod reference;
 pub mod schedule;
+mod shift;
 pub mod size;
 pub mod text;
 pub mod tokenize;

@@ -4,7 +4,7 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use candle::{DType, Tensor};
+use candle::{DType, Device, Tensor};
 
 use crate::files::output;
 
@@ -38,6 +38,17 @@ impl Image {
             height: h as u32,
             rgb,
         })
+    }
+
+    /// (3, height, width) in [-1, 1], f32 on the CPU, as diffusers' `VaeImageProcessor` makes it.
+    ///
+    /// # Errors
+    /// When the image's size and bytes do not fit.
+    pub fn to_tensor(&self) -> Result<Tensor> {
+        let (w, h) = (self.width as usize, self.height as usize);
+        let values: Vec<f32> = self.rgb.iter().map(|v| f32::from(*v) / 255.0).collect();
+        let image = Tensor::from_vec(values, (h, w, 3), &Device::Cpu)?;
+        Ok(image.permute((2, 0, 1))?.contiguous()?.affine(2.0, -1.0)?)
     }
 
     /// Writes a PNG with one text chunk per `(keyword, text)`. The file appears whole or not at all.
@@ -81,7 +92,6 @@ impl Image {
 #[cfg(test)]
 mod tests {
     use anyhow::Context as _;
-    use candle::Device;
 
     use super::*;
 

@@ -10,6 +10,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::shift;
+use crate::layout::ShiftRule;
+
 /// Curve of the resolution-dependent shift.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
@@ -41,6 +44,8 @@ pub struct Schedule {
     use_exponential_sigmas: bool,
     use_beta_sigmas: bool,
     stochastic_sampling: bool,
+    #[serde(skip)]
+    rule: ShiftRule,
     #[serde(rename = "_class_name")]
     class: Option<String>,
     #[serde(flatten)]
@@ -65,6 +70,7 @@ impl Default for Schedule {
             use_exponential_sigmas: false,
             use_beta_sigmas: false,
             stochastic_sampling: false,
+            rule: ShiftRule::Tokens,
             class: None,
             unknown: serde_json::Map::new(),
         }
@@ -141,16 +147,26 @@ impl Schedule {
         Ok(schedule)
     }
 
+    /// The same with the dynamic shift of a family.
+    #[must_use]
+    pub fn with_rule(self, rule: ShiftRule) -> Self {
+        Self { rule, ..self }
+    }
+
     /// Noise levels before each of `steps` steps, and after the last: `steps + 1` numbers, from 1 down to 0.
     ///
-    /// `image_tokens` (a quarter of the latent pixels) matters to a dynamic shift only.
+    /// `image_tokens` (a quarter of the latent pixels) matters to a dynamic shift only; those of reference images do not
+    /// count.
     pub fn sigmas(&self, steps: usize, image_tokens: usize) -> Result<Vec<f32>> {
         ensure!(steps > 0, "sampling takes at least one step");
         let mut sigmas: Vec<f32> = linspace(1.0, 1.0 / steps as f64, steps)
             .map(|s| s as f32)
             .collect();
         if self.use_dynamic_shifting {
-            let mu = self.mu(image_tokens);
+            let mu = match self.rule {
+                ShiftRule::Tokens => self.mu(image_tokens),
+                ShiftRule::TokensAndSteps => shift::measured_mu(image_tokens, steps),
+            };
             let top = match self.time_shift_type {
                 ShiftCurve::Exponential => mu.exp(),
                 ShiftCurve::Linear => mu,

@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::denoise::LatentSize;
+use crate::layout::Family;
 
 /// Smallest side of an image, in pixels: one image token is 2×2 latent pixels of 8×8 pixels each.
 pub const MIN_SIDE: usize = 16;
@@ -46,17 +47,18 @@ impl ImageSize {
         })
     }
 
-    /// The size of its latents: an eighth of the pixels each way.
-    pub fn latent(self) -> LatentSize {
+    /// The size of its latents in a family: an eighth of the pixels each way.
+    pub fn latent(self, family: Family) -> LatentSize {
         LatentSize {
             height: self.height / 8,
             width: self.width / 8,
+            family,
         }
     }
 
     /// Image tokens.
     pub fn tokens(self) -> usize {
-        self.latent().tokens()
+        self.width / Self::STEP * (self.height / Self::STEP)
     }
 
     /// Whether it takes long to generate.

@@ -5,11 +5,14 @@ use anyhow::{Result, ensure};
 use candle::{Device, Tensor};
 
 use crate::{
-    calibrate::noised::{Batch, MARGIN},
+    calibrate::{
+        NoiseLevels,
+        noised::{Batch, with_references},
+    },
     device::Runtime,
     sample::{
         denoise::{Encoded, LatentSize},
-        latents, noise,
+        noise,
     },
 };
 
@@ -23,6 +26,7 @@ pub struct Images {
     img_ids: Tensor,
     txt_ids: Tensor,
     guidance: f64,
+    levels: NoiseLevels,
     runtime: Runtime,
 }
 
@@ -48,15 +52,19 @@ impl Images {
         let text_len = prompts.txt.dim(1)?;
         Ok(Self {
             latents: cpu(&latents)?,
-            prompts: Encoded {
-                txt: cpu(&prompts.txt)?,
-                vec: cpu(&prompts.vec)?,
-            },
-            img_ids: latents::img_ids(size.height, size.width, &Device::Cpu)?,
-            txt_ids: latents::txt_ids(text_len, &Device::Cpu)?,
+            prompts: prompts.to_device(&Device::Cpu)?,
+            img_ids: size.img_ids()?,
+            txt_ids: size.txt_ids(text_len)?,
             guidance,
+            levels: NoiseLevels::Even,
             runtime: runtime.clone(),
         })
+    }
+
+    /// The same with other noise levels than those spread evenly.
+    #[must_use]
+    pub fn with_levels(self, levels: NoiseLevels) -> Self {
+        Self { levels, ..self }
     }
 
     /// Splits off the last `count` images.
@@ -116,10 +124,11 @@ impl Images {
         for i in 0..count {
             which.push((random.bits() % self.len() as u64) as u32);
             let even = (i as f64 + random.uniform()) / count as f64;
-            times.push((MARGIN + (1.0 - 2.0 * MARGIN) * even) as f32);
+            times.push(self.levels.at(even));
             let mut generator = noise::Generator::new(random.bits());
             noises.push(generator.randn((tokens, channels), &Device::Cpu)?);
         }
+        let prompts = self.prompts.select(&which)?;
         let which = Tensor::new(which, &Device::Cpu)?;
         let t = Tensor::new(times, &Device::Cpu)?;
         let column = t.reshape((count, 1, 1))?;
@@ -127,15 +136,16 @@ impl Images {
         let noise = Tensor::stack(&noises, 0)?;
         let img =
             (clean.broadcast_mul(&column.affine(-1.0, 1.0)?)? + noise.broadcast_mul(&column)?)?;
+        let (img, img_ids) = with_references(img, self.img_ids.clone(), &prompts)?;
         let Runtime { device, dtype } = &self.runtime;
         let place = |t: Tensor| -> Result<Tensor> { Ok(t.to_device(device)?.to_dtype(*dtype)?) };
         Ok(Batch {
             img: place(img)?,
-            img_ids: self.img_ids.clone(),
-            txt: place(self.prompts.txt.index_select(&which, 0)?)?,
+            img_ids,
+            txt: place(prompts.txt)?,
             txt_ids: self.txt_ids.clone(),
             timestep: t.to_device(device)?,
-            vec: place(self.prompts.vec.index_select(&which, 0)?)?,
+            vec: place(prompts.vec)?,
             guidance: Tensor::full(self.guidance as f32, count, device)?,
         })
     }

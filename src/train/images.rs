@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::{data::Images, setup::TrainSetup, state::IMAGES_STEM, strategy::MemoryStrategy};
 use crate::{
-    calibrate,
+    calibrate::{self, NoiseLevels},
     checkpoint::{Checkpoint, Source, save, with_hint},
     files::Files,
     model::Flux,
@@ -43,8 +43,12 @@ pub(super) fn sample_or_load(
     let flux = || pair.flux(strategy.offload, runtime);
     let data = &options.recipe.data;
     let guidance = data.guidance.context("guidance is resolved")?;
+    let steps = data.steps.context("steps are resolved")?;
+    let levels = NoiseLevels::of_model(&pair.teacher, options.size, steps)?;
+    let latent = options.size.latent(pair.teacher.config.family);
     let new = |latents: Tensor, prompts: Encoded| {
-        Images::new(latents, prompts, options.size.latent(), guidance, runtime)
+        let images = Images::new(latents, prompts, latent, guidance, runtime)?;
+        anyhow::Ok(images.with_levels(levels.clone()))
     };
     let seed = seed_of_images(options.recipe.seed);
     // what the images depend on, and nothing else
@@ -70,10 +74,7 @@ pub(super) fn sample_or_load(
         let tensor = |name: &str| -> Result<Tensor> {
             Ok(found.expect(name)?.tensor(&Device::Cpu)?.copy()?)
         };
-        let prompts = Encoded {
-            txt: tensor("txt")?,
-            vec: tensor("vec")?,
-        };
+        let prompts = Encoded::new(tensor("txt")?, tensor("vec")?);
         return Ok((flux()?, new(tensor("latents")?, prompts)?));
     }
     let teacher = &pair.teacher;
@@ -85,9 +86,9 @@ pub(super) fn sample_or_load(
         dtype: runtime.dtype,
         device: &runtime.device,
         schedule: &schedule,
-        steps: data.steps.context("steps are resolved")?,
+        steps,
         guidance,
-        size: options.size.latent(),
+        size: latent,
     };
     let tokens = options.size.tokens() + encoded.txt.dim(1)?;
     let batch = (TOKENS_PER_FORWARD / tokens).max(1);

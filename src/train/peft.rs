@@ -27,7 +27,7 @@ pub fn factors(config: &FluxConfig, trunk: &Trunk) -> Result<Checkpoint> {
             let Some(lora) = linear.lora() else {
                 continue;
             };
-            let (blocks, modules) = diffusers::modules(spec.kind(), projection)
+            let (blocks, modules) = diffusers::modules(&config.family, spec.kind(), projection)
                 .with_context(|| format!("diffusers has no `{projection}`"))?;
             let host = |t: &Tensor| t.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu);
             let (a, b) = (host(&lora.a)?, (host(&lora.b)? * lora.scale)?);

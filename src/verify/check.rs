@@ -6,18 +6,16 @@ use anyhow::{Context, Result};
 use candle::{DType, Device, Tensor};
 
 use super::{
+    drawn::{Drawn, Prompts},
     reference::{Reference, distance},
     report::{Comparison, Report},
 };
 use crate::{
     device::Runtime,
-    layout::{BlockKind, BlockSpec},
+    layout::{BlockKind, BlockSpec, TextModel},
     model::{Conditioning, Flux, Inputs, Observer, Stream},
-    pipeline::{Pipeline, decoder, load},
-    sample::{
-        denoise::{Denoise, Encoded, LatentSize, starting_noise},
-        vae::Vae,
-    },
+    pipeline::{Pipeline, load},
+    sample::{encoded::Encoded, image, reference},
 };
 
 /// Relative error allowed of encoders, blocks and velocity in f32.
@@ -29,12 +27,8 @@ const HALF: f64 = 2e-2;
 /// Tokens in one forward of a recorded transformer call.
 const TOKENS: usize = 8192;
 
-/// What the whole pipeline made of a recorded prompt: packed latents from the recorded noise, and from a recorded seed.
-struct Drawn {
-    size: LatentSize,
-    latents: Tensor,
-    seeded: Option<Tensor>,
-}
+/// The file with the reference image of an edited one, next to the recording.
+const REFERENCE_IMAGE: &str = "reference.png";
 
 /// The comparison under way.
 pub(super) struct Check<'a> {
@@ -56,7 +50,7 @@ impl Check<'_> {
         Ok(Report::new(self.done, self.skipped))
     }
 
-    fn compare(&mut self, name: &str, got: &Tensor, loose: bool) -> Result<()> {
+    pub(super) fn compare(&mut self, name: &str, got: &Tensor, loose: bool) -> Result<()> {
         let half = self.runtime.dtype != DType::F32;
         let limit = self.tolerance.unwrap_or(if half {
             HALF
@@ -106,7 +100,7 @@ impl Check<'_> {
     }
 
     /// A finished image in \[0, 1\]: no 8-bit channel may differ by more than 1.
-    fn compare_image(&mut self, name: &str, got: &Tensor) -> Result<()> {
+    pub(super) fn compare_image(&mut self, name: &str, got: &Tensor) -> Result<()> {
         if self.tolerance.is_some() || self.runtime.dtype != DType::F32 {
             return self.compare(name, got, true);
         }
@@ -131,7 +125,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn skip(&mut self, what: &str, error: &anyhow::Error) {
+    pub(super) fn skip(&mut self, what: &str, error: &anyhow::Error) {
         self.skipped.push(format!(
             "{what}: {}",
             format!("{error:#}").replace('\n', "; ")
@@ -140,10 +134,12 @@ impl Check<'_> {
 
     fn text(&mut self) -> Result<()> {
         let reference = self.reference;
-        if !["clip.input_ids", "clip.pooled", "t5.input_ids", "t5.hidden"]
-            .iter()
-            .any(|n| reference.has(n))
-        {
+        let (txt, vec) = match self.pipeline.config.family.text {
+            TextModel::ClipAndT5 => ("t5.hidden", "clip.pooled"),
+            TextModel::Qwen3 => ("qwen.hidden", ""),
+        };
+        let ids = ["clip.input_ids", "t5.input_ids", "qwen.input_ids"];
+        if ![txt, vec].iter().chain(&ids).any(|n| reference.has(n)) {
             return Ok(());
         }
         let files = match self.pipeline.text_files() {
@@ -156,14 +152,14 @@ impl Check<'_> {
         let length = reference.text_length()?;
         let encoders = load::text_encoders(self.pipeline, &files, Some(length), self.runtime)?;
         let prompt = reference.text("prompt")?.to_owned();
-        let (clip, t5) = encoders.tokenize(&prompt)?;
-        let encoded = load::encode(&encoders, &[prompt], &self.pipeline.reporter)?;
-        for (name, ids) in [("clip.input_ids", clip), ("t5.input_ids", t5)] {
+        let ids = encoders.tokenize(&prompt)?;
+        let encoded = load::encode(self.pipeline, &encoders, &[prompt])?;
+        for (name, ids) in ids {
             if reference.has(name) {
                 self.compare_ids(name, &ids)?;
             }
         }
-        for (name, got) in [("clip.pooled", &encoded.vec), ("t5.hidden", &encoded.txt)] {
+        for (name, got) in [(vec, &encoded.vec), (txt, &encoded.txt)] {
             if reference.has(name) {
                 self.compare(name, got, false)?;
             }
@@ -171,15 +167,15 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// The prompt that the whole pipeline draws, if it is recorded and everything for it is there.
-    fn prompts(&mut self) -> Result<Option<Encoded>> {
+    /// The prompt that the whole pipeline draws, where it is recorded and everything for it is there.
+    fn prompts(&mut self) -> Result<Option<Prompts>> {
         let reference = self.reference;
         if !reference.has("pipeline.latents") {
             return Ok(None);
         }
         if reference.has("pipeline.sigmas") {
             let schedule = load::schedule(self.pipeline)?;
-            let tokens = reference.size()?.tokens();
+            let tokens = reference.size(self.pipeline.config.family)?.tokens();
             let sigmas = schedule.sigmas(reference.steps()?, tokens)?;
             let sigmas = Tensor::new(sigmas, &Device::Cpu)?;
             self.compare("pipeline.sigmas", &sigmas, false)?;
@@ -194,11 +190,24 @@ impl Check<'_> {
         let length = Some(reference.text_length()?);
         let encoders = load::text_encoders(self.pipeline, &files, length, self.runtime)?;
         let prompt = [reference.text("prompt")?.to_owned()];
-        load::encode(&encoders, &prompt, &self.pipeline.reporter).map(Some)
+        let plain = load::encode(self.pipeline, &encoders, &prompt)?;
+        let edited = reference.has("pipeline.edited_image");
+        let edited = edited.then(|| self.edited(&plain)).transpose()?;
+        Ok(Some(Prompts { plain, edited }))
+    }
+
+    /// The prompt with the reference image that lies next to the recording.
+    fn edited(&self, prompt: &Encoded) -> Result<Encoded> {
+        let path = self.reference.beside(REFERENCE_IMAGE);
+        let image = reference::prepared(&image::read(&path)?, &self.pipeline.config.family)?;
+        Ok(Encoded {
+            references: Some(load::references(self.pipeline, &[image], self.runtime)?),
+            ..prompt.clone()
+        })
     }
 
     /// Compares one recorded call and draws `prompts`.
-    fn transformer(&mut self, prompts: Option<Encoded>) -> Result<Option<Drawn>> {
+    fn transformer(&mut self, prompts: Option<Prompts>) -> Result<Option<Drawn>> {
         let recorded = self.reference.has("transformer.img");
         if !recorded && prompts.is_none() {
             return Ok(None);
@@ -225,7 +234,10 @@ impl Check<'_> {
         let img = get("img", &[None, None, Some(config.in_channels)])?;
         let (batch, tokens, _) = img.dims3()?;
         let txt = get("txt", &[Some(batch), None, Some(config.context_in_dim)])?;
-        let vec = get("vec", &[Some(batch), Some(config.vec_in_dim)])?;
+        let vec = match config.vec_in_dim {
+            0 => Tensor::zeros((batch, 0), DType::F32, &Device::Cpu)?,
+            width => get("vec", &[Some(batch), Some(width)])?,
+        };
         let timestep = get("timestep", &[Some(batch)])?;
         let guidance = config
             .guidance_embed
@@ -270,78 +282,6 @@ impl Check<'_> {
         }
         if reference.has("transformer.velocity") {
             self.compare("transformer.velocity", &Tensor::cat(&velocity, 0)?, false)?;
-        }
-        Ok(())
-    }
-
-    /// The pipeline's steps, from the recorded noise and from that of the recorded seed.
-    fn draw(&self, flux: &Flux, prompts: &Encoded) -> Result<Drawn> {
-        let reference = self.reference;
-        let size = reference.size()?;
-        let denoise = Denoise {
-            flux,
-            dtype: self.runtime.dtype,
-            device: &self.runtime.device,
-            schedule: &load::schedule(self.pipeline)?,
-            steps: reference.steps()?,
-            guidance: reference.guidance()?,
-            size,
-        };
-        let draw = |noise: &Tensor| denoise.run(noise, prompts, &mut (), &mut || ());
-        let seeded = || {
-            let channels = self.pipeline.config.out_channels / 4;
-            let noise = starting_noise(reference.number("image_seed")?, 1, channels, size)?;
-            draw(&noise)
-        };
-        let wanted = reference.has("pipeline.seeded_image");
-        let shape = [1, size.tokens(), self.pipeline.config.in_channels].map(Some);
-        let latents = reference.shaped("pipeline.latents", &shape)?;
-        Ok(Drawn {
-            size,
-            latents: draw(&latents)?,
-            seeded: wanted.then(seeded).transpose()?,
-        })
-    }
-
-    fn vae(&mut self, drawn: Option<Drawn>) -> Result<()> {
-        let reference = self.reference;
-        let recorded = reference.has("vae.latents") && reference.has("vae.image");
-        if !recorded && drawn.is_none() {
-            return Ok(());
-        }
-        let files = match self.pipeline.vae_files() {
-            Ok(files) => files,
-            Err(error) => {
-                self.skip("VAE", &error);
-                return Ok(());
-            }
-        };
-        let vae = load::vae(&files, self.runtime)?;
-        if recorded {
-            let channels = Some(vae.config().latent_channels);
-            let latents = reference.shaped("vae.latents", &[None, channels, None, None])?;
-            let image = decoder::decode(&vae, &latents, None, self.runtime)?;
-            self.compare("vae.image", &image, true)?;
-        }
-        drawn.map_or(Ok(()), |drawn| self.images(&vae, &drawn))
-    }
-
-    /// The whole pipeline, from prompt and noise to the image.
-    fn images(&mut self, vae: &Vae, drawn: &Drawn) -> Result<()> {
-        let reference = self.reference;
-        if reference.has("pipeline.final_latents") {
-            self.compare("pipeline.final_latents", &drawn.latents, true)?;
-        }
-        let wanted = reference.has("pipeline.image").then_some(&drawn.latents);
-        for (name, latents) in [
-            ("pipeline.image", wanted),
-            ("pipeline.seeded_image", drawn.seeded.as_ref()),
-        ] {
-            if let Some(latents) = latents {
-                let image = decoder::decode_packed(vae, latents, drawn.size, None, self.runtime)?;
-                let image = (image.clamp(-1.0, 1.0)? * 0.5)?.affine(1.0, 0.5)?;
-                self.compare_image(name, &image)?;
-            }
         }
         Ok(())
     }

@@ -4,6 +4,8 @@
 use anyhow::{Result, ensure};
 
 mod check;
+mod drawn;
+mod images;
 mod reference;
 mod report;
 pub mod target;

@@ -1,6 +1,6 @@
 //! Tensors recorded from another implementation, and how far others are from them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
@@ -8,6 +8,7 @@ use candle::{DType, Device, Tensor};
 use crate::{
     checkpoint::{Checkpoint, with_hint},
     files::Blob,
+    layout::Family,
     pipeline::defaults::{MAX_STEPS, MAX_TEXT_TOKENS},
     sample::{
         denoise::LatentSize,
@@ -33,6 +34,11 @@ impl Reference {
             "record it again with scripts/make_reference.py, or name another with --reference",
         )?;
         Ok(Self { tensors })
+    }
+
+    /// Where a file next to it would be.
+    pub(super) fn beside(&self, name: &str) -> PathBuf {
+        Path::new(&self.tensors.name).with_file_name(name)
     }
 
     pub(super) fn has(&self, name: &str) -> bool {
@@ -108,13 +114,16 @@ impl Reference {
 
     /// Text tokens: those of the recorded ids, or what the metadata says.
     pub(super) fn text_length(&self) -> Result<usize> {
-        if !self.has("t5.input_ids") {
-            return self.within("t5_len", 1..=MAX_TEXT_TOKENS);
-        }
-        let [_, length] = self.tensors.dims::<2>("t5.input_ids")?;
+        let ids = ["t5.input_ids", "qwen.input_ids"];
+        let Some(ids) = ids.into_iter().find(|name| self.has(name)) else {
+            let says = |key: &&str| self.tensors.metadata.contains_key(*key);
+            let key = ["t5_len", "text_len"].into_iter().find(says);
+            return self.within(key.unwrap_or("text_len"), 1..=MAX_TEXT_TOKENS);
+        };
+        let [_, length] = self.tensors.dims::<2>(ids)?;
         ensure!(
             (1..=MAX_TEXT_TOKENS).contains(&length),
-            "`{}`: tensor `t5.input_ids` has {length} tokens, expected 1 to {MAX_TEXT_TOKENS}",
+            "`{}`: tensor `{ids}` has {length} tokens, expected 1 to {MAX_TEXT_TOKENS}",
             self.tensors.name
         );
         Ok(length)
@@ -128,13 +137,13 @@ impl Reference {
     }
 
     /// Of the images that the whole pipeline draws.
-    pub(super) fn size(&self) -> Result<LatentSize> {
+    pub(super) fn size(&self, family: Family) -> Result<LatentSize> {
         let side = |key| self.within(key, ImageSize::STEP..=MAX_SIDE);
         let size = ImageSize {
             height: side("height")? / ImageSize::STEP * ImageSize::STEP,
             width: side("width")? / ImageSize::STEP * ImageSize::STEP,
         };
-        Ok(size.latent())
+        Ok(size.latent(family))
     }
 }
 
@@ -188,7 +197,7 @@ mod tests {
             );
         };
         refused(reference.steps().unwrap_err(), "`steps`");
-        refused(reference.size().unwrap_err(), "`width`");
+        refused(reference.size(Family::FLUX1).unwrap_err(), "`width`");
         refused(reference.guidance().unwrap_err(), "`guidance`");
         refused(reference.text_length().unwrap_err(), "`t5_len`");
         reference.shaped("x", &[Some(2), None]).unwrap();

@@ -16,7 +16,7 @@ const MAY_IMPORT: [(&str, &[&str]); 18] = [
     // `device`: bytes of a file go to a GPU as they lie in it
     ("checkpoint", &["files", "quant", "layout", "device"]),
     ("model", &["quant", "layout"]),
-    ("sample", &["files", "checkpoint", "model"]),
+    ("sample", &["files", "checkpoint", "model", "layout"]),
     (
         "pipeline",
         &[

@@ -17,6 +17,7 @@ mod benchmark;
 mod calibration;
 mod common;
 mod evaluation;
+mod flux2;
 mod formats;
 mod help;
 mod lora;
@@ -36,7 +37,7 @@ use common::*;
 #[test]
 fn every_component_equals_diffusers() {
     let work = folder();
-    for (name, tensors) in [("dev", 17), ("schnell", 14)] {
+    for (name, tensors) in [("dev", 17), ("schnell", 14), ("flux2", 14)] {
         let reference = golden(&format!("{name}/reference.safetensors"));
         let pipe = golden(&format!("{name}/pipe"));
         let config = golden(&format!("{name}/pipe/transformer/config.json"));

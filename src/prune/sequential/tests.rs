@@ -24,13 +24,14 @@ fn bundled(images: usize) -> (Flux, NoisedLatents) {
     let pipeline = Pipeline::open(&ModelChoice::default()).unwrap();
     let vb = pipeline.transformer.var_builder(DType::F32, &Device::Cpu);
     let c = &pipeline.config;
-    let prompts = Encoded {
-        txt: random(1.0, &[images, 12, c.context_in_dim]),
-        vec: random(1.0, &[images, c.vec_in_dim]),
-    };
+    let prompts = Encoded::new(
+        random(1.0, &[images, 12, c.context_in_dim]),
+        random(1.0, &[images, c.vec_in_dim]),
+    );
     let size = LatentSize {
         height: 8,
         width: 8,
+        family: crate::layout::Family::FLUX1,
     };
     let latents = random(1.0, &[images, 16, c.out_channels]);
     let noised = NoisedLatents::new(latents, prompts, size, 3.5, 4, 1).unwrap();

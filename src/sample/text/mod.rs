@@ -1,16 +1,22 @@
-//! Prompts → the transformer's conditioning: T5's hidden states and CLIP's pooled output. `open.rs` finds the files.
+//! Prompts → what the transformer is told: T5's hidden states and CLIP's pooled output, or Qwen3's hidden states.
 
 use anyhow::{Context as _, Result, ensure};
-use candle::{DType, Tensor};
+use candle::{DType, Device, Tensor};
 
-use super::{is_finite, tokenize::PromptTokenizer};
+use super::{encoded::Encoded, is_finite, tokenize::PromptTokenizer};
+use crate::{checkpoint::lora::Lora, files::Files, layout::TextModel};
 use clip::Clip;
-pub use open::token_count;
-use t5::T5;
+use flux1::ClipAndT5;
+use flux2::Qwen3Text;
 
 pub(crate) mod clip;
+mod flux1;
+mod flux2;
 mod open;
+mod open_qwen3;
 mod ops;
+mod qwen3;
+mod qwen3_config;
 mod t5;
 mod t5_config;
 
@@ -66,107 +72,150 @@ pub struct Cut {
     pub length: usize,
 }
 
-/// Both text encoders with their tokenizers.
-pub struct TextEncoders {
-    clip: Clip,
-    t5: T5,
-    clip_tokenizer: PromptTokenizer,
-    t5_tokenizer: PromptTokenizer,
-    /// Number of T5 tokens to which every prompt is cut or padded.
-    text_length: usize,
-    /// Format of what [`Self::encode`] returns.
-    dtype: DType,
-    /// The files of CLIP and T5, for messages.
-    names: [String; 2],
+/// The text encoders of a model, with their tokenizers.
+pub enum TextEncoders {
+    /// FLUX.1's.
+    ClipAndT5(Box<ClipAndT5>),
+    /// FLUX.2's.
+    Qwen3(Box<Qwen3Text>),
 }
 
 impl TextEncoders {
-    /// Encodes prompts together: T5's hidden states (b, L, d) and CLIP's pooled output (b, c).
+    /// Opens the text encoders in a pipeline's folder (`text_encoder`, `tokenizer`; for FLUX.1 `text_encoder_2` and
+    /// `tokenizer_2` too), or files named after them (`…clip….safetensors`, `…t5….safetensors`, `…qwen….safetensors`) in the
+    /// folder itself, and checks every tensor's shape.
     ///
-    /// T5's layers are read again in every call, so give it many prompts at once.
+    /// LoRA files are added to the weights of those encoders that they name: CLIP and T5.
+    /// Prompts are given `length` tokens, by default `default_length` or the tokenizer's own limit where that is smaller.
+    ///
+    /// # Errors
+    /// When files are missing or damaged, or a tensor has another shape than its config says; the message names it.
+    pub fn load(
+        model: TextModel,
+        files: &Files,
+        lora: &[Lora],
+        length: Option<usize>,
+        default_length: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        Ok(match model {
+            TextModel::ClipAndT5 => Self::ClipAndT5(Box::new(ClipAndT5::load(
+                files,
+                lora,
+                length,
+                default_length,
+                dtype,
+                device,
+            )?)),
+            TextModel::Qwen3 => Self::Qwen3(Box::new(Qwen3Text::load(
+                files,
+                length,
+                default_length,
+                dtype,
+                device,
+            )?)),
+        })
+    }
+
+    /// Encodes prompts together: hidden states (b, L, d) and pooled text (b, c).
+    ///
+    /// Layers are read again in every call, so give it many prompts at once.
     ///
     /// # Errors
     /// When there is no prompt, a token has no embedding, an encoder gives NaN, or the device runs out of memory.
-    pub fn encode(&self, prompts: &[String]) -> Result<(Tensor, Tensor)> {
+    pub fn encode(&self, prompts: &[String]) -> Result<Encoded> {
         ensure!(!prompts.is_empty(), "there is no prompt to encode");
-        let (mut clip, mut t5) = (Vec::new(), Vec::new());
-        for prompt in prompts {
-            let ids = self.tokenize(prompt)?;
-            clip.push(ids.0);
-            t5.push(ids.1);
+        match self {
+            Self::ClipAndT5(encoders) => encoders.encode(prompts),
+            Self::Qwen3(encoder) => encoder.encode(prompts),
         }
-        let vec = self.clip.pooled(&clip).context("CLIP text encoder")?;
-        self.check_finite("CLIP", &self.names[0], &vec)?;
-        let txt = self.t5.hidden(&t5).context("T5 text encoder")?;
-        self.check_finite("T5", &self.names[1], &txt)?;
-        Ok((txt.to_dtype(self.dtype)?, vec.to_dtype(self.dtype)?))
     }
 
-    fn check_finite(&self, encoder: &str, name: &str, output: &Tensor) -> Result<()> {
-        let narrow = match self.dtype {
-            DType::F32 => "",
-            _ => "try --dtype f32, or ",
-        };
-        ensure!(
-            is_finite(output)?,
-            "the {encoder} text encoder `{name}` gives NaN or infinite values, its weights are damaged\nhint: {narrow}fetch the file again, or name others with --text-encoders"
-        );
-        Ok(())
-    }
-
-    /// Token ids of a prompt for CLIP and for T5, each cut and padded to its length.
+    /// Token ids of a prompt for each encoder, cut and padded to its length, under the names that recordings have
+    /// (`clip.input_ids` and `t5.input_ids`, or `qwen.input_ids` and `qwen.attention_mask`, 0 for padding).
     ///
     /// # Errors
     /// When the text length leaves no room for the tokenizer's special tokens.
-    pub fn tokenize(&self, prompt: &str) -> Result<(Vec<u32>, Vec<u32>)> {
-        let clip = clip_ids(&self.clip, &self.clip_tokenizer, prompt)?;
-        let t5 = self
-            .t5_tokenizer
-            .encode(prompt, self.text_length)
-            .context("T5 tokenizer")?;
-        Ok((clip, t5))
+    pub fn tokenize(&self, prompt: &str) -> Result<Vec<(&'static str, Vec<u32>)>> {
+        Ok(match self {
+            Self::ClipAndT5(encoders) => {
+                let [clip, t5] = encoders.tokenize(prompt)?;
+                vec![("clip.input_ids", clip), ("t5.input_ids", t5)]
+            }
+            Self::Qwen3(encoder) => {
+                let prompt = encoder.tokenize(prompt)?;
+                let real = (0..prompt.ids.len()).map(|i| prompt.real.contains(&i).into());
+                let mask = real.collect();
+                vec![
+                    ("qwen.input_ids", prompt.ids),
+                    ("qwen.attention_mask", mask),
+                ]
+            }
+        })
     }
 
-    /// How many of the prompts CLIP and T5 do not read to their end.
+    /// How many of the prompts each encoder does not read to their end, with its name for messages.
     ///
     /// # Errors
     /// When a tokenizer fails.
-    pub fn cut(&self, prompts: &[String]) -> Result<[Cut; 2]> {
-        let cut = |tokenizer: &PromptTokenizer, length: usize| -> Result<Cut> {
-            let counts: Result<Vec<usize>> =
-                prompts.iter().map(|p| tokenizer.token_count(p)).collect();
-            let prompts = counts?
-                .into_iter()
-                .filter(|count| *count > length + 1)
-                .count();
-            Ok(Cut { prompts, length })
-        };
-        let clip = clip_length(&self.clip, &self.clip_tokenizer);
-        Ok([
-            cut(&self.clip_tokenizer, clip)?,
-            cut(&self.t5_tokenizer, self.text_length)?,
-        ])
+    pub fn cut(&self, prompts: &[String]) -> Result<Vec<(&'static str, Cut)>> {
+        Ok(match self {
+            Self::ClipAndT5(encoders) => {
+                let [clip, t5] = encoders.cut(prompts)?;
+                vec![("CLIP", clip), ("T5", t5)]
+            }
+            Self::Qwen3(encoder) => vec![("Qwen3", encoder.cut(prompts)?)],
+        })
     }
 
-    /// Number of T5 tokens that every prompt is given.
+    /// Number of text tokens that the transformer is given of every prompt.
     pub fn text_length(&self) -> usize {
-        self.text_length
+        match self {
+            Self::ClipAndT5(encoders) => encoders.text_length,
+            Self::Qwen3(encoder) => encoder.text_length(),
+        }
     }
 
-    /// Checks that a transformer of these text widths can take what the encoders give.
+    /// Checks that a transformer of these widths of text and pooled text can take what the encoders give.
     ///
     /// # Errors
     /// When it cannot.
-    pub fn check_widths(&self, t5: usize, clip: usize) -> Result<()> {
-        for (name, found, expected) in [
-            ("T5", self.t5.width(), t5),
-            ("CLIP", self.clip.width(), clip),
-        ] {
+    pub fn check_widths(&self, text: usize, pooled: usize) -> Result<()> {
+        let widths = match self {
+            Self::ClipAndT5(encoders) => encoders.widths().to_vec(),
+            Self::Qwen3(encoder) => vec![encoder.width()],
+        };
+        for ((name, found), expected) in widths.into_iter().zip([text, pooled]) {
             ensure!(
                 found == expected,
-                "the {name} text encoder is {found} wide, but the transformer takes {expected}\nhint: name the model's own text encoders with --text-encoders DIR"
+                "the {name} text encoder gives {found} numbers a token, but the transformer takes {expected}\nhint: name the model's own text encoders with --text-encoders DIR"
             );
         }
         Ok(())
     }
+}
+
+/// Number of tokens that a model's tokenizer makes of `prompt`. `files`: as for [`TextEncoders::load`].
+///
+/// # Errors
+/// When the tokenizer is missing or damaged.
+pub fn token_count(model: TextModel, files: &Files, prompt: &str) -> Result<usize> {
+    match model {
+        TextModel::ClipAndT5 => open::t5_token_count(files, prompt),
+        TextModel::Qwen3 => open_qwen3::qwen2_tokenizer(files)?.token_count(prompt),
+    }
+}
+
+/// Fails at an output that is not finite.
+fn check_finite(dtype: DType, encoder: &str, name: &str, output: &Tensor) -> Result<()> {
+    let narrow = match dtype {
+        DType::F32 => "",
+        _ => "try --dtype f32, or ",
+    };
+    ensure!(
+        is_finite(output)?,
+        "the {encoder} text encoder `{name}` gives NaN or infinite values, its weights are damaged\nhint: {narrow}fetch the file again, or name others with --text-encoders"
+    );
+    Ok(())
 }

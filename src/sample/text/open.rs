@@ -8,7 +8,7 @@ use super::clip::{Clip, ClipConfig};
 use super::ops::Activation;
 use super::t5::T5;
 use super::t5_config::{FeedForward, T5Config};
-use super::{ClipText, TextEncoders};
+use super::{ClipText, flux1::ClipAndT5};
 use crate::checkpoint::{
     Checkpoint,
     lora::{Lora, TextEncoder},
@@ -50,22 +50,15 @@ const FLUX1_T5: TokenizerFiles = TokenizerFiles {
 };
 
 /// What to do about a file that is damaged.
-const DAMAGED: &str = "fetch the file again, or name others with --text-encoders";
+pub(super) const DAMAGED: &str = "fetch the file again, or name others with --text-encoders";
 
 /// Rows of the embeddings that belong to FLUX.1's tokenizers.
 const FLUX1_CLIP_ROWS: usize = 49408;
 const FLUX1_T5_ROWS: usize = 32128;
 
-impl TextEncoders {
-    /// Opens the text encoders in a pipeline's folder (`text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2`), or the files
-    /// `…clip….safetensors` and `…t5….safetensors` in the folder itself, and checks every tensor's shape.
-    ///
-    /// LoRA files are added to the weights of those encoders that they name.
-    /// Prompts are given `length` T5 tokens, by default `default_length` or the tokenizer's own limit if that is smaller.
-    ///
-    /// # Errors
-    /// When files are missing or damaged, or a tensor has another shape than its config says; the message names it.
-    pub fn load(
+impl ClipAndT5 {
+    /// See [`super::TextEncoders::load`].
+    pub(super) fn load(
         files: &Files,
         lora: &[Lora],
         length: Option<usize>,
@@ -157,15 +150,16 @@ fn names(family: Family) -> (&'static str, &'static str, &'static str) {
             "t5",
             "encoder.block.0.layer.0.SelfAttention.q.weight",
         ),
+        Family::Qwen2 => ("text_encoder", "qwen", "layers.0.self_attn.q_norm.weight"),
     }
 }
 
-fn describe(files: &Files, family: Family) -> String {
+pub(super) fn describe(files: &Files, family: Family) -> String {
     format!("`{}`", files.sub(names(family).0).describe("config.json"))
 }
 
-/// The weights under the names that the encoders read, and their config if there is one.
-fn open(files: &Files, family: Family) -> Result<(Checkpoint, Option<Blob>)> {
+/// The weights under the names that the encoders read, and their config where there is one.
+pub(super) fn open(files: &Files, family: Family) -> Result<(Checkpoint, Option<Blob>)> {
     let (folder, word, known) = names(family);
     let sub = files.sub(folder);
     let (raw, config) = match with_hint(Checkpoint::open_if_present(&sub, "model"), DAMAGED)? {
@@ -221,7 +215,7 @@ fn single_file(files: &Files, word: &str, folder: &str) -> Result<Checkpoint> {
 }
 
 /// Every tensor is there with the shape that the config says.
-fn check(checkpoint: &Checkpoint, tensors: &[(String, Vec<usize>)]) -> Result<()> {
+pub(super) fn check(checkpoint: &Checkpoint, tensors: &[(String, Vec<usize>)]) -> Result<()> {
     for (name, shape) in tensors {
         let found = checkpoint.expect_floats(name)?.shape();
         ensure!(
@@ -251,7 +245,7 @@ fn t5_from_json(bytes: &[u8]) -> Result<T5Config> {
 }
 
 /// Layers 0, 1, 2, … for which `name` gives a tensor.
-fn count(checkpoint: &Checkpoint, name: impl Fn(usize) -> String) -> usize {
+pub(super) fn count(checkpoint: &Checkpoint, name: impl Fn(usize) -> String) -> usize {
     let mut layers = 0usize;
     while checkpoint.contains(&name(layers)) {
         layers += 1;
@@ -318,27 +312,24 @@ fn infer_t5(checkpoint: &Checkpoint) -> Result<T5Config> {
     })
 }
 
-/// Number of tokens that T5's tokenizer makes of `prompt`. `files`: as for [`TextEncoders::load`].
-///
-/// # Errors
-/// When the tokenizer is damaged.
-pub fn token_count(files: &Files, prompt: &str) -> Result<usize> {
+/// Number of tokens that T5's tokenizer makes of `prompt`.
+pub(super) fn t5_token_count(files: &Files, prompt: &str) -> Result<usize> {
     tokenizer(files, Family::T5, FLUX1_T5_ROWS)?.token_count(prompt)
 }
 
 /// The tokenizer in the pipeline's folder, or FLUX.1's if there is none and the embedding has FLUX.1's size.
 fn tokenizer(files: &Files, family: Family, rows: usize) -> Result<PromptTokenizer> {
     let folder = match family {
-        Family::Clip => "tokenizer",
         Family::T5 => "tokenizer_2",
+        Family::Clip | Family::Qwen2 => "tokenizer",
     };
     let index = files.json("model_index.json")?;
     let class = index.as_ref().and_then(|index| index[folder][1].as_str());
     tokenizer_in(&files.sub(folder), class, family, rows)
 }
 
-/// The tokenizer in the folder `sub`, of the transformers class `class` if something says so.
-fn tokenizer_in(
+/// The tokenizer in the folder `sub`, of the transformers class `class` where something says so.
+pub(super) fn tokenizer_in(
     sub: &Files,
     class: Option<&str>,
     family: Family,
@@ -347,6 +338,8 @@ fn tokenizer_in(
     let (flux1, flux1_rows) = match family {
         Family::Clip => (FLUX1_CLIP, FLUX1_CLIP_ROWS),
         Family::T5 => (FLUX1_T5, FLUX1_T5_ROWS),
+        // 11 MB that every download of the text encoder brings along
+        Family::Qwen2 => (TokenizerFiles::default(), usize::MAX),
     };
     let (json, vocab, merges) = (
         sub.get("tokenizer.json")?,
@@ -354,6 +347,11 @@ fn tokenizer_in(
         sub.get("merges.txt")?,
     );
     if json.is_none() && vocab.is_none() {
+        ensure!(
+            family != Family::Qwen2,
+            "`{}` does not exist\nhint: name a folder with Qwen3 and its tokenizer (`text_encoder` and `tokenizer`) with --text-encoders",
+            sub.describe("tokenizer.json")
+        );
         ensure!(
             rows == flux1_rows,
             "`{}` does not exist, and FLUX.1's own tokenizer does not fit {rows} tokens",

@@ -1,6 +1,6 @@
-//! What both text encoders compute: attention over heads, and activation functions by transformers' names. No weights' names here.
+//! What text encoders compute: attention over heads, norms, and activation functions by transformers' names. No weights' names here.
 
-use candle::{DType, Result, Tensor};
+use candle::{D, DType, Result, Tensor};
 use serde::Deserialize;
 
 /// An activation function under the names of transformers' `ACT2FN`.
@@ -60,6 +60,21 @@ pub(super) fn attention(
     let scores = q.matmul(&k.t()?)?.broadcast_add(bias)?; // (b, heads, n, n)
     let weights = candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(v.dtype())?;
     weights.matmul(&v)?.transpose(1, 2)?.reshape((b, n, width))
+}
+
+/// x / √(mean x² + ε) · weight, in float32.
+pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let square = x.sqr()?.mean_keepdim(D::Minus1)?;
+    x.broadcast_div(&(square + eps)?.sqrt()?)?
+        .broadcast_mul(&weight.to_dtype(DType::F32)?)
+}
+
+/// x (b, n, k), weight (o, k) → (b, n, o).
+pub(super) fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (b, n, k) = x.dims3()?;
+    x.reshape((b * n, k))?
+        .matmul(&weight.t()?)?
+        .reshape((b, n, ()))
 }
 
 /// Token ids as a (b, n) tensor; an id for which the embedding has no row is refused.

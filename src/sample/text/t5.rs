@@ -5,10 +5,10 @@
 //! candle-transformers has T5 too, but keeps all of it, multiplies by a copy of each weight per prompt and knows fewer activations.
 //! Source: transformers `models/t5/modeling_t5.py` (`T5EncoderModel`).
 
-use candle::{D, DType, Result, Tensor, bail};
+use candle::{DType, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
-use super::ops::{Activation, attention, id_tensor};
+use super::ops::{Activation, attention, id_tensor, linear, rms_norm as norm};
 use super::t5_config::{BIAS, T5Config};
 
 /// Most attention scores that are kept at once: 256 MiB of float32.
@@ -110,21 +110,6 @@ fn bucket(distance: i64, buckets: usize, max_distance: usize) -> u32 {
         (exact + steps as usize).min(half - 1)
     };
     (index + if distance > 0 { half } else { 0 }) as u32
-}
-
-/// x / √(mean x² + ε) · weight, in float32.
-fn norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    let square = x.sqr()?.mean_keepdim(D::Minus1)?;
-    x.broadcast_div(&(square + eps)?.sqrt()?)?
-        .broadcast_mul(&weight.to_dtype(DType::F32)?)
-}
-
-/// x (b, n, k), weight (o, k) → (b, n, o).
-fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let (b, n, k) = x.dims3()?;
-    x.reshape((b * n, k))?
-        .matmul(&weight.t()?)?
-        .reshape((b, n, ()))
 }
 
 struct Block {

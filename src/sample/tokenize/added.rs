@@ -117,7 +117,9 @@ impl AddedTokens {
 fn default_token(family: Family, name: &str) -> Option<&'static str> {
     match (family, name) {
         (Family::Clip, "bos_token") => Some("<|startoftext|>"),
-        (Family::Clip, "eos_token" | "unk_token" | "pad_token") => Some("<|endoftext|>"),
+        (Family::Clip | Family::Qwen2, "eos_token" | "unk_token" | "pad_token") => {
+            Some("<|endoftext|>")
+        }
         (Family::T5, "eos_token") => Some("</s>"),
         (Family::T5, "unk_token") => Some("<unk>"),
         (Family::T5, "pad_token") => Some("<pad>"),

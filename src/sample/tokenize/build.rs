@@ -1,6 +1,7 @@
-//! The pipelines (normaliser, splitter, model, post-processor) of the two tokenizers. `mod.rs` handles special tokens.
+//! The pipelines (normaliser, splitter, model, post-processor) of the tokenizers. `mod.rs` handles special tokens.
 //!
-//! Sources: transformers `models/clip/tokenization_clip.py` and `models/t5/tokenization_t5.py`.
+//! Sources: transformers `models/clip/tokenization_clip.py`, `models/t5/tokenization_t5.py` and
+//! `models/qwen2/tokenization_qwen2.py`.
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use serde_json::Value;
@@ -25,24 +26,60 @@ use super::TokenizerFiles;
 const CLIP_WORDS: &str =
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
-/// CLIP's byte-level BPE, from `tokenizer.json` or from `vocab.json` and `merges.txt`.
-pub(super) fn clip(json: &Value, files: &TokenizerFiles, unknown: String) -> Result<Tokenizer> {
-    let (vocab, merges) = if json.is_null() {
+/// How Qwen3 cuts a text into words, digits and lines.
+const QWEN2_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Vocabulary and merges of a byte-level BPE, from `tokenizer.json` or from `vocab.json` and `merges.txt`; `name` is for
+/// messages.
+fn vocab_and_merges(
+    name: &str,
+    json: &Value,
+    files: &TokenizerFiles,
+) -> Result<(Vocab, Vec<(String, String)>)> {
+    if json.is_null() {
         let (Some(vocab), Some(merges)) = (files.vocab, files.merges) else {
-            bail!("the CLIP tokenizer needs `tokenizer.json`, or `vocab.json` and `merges.txt`");
+            bail!("the {name} tokenizer needs `tokenizer.json`, or `vocab.json` and `merges.txt`");
         };
         let vocab: Value =
             serde_json::from_slice(vocab).context("`vocab.json` is not valid JSON")?;
-        (
+        return Ok((
             vocabulary(&vocab).context("`vocab.json`")?,
             merges_text(merges)?,
-        )
-    } else {
-        (
-            vocabulary(&json["model"]["vocab"]).context("`tokenizer.json`: `model.vocab`")?,
-            merges_json(&json["model"]["merges"])?,
-        )
-    };
+        ));
+    }
+    Ok((
+        vocabulary(&json["model"]["vocab"]).context("`tokenizer.json`: `model.vocab`")?,
+        merges_json(&json["model"]["merges"])?,
+    ))
+}
+
+/// Qwen3's byte-level BPE.
+pub(super) fn qwen2(json: &Value, files: &TokenizerFiles, prefix: bool) -> Result<Tokenizer> {
+    let (vocab, merges) = vocab_and_merges("Qwen3", json, files)?;
+    let bpe = BPE::builder()
+        .vocab_and_merges(vocab, merges)
+        .build()
+        .map_err(|e| anyhow!("the Qwen3 vocabulary and merges do not fit: {e}"))?;
+    let words = Split::new(
+        SplitPattern::Regex(QWEN2_WORDS.into()),
+        SplitDelimiterBehavior::Isolated,
+        false,
+    )
+    .map_err(|e| anyhow!("{e}"))?;
+    let mut tokenizer = Tokenizer::new(bpe);
+    tokenizer
+        .with_normalizer(Some(NFC))
+        .map_err(|e| anyhow!("{e}"))?
+        .with_pre_tokenizer(Some(Splitters::new(vec![
+            words.into(),
+            ByteLevel::new(prefix, true, false).into(),
+        ])));
+    Ok(tokenizer)
+}
+
+/// CLIP's byte-level BPE.
+pub(super) fn clip(json: &Value, files: &TokenizerFiles, unknown: String) -> Result<Tokenizer> {
+    let (vocab, merges) = vocab_and_merges("CLIP", json, files)?;
     let bpe = BPE::builder()
         .vocab_and_merges(vocab, merges)
         .unk_token(unknown)

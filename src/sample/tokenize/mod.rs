@@ -1,4 +1,6 @@
-//! Prompt → token ids, exactly as transformers' `CLIPTokenizer` and `T5Tokenizer` give them to diffusers. No models here.
+//! Prompt → token ids, exactly as transformers' `CLIPTokenizer`, `T5Tokenizer` and `Qwen2Tokenizer` give them to diffusers. No models here.
+
+use std::ops::Range;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::Value;
@@ -27,13 +29,15 @@ pub struct TokenizerFiles<'a> {
     pub special_tokens_map: Option<&'a [u8]>,
 }
 
-/// The two tokenizers of FLUX.
+/// The tokenizers of FLUX.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// Byte-level BPE with an end-of-word suffix, `<|startoftext|> … <|endoftext|>`.
     Clip,
     /// SentencePiece unigram, `… </s>`.
     T5,
+    /// Byte-level BPE without start and end: Qwen3's chat template has both.
+    Qwen2,
 }
 
 /// A tokenizer with its padding and truncation rules.
@@ -49,8 +53,8 @@ pub struct PromptTokenizer {
 impl PromptTokenizer {
     /// Builds the tokenizer that transformers would build from the same files.
     ///
-    /// `CLIPTokenizer` and `T5Tokenizer` take only vocabulary, merges and character map from `tokenizer.json` and bring
-    /// their own normalisation; any other class takes `tokenizer.json` as it stands.
+    /// `CLIPTokenizer`, `T5Tokenizer` and `Qwen2Tokenizer` take only vocabulary, merges and character map from
+    /// `tokenizer.json` and bring their own normalisation; any other class takes `tokenizer.json` as it stands.
     pub fn new(family: Family, files: &TokenizerFiles) -> Result<Self> {
         let parse = |bytes: Option<&[u8]>, name: &str| -> Result<Value> {
             bytes.map_or(Ok(Value::Null), |b| {
@@ -63,7 +67,10 @@ impl PromptTokenizer {
 
         let class = files.class.or_else(|| config["tokenizer_class"].as_str());
         let native = match class {
-            Some("CLIPTokenizer" | "CLIPTokenizerFast" | "T5Tokenizer" | "T5TokenizerFast")
+            Some(
+                "CLIPTokenizer" | "CLIPTokenizerFast" | "T5Tokenizer" | "T5TokenizerFast"
+                | "Qwen2Tokenizer" | "Qwen2TokenizerFast",
+            )
             | None => true,
             Some(_) => json.is_null(),
         };
@@ -73,6 +80,11 @@ impl PromptTokenizer {
                 build::clip(&json, files, added.named("unk_token").unwrap_or_default())?
             }
             (true, Family::T5) => build::t5(&json)?,
+            (true, Family::Qwen2) => build::qwen2(
+                &json,
+                files,
+                config["add_prefix_space"] == Value::Bool(true),
+            )?,
             (false, _) => build::verbatim(files)?,
         };
         tokenizer
@@ -91,6 +103,7 @@ impl PromptTokenizer {
         };
         let processor = match family {
             _ if !native => None,
+            Family::Qwen2 => None,
             Family::Clip => Some(build::clip_processor(id("eos_token")?, id("bos_token")?)),
             Family::T5 => Some(build::t5_processor(id("eos_token")?.1)?),
         };
@@ -142,6 +155,15 @@ impl PromptTokenizer {
 
     /// Token ids of a prompt, cut and padded to exactly `max_length` of them, with the tokenizer's start and end tokens.
     pub fn encode(&self, prompt: &str, max_length: usize) -> Result<Vec<u32>> {
+        Ok(self.encode_padded(prompt, max_length)?.0)
+    }
+
+    /// The same, and which of the ids are not padding.
+    pub fn encode_padded(
+        &self,
+        prompt: &str,
+        max_length: usize,
+    ) -> Result<(Vec<u32>, Range<usize>)> {
         let added = self
             .tokenizer
             .get_post_processor()
@@ -160,13 +182,14 @@ impl PromptTokenizer {
             .post_process(encoding, None, true)
             .map_err(|e| anyhow!("cannot tokenize the prompt: {e}"))?;
         let mut ids = encoding.get_ids().to_vec();
-        let padding = std::iter::repeat_n(self.pad_id, max_length.saturating_sub(ids.len()));
+        let (real, missing) = (ids.len(), max_length.saturating_sub(ids.len()));
+        let padding = std::iter::repeat_n(self.pad_id, missing);
         if self.pad_left {
             ids = padding.chain(ids).collect();
-        } else {
-            ids.extend(padding);
+            return Ok((ids, missing..missing + real));
         }
-        Ok(ids)
+        ids.extend(padding);
+        Ok((ids, 0..real))
     }
 
     /// Number of ids the whole prompt takes, before cutting and padding; tells whether [`Self::encode`] cuts it.

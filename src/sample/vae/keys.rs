@@ -48,12 +48,15 @@ pub fn to_diffusers(name: &str, levels: usize) -> Option<String> {
         .unwrap_or(name);
     let (half, rest) = name.split_once('.')?;
     match half {
-        "quant_conv" | "post_quant_conv" => return Some(name.to_owned()),
+        // the last are the statistics of FLUX.2's latents
+        "quant_conv" | "post_quant_conv" | "bn" => return Some(name.to_owned()),
         "encoder" | "decoder" => {}
         _ => return None,
     }
     let parts: Vec<&str> = rest.split('.').collect();
     let rest = match parts.as_slice() {
+        // where FLUX.2's original has them
+        ["quant_conv" | "post_quant_conv", _] => return Some(rest.to_owned()),
         ["conv_in" | "conv_out", _] => rest.to_owned(),
         ["norm_out", tail] => format!("conv_norm_out.{tail}"),
         ["mid", "attn_1", part, tail] => format!("mid_block.attentions.0.{}.{tail}", renamed(part)),
@@ -167,7 +170,8 @@ fn turned(way: &str, level: &str, levels: usize) -> Option<usize> {
     }
 }
 
-/// Sizes of an autoencoder by the shapes of its tensors under diffusers' names; groups, scale and shift are FLUX.1's.
+/// Sizes of an autoencoder by the shapes of its tensors under diffusers' names; groups, scale and shift are those of the
+/// released ones.
 pub fn infer_config(shape: impl Fn(&str) -> Option<Vec<usize>>) -> Result<VaeConfig> {
     let rows = |name: &str, axis: usize| -> Result<usize> {
         let shape = shape(name)
@@ -177,17 +181,23 @@ pub fn infer_config(shape: impl Fn(&str) -> Option<Vec<usize>>) -> Result<VaeCon
             .copied()
             .with_context(|| format!("tensor `{name}` has shape {shape:?}"))
     };
-    let level = |i: usize| format!("decoder.up_blocks.{i}.resnets.0.conv1.weight");
-    let mut block_out_channels = (0..)
-        .take_while(|i| shape(&level(*i)).is_some())
-        .map(|i| rows(&level(i), 0))
-        .collect::<Result<Vec<_>>>()?;
-    block_out_channels.reverse();
+    let level = |way: &str, i: usize| format!("{way}_blocks.{i}.resnets.0.conv1.weight");
+    let channels = |way: &str| {
+        (0..)
+            .take_while(|i| shape(&level(way, *i)).is_some())
+            .map(|i| rows(&level(way, i), 0))
+            .collect::<Result<Vec<_>>>()
+    };
+    let mut decoder = channels("decoder.up")?;
+    decoder.reverse();
     ensure!(
-        !block_out_channels.is_empty(),
+        !decoder.is_empty(),
         "there is no tensor `{}`, so this is no VAE",
-        level(0)
+        level("decoder.up", 0)
     );
+    let encoder = Some(channels("encoder.down")?).filter(|channels| !channels.is_empty());
+    let block_out_channels = encoder.unwrap_or_else(|| decoder.clone());
+    let statistics = shape("bn.running_mean").map(|shape| shape.iter().product::<usize>());
     let mut layers = 0usize;
     while shape(&format!(
         "decoder.up_blocks.0.resnets.{layers}.conv1.weight"
@@ -208,12 +218,16 @@ pub fn infer_config(shape: impl Fn(&str) -> Option<Vec<usize>>) -> Result<VaeCon
         mid_block_add_attention: shape("decoder.mid_block.attentions.0.to_q.weight").is_some(),
         use_quant_conv: shape("quant_conv.weight").is_some(),
         use_post_quant_conv: shape("post_quant_conv.weight").is_some(),
+        decoder_block_out_channels: (decoder != block_out_channels).then_some(decoder),
         block_out_channels,
         ..VaeConfig::default()
     };
+    let latent = config.latent_channels;
+    let released = statistics.map_or(latent == 16, |count| count == 4 * latent);
+    let levels = config.block_out_channels.iter();
     ensure!(
-        config.latent_channels == 16 && config.block_out_channels.iter().all(|c| c % 32 == 0),
-        "a VAE of {} latent channels and block channels {:?} is not FLUX.1's, so it needs its config.json",
+        released && levels.chain(config.decoder_channels()).all(|c| c % 32 == 0),
+        "a VAE of {} latent channels and block channels {:?} is neither FLUX.1's nor FLUX.2's, so it needs its config.json",
         config.latent_channels,
         config.block_out_channels
     );

@@ -29,7 +29,7 @@ struct Work {
 impl VaeConfig {
     /// Number of parameters of the decoder, roughly: of its 3×3 convolutions.
     pub fn decoder_parameters(&self) -> u64 {
-        let widest = self.block_out_channels.last().copied().unwrap_or(0) as u64;
+        let widest = self.decoder_channels().last().copied().unwrap_or(0) as u64;
         let mut sum = 4 * 9 * widest * widest + 4 * widest * widest;
         for level in self.decoder_levels() {
             let (input, output) = (level.input as u64, level.output as u64);
@@ -115,9 +115,10 @@ impl VaeConfig {
     }
 
     fn decoder_levels(&self) -> impl Iterator<Item = DecoderLevel> + '_ {
-        let count = self.block_out_channels.len();
-        let mut input = self.block_out_channels.last().copied().unwrap_or(0);
-        let levels = self.block_out_channels.iter().rev().enumerate();
+        let channels = self.decoder_channels();
+        let count = channels.len();
+        let mut input = channels.last().copied().unwrap_or(0);
+        let levels = channels.iter().rev().enumerate();
         levels.map(move |(i, &output)| {
             let level = DecoderLevel {
                 input,

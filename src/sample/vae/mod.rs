@@ -1,136 +1,23 @@
-//! The autoencoder between latents and images (diffusers' `AutoencoderKL`), under diffusers' tensor names. Other names: `keys.rs`.
-
-use anyhow::{Context as _, ensure};
-use candle::{DType, Device, Result, Tensor, bail};
-use candle_nn::VarBuilder;
-use serde::Deserialize;
+//! The autoencoder between latents and images (diffusers' `AutoencoderKL` and `AutoencoderKLFlux2`), under diffusers' tensor
+//! names. Other names: `keys.rs`.
 
 use bands::Bands;
+use candle::{DType, Device, Result, Tensor, bail};
+use candle_nn::VarBuilder;
+pub use config::VaeConfig;
 use layers::{Conv2d, Level, Mid, Norm, Turn};
 pub use memory::MemoryEstimate;
+use scaling::Scaling;
 
 mod bands;
+mod config;
 mod conv;
 pub mod keys;
 mod layers;
 mod memory;
 mod norm;
 mod open;
-
-/// `vae/config.json`; what is missing there has the value that diffusers' class gives it.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
-#[serde(default)]
-pub struct VaeConfig {
-    /// Channels of the image that goes in.
-    pub in_channels: usize,
-    /// Channels of the image that comes out.
-    pub out_channels: usize,
-    /// Channels of each level, full size first; each further level halves the size.
-    pub block_out_channels: Vec<usize>,
-    /// Residual blocks of each encoder level; the decoder has one more.
-    pub layers_per_block: usize,
-    /// Channels of the latents.
-    pub latent_channels: usize,
-    /// Groups of the group norms.
-    pub norm_num_groups: usize,
-    /// The transformer sees `(latents - shift_factor) · scaling_factor`.
-    pub scaling_factor: f64,
-    /// See `scaling_factor`; absent is 0.
-    pub shift_factor: Option<f64>,
-    /// Attention at the lowest level.
-    pub mid_block_add_attention: bool,
-    /// A 1×1 convolution after the encoder.
-    pub use_quant_conv: bool,
-    /// A 1×1 convolution before the decoder.
-    pub use_post_quant_conv: bool,
-    act_fn: String,
-    down_block_types: Vec<String>,
-    up_block_types: Vec<String>,
-}
-
-impl Default for VaeConfig {
-    fn default() -> Self {
-        Self {
-            in_channels: 3,
-            out_channels: 3,
-            block_out_channels: vec![64],
-            layers_per_block: 1,
-            latent_channels: 4,
-            norm_num_groups: 32,
-            scaling_factor: 0.18215,
-            shift_factor: None,
-            mid_block_add_attention: true,
-            use_quant_conv: true,
-            use_post_quant_conv: true,
-            act_fn: "silu".into(),
-            down_block_types: Vec::new(),
-            up_block_types: Vec::new(),
-        }
-    }
-}
-
-impl VaeConfig {
-    /// Reads `vae/config.json`.
-    pub fn from_json(bytes: &[u8]) -> anyhow::Result<Self> {
-        let config: Self = serde_json::from_slice(bytes).context("not a VAE config")?;
-        ensure!(
-            config.act_fn == "silu",
-            "VAE option `act_fn` is `{}`; only `silu` is supported",
-            config.act_fn
-        );
-        let blocks = [
-            (
-                "down_block_types",
-                &config.down_block_types,
-                "DownEncoderBlock2D",
-            ),
-            ("up_block_types", &config.up_block_types, "UpDecoderBlock2D"),
-        ];
-        for (name, blocks, supported) in blocks {
-            if let Some(other) = blocks.iter().find(|block| *block != supported) {
-                anyhow::bail!(
-                    "VAE option `{name}` names `{other}`; only `{supported}` is supported"
-                );
-            }
-        }
-        ensure!(
-            (1..=8).contains(&config.block_out_channels.len()),
-            "VAE option `block_out_channels` has {} levels, expected 1 to 8",
-            config.block_out_channels.len()
-        );
-        let sizes = config.block_out_channels.iter().copied();
-        let sizes = sizes.map(|channels| ("block_out_channels", channels, 1 << 16));
-        for (field, value, most) in sizes.chain([
-            ("layers_per_block", config.layers_per_block, 64),
-            ("latent_channels", config.latent_channels, 1 << 12),
-        ]) {
-            ensure!(
-                (1..=most).contains(&value),
-                "VAE option `{field}` says {value}, expected a number from 1 to {most}"
-            );
-        }
-        let groups = config.norm_num_groups;
-        ensure!(
-            groups > 0
-                && config
-                    .block_out_channels
-                    .iter()
-                    .all(|c| *c > 0 && c % groups == 0),
-            "VAE option `norm_num_groups` {groups} does not divide `block_out_channels` {:?}",
-            config.block_out_channels
-        );
-        ensure!(
-            config.scaling_factor.is_finite() && config.scaling_factor != 0.0,
-            "VAE option `scaling_factor` must be finite and not 0"
-        );
-        Ok(config)
-    }
-
-    /// Pixels of the image along one pixel of the latents: 8 for FLUX.1.
-    pub fn downsampling(&self) -> usize {
-        1 << (self.block_out_channels.len() - 1)
-    }
-}
+mod scaling;
 
 /// An autoencoder; the encoder is there if its tensors are.
 #[derive(Debug)]
@@ -138,6 +25,7 @@ pub struct Vae {
     config: VaeConfig,
     encoder: Option<Encoder>,
     decoder: Decoder,
+    scaling: Scaling,
     dtype: DType,
     /// The file it was opened from, for messages.
     name: String,
@@ -155,6 +43,7 @@ impl Vae {
             config: config.clone(),
             encoder,
             decoder,
+            scaling: Scaling::new(config, vb)?,
             dtype: vb.dtype(),
             name: "vae".to_owned(),
         })
@@ -181,7 +70,8 @@ impl Vae {
     /// # Errors
     /// When the latents have other channels.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        self.decoder.forward(&self.unscaled(latents)?)
+        self.decoder
+            .forward(&self.unscaled(latents)?.to_dtype(self.dtype)?)
     }
 
     /// The same a band of `rows` rows of latents at a time, each layer after the other; what waits for its turn is kept
@@ -195,15 +85,16 @@ impl Vae {
         rows: usize,
         offload_device: &Device,
     ) -> Result<Tensor> {
-        self.decoder
-            .in_bands(&self.unscaled(latents)?, rows, offload_device)
+        let latents = self.unscaled(latents)?.to_dtype(self.dtype)?;
+        self.decoder.in_bands(&latents, rows, offload_device)
     }
 
-    fn unscaled(&self, latents: &Tensor) -> Result<Tensor> {
-        let latents = latents.to_dtype(DType::F32)?;
-        let latents =
-            ((latents / self.config.scaling_factor)? + self.config.shift_factor.unwrap_or(0.0))?;
-        latents.to_dtype(self.dtype)
+    /// Latents as the transformer makes them → as the decoder takes them, (b, latent_channels, h, w), f32.
+    ///
+    /// # Errors
+    /// When the latents have other channels.
+    pub fn unscaled(&self, latents: &Tensor) -> Result<Tensor> {
+        self.scaling.undo(&latents.to_dtype(DType::F32)?)
     }
 
     /// Images in [-1, 1] (b, in_channels, h, w), sizes divisible by [`VaeConfig::downsampling`] → the mean of their latents, as the
@@ -213,8 +104,8 @@ impl Vae {
     /// When the size does not fit, or the file holds no encoder.
     pub fn encode(&self, image: &Tensor) -> Result<Tensor> {
         // as in `unscaled`: numbers of bf16 have three digits, and so would shift and scale
-        let mean = self.encode_mean(image)?.to_dtype(DType::F32)?;
-        (mean - self.config.shift_factor.unwrap_or(0.0))? * self.config.scaling_factor
+        self.scaling
+            .apply(&self.encode_mean(image)?.to_dtype(DType::F32)?)
     }
 
     /// The mean of the latents' distribution without shift and scale: diffusers' `vae.encode(image).latent_dist.mean`.
@@ -312,7 +203,7 @@ struct Decoder {
 
 impl Decoder {
     fn new(config: &VaeConfig, vb: &VarBuilder) -> Result<Self> {
-        let channels = &config.block_out_channels;
+        let channels = config.decoder_channels();
         let groups = config.norm_num_groups;
         let (first, last) = (channels[0], channels[channels.len() - 1]);
         let latent = config.latent_channels;

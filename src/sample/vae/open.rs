@@ -32,7 +32,7 @@ impl Vae {
     /// Opens one file, such as `ae.safetensors`; sizes come from its tensors.
     ///
     /// # Errors
-    /// When it is damaged or holds no autoencoder like FLUX.1's.
+    /// When it is damaged or holds no autoencoder like those of FLUX.1 and FLUX.2.
     pub fn load_file(name: &str, blob: &Blob, dtype: DType, device: &Device) -> Result<Self> {
         let raw = with_hint(Checkpoint::from_blob(name, blob), DAMAGED)?;
         Self::load(&raw, None, dtype, device)
@@ -50,7 +50,13 @@ impl Vae {
         } else {
             raw.clone()
         };
-        let parts = ["encoder.", "decoder.", "quant_conv.", "post_quant_conv."];
+        let parts = [
+            "encoder.",
+            "decoder.",
+            "quant_conv.",
+            "post_quant_conv.",
+            "bn.running_",
+        ];
         let of_vae = |name: &&str| parts.iter().any(|part| name.starts_with(part));
         for name in renamed.names().filter(of_vae) {
             renamed.expect_floats(name)?;

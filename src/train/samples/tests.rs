@@ -124,13 +124,14 @@ fn train(
     let mut student = teacher.clone();
     let layer = Block::new(&pruned, &pruned.layout[3], &weights.pp("single_blocks.2"));
     student.trunk.entries_mut()[3] = (pruned.layout[3].clone(), layer.unwrap());
-    let prompts = Encoded {
-        txt: random("txt", (6, 4, config.context_in_dim)),
-        vec: random("vec", (6, config.vec_in_dim)),
-    };
+    let prompts = Encoded::new(
+        random("txt", (6, 4, config.context_in_dim)),
+        random("vec", (6, config.vec_in_dim)),
+    );
     let size = LatentSize {
         height: 4,
         width: 6,
+        family: crate::layout::Family::FLUX1,
     };
     let runtime = Runtime {
         device: Device::Cpu,
@@ -160,10 +161,10 @@ fn train(
 fn images_are_sampled_together_through_stored_blocks() {
     let (config, asked) = (config(), Asked::default());
     let weights = VarBuilder::from_backend(Box::new(asked.clone()), DType::F32, Device::Cpu);
-    let prompts = Encoded {
-        txt: random("txt", (5, 4, config.context_in_dim)),
-        vec: random("vec", (5, config.vec_in_dim)),
-    };
+    let prompts = Encoded::new(
+        random("txt", (5, 4, config.context_in_dim)),
+        random("vec", (5, config.vec_in_dim)),
+    );
     let draw = |flux: &Flux, together: usize| {
         let denoise = Denoise {
             flux,
@@ -175,6 +176,7 @@ fn images_are_sampled_together_through_stored_blocks() {
             size: LatentSize {
                 height: 4,
                 width: 6,
+                family: crate::layout::Family::FLUX1,
             },
         };
         let hidden = ProgressBar::hidden();
