@@ -36,11 +36,8 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<()> {
         .iter()
         .map(|path| PlanRun::read(path, args.recipe.recipe.as_deref(), &baseline))
         .collect::<Result<_>>()?;
-    let clip = args
-        .clip
-        .as_deref()
-        .map(|clip| ClipFiles::find(clip, reporter))
-        .transpose()?;
+    let find = |clip| ClipFiles::find(clip, reporter);
+    let clip = args.clip.as_deref().map(find).transpose()?;
     let options = options(args, &baseline)?;
     target::check_writable(&args.output.path)?;
     for plan in plans {
@@ -53,10 +50,8 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<()> {
     output.finish()?;
     let report = &evaluation.report;
     super::show(args.output.print, report, || report.table())?;
-    reporter.note(format!(
-        "wrote `{}`: report.html, report.json, images.png",
-        args.output.path.display()
-    ));
+    let page = args.output.path.join("report.html");
+    reporter.note(format!("wrote `{}`; open it in a browser", page.display()));
     Ok(())
 }
 
