@@ -18,6 +18,7 @@ import hashlib
 import json
 import pathlib
 import re
+import shutil
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -210,6 +211,13 @@ class Pruned:
             for slot, entry in enumerate(slots):
                 if isinstance(entry, dict):
                     blocks[slot] = replaced(kind, entry)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As diffusers', with this file next to the weights, so that the folder opens again."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        target = pathlib.Path(save_directory) / "fastflux_flux.py"
+        if not target.exists() or not target.samefile(__file__):
+            shutil.copyfile(__file__, target)
 
     @classmethod
     def from_single_file(cls, path, torch_dtype=None, dtype=None, **_):

@@ -36,11 +36,8 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<()> {
         .iter()
         .map(|path| PlanRun::read(path, args.recipe.recipe.as_deref(), &baseline))
         .collect::<Result<_>>()?;
-    let clip = args
-        .clip
-        .as_deref()
-        .map(|clip| ClipFiles::find(clip, reporter))
-        .transpose()?;
+    let find = |clip| ClipFiles::find(clip, reporter);
+    let clip = args.clip.as_deref().map(find).transpose()?;
     let options = options(args, &baseline)?;
     target::check_writable(&args.output.path)?;
     for plan in plans {
@@ -53,10 +50,8 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<()> {
     output.finish()?;
     let report = &evaluation.report;
     super::show(args.output.print, report, || report.table())?;
-    reporter.note(format!(
-        "wrote `{}`: report.html, report.json, images.png",
-        args.output.path.display()
-    ));
+    let page = args.output.path.join("report.html");
+    reporter.note(format!("wrote `{}`; open it in a browser", page.display()));
     Ok(())
 }
 
@@ -69,15 +64,13 @@ fn export(args: &EvalArgs, suite: Suite, prompts: &Path, reporter: &Reporter) ->
     })?;
     let budget =
         MemoryBudget::new(super::memory(args.memory), &runtime, reporter).for_pipeline(&pipeline);
-    let sampling = &args.sampling;
+    let (asked, model) = (&args.sampling, &pipeline);
     let options = ExportOptions {
         suite,
         shard: args.shard.unwrap_or(Shard::WHOLE),
         size: pipeline.image_size(args.size.width, args.size.height)?,
-        steps: sampling.steps.unwrap_or_else(|| pipeline.default_steps()),
-        guidance: sampling
-            .guidance
-            .unwrap_or_else(|| pipeline.default_guidance()),
+        steps: asked.steps.unwrap_or_else(|| model.default_steps()),
+        guidance: asked.guidance.unwrap_or_else(|| model.default_guidance()),
         seed: args.seed.seed.unwrap_or(SEED),
         vae_tile: args.decode.vae_tile,
     };

@@ -21,6 +21,7 @@ mod flux2;
 mod formats;
 mod help;
 mod lora;
+mod lora_applied;
 mod memory;
 mod old_files;
 mod outputs;
