@@ -9,7 +9,7 @@ use crate::{
     device::Runtime,
     layout::{BlockId, BlockKind, BlockSpec, FluxConfig, Form, Replacement},
     model::{Block, Flux, Inputs, Trunk},
-    sample::latents,
+    sample::{encoded::placed, latents},
 };
 
 /// A model's random weights. Those of `init` on the CPU; a GPU makes its own, some hundred times as fast.
@@ -137,9 +137,8 @@ impl StepInputs {
     ) -> Result<Self> {
         let (device, dtype) = (&runtime.device, runtime.dtype);
         let normal = |shape: &[usize]| -> Result<Tensor> {
-            Ok(Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?
-                .to_device(device)?
-                .to_dtype(dtype)?)
+            let normal = Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?;
+            Ok(placed(&normal, device, dtype)?)
         };
         let axes = config.family.position_axes;
         let img_ids = latents::img_ids(0, size / 8, size / 8, axes, device)?;

@@ -8,6 +8,7 @@ use crate::{
     model::Inputs,
     sample::{
         denoise::{Encoded, LatentSize},
+        encoded::placed,
         noise,
     },
 };
@@ -214,7 +215,7 @@ impl NoisedLatents {
             .index_select(&which, 0)?;
         let img = (clean.broadcast_mul(&t.affine(-1.0, 1.0)?)? + noise.broadcast_mul(&t)?)?;
         let (img, img_ids) = with_references(img, self.size.img_ids()?, &prompts)?;
-        let place = |t: Tensor| -> Result<Tensor> { Ok(t.to_device(device)?.to_dtype(dtype)?) };
+        let place = |t: Tensor| -> Result<Tensor> { Ok(placed(&t, device, dtype)?) };
         Ok(Batch {
             img: place(img)?,
             img_ids,

@@ -64,15 +64,13 @@ fn export(args: &EvalArgs, suite: Suite, prompts: &Path, reporter: &Reporter) ->
     })?;
     let budget =
         MemoryBudget::new(super::memory(args.memory), &runtime, reporter).for_pipeline(&pipeline);
-    let sampling = &args.sampling;
+    let (asked, model) = (&args.sampling, &pipeline);
     let options = ExportOptions {
         suite,
         shard: args.shard.unwrap_or(Shard::WHOLE),
         size: pipeline.image_size(args.size.width, args.size.height)?,
-        steps: sampling.steps.unwrap_or_else(|| pipeline.default_steps()),
-        guidance: sampling
-            .guidance
-            .unwrap_or_else(|| pipeline.default_guidance()),
+        steps: asked.steps.unwrap_or_else(|| model.default_steps()),
+        guidance: asked.guidance.unwrap_or_else(|| model.default_guidance()),
         seed: args.seed.seed.unwrap_or(SEED),
         vae_tile: args.decode.vae_tile,
     };

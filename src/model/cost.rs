@@ -180,6 +180,37 @@ mod tests {
     }
 
     #[test]
+    fn a_fifth_of_kleins_blocks_costs_what_was_worked_out() {
+        let mut config = FluxConfig {
+            in_channels: 128,
+            out_channels: 128,
+            context_in_dim: 7680,
+            vec_in_dim: 0,
+            guidance_embed: false,
+            axes_dims: vec![32; 4],
+            theta: 2000.0,
+            family: crate::layout::Family::FLUX2,
+            mlp_size: 9216,
+            layout: unpruned(5, 20),
+            ..flux_dev()
+        };
+        let before = model(&config, 4096, 512);
+        assert_eq!(before.parameters, 3_875_544_576);
+        for k in 5..10 {
+            config.layout[k] = BlockSpec::Replaced(Replacement {
+                replaces: vec![BlockId::single(k - 5)],
+                form: Form::Linear,
+                joint: true,
+            });
+        }
+        let after = model(&config, 4096, 512);
+        let speed = before.flops() as f64 / after.flops() as f64;
+        assert!((speed - 1.23).abs() < 5e-3, "{speed}");
+        let freed = 1.0 - after.parameters as f64 / before.parameters as f64;
+        assert!((freed - 0.146).abs() < 5e-4, "{freed}");
+    }
+
+    #[test]
     fn replacements_cost_a_layer_for_each_stream() {
         let config = flux_dev();
         let cost = |form, joint| {

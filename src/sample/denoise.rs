@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 use candle::{DType, Device, Tensor};
 
+use super::encoded::placed;
 pub use super::encoded::{Encoded, References};
 use super::{latents, noise, schedule::Schedule};
 use crate::{
@@ -175,8 +176,7 @@ impl Denoise<'_> {
             "{batch} noises of {} prompts",
             prompts.len()
         );
-        let place =
-            |t: &Tensor| -> Result<Tensor> { Ok(t.to_device(self.device)?.to_dtype(self.dtype)?) };
+        let place = |t: &Tensor| -> Result<Tensor> { Ok(placed(t, self.device, self.dtype)?) };
         let (txt, vec) = (place(&prompts.txt)?, place(&prompts.vec)?);
         let negative = prompts.negative.as_ref().filter(|_| self.guidance > 1.0);
         let negative = negative.map(|negative| {

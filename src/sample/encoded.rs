@@ -1,7 +1,7 @@
 //! What images are drawn from: prompts as the transformer sees them, and reference images. `text` and `vae` encode them.
 
 use anyhow::Result;
-use candle::{Device, Tensor};
+use candle::{DType, Device, Tensor};
 
 /// Prompts as the transformer sees them.
 #[derive(Clone, Debug)]
@@ -24,6 +24,18 @@ pub struct References {
     pub tokens: Tensor,
     /// Their positions, (tokens, axes), on the CPU.
     pub ids: Tensor,
+}
+
+/// A tensor on `device` as `dtype`; one without numbers, such as the pooled text of a family that has none, stays on the
+/// CPU, as GPUs have no memory of no bytes.
+///
+/// # Errors
+/// When memory is short there.
+pub fn placed(t: &Tensor, device: &Device, dtype: DType) -> candle::Result<Tensor> {
+    if t.elem_count() == 0 {
+        return t.to_dtype(dtype);
+    }
+    t.to_device(device)?.to_dtype(dtype)
 }
 
 impl References {
@@ -88,7 +100,7 @@ impl Encoded {
     /// # Errors
     /// When memory is short there.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
-        let mut out = self.each(|t| t.to_device(device))?;
+        let mut out = self.each(|t| placed(t, device, t.dtype()))?;
         out.negative = self
             .negative
             .as_ref()

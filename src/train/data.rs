@@ -12,6 +12,7 @@ use crate::{
     device::Runtime,
     sample::{
         denoise::{Encoded, LatentSize},
+        encoded::placed,
         noise,
     },
 };
@@ -138,7 +139,7 @@ impl Images {
             (clean.broadcast_mul(&column.affine(-1.0, 1.0)?)? + noise.broadcast_mul(&column)?)?;
         let (img, img_ids) = with_references(img, self.img_ids.clone(), &prompts)?;
         let Runtime { device, dtype } = &self.runtime;
-        let place = |t: Tensor| -> Result<Tensor> { Ok(t.to_device(device)?.to_dtype(*dtype)?) };
+        let place = |t: Tensor| -> Result<Tensor> { Ok(placed(&t, device, *dtype)?) };
         Ok(Batch {
             img: place(img)?,
             img_ids,

@@ -15,7 +15,10 @@ use crate::{
     layout::{BlockKind, BlockSpec, TextModel},
     model::{Conditioning, Flux, Inputs, Observer, Stream},
     pipeline::{Pipeline, load},
-    sample::{encoded::Encoded, image, reference},
+    sample::{
+        encoded::{Encoded, placed},
+        image, reference,
+    },
 };
 
 /// Relative error allowed of encoders, blocks and velocity in f32.
@@ -227,9 +230,7 @@ impl Check<'_> {
             reference.shaped(&format!("transformer.{name}"), shape)
         };
         let device = &self.runtime.device;
-        let place = |t: Tensor| -> Result<Tensor> {
-            Ok(t.to_device(device)?.to_dtype(self.runtime.dtype)?)
-        };
+        let place = |t: Tensor| -> Result<Tensor> { Ok(placed(&t, device, self.runtime.dtype)?) };
         let config = &self.pipeline.config;
         let img = get("img", &[None, None, Some(config.in_channels)])?;
         let (batch, tokens, _) = img.dims3()?;

@@ -145,6 +145,13 @@ impl Lora {
                 .iter()
                 .filter(|(module, _)| text::module(module).is_none())
         };
+        ensure!(
+            self.layout
+                .as_ref()
+                .is_none_or(|layout| *layout == config.layout),
+            "`{}` was trained next to the layers of another pruned model than this one",
+            self.name
+        );
         let names = Names::new(
             config,
             names::counts(ours().map(|(module, _)| module.as_str())),

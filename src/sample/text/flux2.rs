@@ -1,7 +1,7 @@
 //! Qwen3 with its tokenizer and chat template, which encodes prompts for FLUX.2. `open.rs` finds the files.
 
 use anyhow::{Context as _, Result};
-use candle::{DType, Tensor};
+use candle::{DType, Device, Tensor};
 
 use super::{
     Cut, check_finite,
@@ -36,7 +36,7 @@ impl Qwen3Text {
             .collect::<Result<_>>()?;
         let txt = self.qwen.hidden(&tokens).context("Qwen3 text encoder")?;
         check_finite(self.dtype, "Qwen3", &self.name, &txt)?;
-        let none = Tensor::zeros((prompts.len(), 0), self.dtype, txt.device())?;
+        let none = Tensor::zeros((prompts.len(), 0), self.dtype, &Device::Cpu)?;
         Ok(Encoded::new(txt.to_dtype(self.dtype)?, none))
     }
 
