@@ -74,13 +74,17 @@ fn without_numbers(text: &str) -> String {
     };
     let is_rule = |line: &str| !line.is_empty() && line.chars().all(|c| "- ".contains(c));
     let lines = text.lines().filter(|line| !is_rule(line));
-    let lines = lines.map(|line| {
-        line.split_whitespace()
-            .map(word)
-            .collect::<Vec<_>>()
-            .join(" ")
-    });
-    lines.collect::<Vec<_>>().join("\n") + "\n"
+    let line = |line: &str| {
+        let words: Vec<String> = line.split_whitespace().map(word).collect();
+        let line = words.join(" ");
+        // which blocks go, and how long it takes, may differ between machines
+        match line.split_once(' ') {
+            Some((block @ ("double.#" | "single.#"), _)) => format!("{block} …"),
+            _ if line.starts_with("time ") || line.ends_with("on this machine") => "time".into(),
+            _ => line,
+        }
+    };
+    lines.map(line).collect::<Vec<_>>().join("\n") + "\n"
 }
 
 #[test]
