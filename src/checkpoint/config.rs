@@ -67,7 +67,7 @@ pub fn canonical(checkpoint: &Checkpoint) -> Result<Checkpoint> {
         format!("{} tensors such as {}", names.len(), found.join(", "))
     };
     let architecture = match &checkpoint.architecture {
-        Some(name) => format!(", and its architecture is `{name}`"),
+        Some(name) => format!(", and it is of architecture `{name}`"),
         None => String::new(),
     };
     bail!(

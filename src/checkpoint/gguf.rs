@@ -139,7 +139,7 @@ fn header(name: &str, blob: &Blob) -> Result<Checkpoint> {
         .saturating_add(end)
         .saturating_sub(blob.len() as u64);
     ensure!(
-        missing == 0,
+        missing == 0 || end == 0,
         "it is cut off, {missing} of {} bytes are missing\nhint: fetch the file again",
         (data as u64).saturating_add(end)
     );

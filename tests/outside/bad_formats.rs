@@ -61,7 +61,7 @@ fn lying_gguf_files_are_refused_by_name() {
         (
             "type",
             gguf(1, 0, &entry(&[32, 2], 22, 0)),
-            vec![tensor, "GGML type 22", "Q4_K"],
+            vec![tensor, "GGML type IQ2_S", "Q4_K"],
         ),
         (
             "dimensions",
@@ -109,7 +109,7 @@ fn scales_that_do_not_fit_and_senseless_conversions_are_refused() {
     let w = work.path();
     let scaled = |scale: &str, bytes: usize| {
         let header = format!(
-            r#"{{"img_in.weight":{{"dtype":"F8_E4M3","shape":[2,4],"data_offsets":[0,8]}},"img_in.scale_weight":{{"dtype":"F32","shape":{scale},"data_offsets":[8,{}]}}}}"#,
+            r#"{{"double_blocks.0.img_mod.lin.weight":{{"dtype":"F8_E4M3","shape":[2,4],"data_offsets":[0,8]}},"double_blocks.0.img_mod.lin.scale_weight":{{"dtype":"F32","shape":{scale},"data_offsets":[8,{}]}}}}"#,
             8 + bytes
         );
         safetensors(&w.join("scale.safetensors"), &header, &vec![0; 8 + bytes]);
@@ -119,9 +119,14 @@ fn scales_that_do_not_fit_and_senseless_conversions_are_refused() {
     refused(
         w,
         &inspect,
-        &["scale.safetensors", "img_in.scale_weight", "[3]", "[2, 4]"],
+        &[
+            "scale.safetensors",
+            "double_blocks.0.img_mod.lin.scale_weight",
+            "[3]",
+            "[2, 4]",
+        ],
     );
-    let other = r#"{"img_in.weight":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"img_in.comfy_quant":{"dtype":"U8","shape":[18],"data_offsets":[2,20]}}"#;
+    let other = r#"{"double_blocks.0.img_mod.lin.weight":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"double_blocks.0.img_mod.lin.comfy_quant":{"dtype":"U8","shape":[18],"data_offsets":[2,20]}}"#;
     safetensors(
         &w.join("nvfp4.safetensors"),
         other,
@@ -130,7 +135,11 @@ fn scales_that_do_not_fit_and_senseless_conversions_are_refused() {
     refused(
         w,
         &["inspect", "--model", "nvfp4.safetensors"],
-        &["nvfp4.safetensors", "img_in.comfy_quant", "`nvfp4`"],
+        &[
+            "nvfp4.safetensors",
+            "double_blocks.0.img_mod.lin.comfy_quant",
+            "`nvfp4`",
+        ],
     );
     refused(
         w,

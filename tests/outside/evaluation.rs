@@ -309,7 +309,7 @@ fn bad_input_is_refused_before_any_drawing() {
     );
     no(
         &["--model", &dev, "--baseline", "bundled"],
-        &["different families", "T5 width"],
+        &["different families", "width of the text"],
     );
     no(
         &["--model", &dev, "--model", &schnell, "--baseline", &dev],
