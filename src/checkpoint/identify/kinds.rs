@@ -214,6 +214,11 @@ pub(super) const OTHER: [Kind; 14] = [
         hint: OF_FLUX1,
     },
     Kind {
+        evidence: &[&["^enc.blk.0.", "^encoder.block.0.layer."]],
+        what: "is a T5 text encoder",
+        hint: "name the transformer with --model, and this file with --text-encoders",
+    },
+    Kind {
         evidence: &[&[
             "^blk.0.attn_q.",
             "^blk.0.attn_qkv.",
@@ -221,11 +226,6 @@ pub(super) const OTHER: [Kind; 14] = [
         ]],
         what: "is a language model",
         hint: OF_FLUX1,
-    },
-    Kind {
-        evidence: &[&["^enc.blk.0.", "^encoder.block.0.layer."]],
-        what: "is a T5 text encoder",
-        hint: "name the transformer with --model, and this file with --text-encoders",
     },
     Kind {
         evidence: &[&[
