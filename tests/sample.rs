@@ -283,7 +283,7 @@ fn text_encoders_as_single_files_need_no_config_and_no_tokenizer() -> Result<()>
     );
     std::fs::remove_file(folder.path().join("t5xxl_fp16.safetensors"))?;
     let error = format!("{:#}", load().err().context("a missing file")?);
-    assert!(error.contains("t5….safetensors"), "{error}");
+    assert!(error.contains("holds no T5 text encoder"), "{error}");
     Ok(())
 }
 

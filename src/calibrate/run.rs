@@ -159,7 +159,7 @@ fn header(calibrator: &Calibrator, units: usize) -> Result<Header> {
     Ok(Header {
         version: Header::VERSION,
         model: record::fingerprint(&calibrator.pipeline.transformer)?,
-        model_name: calibrator.pipeline.public_name(),
+        model_name: calibrator.pipeline.public_name_with_lora(),
         runtime: calibrator.runtime.to_string(),
         recipe: recipe.clone(),
         prompts: prompts.clone(),

@@ -109,6 +109,11 @@ pub(super) fn name(model: &str, lora: &[OpenedLora]) -> String {
 }
 
 impl Pipeline {
+    /// What files call the model, with the files that are added to it.
+    pub fn public_name_with_lora(&self) -> String {
+        name(&self.public_name(), &self.lora)
+    }
+
     /// The files that were added, with their weights: `style.safetensors:0.5, turbo.safetensors:1`.
     pub fn lora_names(&self) -> String {
         let one =

@@ -176,7 +176,7 @@ impl MemoryBudget {
         let least = OffloadPlan::none(config, format);
         let size = |bytes: u64| ui::bytes(bytes as f64);
         let text = format!(
-            "{} of memory are too little: two blocks at a time and what is around them take {}, {} state{} of {} tokens {}",
+            "{} of memory are too little: two blocks at a time and what is around them take {}, {} noised latent{} of {} tokens {}",
             size(limit),
             size(least.bytes),
             activity.batch,

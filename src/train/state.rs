@@ -16,7 +16,7 @@ use super::{
     trainables::Values,
 };
 use crate::{
-    checkpoint::{Checkpoint, Source, save},
+    checkpoint::{Checkpoint, Source, save, with_hint},
     files::{Files, output::check_folder},
 };
 
@@ -152,8 +152,8 @@ impl StateFile {
         let all = serde_json::json!({ "settings": self.settings, "progress": saved.progress });
         let text = serde_json::to_string(&to_bits(all))?;
         checkpoint.metadata.insert(KEY.to_owned(), text);
-        save::write(&checkpoint, &self.path())
-            .context("cannot save the run\nhint: free some space and start it again: it goes on from what was saved last")
+        let again = "free some space and start it again: it goes on from what was saved last";
+        with_hint(save::write(&checkpoint, &self.path()), again).context("cannot save the run")
     }
 
     fn path(&self) -> PathBuf {

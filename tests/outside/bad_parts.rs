@@ -82,7 +82,7 @@ fn tensors_that_no_flux_has_are_refused_from_the_header() {
     }
     let lora = r#"{"lora_unet_double_blocks_0_img_attn_proj.lora_up.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
     safetensors(&path, lora, &[0; 8]);
-    refuse(&["x.safetensors", "LoRA", "lora_up"]);
+    refuse(&["x.safetensors", "it is a LoRA", "--lora"]);
     let shard =
         golden("schnell/pipe/transformer/diffusion_pytorch_model-00002-of-00004.safetensors");
     let words = ["2 of 4", "diffusion_pytorch_model.safetensors.index.json"];

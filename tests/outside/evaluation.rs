@@ -76,7 +76,7 @@ fn a_worse_model_has_worse_numbers_and_the_report_is_complete() {
         let times = report["models"][i]["against_baseline"]["velocity"]["by_time"].as_array();
         assert_eq!(times.unwrap().len(), 10);
         let score = &report["models"][i]["prompt_following"]["ok"];
-        assert_eq!(score["count"], 6);
+        assert_eq!(score["attempts"], 6);
         assert!(score["low"].as_f64() <= score["share"].as_f64());
     }
     if cfg!(target_os = "linux") {

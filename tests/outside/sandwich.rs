@@ -231,7 +231,7 @@ fn a_kept_lora_leaves_the_weights_alone_and_has_the_names_of_peft() {
         let out = fastflux(folder, &["inspect", "--model", model]);
         let message = String::from_utf8_lossy(&out.stderr);
         assert!(out.status.success(), "{message}");
-        let says = message.contains("lora.safetensors") && message.contains("not applied");
+        let says = message.contains("lora.safetensors") && message.contains("not in its weights");
         assert_eq!(says, warns, "{model}: {message}");
     }
     ok(
@@ -307,7 +307,8 @@ fn a_merged_lora_is_the_kept_one_added_to_the_weights() {
     }
 }
 
-/// A limit on the size of files stops the saving half-way, as a full disk does.
+/// A limit on the size of files stops the saving half-way, as a full disk does: that is said, and training goes on, as the
+/// model may find room all the same; this one does not.
 #[cfg(unix)]
 #[test]
 fn a_full_disk_in_the_middle_leaves_a_run_that_goes_on_when_there_is_room() {
@@ -327,9 +328,10 @@ fn a_full_disk_in_the_middle_leaves_a_run_that_goes_on_when_there_is_room() {
     let text = String::from_utf8(out.stderr).unwrap();
     assert_eq!(out.status.code(), Some(1), "{text}");
     for word in [
-        "double.01: cannot save the run",
+        "the unfinished run is not saved: cannot save the run",
         "state.safetensors",
         "hint: free some space",
+        "error: cannot write",
     ] {
         assert!(text.contains(word), "`{word}` is not in: {text}");
     }
@@ -353,11 +355,14 @@ fn a_dry_run_says_what_it_takes_and_does_nothing() {
     assert!(!folder.join("dry").exists() && !folder.join("dry.state").exists());
     // with less memory than that, less is kept; with none there is nothing to be done
     assert_eq!(report["gradient_checkpointing"], false);
-    let less = (report["peak_bytes"].as_f64().unwrap() * 0.95).to_string();
+    let less = (report["peak_bytes"].as_f64().unwrap() * 0.95).floor();
     let few = ["--output", "dry", "--dry-run", "--json", "--max-vram"];
-    let report = json(folder, &train(&[&few[..], &[less.as_str()]].concat()));
+    let report = json(
+        folder,
+        &train(&[&few[..], &[format!("{less}B").as_str()]].concat()),
+    );
     assert_eq!(report["gradient_checkpointing"], true);
-    assert!(report["peak_bytes"].as_f64().unwrap() <= less.parse().unwrap());
+    assert!(report["peak_bytes"].as_f64().unwrap() <= less);
     refused(
         &train(&["--dry-run", "--max-vram", "10KB"]),
         &["--max-vram", "hint:", "--batch"],

@@ -11,7 +11,8 @@ pub(super) struct Kind {
 pub(super) const UNQUANTIZED: &str = "use a file in bf16, float8 or GGUF";
 const OF_FLUX1: &str =
     "fastflux opens FLUX.1, FLUX.2 [klein] and models cut from them; name one with --model";
-pub(super) const MERGE: &str = "name the model that it changes with --model; a LoRA is merged into its model, or given in addition to it";
+pub(super) const MERGE: &str =
+    "name the model that it changes with --model, and this file with --lora";
 
 /// Files whose weights are those of a FLUX transformer in a format that is not read, or that change one.
 pub(super) const OF_FLUX: [Kind; 20] = [
