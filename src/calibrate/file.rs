@@ -99,14 +99,12 @@ impl Calibration {
         Ok(())
     }
 
-    /// Writes it to `path`, which appears whole or not at all; with `again`, over an earlier state of the same.
+    /// Writes it to `path`, which appears whole or not at all.
     ///
     /// # Errors
     /// When the folder is not writable or the disk is full.
-    pub fn write(&self, path: &Path, again: bool) -> Result<()> {
-        let file = self.tensors()?;
-        let _ = again;
-        save::write(&file, path)
+    pub fn write(&self, path: &Path) -> Result<()> {
+        save::write(&self.tensors()?, path)
     }
 
     /// Writes it to `path` as the output of a command, into a folder that is made if it is missing.
@@ -118,7 +116,7 @@ impl Calibration {
             std::fs::create_dir_all(folder)
                 .with_context(|| format!("cannot create `{}`", folder.display()))?;
         }
-        self.write(path, false)
+        self.write(path)
     }
 
     fn tensors(&self) -> Result<Checkpoint> {

@@ -118,7 +118,7 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
         let finished = last_one && options.more && begun.elapsed() >= options.save_every;
         if finished || due && !last_one {
             let start = Instant::now();
-            if let Err(error) = out.write(path, true) {
+            if let Err(error) = out.write(path) {
                 // the output may fit all the same, and all that was computed is in memory
                 calibrator
                     .pipeline

@@ -190,7 +190,7 @@ impl Pipeline {
             return;
         }
         self.reporter.note(format!(
-            "`{}` has no guidance embedding: sampled as FLUX.1-schnell, {} steps and no shift\nhint: for a de-distilled FLUX.1-dev give --steps 28, --true-cfg 3.5 and --config with dev's `scheduler` (\"shift\": 3.0, \"use_dynamic_shifting\": true)",
+            "`{}` has no guidance embedding: sampled as FLUX.1-schnell, {} steps and no shift\nhint: for a de-distilled FLUX.1-dev give --steps 28 and --config with dev's `scheduler` (\"shift\": 3.0, \"use_dynamic_shifting\": true); guidance by a second forward is not built for FLUX.1",
             self.name,
             self.default_steps()
         ));

@@ -40,7 +40,7 @@ fn read(change: impl FnOnce(&mut Calibration)) -> Result<Calibration> {
     let path = folder.path().join("s.safetensors");
     let mut calibration = calibration();
     change(&mut calibration);
-    calibration.write(&path, false).unwrap();
+    calibration.write(&path).unwrap();
     Calibration::open(&path)
 }
 
