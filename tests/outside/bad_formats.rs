@@ -81,7 +81,12 @@ fn lying_gguf_files_are_refused_by_name() {
         (
             "offset",
             gguf(1, 0, &entry(&[2, 2], 0, u64::MAX)),
-            vec![tensor, "beyond the end"],
+            vec![tensor, "offset 18446744073709551615"],
+        ),
+        (
+            "far",
+            gguf(1, 0, &entry(&[2, 2], 0, u64::MAX - 31)),
+            vec!["cut off"],
         ),
         (
             "data",
@@ -137,7 +142,7 @@ fn scales_that_do_not_fit_and_senseless_conversions_are_refused() {
         &["inspect", "--model", "nvfp4.safetensors"],
         &[
             "nvfp4.safetensors",
-            "double_blocks.0.img_mod.lin.comfy_quant",
+            "`double_blocks.0.img_mod.lin`",
             "`nvfp4`",
         ],
     );

@@ -51,7 +51,10 @@ fn a_worse_model_has_worse_numbers_and_the_report_is_complete() {
             "remove",
         ],
     );
-    fs::write(w.join("bad/loss.svg"), "<svg/>").unwrap();
+    // losses are drawn from the numbers, never from a chart that lies there
+    fs::write(w.join("bad/loss.svg"), "<svg>of a stranger</svg>").unwrap();
+    let log = r#"{"log":[{"phase":"finetune","step":1,"loss":0.5,"held-out":0.4},{"phase":"finetune","step":2,"loss":0.3,"held-out":0.3}]}"#;
+    fs::write(w.join("bad/training.json"), log).unwrap();
     let models = ["--model", "good", "--model", "bad"];
     let report = eval(w, &[&models[..], &FEW].concat());
 
@@ -113,6 +116,7 @@ fn a_worse_model_has_worse_numbers_and_the_report_is_complete() {
     );
     let page = fs::read_to_string(w.join("report/report.html")).unwrap();
     check_page(&page, 6 * 3);
+    assert!(!page.contains("of a stranger"));
     assert!(page.contains("Training losses: bad") && page.contains("Scores of blocks"));
     if let Some(chromium) = chromium() {
         for width in [390, 1280] {

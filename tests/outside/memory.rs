@@ -187,7 +187,7 @@ fn scores_and_reports_are_the_same_without_a_block_on_the_device() {
     );
     for model in [&want["baseline"], &want["models"][0]] {
         let score = &model["clip_score"];
-        assert_eq!(score["attempts"], 4);
+        assert_eq!(score["count"], 4);
         let mean = score["mean"].as_f64().unwrap();
         assert!(mean.abs() > 0.01 && mean.abs() < 100.0, "{mean}");
     }
