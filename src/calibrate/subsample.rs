@@ -26,7 +26,7 @@ impl TokenSubset {
 }
 
 /// The tokens of each sample of a forward that sums are made of, the same of all `samples`, (chosen,): about `limit` in
-/// all, as [`TokenSubset`] spreads them; `None` if all are taken.
+/// all, as `TokenSubset` spreads them; `None` if all are taken.
 ///
 /// # Errors
 /// When memory is short.
