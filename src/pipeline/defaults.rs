@@ -118,7 +118,7 @@ impl Pipeline {
             && self.defaults.distilled != Some(true)
     }
 
-    /// Whether the model was distilled to so few steps that it is evaluated at their noise levels only: FLUX.2 [klein]
+    /// Whether the model was distilled to so few steps that it is evaluated at their noise levels only: FLUX.2 klein
     /// without `base`.
     pub fn has_few_steps(&self) -> bool {
         self.config.family == Family::FLUX2
