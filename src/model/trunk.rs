@@ -161,7 +161,7 @@ impl Trunk {
         })
     }
 
-    /// Runs the entries of `range` on `stream`; blocks that are not on the device come and go for all of them.
+    /// Runs the entries of `range` on `stream`; blocks that are not on the device come and go as in [`Self::visit`].
     pub fn forward_range(
         &self,
         range: Range<usize>,
