@@ -42,7 +42,6 @@ pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
     let guidance = pipeline.guide(args.sampling.guidance, negative)?;
     pipeline.note_guesses(args.sampling.steps);
     let jobs = jobs(args, &pipeline, &prompts, (size, guidance))?;
-    generate::create_folders(&jobs)?;
     for job in &jobs {
         target::check_file(&job.path, args.output.force)?;
     }
@@ -59,12 +58,12 @@ pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
         encoded.references = Some(load::references(&pipeline, &references, runtime)?);
     }
     let latents = generate::latents(&pipeline, &budget, &jobs, &encoded, size)?;
-    generate::create_folders(&jobs)?;
     let decoder = budget.decoder(
         &vae_files,
         size.latent(pipeline.config.family),
         args.decode.vae_tile,
     )?;
+    generate::create_folders(&jobs)?;
     for (i, job) in jobs.iter().enumerate() {
         let image = decoder.images(&latents.narrow(0, i, 1)?)?;
         let image = image.first().context("the VAE gave no image")?;
