@@ -130,7 +130,7 @@ struct Details {
 }
 
 impl CalibrationEstimate {
-    /// Of `options` with at most `stats_memory` bytes of sums; with `fitting`, of scores and fits after it too.
+    /// Of `options` with at most `stats_memory` bytes of sums (0: none, as if a plan is given); with `fitting`, of scores and fits after it too.
     ///
     /// # Errors
     /// When the memory limit is too low for a forward.
@@ -156,13 +156,20 @@ impl CalibrationEstimate {
             LatentSource::Latents => prompts * steps,
         };
         let noised = (num_prompts as f64 * noise_levels_per_image).ceil() as usize;
+        // images alone are drawn if nothing is to be chosen
+        let no_sums = stats_memory == Some(0);
+        let gathered = if no_sums { 0 } else { noised };
         let of_shard = |count: usize| count.div_ceil(shard.of);
         let image_tokens = options.size.tokens();
         let tokens = options.tokens();
         let per_latent = cost::model(config, tokens - options.text_tokens, options.text_tokens);
         let flops = |count: usize| of_shard(count) as f64 * per_latent.flops() as f64;
         let (activity, room) = self::activity(pipeline, budget, options, stats_memory);
-        let kept = blocks_within(config, room);
+        let kept = if no_sums {
+            0
+        } else {
+            blocks_within(config, room)
+        };
         let offload_plan = budget.offload_plan(config, activity)?;
         let d = config.hidden_size as u64;
         let rows = match options.recipe.tokens_per_forward {
@@ -203,11 +210,11 @@ impl CalibrationEstimate {
             batch,
             forwards: Forwards {
                 sampling: of_shard(sampling).div_ceil(batch),
-                statistics: of_shard(noised).div_ceil(batch),
+                statistics: of_shard(gathered).div_ceil(batch),
             },
             flops: Flops {
                 sampling: flops(sampling),
-                statistics: flops(noised),
+                statistics: flops(gathered),
                 products,
                 scoring: 0.0,
             },
@@ -237,7 +244,7 @@ impl CalibrationEstimate {
             details: Details {
                 width: options.size.width,
                 height: options.size.height,
-                noised,
+                noised: gathered,
                 sums_of_a_block: bytes_of_sums(config),
                 all_blocks: offload_plan.total(),
                 fitting,

@@ -1,4 +1,4 @@
-//! The tensor names of diffusers' transformers beside the original ones, a table for each family.
+//! The tensor names of diffusers' transformers and the original ones, a table for each family.
 //!
 //! Sources: diffusers `scripts/convert_flux_to_diffusers.py`; for FLUX.2 `loaders/single_file_utils.py`
 //! (`convert_flux2_transformer_checkpoint_to_diffusers`).

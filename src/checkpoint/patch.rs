@@ -51,7 +51,7 @@ pub struct Level {
     pub tensors: Checkpoint,
 }
 
-/// Whether `path` is a patch, or a folder with one and no weights beside it.
+/// Whether `path` is a patch, or a folder with one and no weights next to it.
 pub fn find(path: &Path) -> Option<std::path::PathBuf> {
     let file = if path.is_dir() {
         let weights = ["flux.safetensors", "transformer"];

@@ -23,10 +23,13 @@ pub(super) fn run(args: &PruneArgs, reporter: &Reporter) -> Result<()> {
     let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
     if args.dry_run.dry_run {
         let resolved = ResolvedOptions::new(&pipeline, &options.calibration)?;
-        let memory = options.calibration.stats_memory;
+        let rounds = options.goal.rounds(&options.recipe, &pipeline)?;
+        let memory = match rounds {
+            0 => Some(0), // nothing is chosen, so nothing is summed
+            _ => options.calibration.stats_memory,
+        };
         let estimate =
             CalibrationEstimate::new(&pipeline, &budget, &resolved, Shard::WHOLE, memory, true)?;
-        let rounds = options.goal.rounds(&options.recipe, &pipeline)?;
         let speed = timing::peak(&budget.runtime().device, budget.runtime().dtype)?;
         let estimate = estimate.with_scoring(rounds).timed(speed.flops);
         super::show(args.output.print, &estimate, || estimate.text())?;

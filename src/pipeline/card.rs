@@ -69,7 +69,7 @@ impl Licence {
     }
 }
 
-/// What a card says beside the record.
+/// What a card says in addition to the record.
 #[derive(Clone, Debug, Default)]
 pub struct CardFacts {
     /// Whose names the tensors have.

@@ -71,7 +71,7 @@ impl Encoded {
         self.len() == 0
     }
 
-    /// Text tokens and tokens of reference images: all that a forward takes beside the image itself.
+    /// Text tokens and tokens of reference images: all that a forward takes in addition to the image itself.
     pub fn tokens(&self) -> usize {
         let references = self.references.as_ref();
         let references = references.and_then(|r| r.tokens.dim(1).ok());

@@ -267,12 +267,12 @@ mod tests {
             let cut = without_ends(&image, 64, 32);
             assert!(cut.width * cut.height <= 16, "{}×{}", cut.width, cut.height);
         }
-        let usual = Image {
+        let ordinary = Image {
             width: 40,
             height: 30,
             rgb: vec![90; 3600],
         };
-        assert_eq!(without_ends(&usual, 64, 32), usual);
+        assert_eq!(without_ends(&ordinary, 64, 32), ordinary);
     }
 
     #[test]

@@ -201,7 +201,7 @@ impl Check<'_> {
 
     /// The prompt with the reference image that lies next to the recording.
     fn edited(&self, prompt: &Encoded) -> Result<Encoded> {
-        let path = self.reference.beside(REFERENCE_IMAGE);
+        let path = self.reference.next_to(REFERENCE_IMAGE);
         let image = reference::prepared(&image::read(&path)?, &self.pipeline.config.family)?;
         Ok(Encoded {
             references: Some(load::references(self.pipeline, &[image], self.runtime)?),

@@ -37,7 +37,7 @@ impl Reference {
     }
 
     /// Where a file next to it would be.
-    pub(super) fn beside(&self, name: &str) -> PathBuf {
+    pub(super) fn next_to(&self, name: &str) -> PathBuf {
         Path::new(&self.tensors.name).with_file_name(name)
     }
 

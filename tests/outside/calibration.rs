@@ -251,6 +251,12 @@ fn what_a_calibration_takes_is_said_before_it_starts() {
         ],
     );
     assert_eq!(few["blocks_with_sums"], 3);
+    // nothing is summed if nothing is to be chosen
+    let plan = |more: &[&str]| json(w, &[&["prune", "--dry-run", "--json"], more].concat());
+    let (chosen, given) = (plan(&[]), plan(&["--blocks", "single.03"]));
+    assert_eq!(given["blocks_with_sums"], 0);
+    assert_eq!(given["forwards"]["statistics"], 0);
+    assert!(given["bytes"]["host"].as_u64() < chosen["bytes"]["host"].as_u64());
     assert!(list(w).is_empty());
     let stats = calibrate(w, "stats.safetensors", &["--stats-memory", "1.7MB"]);
     let rows = |block: &&Value| block["rows"]["img"].as_f64().unwrap() > 0.0;

@@ -1,4 +1,4 @@
-//! What PEFT says about an adapter beside its tensors: alpha, rank, and patterns of names with others.
+//! What PEFT says about an adapter in addition to its tensors: alpha, rank, and patterns of names with others.
 //!
 //! Sources: PEFT `LoraConfig`, `utils/other.py` (`get_pattern_key`); diffusers `loaders/lora_base.py` (`lora_adapter_metadata`).
 

@@ -89,12 +89,12 @@ impl Lora {
             let parts = ["transformer", "text_encoder", "text_encoder_2"];
             configs = parts.map(|part| Some(AdapterConfig::of_part(&json, part)));
         } else if of_peft {
-            let beside = path.with_file_name("adapter_config.json");
-            if beside.is_file() {
-                let text = std::fs::read_to_string(&beside)
-                    .with_context(|| format!("cannot read `{}`", beside.display()))?;
+            let neighbour = path.with_file_name("adapter_config.json");
+            if neighbour.is_file() {
+                let text = std::fs::read_to_string(&neighbour)
+                    .with_context(|| format!("cannot read `{}`", neighbour.display()))?;
                 let json = serde_json::from_str(&text)
-                    .with_context(|| format!("`{}` is not JSON", beside.display()))?;
+                    .with_context(|| format!("`{}` is not JSON", neighbour.display()))?;
                 configs[0] = Some(AdapterConfig::new(json));
             }
         }

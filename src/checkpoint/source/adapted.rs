@@ -1,5 +1,5 @@
 //! A tensor with what LoRA files add to it: summed in f32 a few rows at a time while it is read, and rounded once. Neither
-//! the sum nor the change of a whole tensor is ever in memory beside what is asked for.
+//! the sum nor the change of a whole tensor is ever in memory in addition to what is asked for.
 
 use std::{
     io::Write,
@@ -136,7 +136,7 @@ impl Source {
         additions.iter().map(|addition| addition.delta.id.as_str())
     }
 
-    /// The format of a matrix that is served as its packed bytes, with low-rank factors beside them if anything was added.
+    /// The format of a matrix that is served as its packed bytes, with low-rank factors next to them if anything was added.
     pub fn packed(&self) -> Option<QuantType> {
         if self.shape.len() != 2 {
             return None;
@@ -156,7 +156,7 @@ impl Source {
         }
     }
 
-    /// Bytes that a packed matrix takes in memory with the factors beside it.
+    /// Bytes that a packed matrix takes in memory with the factors next to it.
     pub(in crate::checkpoint) fn packed_bytes(&self) -> usize {
         let factors = match &self.data {
             Data::Adapted(adapted) => adapted.additions.iter().map(|a| a.delta.bytes()).sum(),

@@ -34,7 +34,8 @@ pub(super) fn remove(folder: &Path) {
             continue;
         };
         let free = || File::open(&path).is_ok_and(|file| file.try_lock().is_ok());
-        if kind.is_symlink() || !free() {
+        // neither links nor pipes: opening one may wait for ever
+        if !(kind.is_file() || kind.is_dir()) || !free() {
             continue;
         }
         let size = entry.metadata().map_or(0, |meta| meta.len());
