@@ -9,7 +9,7 @@ use super::{
     Checkpoint, identify, keys,
     part::Part,
     record::Record,
-    rotary::{are_axes, is_theta, released},
+    rotary::{are_axes, default_axes, is_theta, released},
     shapes,
 };
 use crate::layout::{Activation, BlockKind, BlockSpec, Family, FluxConfig, unpruned};
@@ -301,14 +301,14 @@ fn agree(config: &FluxConfig, file: &ConfigFile, checkpoint: &str) -> Result<()>
     Ok(())
 }
 
-/// Rotary axes and base: the first that says so of config files and record, else the released models' where they fit.
+/// Rotary axes and base: the first that says so of config files and record, else the defaults of the family.
 fn rotary(
     config: &FluxConfig,
     record: Option<&Record>,
     configs: &[ConfigFile],
     name: &str,
 ) -> Result<(Vec<usize>, f64)> {
-    let (head, released) = (config.head_dim(), released(&config.family));
+    let head = config.head_dim();
     let count = config.family.position_axes;
     let mut axes = None;
     let mut theta = None;
@@ -346,8 +346,7 @@ fn rotary(
         }
     }
     let axes = axes.or_else(|| record.map(|r| r.axes_dims.clone()));
-    let fits = head == released.axes.iter().sum::<usize>();
-    let axes = axes.or_else(|| fits.then(|| released.axes.to_vec()));
+    let axes = axes.or_else(|| default_axes(&config.family, head));
     let axes = axes.with_context(|| {
         format!("`{name}` does not say how its rotary axes divide the head size {head}\nhint: put a config.json with `axes_dims_rope` next to it, or name one with --config")
     })?;
@@ -357,6 +356,8 @@ fn rotary(
     );
     Ok((
         axes,
-        theta.or(record.map(|r| r.theta)).unwrap_or(released.theta),
+        theta
+            .or(record.map(|r| r.theta))
+            .unwrap_or(released(&config.family).theta),
     ))
 }

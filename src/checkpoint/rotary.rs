@@ -4,8 +4,6 @@ use crate::layout::Family;
 
 /// What a released model of a family has where nothing says otherwise.
 pub(super) struct Released {
-    /// Rotary axes; they fit a head size of 128 only.
-    pub(super) axes: &'static [usize],
     /// Rotary base.
     pub(super) theta: f64,
     /// What diffusers' configuration calls the base.
@@ -15,19 +13,27 @@ pub(super) struct Released {
 /// The rotary numbers of the released models: FLUX.1's `FluxParams` and diffusers' `FluxPosEmbed`; the defaults of
 /// diffusers' `Flux2Transformer2DModel`.
 pub(super) fn released(family: &Family) -> Released {
-    if family.position_axes == Family::FLUX2.position_axes {
+    if *family == Family::FLUX2 {
         Released {
-            axes: &[32, 32, 32, 32],
             theta: 2000.0,
             theta_key: "rope_theta",
         }
     } else {
         Released {
-            axes: &[16, 56, 56],
             theta: 10_000.0,
             theta_key: "theta",
         }
     }
+}
+
+/// The rotary axes of a family where nothing says otherwise. FLUX.1's fit a head size of 128 only, FLUX.2's are four equal parts.
+pub(super) fn default_axes(family: &Family, head: usize) -> Option<Vec<usize>> {
+    let axes = if *family == Family::FLUX2 {
+        vec![head / 4; 4]
+    } else {
+        vec![16, 56, 56]
+    };
+    (are_axes(&axes) && axes.iter().sum::<usize>() == head).then_some(axes)
 }
 
 /// Whether these can be rotary axes: three or four even sizes whose sum is a number.

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::{
     config::ConfigFile,
     record::Record,
-    rotary::{Released, is_theta, released},
+    rotary::{Released, default_axes, is_theta, released},
 };
 use crate::layout::{Activation, BlockKind, BlockSpec, Family, FluxConfig, unpruned};
 
@@ -156,14 +156,14 @@ fn family(file: &ConfigFile) -> Family {
 }
 
 fn axes(file: &ConfigFile, family: &Family, head: usize) -> Result<Vec<usize>> {
-    let (count, released) = (family.position_axes, released(family).axes);
+    let count = family.position_axes;
     let Some(value) = file.json.get("axes_dims_rope").filter(|v| !v.is_null()) else {
-        ensure!(
-            head == released.iter().sum::<usize>(),
-            "`{}` does not say `axes_dims_rope`: how the rotary axes divide the head size {head}",
-            file.name
-        );
-        return Ok(released.to_vec());
+        return default_axes(family, head).with_context(|| {
+            format!(
+                "`{}` does not say `axes_dims_rope`: how the rotary axes divide the head size {head}",
+                file.name
+            )
+        });
     };
     let dims: Vec<usize> = serde_json::from_value(value.clone()).unwrap_or_default();
     ensure!(

@@ -73,6 +73,28 @@ fn an_undistilled_model_is_guided_by_a_second_velocity() {
 }
 
 #[test]
+fn the_rotary_axes_of_a_bare_file_are_four_equal_parts() {
+    let work = folder();
+    let config = work.path().join("config.json");
+    let (file, reference) = (
+        golden("flux2/bfl.safetensors"),
+        golden("flux2/reference.safetensors"),
+    );
+    let errors = |more: &[&str]| {
+        let args = ["verify", "--json", "--model", &file];
+        let args = [&args[..], &["--reference", &reference], more].concat();
+        let out = fastflux(work.path(), &args);
+        let out: Value = serde_json::from_slice(&out.stdout).unwrap();
+        out["tensors"].clone()
+    };
+    let bare = errors(&[]);
+    fs::write(&config, r#"{"axes_dims_rope": [4, 4, 4, 4]}"#).unwrap();
+    assert_eq!(bare, errors(&["--config", "config.json"]));
+    fs::write(&config, r#"{"axes_dims_rope": [4, 2, 6, 4]}"#).unwrap();
+    assert_ne!(bare, errors(&["--config", "config.json"]));
+}
+
+#[test]
 fn reference_images_are_refused_by_name() {
     let work = folder();
     let pipe = golden("flux2/pipe");
