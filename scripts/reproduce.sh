@@ -9,8 +9,9 @@
 #   training  what each choice of training is worth: ablation_sandwich.sh (1 hour)
 #   speed     a forward next to candle-transformers and diffusers: bench_peers.py (needs diffusers; 10 minutes to compile)
 #
-# Environment: FASTFLUX, the program (default: target/release/fastflux); RATIOS, shares of blocks to replace; NUM, images
-# that each model draws; TRAIN, flags for train-sandwich (a quick look: TRAIN="--steps 20 --finetune 20").
+# Environment: FASTFLUX, the program (default: target/release/fastflux); MODEL, the unpruned model (default: the bundled
+# one); RATIOS, shares of blocks to replace; NUM, images that each model draws; TRAIN, flags for train-sandwich (a quick
+# look: TRAIN="--steps 20 --finetune 20").
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -18,6 +19,7 @@ export FASTFLUX=${FASTFLUX:-target/release/fastflux}
 work=${1:-reproduced}
 shift $(($# > 0))
 num=${NUM:-256}
+model=(${MODEL:+--model "$MODEL"})
 read -r -a train <<<"${TRAIN:-}"
 mkdir -p "$work"
 
@@ -33,7 +35,7 @@ judged() {
     local table="$work/$1" num=$2
     shift 2
     if [ ! -f "$table.txt" ]; then
-        "$FASTFLUX" -q eval --baseline bundled "${@/#/--model=$work/}" --num-prompts "$num" --output "$table" --force >"$table.part"
+        "$FASTFLUX" -q eval --baseline "${MODEL:-bundled}" "${@/#/--model=$work/}" --num-prompts "$num" --output "$table" --force >"$table.part"
         mv "$table.part" "$table.txt"
     fi
     cat "$table.txt"
@@ -42,9 +44,9 @@ judged() {
 results() {
     local ratio blocks models=()
     for ratio in ${RATIOS:-0.1 0.2 0.3 0.4}; do
-        made "$work/brll-$ratio" prune --ratio "$ratio"
+        made "$work/brll-$ratio" prune "${model[@]}" --ratio "$ratio"
         blocks=$(grep -o '"\(double\|single\)\.[0-9]*"' "$work/brll-$ratio/plan.json" | tr -d '"' | paste -sd,)
-        made "$work/remove-$ratio" prune --blocks "$blocks" --form remove
+        made "$work/remove-$ratio" prune "${model[@]}" --blocks "$blocks" --form remove
         made "$work/sandwich-$ratio" train-sandwich --model "$work/brll-$ratio" "${train[@]}"
         models+=("remove-$ratio" "brll-$ratio" "sandwich-$ratio")
     done
@@ -53,9 +55,9 @@ results() {
 }
 
 formats() {
-    made "$work/f8e4m3.safetensors" convert --dtype f8e4m3
-    made "$work/f8e4m3-no-scale.safetensors" convert --dtype f8e4m3 --no-scale
-    made "$work/q8_0.gguf" convert --gguf q8_0
+    made "$work/f8e4m3.safetensors" convert "${model[@]}" --dtype f8e4m3
+    made "$work/f8e4m3-no-scale.safetensors" convert "${model[@]}" --dtype f8e4m3 --no-scale
+    made "$work/q8_0.gguf" convert "${model[@]}" --gguf q8_0
     judged formats 64 f8e4m3.safetensors f8e4m3-no-scale.safetensors q8_0.gguf
 }
 
