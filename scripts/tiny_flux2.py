@@ -51,7 +51,8 @@ class Flux2:
 
     def __init__(self, args, rng):
         captions = [scenes.caption(scenes.draw_scene(rng)) for _ in range(2000)]
-        self.tokenizer = tokenizer(captions)
+        # trained again it may break ties in another way
+        self.tokenizer = Qwen2TokenizerFast.from_pretrained(args.start / "tokenizer") if args.start else tokenizer(captions)
         chats = [self.chat(caption) for caption in captions]
         self.length = max(len(ids) for ids in self.tokenizer(chats).input_ids)
         heads = 4
@@ -85,6 +86,7 @@ class Flux2:
                 if weights.dim() == 2:
                     torch.nn.init.normal_(weights, std=0.5 * weights.shape[1] ** -0.5)
         self.trained = torch.nn.ModuleList([self.transformer, self.text])
+        self.parts = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text}
 
     def chat(self, caption):
         messages = [{"role": "user", "content": caption}]

@@ -4,7 +4,7 @@
 # ///
 """Train a text-to-image pipeline like configs/tiny from nothing on procedurally drawn, captioned scenes (scenes.py).
 
-    python scripts/train_tiny.py OUT [--steps 1264] [--seed 0] [--dtype bfloat16] [--family flux2]
+    python scripts/train_tiny.py OUT [--steps 1264] [--seed 0] [--dtype bfloat16] [--family flux2] [--start OUT1]
 
 Writes a pipeline in diffusers layout that fastflux opens (`fastflux generate --model OUT …`) and prints its score. Sizes and tokenizers are
 those of configs/tiny; every weight is new. Text encoders and transformer are trained together by flow matching. The VAE's latents are fixed
@@ -104,6 +104,7 @@ class Flux1:
         self.clip, self.t5 = clip, t5
         self.tokenizers = CLIPTokenizer.from_pretrained(args.like / "tokenizer"), T5Tokenizer.from_pretrained(args.like / "tokenizer_2")
         self.trained = torch.nn.ModuleList([self.transformer, clip, t5])
+        self.parts = {"transformer": self.transformer, "vae": self.vae, "text_encoder": clip, "text_encoder_2": t5}
         self.steps = json.loads((args.like / "fastflux.json").read_text())["steps"]
 
     def pack(self, latents):
@@ -163,8 +164,16 @@ def train(args):
     rng = random.Random(args.seed)
     family = family_of(args)
     vae = family.vae
-    latents_of = Latents(draw_batch(random.Random(args.seed + 1), 1024)[0])
+    if args.start:
+        for name, part in family.parts.items():
+            part.load_state_dict(type(part).from_pretrained(args.start / name, torch_dtype=torch.float32).state_dict())
+    seen = draw_batch(random.Random(1), 1024)[0]
+    latents_of = Latents(seen)
     print(f"latents hold {100 * latents_of.share:.1f} % of the images' variance", flush=True)
+    if args.start:
+        with torch.no_grad():
+            error = F.mse_loss(vae.encode(seen[:32]).latent_dist.mean, latents_of(seen[:32]))
+        print(f"the VAE gives them with an error of {error.item():.4f}", flush=True)
 
     words = family.trained
     average = copy.deepcopy(words).requires_grad_(False)
@@ -192,6 +201,12 @@ def train(args):
         with torch.no_grad():
             for mean, now in zip(average.parameters(), words.parameters()):
                 mean.lerp_(now, 1 - keep)
+        losses.append(loss.item())
+        if (step + 1) % args.every == 0 or step + 1 == args.steps:
+            recent = sum(losses[-args.every :]) / len(losses[-args.every :])
+            print(f"step {step + 1}: velocity loss {recent:.4f}, {time.time() - start:.0f} s", flush=True)
+        if args.start:
+            continue  # the VAE has converged
         # the VAE on a part of the batch: it converges far sooner
         few = slice(0, max(1, args.batch // 4))
         with half():
@@ -203,10 +218,8 @@ def train(args):
         vae_loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         vae_optimizer.step()
-        losses.append(loss.item())
-        if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            recent = sum(losses[-args.every :]) / len(losses[-args.every :])
-            print(f"step {step + 1}: velocity loss {recent:.4f}, VAE loss {vae_loss.item():.4f}, {time.time() - start:.0f} s", flush=True)
+        if (step + 1) % args.every == 0:
+            print(f"    VAE loss {vae_loss.item():.4f}", flush=True)
     return family, family.pipeline(average, args.like)
 
 
@@ -227,6 +240,7 @@ def main():
     parser.add_argument("out", type=pathlib.Path, help="new folder to write")
     parser.add_argument("--like", type=pathlib.Path, default=ROOT / "configs/tiny", help="pipeline whose sizes and tokenizers to take")
     parser.add_argument("--family", choices=["flux1", "flux2"], default="flux1")
+    parser.add_argument("--start", type=pathlib.Path, help="pipeline that this script wrote: go on from its weights, its VAE stays as it is")
     parser.add_argument("--steps", type=int, default=1264)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
