@@ -12,8 +12,13 @@
     qwen_ids.json          ids of the tiny tokenizer on odd texts
 
 The same versions of torch, diffusers and transformers give the same weights; recordings agree to float32 rounding.
+
+    python scripts/golden_flux2.py [--pipeline OUT]
+
+With OUT only a pipeline is made, there: of two heads of FLUX.2's size and its 128 channels, which is what ComfyUI takes for FLUX.2.
 """
 
+import argparse
 import json
 import pathlib
 
@@ -65,7 +70,7 @@ def randomized(model, gain=1.0):
     return model.eval()
 
 
-def pipeline(tok):
+def pipeline(tok, channels=4, double=1, single=2, axes=(4, 2, 6, 4), gain=1.2):
     text = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tok), hidden_size=16, intermediate_size=24, num_hidden_layers=28, num_attention_heads=4, num_key_value_heads=2,
@@ -73,18 +78,18 @@ def pipeline(tok):
         )
     )  # fmt: skip
     transformer = Flux2Transformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=48,
-        axes_dims_rope=(4, 2, 6, 4), rope_theta=2000, guidance_embeds=False,
+        in_channels=4 * channels, num_layers=double, num_single_layers=single, attention_head_dim=sum(axes), num_attention_heads=2,
+        joint_attention_dim=48, axes_dims_rope=axes, rope_theta=2000, guidance_embeds=False,
     )  # fmt: skip
     # a decoder of other widths than the encoder, as the small one has
     vae = AutoencoderKLFlux2(
-        block_out_channels=(4, 4, 8, 8), decoder_block_out_channels=(4, 8, 8, 12), layers_per_block=1, norm_num_groups=2, latent_channels=4,
-        sample_size=64,
+        block_out_channels=(4, 4, 8, 8), decoder_block_out_channels=(4, 8, 8, 12), layers_per_block=1, norm_num_groups=2,
+        latent_channels=channels, sample_size=64,
     )  # fmt: skip
-    for model, gain in ((text, 1.0), (transformer, 1.2), (vae, 1.0)):
-        randomized(model, gain)
-    vae.bn.running_mean.copy_((0.3 * torch.randn(16)).bfloat16())
-    vae.bn.running_var.copy_(torch.empty(16).uniform_(0.5, 2.0).bfloat16())
+    for model, of_model in ((text, 1.0), (transformer, gain), (vae, 1.0)):
+        randomized(model, of_model)
+    vae.bn.running_mean.copy_((0.3 * torch.randn(4 * channels)).bfloat16())
+    vae.bn.running_var.copy_(torch.empty(4 * channels).uniform_(0.5, 2.0).bfloat16())
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     pipe = Flux2KleinPipeline(scheduler=scheduler, vae=vae, text_encoder=text, tokenizer=tok, transformer=transformer, is_distilled=True)
     pipe.set_progress_bar_config(disable=True)
@@ -172,9 +177,18 @@ def save(name, tensors, guidance):
 
 
 @torch.no_grad()
+def larger(out):
+    """A pipeline of the sizes that ComfyUI takes for FLUX.2's, with its transformer under the original names next to it."""
+    # a larger gain makes activations of 10^5 in so many blocks, and the difference of two programs grows with them
+    pipe = pipeline(tokenizer(out / "pipe/tokenizer"), channels=32, double=3, single=6, axes=(32, 32, 32, 32), gain=0.7)
+    pipe.to(torch.bfloat16)
+    pipe.save_pretrained(out / "pipe")
+    (out / "pipe/fastflux.json").write_text(json.dumps({"text-length": TEXT, "size": 64}))
+    save_file(original(pipe.transformer.state_dict()), out / "bfl.safetensors")
+
+
+@torch.no_grad()
 def main():
-    torch.manual_seed(5)
-    transformers.utils.logging.set_verbosity_error()
     tok = tokenizer(OUT / "pipe/tokenizer")
     pipe = pipeline(tok)
     pipe.to(torch.bfloat16).save_pretrained(OUT / "pipe")
@@ -209,4 +223,10 @@ def main():
     (OUT / "qwen_ids.json").write_text(json.dumps([{"text": text, "ids": encode(text)} for text in ODD], ensure_ascii=False))
 
 
-main()
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=pathlib.Path, metavar="OUT", help="make only a pipeline for ComfyUI, in this folder")
+    args = parser.parse_args()
+    torch.manual_seed(5)
+    transformers.utils.logging.set_verbosity_error()
+    larger(args.pipeline) if args.pipeline else main()

@@ -1,19 +1,20 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "diffusers>=0.35", "transformers>=4.48", "safetensors", "accelerate", "sentencepiece"]
+# dependencies = ["torch", "diffusers>=0.42", "transformers>=5", "safetensors", "accelerate", "sentencepiece"]
 # ///
-"""Prune a model in every form, open what comes out in diffusers, and compare what the two compute.
+"""Prune a FLUX.1 and a FLUX.2 in every form, open what comes out in diffusers, and compare what the two compute.
 
-    python scripts/interop/check_diffusers.py [--fastflux target/release/fastflux] [--model configs/tiny] [--cases linear,remove]
+    python scripts/interop/check_diffusers.py [--fastflux target/release/fastflux] [--family flux2] [--model configs/tiny] [--cases linear,remove]
 
-Each case prunes with `--layout diffusers`, opens the folder with `AutoModel` (removed blocks: with diffusers' own class), records the velocity
-and a whole image, and has `fastflux verify` compare them. The same model as one file with original names must give the same tensors by
-`from_single_file`. Exit status 1 when a case fails.
+FLUX.1 is the bundled model, FLUX.2 the small random pipeline of tests/golden/flux2. Each case prunes with `--layout diffusers`, opens the folder with
+`AutoModel` (removed blocks: with diffusers' own class), records the velocity and a whole image, and has `fastflux verify` compare them. The same model
+as one file with original names must give the same tensors by `from_single_file`. Exit status 1 when a case fails.
 """
 
 import argparse
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,23 +22,14 @@ import tempfile
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from diffusers import AutoModel, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoModel, Flux2KleinPipeline, Flux2Transformer2DModel, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import save_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts"))
 sys.dont_write_bytecode = True
-from fastflux_flux import FastFluxTransformer2DModel  # noqa: E402
+from fastflux_flux import FastFlux2Transformer2DModel, FastFluxTransformer2DModel  # noqa: E402
 from make_reference import PARTS, Recorder  # noqa: E402
-
-# name: blocks, --form, one layer for both streams
-CASES = {
-    "linear": ("double.01,single.03-04", "linear", False),
-    "joint, across the kinds": ("double.04,single.00,single.05", "linear", True),
-    "conditioned": ("double.00,single.08-09", "conditioned", False),
-    "modulated": ("double.01,single.03", "modulated", False),
-    "remove": ("double.02,single.05-06", "remove", False),
-}
 
 
 class Pruned(Recorder):
@@ -55,44 +47,102 @@ class Pruned(Recorder):
         return pipe
 
 
+class Flux1:
+    stock, own = FluxTransformer2DModel, FastFluxTransformer2DModel
+    # name: blocks, --form, one layer for both streams
+    cases = {
+        "linear": ("double.01,single.03-04", "linear", False),
+        "joint, across the kinds": ("double.04,single.00,single.05", "linear", True),
+        "conditioned": ("double.00,single.08-09", "conditioned", False),
+        "modulated": ("double.01,single.03", "modulated", False),
+        "remove": ("double.02,single.05-06", "remove", False),
+    }
+    recipe = {"calibration": {"num-prompts": 32}}
+
+    def pipeline(self, args, _):
+        return args.model
+
+    def record(self, args, model, pipeline, path):
+        recorded = argparse.Namespace(
+            pipeline=pathlib.Path(pipeline), dtype="float32", device="cpu", width=64, height=64, steps=args.steps, guidance=3.5, batch=2, seed=0,
+            image_seed=1, inputs="random", prompt="a red circle left of a blue square on a white background", max_sequence_length=None,
+            components=["transformer", "pipeline"],
+        )  # fmt: skip
+        recorder = Pruned(recorded, model)
+        recorder.run()
+        save_file(recorder.tensors, path, metadata=recorder.metadata())
+
+
+class Flux2:
+    stock, own = Flux2Transformer2DModel, FastFlux2Transformer2DModel
+    cases = {
+        "linear": ("single.01", "linear", False),
+        "double": ("double.00", "linear", False),
+        "joint, across the kinds": ("double.00,single.00", "linear", True),
+        "conditioned": ("single.00", "conditioned", False),
+        "modulated": ("double.00,single.01", "modulated", False),
+        "remove": ("single.00", "remove", False),
+    }
+    recipe = {"calibration": {"num-prompts": 16}, "score": {"held-out": 16}}
+    text, side = 24, 64
+
+    def pipeline(self, _, work):
+        shutil.copytree(ROOT / "tests/golden/flux2/pipe", work / "pipe")
+        (work / "pipe/fastflux.json").write_text(json.dumps({"text-length": self.text, "size": self.side}))
+        return work / "pipe"
+
+    @torch.no_grad()
+    def record(self, args, model, pipeline, path):
+        generator = torch.Generator().manual_seed(0)
+        normal = lambda *shape: torch.randn(*shape, generator=generator)
+        n, width, line = self.side // 16, model.config.joint_attention_dim, torch.arange
+        values = {
+            "img": normal(2, n * n, model.config.in_channels), "txt": normal(2, self.text, width), "timestep": torch.rand(2, generator=generator),
+            "img_ids": torch.cartesian_prod(line(1), line(n), line(n), line(1)),
+            "txt_ids": torch.cartesian_prod(line(1), line(1), line(1), line(self.text)),
+        }  # fmt: skip
+        values["velocity"] = model(*(values[name] for name in ("img", "txt", "timestep", "img_ids", "txt_ids")), return_dict=False)[0]
+        tensors = {f"transformer.{name}": value for name, value in values.items()}
+        pipe = Flux2KleinPipeline.from_pretrained(pipeline, transformer=model, torch_dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        tensors["pipeline.latents"] = latents = normal(1, model.config.in_channels, n, n)
+        options = {"height": self.side, "width": self.side, "num_inference_steps": args.steps, "guidance_scale": 1.0}
+        facts = {"prompt": "a red house", "height": self.side, "width": self.side, "steps": args.steps, "guidance": 1.0, "text_len": self.text}
+        out = pipe(prompt=facts["prompt"], latents=latents.clone(), output_type="pt", max_sequence_length=self.text, **options)
+        tensors["pipeline.image"] = out.images
+        tensors = {name: (t.float() if t.is_floating_point() else t.long()).contiguous() for name, t in tensors.items()}
+        save_file(tensors, path, metadata={name: str(fact) for name, fact in facts.items()})
+
+
+FAMILIES = {"flux1": Flux1, "flux2": Flux2}
+
+
 def fastflux(args, *command):
     return subprocess.run([args.fastflux, *map(str, command), "--quiet"], check=False, stdout=subprocess.PIPE, text=True)
 
 
-def open_folder(folder, form):
-    if form == "remove":
-        return FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
-    return AutoModel.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float32)
-
-
-def check(args, work, blocks, form, joint):
-    recipe = work / "recipe.json"
-    recipe.write_text(json.dumps({"calibration": {"num-prompts": 32}, "fit": {"joint": joint}}))
-    pruned = work / "pruned"
-    command = ["prune", "--model", args.model, "--blocks", blocks, "--form", form, "--recipe", recipe, "--layout", "diffusers", "--output", pruned]
+def check(args, family, work, blocks, form, joint):
+    recipe, pruned, single, reference = work / "recipe.json", work / "pruned", work / "flux.safetensors", work / "reference.safetensors"
+    recipe.write_text(json.dumps({**family.recipe, "fit": {"joint": joint}}))
+    pipeline = family.pipeline(args, work)
+    command = ["prune", "--model", pipeline, "--blocks", blocks, "--form", form, "--recipe", recipe, "--layout", "diffusers", "--output", pruned]
     if fastflux(args, *command).returncode != 0:
         return False
-    transformer = open_folder(str(pruned / "transformer"), form)
+    folder, options = str(pruned / "transformer"), {"torch_dtype": torch.float32}
+    if form == "remove":
+        model = family.stock.from_pretrained(folder, **options)
+    else:
+        model = AutoModel.from_pretrained(folder, trust_remote_code=True, **options)
 
-    single = work / "flux.safetensors"
     if fastflux(args, "convert", "--model", pruned, "--dtype", "f32", "--output", single).returncode != 0:
         return False
-    ours, theirs = transformer.state_dict(), FastFluxTransformer2DModel.from_single_file(single, torch_dtype=torch.float32).state_dict()
+    ours, theirs = model.state_dict(), family.own.from_single_file(single, **options).state_dict()
     same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     print(f"    {len(ours)} tensors from the single file: {'equal' if same else 'NOT EQUAL'}")
 
-    recorded = argparse.Namespace(
-        pipeline=pathlib.Path(args.model), dtype="float32", device="cpu", width=64, height=64, steps=args.steps, guidance=3.5, batch=2, seed=0,
-        image_seed=1, inputs="random", prompt="a red circle left of a blue square on a white background", max_sequence_length=None,
-        components=["transformer", "pipeline"],
-    )  # fmt: skip
-    recorder = Pruned(recorded, transformer)
-    recorder.run()
-    reference = work / "reference.safetensors"
-    save_file(recorder.tensors, reference, metadata=recorder.metadata())
+    family.record(args, model, pipeline, reference)
     verified = fastflux(args, "verify", "--model", pruned, "--reference", reference, "--json")
-    tensors = json.loads(verified.stdout)["tensors"]
-    for tensor in tensors:
+    for tensor in json.loads(verified.stdout)["tensors"]:
         print(f"    {tensor['name']:32} relative error {tensor['relative']:.1e}{'' if tensor['ok'] else '  OFF'}")
     return same and verified.returncode == 0
 
@@ -100,7 +150,8 @@ def check(args, work, blocks, form, joint):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fastflux", default=ROOT / "target/release/fastflux")
-    parser.add_argument("--model", default=ROOT / "configs/tiny", help="pipeline folder in diffusers layout; default: the bundled model")
+    parser.add_argument("--family", choices=FAMILIES, help="default: both")
+    parser.add_argument("--model", default=ROOT / "configs/tiny", help="FLUX.1 pipeline folder in diffusers layout; default: the bundled model")
     parser.add_argument("--cases", help="those whose names start so, separated by commas; default: all")
     parser.add_argument("--steps", type=int, default=4, help="of the image")
     parser.add_argument("--threads", type=int, help="of PyTorch")
@@ -112,13 +163,14 @@ def main():
         library.utils.logging.set_verbosity_error()
     wanted = tuple(args.cases.split(",")) if args.cases else ("",)
     failed = []
-    for name, (blocks, form, joint) in CASES.items():
-        if not name.startswith(wanted):
-            continue
-        print(f"{name}: {blocks} --form {form}", flush=True)
-        with tempfile.TemporaryDirectory() as work:
-            if not check(args, pathlib.Path(work), blocks, form, joint):
-                failed.append(name)
+    for family in [args.family] if args.family else FAMILIES:
+        for name, (blocks, form, joint) in FAMILIES[family].cases.items():
+            if not name.startswith(wanted):
+                continue
+            print(f"{family}: {name}: {blocks} --form {form}", flush=True)
+            with tempfile.TemporaryDirectory() as work:
+                if not check(args, FAMILIES[family](), pathlib.Path(work), blocks, form, joint):
+                    failed.append(f"{family}: {name}")
     print(f"FAILED: {', '.join(failed)}" if failed else "all agree")
     return 1 if failed else 0
 

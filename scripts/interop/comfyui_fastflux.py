@@ -83,10 +83,16 @@ class Replaced(nn.Module):
         self.seen = seen
 
 
+def one_timestep(modulation_dims):
+    if modulation_dims is not None:
+        raise ValueError("in a pruned model reference images have the timestep of the image: choose another method than index_timestep_zero")
+
+
 class ReplacedDouble(Replaced):
     """In the place of a double block."""
 
-    def forward(self, img, txt, vec, **_):
+    def forward(self, img, txt, vec, modulation_dims_img=None, **_):
+        one_timestep(modulation_dims_img)
         if isinstance(vec, tuple):
             # FLUX.2 hands on what its shared projections give: for image and text, the first and the second branch
             (of_img, _), (of_txt, _) = vec
@@ -97,7 +103,8 @@ class ReplacedDouble(Replaced):
 class ReplacedSingle(Replaced):
     """In the place of a single block, whose tokens are those of the text and then those of the image."""
 
-    def forward(self, x, vec, transformer_options, **_):
+    def forward(self, x, vec, transformer_options, modulation_dims=None, **_):
+        one_timestep(modulation_dims)
         text = transformer_options["img_slice"][0]
         # FLUX.2 hands on shift, scale and gate
         vec, shared = (vec, None) if torch.is_tensor(vec) else (self.seen.vec, vec)
@@ -119,12 +126,12 @@ class PassSingle(nn.Module):
 
 
 class Seen:
-    """The embedding of the timestep in the current forward, which FLUX.2 does not hand to its blocks."""
+    """The embedding of timestep and guidance in the current forward, which FLUX.2 does not hand to its blocks."""
 
     vec = None
 
-    def note(self, _, __, vec):
-        self.vec = vec
+    def note(self, _, given):
+        (self.vec,) = given
 
 
 MODULES = {"double": (ReplacedDouble, PassDouble), "single": (ReplacedSingle, PassSingle)}
@@ -223,12 +230,13 @@ def load(path, patch=None, level="", **options):
         raise ValueError(f"`{path}`: ComfyUI knows the rotary axes {ROTARY[0][0]} and {ROTARY[1][0]} only, these are {record['axes-dims']}")
     seen = Seen()
     places, kept = stacks(record["layout"], tensors, seen)
+    shared = SHARED in kept  # ComfyUI empties the dictionary
     patcher = comfy.sd.load_diffusion_model_state_dict(kept, metadata=metadata, **options)
     if patcher is None:
         raise ValueError(f"`{path}`: ComfyUI does not recognise what was kept; it needs a double block to tell that it is FLUX")
     model = patcher.model
-    if SHARED in kept:
-        model.diffusion_model.time_in.register_forward_hook(seen.note)
+    if shared:
+        model.diffusion_model.double_stream_modulation_img.register_forward_pre_hook(seen.note)
     for kind, depth in (("double", "depth"), ("single", "depth_single_blocks")):
         blocks = iter(getattr(model.diffusion_model, f"{kind}_blocks"))
         stack = [next(blocks) if module is None else module for _, module in sorted(places[kind].items())]

@@ -15,6 +15,7 @@ The single file that they write otherwise opens with this file in reach (`import
 """
 
 import hashlib
+import inspect
 import json
 import pathlib
 import re
@@ -202,6 +203,10 @@ class Pruned:
 
     _auto_class = "AutoModel"  # `save_pretrained` writes the `auto_map` again
 
+    def _sizes(self, cls):
+        """What the configuration says of the arguments of diffusers' own class."""
+        return {name: self.config[name] for name in inspect.signature(cls.__init__).parameters if name in self.config}
+
     def _replace(self, fastflux, replaced):
         """Puts `replaced(kind, entry)` in the place of each block that was replaced."""
         for kind, slots in slots_of(fastflux).items():
@@ -307,19 +312,7 @@ class FastFluxTransformer2DModel(Pruned, FluxTransformer2DModel):
         fastflux: dict | None = None,
         auto_map: dict | None = None,  # of config.json; unused, but diffusers warns of what it does not find here
     ):
-        super().__init__(
-            patch_size=patch_size,
-            in_channels=in_channels,
-            out_channels=out_channels,
-            num_layers=num_layers,
-            num_single_layers=num_single_layers,
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-            joint_attention_dim=joint_attention_dim,
-            pooled_projection_dim=pooled_projection_dim,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=axes_dims_rope,
-        )
+        super().__init__(**self._sizes(FluxTransformer2DModel))
         if mlp_ratio != 4:
             raise ValueError(f"diffusers' FLUX blocks have MLPs 4 times as wide as the stream, this model's are {mlp_ratio} times")
         self.pos_embed.theta = theta
@@ -353,22 +346,7 @@ if Flux2Transformer2DModel is not None:
             fastflux: dict | None = None,
             auto_map: dict | None = None,  # of config.json; unused, but diffusers warns of what it does not find here
         ):
-            super().__init__(
-                patch_size=patch_size,
-                in_channels=in_channels,
-                out_channels=out_channels,
-                num_layers=num_layers,
-                num_single_layers=num_single_layers,
-                attention_head_dim=attention_head_dim,
-                num_attention_heads=num_attention_heads,
-                joint_attention_dim=joint_attention_dim,
-                timestep_guidance_channels=timestep_guidance_channels,
-                mlp_ratio=mlp_ratio,
-                axes_dims_rope=axes_dims_rope,
-                rope_theta=rope_theta,
-                eps=eps,
-                guidance_embeds=guidance_embeds,
-            )
+            super().__init__(**self._sizes(Flux2Transformer2DModel))
             seen = self._seen = Seen()
             classes = {"double": ReplacedDouble2, "single": ReplacedSingle2}
             self._replace(fastflux, lambda kind, entry: classes[kind](self.inner_dim, entry["form"], entry.get("joint", False), seen))
