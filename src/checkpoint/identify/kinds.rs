@@ -153,7 +153,7 @@ pub(super) const OF_FLUX: [Kind; 20] = [
 ];
 
 /// Models of another kind.
-pub(super) const OTHER: [Kind; 14] = [
+pub(super) const OTHER: [Kind; 19] = [
     Kind {
         evidence: &[&["^joint_blocks."]],
         what: "is Stable Diffusion 3",
@@ -206,6 +206,16 @@ pub(super) const OTHER: [Kind; 14] = [
         hint: OF_FLUX1,
     },
     Kind {
+        evidence: &[&["^x_embedder.proj."], &["^blocks.0."]],
+        what: "is Cosmos",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&["^patch_embed.text_proj."]],
+        what: "is CogVideoX",
+        hint: OF_FLUX1,
+    },
+    Kind {
         evidence: &[
             &["^input_blocks.", "^down_blocks."],
             &["^middle_block.", "^mid_block."],
@@ -236,6 +246,21 @@ pub(super) const OTHER: [Kind; 14] = [
         ]],
         what: "is a CLIP text encoder",
         hint: "name the transformer with --model, and this file with --text-encoders",
+    },
+    Kind {
+        evidence: &[&["^vision_model.embeddings.", "^visual.conv1."]],
+        what: "is an image encoder (CLIP vision or SigLIP)",
+        hint: OF_FLUX1,
+    },
+    Kind {
+        evidence: &[&["^taesd_decoder.", "^taesd_encoder."]],
+        what: "is TAESD, a small stand-in for a VAE that shows previews",
+        hint: "name the transformer with --model, and the whole VAE with --vae",
+    },
+    Kind {
+        evidence: &[&["^conv_first.", "^model.1.sub.0."]],
+        what: "enlarges images (ESRGAN)",
+        hint: OF_FLUX1,
     },
     Kind {
         evidence: &[&["^decoder.conv_in."]],
