@@ -17,7 +17,10 @@ use super::{
 };
 use crate::{
     checkpoint::{Checkpoint, Source, save, with_hint},
-    files::{Files, output::check_folder},
+    files::{
+        Files,
+        output::{check_folder, is_temporary},
+    },
 };
 
 /// The metadata key of the progress.
@@ -28,8 +31,6 @@ const STEM: &str = "state";
 pub const IMAGES_STEM: &str = "images";
 /// What earlier versions called it.
 const OLD_IMAGES_STEM: &str = "pictures";
-/// How names of temporary files and folders begin.
-const TEMPORARY: &str = ".fastflux-";
 /// Folder next to it with the bundled model, pruned, if no model was named.
 pub const PRUNED: &str = "pruned";
 
@@ -175,7 +176,7 @@ pub fn remove(folder: &Path) -> Result<()> {
             if entry.file_type()?.is_dir() {
                 // a pruned model of another hand may lie there: what says that we wrote it is its marker
                 let pruned = || check_folder(&entry.path(), true).is_ok();
-                if name.starts_with(TEMPORARY) || name == PRUNED && pruned() {
+                if is_temporary(&name) || name == PRUNED && pruned() {
                     std::fs::remove_dir_all(entry.path())?;
                 }
             } else if is_ours(&name) {
@@ -196,11 +197,12 @@ pub fn remove(folder: &Path) -> Result<()> {
 /// Whether a run writes a file of this name into its folder.
 fn is_ours(name: &str) -> bool {
     let whole = name.strip_suffix(".tmp").unwrap_or(name);
-    if whole.strip_suffix(".partial") == Some(PRUNED) {
-        return true; // the calibration of the bundled model
+    let partial = whole.strip_suffix(".json").unwrap_or(whole);
+    if partial.strip_suffix(".partial") == Some(PRUNED) {
+        return true; // the calibration of the bundled model, and what was compared
     }
     let stem = whole.strip_suffix(".safetensors").unwrap_or_default();
-    name.starts_with(TEMPORARY) || [STEM, IMAGES_STEM, OLD_IMAGES_STEM].contains(&stem)
+    is_temporary(name) || [STEM, IMAGES_STEM, OLD_IMAGES_STEM].contains(&stem)
 }
 
 /// Gives keys of a recipe that an earlier version wrote the names of today.
@@ -319,13 +321,13 @@ mod tests {
         std::fs::write(folder.path().join("run/notes"), "mine").unwrap();
         // what runs leave that are killed while they write
         for left in [
-            ".fastflux-aB3",
+            ".fastflux-aB3aB3aB3aB3aB3a",
             "state.safetensors.tmp",
             "images.safetensors",
         ] {
             std::fs::write(folder.path().join("run").join(left), "half").unwrap();
         }
-        std::fs::create_dir_all(folder.path().join("run/.fastflux-Zz/old")).unwrap();
+        std::fs::create_dir_all(folder.path().join("run/.fastflux-ZzZzZzZzZzZzZzZz/old")).unwrap();
         remove(&folder.path().join("run")).unwrap();
         assert!(file.load().unwrap().is_none() && folder.path().join("run/notes").exists());
         std::fs::remove_file(folder.path().join("run/notes")).unwrap();

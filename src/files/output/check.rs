@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{marker, parent, registry::expect_new};
+use super::{
+    marker, parent,
+    registry::{builder, expect_new},
+};
 use crate::files;
 
 /// Fails when nothing could be written at `path`, or when it is or holds a file that this process reads, without leaving
@@ -15,8 +18,7 @@ use crate::files;
 pub fn check_writable(path: &Path) -> Result<()> {
     check_apart(path)?;
     let folder = nearest(path)?;
-    tempfile::Builder::new()
-        .prefix(".fastflux-")
+    builder(0o777)
         .tempdir_in(&folder)
         .map(drop)
         .with_context(|| format!("cannot write into `{}`", folder.display()))

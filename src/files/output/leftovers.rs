@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::registry::{self, PREFIX};
+use super::registry::{self, is_temporary};
 use crate::ui;
 
 /// Marks a temporary file as one that is being written, as long as it is open.
@@ -27,7 +27,7 @@ pub(super) fn mark_folder(folder: &Path) -> Option<File> {
 pub(super) fn remove(folder: &Path) {
     let (mut count, mut bytes) = (0, 0);
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
+        if !is_temporary(&entry.file_name().to_string_lossy()) {
             continue;
         }
         let (path, Ok(kind)) = (entry.path(), entry.file_type()) else {

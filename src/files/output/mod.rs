@@ -20,7 +20,7 @@ use tempfile::TempDir;
 pub use check::{check_file, check_folder, check_other, check_writable};
 pub use leftovers::lock;
 use registry::{begin, builder, is_to_be_new, is_written, without_interruption};
-pub use registry::{final_name, take_notes};
+pub use registry::{final_name, is_temporary, take_notes};
 #[cfg(unix)]
 pub use signals::install_signal_handlers;
 
@@ -179,8 +179,7 @@ impl OutputFolder {
             );
         }
         check_folder(target, true)?;
-        let aside = tempfile::Builder::new()
-            .prefix(".fastflux-old-")
+        let aside = builder(0o777)
             .tempdir_in(parent(target))
             .with_context(context)?;
         let old = aside.path().join("old");
@@ -261,24 +260,36 @@ mod tests {
     #[test]
     fn what_a_killed_run_left_is_taken_away_and_what_another_writes_is_not() {
         let work = tempfile::tempdir().unwrap();
+        let live = ".fastflux-aB3aB3aB3aB3live";
         for name in [
-            ".fastflux-dead",
-            ".fastflux-live",
+            ".fastflux-aB3aB3aB3aB3dead",
+            live,
+            ".fastflux-backup",
             ".fastflux.json",
             "thesis",
         ] {
             std::fs::write(work.path().join(name), "x").unwrap();
         }
-        std::fs::create_dir(work.path().join(".fastflux-folder")).unwrap();
-        let live = File::open(work.path().join(".fastflux-live")).unwrap();
-        leftovers::mark(&live);
+        for name in [".fastflux-aB3aB3aB3aB3fold", ".fastflux-my-notes-of-2026"] {
+            std::fs::create_dir(work.path().join(name)).unwrap();
+        }
+        let of_live = File::open(work.path().join(live)).unwrap();
+        leftovers::mark(&of_live);
         write_bytes(&work.path().join("a"), b"x").unwrap();
         let mut left: Vec<_> = std::fs::read_dir(work.path())
             .unwrap()
             .map(|entry| entry.unwrap().file_name())
             .collect();
         left.sort();
-        assert_eq!(left, [".fastflux-live", ".fastflux.json", "a", "thesis"]);
+        let kept = [
+            live,
+            ".fastflux-backup",
+            ".fastflux-my-notes-of-2026",
+            ".fastflux.json",
+            "a",
+            "thesis",
+        ];
+        assert_eq!(left, kept);
     }
 
     #[test]

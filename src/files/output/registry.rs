@@ -9,7 +9,17 @@ use std::{
 static TEMPORARY: Mutex<Vec<(PathBuf, PathBuf)>> = Mutex::new(Vec::new());
 
 /// How names of temporaries begin.
-pub(super) const PREFIX: &str = ".fastflux-";
+const PREFIX: &str = ".fastflux-";
+/// Letters and digits that follow, drawn at random: so many that no name which a person chose is taken for one.
+const RANDOM: usize = 16;
+
+/// Whether a file or folder of this name is a temporary of some run.
+pub fn is_temporary(name: &str) -> bool {
+    let random = name.strip_prefix(PREFIX);
+    random.is_some_and(|random| {
+        random.len() == RANDOM && random.bytes().all(|b| b.is_ascii_alphanumeric())
+    })
+}
 
 /// Outputs that were not there when they were checked and may not be overwritten.
 static TO_BE_NEW: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
@@ -85,7 +95,7 @@ pub(super) fn begin<T>(
 /// Temporary files are private to their owner by default; an output has the permissions any new one has.
 pub(super) fn builder(mode: u32) -> tempfile::Builder<'static, 'static> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(PREFIX);
+    builder.prefix(PREFIX).rand_bytes(RANDOM);
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
