@@ -12,6 +12,9 @@ rm -rf "$golden/dev" "$golden/schnell"
     --heads 2 --axes 4,6,6 --double 2 --single 3 --t5-width 40 --t5-length 16 --clip-width 24 --dtype bfloat16
 "$python" scripts/make_reference.py "$golden/dev/pipe" "$golden/dev/reference.safetensors" --seed 11 --image-seed 1234 \
     --width 64 --height 48 --steps 4 --prompt "a photo of a small red house under a tall tree, at night"
+"$python" scripts/make_reference.py "$golden/dev/pipe" "$golden/dev/true_cfg.safetensors" --seed 13 --image-seed 1234 \
+    --width 64 --height 48 --steps 3 --components pipeline --true-cfg 2.5 --negative-prompt "rain, and a green car" \
+    --prompt "a photo of a small red house under a tall tree, at night"
 
 # As FLUX.1-schnell: no guidance, fixed shift, several files; other sizes, CLIP's tokenizer as vocab.json and merges.txt,
 # and the original names as all-in-one files carry them.
@@ -21,6 +24,8 @@ rm -rf "$golden/dev" "$golden/schnell"
     --original-prefix model.diffusion_model. --original-norm weight
 "$python" scripts/make_reference.py "$golden/schnell/pipe" "$golden/schnell/reference.safetensors" --seed 12 \
     --image-seed 4321 --width 32 --height 80 --steps 3 --batch 1 --prompt "Two dogs run, & the sea"
+"$python" scripts/make_reference.py "$golden/schnell/pipe" "$golden/schnell/true_cfg.safetensors" --seed 14 \
+    --image-seed 4321 --width 48 --height 32 --steps 3 --components pipeline --true-cfg 4 --prompt "Two dogs run, & the sea"
 
 "$python" - "$golden/torch_randn.safetensors" <<'PY'
 import sys, torch

@@ -44,6 +44,8 @@ class Recorder:
     def __init__(self, args):
         self.args = args
         self.tensors = {}
+        # What the whole pipeline is told of the negative prompt.
+        self.negative = {}
         self.dtype = getattr(torch, args.dtype)
         self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.config = json.loads((args.pipeline / "transformer" / "config.json").read_text())
@@ -81,16 +83,25 @@ class Recorder:
         pipe = self.load("text_encoder", "tokenizer")
         ids = self.tokens(pipe.tokenizer, pipe.tokenizer.model_max_length)
         pooled = pipe.text_encoder(ids).pooler_output
+        if self.args.true_cfg is not None:
+            ids_of_negative = self.tokens(pipe.tokenizer, pipe.tokenizer.model_max_length, self.args.negative_prompt)
+            self.negative["negative_pooled_prompt_embeds"] = pipe.text_encoder(ids_of_negative).pooler_output
         return ids, pooled
 
     def t5(self):
         pipe = self.load("text_encoder_2", "tokenizer_2")
-        ids = self.tokens(pipe.tokenizer_2, self.text_length(pipe.tokenizer_2))
+        length = self.text_length(pipe.tokenizer_2)
+        ids = self.tokens(pipe.tokenizer_2, length)
         hidden = pipe.text_encoder_2(ids)[0]
+        if self.args.true_cfg is not None:
+            ids_of_negative = self.tokens(pipe.tokenizer_2, length, self.args.negative_prompt)
+            self.negative["negative_prompt_embeds"] = pipe.text_encoder_2(ids_of_negative)[0]
+            self.negative["true_cfg_scale"] = self.args.true_cfg
         return ids, hidden
 
-    def tokens(self, tokenizer, length):
-        batch = tokenizer([self.args.prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    def tokens(self, tokenizer, length, prompt=None):
+        prompt = self.args.prompt if prompt is None else prompt
+        batch = tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return batch.input_ids.to(self.device)
 
     def text_length(self, tokenizer):
@@ -178,6 +189,7 @@ class Recorder:
             num_inference_steps=self.args.steps,
             guidance_scale=self.args.guidance,
             output_type="latent",
+            **self.negative,
             **start,
         ).images
         # What the pipeline does with output_type="pt", without sampling twice.
@@ -242,6 +254,8 @@ class Recorder:
             "guidance": args.guidance,
             "dtype": args.dtype,
         }
+        if args.true_cfg is not None:
+            facts |= {"true_cfg": args.true_cfg, "negative_prompt": args.negative_prompt}
         if args.max_sequence_length is not None:
             facts["t5_len"] = args.max_sequence_length
         for package in ("diffusers", "torch", "transformers"):
@@ -258,6 +272,8 @@ def arguments():
     parser.add_argument("--height", type=int, default=48)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--guidance", type=float, help="default: 3.5, or 0 for a model without guidance embedding")
+    parser.add_argument("--true-cfg", type=float, help="diffusers' true_cfg_scale, of the whole pipeline")
+    parser.add_argument("--negative-prompt", default="", help="for --true-cfg")
     parser.add_argument("--seed", type=int, default=0, help="of the recorded inputs")
     parser.add_argument("--image-seed", type=int, default=1234, help="of the seeded image")
     parser.add_argument("--batch", type=int, default=2, help="of the recorded transformer call")

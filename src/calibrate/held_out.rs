@@ -6,7 +6,10 @@ use anyhow::{Result, ensure};
 use candle::{DType, Device, Tensor};
 use indicatif::ProgressBar;
 
-use super::noised::{Batch, NoisedLatents};
+use super::{
+    journal::Journal,
+    noised::{Batch, NoisedLatents},
+};
 use crate::model::{Block, Flux, Stream, Trunk, memory::BATCHES_PER_LOAD};
 
 /// Held-out noised latents with the unpruned model's velocity on them.
@@ -14,6 +17,7 @@ pub struct HeldOut {
     batches: Vec<(Batch, Tensor)>,
     /// Σ ‖v‖² of the unpruned model.
     norm_sq: f64,
+    journal: Option<Journal>,
 }
 
 impl HeldOut {
@@ -42,7 +46,11 @@ impl HeldOut {
             norm_sq.is_finite() && norm_sq > 0.0,
             "the unpruned model's velocity is NaN, infinite or zero"
         );
-        Ok(Self { batches, norm_sq })
+        Ok(Self {
+            batches,
+            norm_sq,
+            journal: None,
+        })
     }
 
     /// Relative mean squared error of the velocity of `flux` with `trunk` in place of its own.
@@ -60,7 +68,14 @@ impl HeldOut {
         Ok(error / self.norm_sq)
     }
 
-    /// The error of `trunk` with each of `candidates` (index in the trunk → replacement) exchanged in turn.
+    /// With numbers that an earlier, killed run measured, and to keep those of this one.
+    #[must_use]
+    pub fn with_journal(mut self, journal: Option<Journal>) -> Self {
+        self.journal = journal;
+        self
+    }
+
+    /// The error of `trunk` with each of `candidates` (index in the trunk → replacement) exchanged in turn; `what` is compared.
     ///
     /// The trunk is a fold, so the prefix before a block is computed once for all candidates behind it. If blocks are
     /// read whenever they are run, several candidates go through each together; the numbers are the same.
@@ -72,16 +87,31 @@ impl HeldOut {
         flux: &Flux,
         trunk: &Trunk,
         candidates: &BTreeMap<usize, Block>,
+        what: &str,
         progress: &ProgressBar,
     ) -> Result<BTreeMap<usize, f64>> {
+        let section = self.journal.as_ref().map(|j| j.section(what, trunk));
         let mut errors: BTreeMap<usize, f64> = candidates.keys().map(|k| (*k, 0.0)).collect();
-        let order: Vec<usize> = candidates.keys().copied().collect();
         let together = if trunk.has_offloaded(0..trunk.len()) {
             BATCHES_PER_LOAD
         } else {
             1
         };
-        for (batch, velocity) in &self.batches {
+        for (number, (batch, velocity)) in self.batches.iter().enumerate() {
+            let mut order = Vec::new();
+            for index in candidates.keys() {
+                let known = section.as_ref().and_then(|s| s.get(*index, number));
+                match known {
+                    Some(error) => {
+                        *errors.entry(*index).or_default() += error;
+                        progress.inc(1);
+                    }
+                    None => order.push(*index),
+                }
+            }
+            if order.is_empty() {
+                continue;
+            }
             let (mut prefix, conditioning) = flux.embed(&batch.inputs())?;
             let mut start = 0;
             for group in order.chunks(together) {
@@ -104,7 +134,11 @@ impl HeldOut {
                 })?;
                 for (index, end) in under_way {
                     let got = flux.head(&end, &conditioning)?.to_dtype(DType::F32)?;
-                    *errors.entry(index).or_default() += sum_sq(&(got - velocity)?)? / self.norm_sq;
+                    let error = sum_sq(&(got - velocity)?)? / self.norm_sq;
+                    *errors.entry(index).or_default() += error;
+                    if let Some(section) = &section {
+                        section.put(index, number, error);
+                    }
                     progress.inc(1);
                 }
                 start = last;

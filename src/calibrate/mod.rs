@@ -26,6 +26,7 @@ pub mod file;
 pub mod header;
 pub mod held_out;
 mod images;
+pub mod journal;
 pub mod memory;
 mod noise_levels;
 pub mod noised;
@@ -43,7 +44,7 @@ mod token_sums;
 
 pub use behind::gather_behind;
 pub use noise_levels::NoiseLevels;
-pub use sampling::sample;
+pub use sampling::{sample, sample_range};
 
 /// See the module.
 pub struct Calibrator<'a> {
@@ -111,6 +112,7 @@ impl<'a> Calibrator<'a> {
             schedule: &self.schedule,
             steps: recipe.steps.context("steps are resolved")?,
             guidance: recipe.guidance.context("guidance is resolved")?,
+            cfg_scale: self.pipeline.cfg_scale(recipe.guidance.unwrap_or_default()),
             size: self.options.size.latent(self.pipeline.config.family),
         })
     }

@@ -135,7 +135,8 @@ impl ResolvedOptions {
         (recipe.width, recipe.height) = (Some(size.width), Some(size.height));
         let drawing_steps = recipe.steps.unwrap_or(pipeline.default_steps());
         let steps = *recipe.steps.get_or_insert(pipeline.default_steps_of_data());
-        recipe.guidance.get_or_insert(pipeline.default_guidance());
+        recipe.guidance = Some(pipeline.guidance_or_default(recipe.guidance));
+        pipeline.note_guesses(recipe.steps);
         let default = size.default_held_out();
         let held_out = held_out.unwrap_or(default);
         let noise_levels_per_image = match recipe.source {

@@ -9,12 +9,15 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use candle::Tensor;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::{
-    Calibrator,
+    Calibrator, NoisedSplit,
     file::{self, Calibration},
     header::Header,
     held_out::HeldOut,
+    journal::Journal,
     memory::{blocks_within, bytes_of_sums},
     noised::{NoisedLatents, Share},
     options::{AGAIN, ResolvedOptions},
@@ -259,7 +262,13 @@ fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
         .pipeline
         .reporter
         .progress(trunk.len() * held_out.batches(), "choosing candidates");
-    let errors = held_out.ablate(&calibrator.flux, trunk, &candidates.collect(), &progress)?;
+    let errors = held_out.ablate(
+        &calibrator.flux,
+        trunk,
+        &candidates.collect(),
+        "removal",
+        &progress,
+    )?;
     calibrator
         .pipeline
         .reporter
@@ -291,17 +300,27 @@ impl RunOptions {
         }
     }
 
+    /// Where the comparison of candidates is kept while it is unfinished: `scores.json.partial.json`.
+    fn journal(&self) -> PathBuf {
+        let mut name = self.partial.as_os_str().to_owned();
+        name.push(".json");
+        name.into()
+    }
+
     /// Removes unfinished work that is finished now.
     ///
     /// # Errors
-    /// When the file is there and cannot be removed.
+    /// When a file is there and cannot be removed.
     pub fn remove_partial(&self) -> Result<()> {
-        match std::fs::remove_file(&self.partial) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("cannot remove `{}`", self.partial.display()))
+        for path in [&self.partial, &self.journal()] {
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    Err(error).with_context(|| format!("cannot remove `{}`", path.display()))?;
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 }
 
@@ -312,6 +331,30 @@ impl Calibrator<'_> {
     /// When unfinished work of another kind is in the way, a forward fails, or a disk is full.
     pub fn run(&self, options: &RunOptions) -> Result<Calibration> {
         run(self, options)
+    }
+
+    /// The held-out part of `noised` with the unpruned model's velocity on it, where comparisons are saved as they go.
+    /// `settings` say what they depend on besides the calibration.
+    ///
+    /// # Errors
+    /// As [`Self::held_out`]; when unfinished work of another kind is in the way.
+    pub fn held_out_of(
+        &self,
+        run: &RunOptions,
+        noised: &NoisedSplit,
+        settings: &Value,
+    ) -> Result<HeldOut> {
+        let options = &self.options;
+        let settings = json!({
+            "calibration": serde_json::to_value(header(self, 0)?)?,
+            "held_out": options.held_out,
+            "settings": settings,
+        });
+        let hash = Sha256::digest(settings.to_string());
+        let hash: String = hash.iter().map(|b| format!("{b:02x}")).collect();
+        let (path, reporter) = (run.journal(), &self.pipeline.reporter);
+        let journal = Journal::open(&path, hash, run.save_every, reporter)?;
+        Ok(self.held_out(noised)?.with_journal(Some(journal)))
     }
 
     /// The calibration that was made before, if the options name one, otherwise one made now.

@@ -1,5 +1,7 @@
 //! Prompts → images as packed latents, several batches at a time.
 
+use std::ops::Range;
+
 use anyhow::Result;
 use candle::Tensor;
 use indicatif::ProgressBar;
@@ -22,10 +24,42 @@ pub fn sample(
     seed: u64,
     progress: &ProgressBar,
 ) -> Result<Tensor> {
+    let all = 0..prompts.len();
+    let images = sample_range(
+        denoise,
+        prompts,
+        channels,
+        batch,
+        together,
+        seed,
+        all,
+        progress,
+        &mut |_| (),
+    )?;
+    Ok(Tensor::cat(&images, 0)?)
+}
+
+/// The same of the prompts of `range`, which begins with a whole batch: the images of each batch. `done` is given those of
+/// the range so far, after each of them.
+///
+/// # Errors
+/// As [`sample`].
+#[expect(clippy::too_many_arguments, reason = "each is of another type")]
+pub fn sample_range(
+    denoise: &Denoise,
+    prompts: &Encoded,
+    channels: usize,
+    batch: usize,
+    together: usize,
+    seed: u64,
+    range: Range<usize>,
+    progress: &ProgressBar,
+    done: &mut dyn FnMut(&[Tensor]),
+) -> Result<Vec<Tensor>> {
     let trunk = &denoise.flux.trunk;
     let stored = trunk.has_offloaded(0..trunk.len());
     let together = if stored { together.max(1) } else { 1 };
-    let starts: Vec<usize> = (0..prompts.len()).step_by(batch).collect();
+    let starts: Vec<usize> = range.clone().step_by(batch).collect();
     let mut images = Vec::new();
     for some in starts.chunks(together) {
         let given = some.iter().map(|start| {
@@ -40,6 +74,7 @@ pub fn sample(
         for latents in denoise.run_each(&given, &mut || progress.inc(1))? {
             images.push(latents.to_device(&candle::Device::Cpu)?);
         }
+        done(&images);
     }
-    Ok(Tensor::cat(&images, 0)?)
+    Ok(images)
 }

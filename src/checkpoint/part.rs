@@ -16,6 +16,8 @@ pub enum Part {
     Clip,
     /// T5's encoder, under transformers' names or those of GGUF.
     T5,
+    /// Qwen3 without its answers, under transformers' names or those of GGUF.
+    Qwen3,
     /// The autoencoder, under original or diffusers' names.
     Vae,
 }
@@ -36,7 +38,7 @@ const WRAPPERS: [&str; 11] = [
 ];
 
 /// First components below which files keep other parts than the transformer.
-const OTHER_PARTS: [&str; 14] = [
+const OTHER_PARTS: [&str; 15] = [
     "text_encoder",
     "text_encoder_2",
     "text_encoders",
@@ -51,6 +53,7 @@ const OTHER_PARTS: [&str; 14] = [
     "vae",
     "autoencoder",
     "clip_vision_model",
+    "lm_head",
 ];
 
 /// Names that files hold next to their parts and that nothing is computed with; the last component or a whole name.
@@ -79,7 +82,13 @@ const EXTRAS: [&str; 20] = [
 
 impl Part {
     /// All parts.
-    pub const ALL: [Self; 4] = [Self::Transformer, Self::Clip, Self::T5, Self::Vae];
+    pub const ALL: [Self; 5] = [
+        Self::Transformer,
+        Self::Clip,
+        Self::T5,
+        Self::Qwen3,
+        Self::Vae,
+    ];
 
     /// What it is called in messages.
     pub fn name(self) -> &'static str {
@@ -87,6 +96,7 @@ impl Part {
             Self::Transformer => "FLUX transformer",
             Self::Clip => "CLIP text encoder",
             Self::T5 => "T5 text encoder",
+            Self::Qwen3 => "Qwen3 text encoder",
             Self::Vae => "VAE",
         }
     }
@@ -99,6 +109,10 @@ impl Part {
             Self::T5 => &[
                 "encoder.block.0.layer.0.SelfAttention.q.weight",
                 "enc.blk.0.attn_q.weight",
+            ],
+            Self::Qwen3 => &[
+                "layers.0.self_attn.q_norm.weight",
+                "blk.0.attn_q_norm.weight",
             ],
             Self::Vae => &["decoder.conv_in.weight"],
         }
@@ -122,6 +136,17 @@ impl Part {
                     "token_embd.",
                 ],
                 &["decoder.", "dec."],
+            ),
+            Self::Qwen3 => (
+                &[
+                    "embed_tokens.",
+                    "layers.",
+                    "norm.",
+                    "token_embd.",
+                    "blk.",
+                    "output_norm.",
+                ],
+                &["lm_head.", "output.", "rope_freqs."],
             ),
             Self::Vae => (
                 &[

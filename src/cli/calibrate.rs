@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{
     DryRunArgs, MemoryArgs, OutputArgs, PipelineArgs, PromptsArgs, RecipeArgs, RunArgs, SeedArgs,
-    SizeArgs,
+    SizeArgs, TrueCfgArgs,
     shared::written,
     units::{bytes, whole},
 };
@@ -60,6 +60,8 @@ pub struct CalibrationArgs {
     #[arg(long, value_parser = whole(1, MAX_STEPS_OF_DATA))]
     pub steps: Option<usize>,
     #[command(flatten)]
+    pub cfg: TrueCfgArgs,
+    #[command(flatten)]
     pub size: SizeArgs,
     #[command(flatten)]
     pub seed: SeedArgs,
@@ -70,8 +72,8 @@ pub struct CalibrationArgs {
     /// Default: half of what is free.
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub stats_memory: Option<u64>,
-    /// Save the calibration after this many seconds of work, as OUTPUT.partial; the same command goes on from there. Scores
-    /// and fits are not saved: they are made again.
+    /// Save the calibration after this many seconds of work, as OUTPUT.partial, and the comparison of blocks as
+    /// OUTPUT.partial.json; the same command goes on from there. Fits are made again.
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     pub save_every: u64,
 }

@@ -48,7 +48,7 @@ pub struct EvalArgs {
     pub config: ConfigArgs,
     #[command(flatten)]
     pub parts: PartsArgs,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Images")]
     pub prompts: PromptsArgs,
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -68,6 +68,10 @@ pub struct EvalArgs {
     /// With --export: draw every n-th prompt only, from the i-th on.
     #[arg(long, value_name = "I/N", requires = "export")]
     pub shard: Option<Shard>,
+    /// Save the images after this many seconds of work, as latents in OUTPUT.images.partial; the same command goes on from
+    /// there.
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    pub save_every: u64,
     #[command(flatten)]
     pub run: RunArgs,
     #[command(flatten)]
@@ -89,14 +93,14 @@ pub struct VerifyArgs {
     /// Exit status 1 if it does not.
     #[arg(long, value_name = "PROGRAM", requires = "file", conflicts_with_all = ["reference", "model"])]
     pub target: Option<Target>,
-    #[command(flatten)]
-    pub pipeline: PipelineArgs,
     /// Tensors recorded by scripts/make_reference.py.
     #[arg(long, value_name = "FILE", required_unless_present = "target")]
     pub reference: Option<PathBuf>,
     /// Largest relative error allowed. Default: 1e-5 (1e-4 for VAE and final latents), 2e-2 in bf16.
     #[arg(long)]
     pub tolerance: Option<f64>,
+    #[command(flatten)]
+    pub pipeline: PipelineArgs,
     #[command(flatten)]
     pub run: RunArgs,
     #[command(flatten)]
@@ -125,10 +129,6 @@ pub struct BenchArgs {
     /// A second model, timed in turn with the first.
     #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
     pub against: Option<String>,
-    #[command(flatten)]
-    pub patch: PatchArgs,
-    #[command(flatten)]
-    pub lora: LoraArgs,
     /// Time the first model in turn with itself after N of its blocks, spread over the single ones, were replaced by
     /// linear layers: what pruning would bring. All other weights are shared.
     #[arg(long, value_name = "N", conflicts_with = "against")]
@@ -151,6 +151,10 @@ pub struct BenchArgs {
     /// Time whole steps only, no blocks.
     #[arg(long)]
     pub step_only: bool,
+    #[command(flatten)]
+    pub patch: PatchArgs,
+    #[command(flatten)]
+    pub lora: LoraArgs,
     #[command(flatten)]
     pub device: DeviceArgs,
     #[command(flatten)]

@@ -37,8 +37,8 @@ pub struct GenerateArgs {
     pub size: SizeArgs,
     #[command(flatten)]
     pub seed: SeedArgs,
-    /// What images are to be unlike, for FLUX.2 as long as it was not distilled: each step computes a second velocity.
-    /// Default: nothing.
+    /// What images are to be unlike, for FLUX.2 as long as it was not distilled and for FLUX.1 with --true-cfg: each step
+    /// computes a second velocity. Default: nothing.
     #[arg(long, value_name = "TEXT")]
     pub negative_prompt: Option<String>,
     /// A reference image (PNG or JPEG) for a model that edits: FLUX.2, where it may be given several times, and

@@ -30,7 +30,7 @@ pub use score::{GoalArgs, PlanArgs, ScoreArgs};
 pub use shared::{
     ConfigArgs, DecodeArgs, DeviceArgs, DryRunArgs, LayoutArgs, LoraArgs, MemoryArgs, ModelArgs,
     OutputArgs, PartsArgs, PatchArgs, PipelineArgs, PrintArgs, PromptsArgs, RecipeArgs, RunArgs,
-    SamplingArgs, SeedArgs, SizeArgs,
+    SamplingArgs, SeedArgs, SizeArgs, TrueCfgArgs,
 };
 pub use shell::{CompletionsArgs, DoctorArgs, ManArgs};
 pub use train::TrainArgs;

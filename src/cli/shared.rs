@@ -168,6 +168,7 @@ pub struct SeedArgs {
 
 /// How images are sampled.
 #[derive(Args, Clone, Copy, Debug, Default)]
+#[expect(missing_docs, reason = "flattened arguments")]
 pub struct SamplingArgs {
     /// Sampling steps. Default: the model's own (dev 28, schnell 4; FLUX.2 klein 4, its base 50).
     #[arg(long, value_parser = whole(1, MAX_STEPS))]
@@ -176,6 +177,17 @@ pub struct SamplingArgs {
     /// model's own (dev 3.5, klein's base 4).
     #[arg(long, value_parser = number(0.0, MAX_GUIDANCE), allow_negative_numbers = true)]
     pub guidance: Option<f64>,
+    #[command(flatten)]
+    pub cfg: TrueCfgArgs,
+}
+
+/// Guidance by a negative prompt.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct TrueCfgArgs {
+    /// Guide FLUX.1 by a second forward in each step, away from a negative prompt, with this scale; 1: not at all. Default:
+    /// 3.5 if the model was trained out of distillation, else 1.
+    #[arg(long, value_name = "SCALE", value_parser = number(1.0, MAX_GUIDANCE))]
+    pub true_cfg: Option<f64>,
 }
 
 /// A list of prompts.

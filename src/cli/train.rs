@@ -28,7 +28,7 @@ pub struct TrainArgs {
     /// The model it was pruned from. Default: the one that the pruned checkpoint names.
     #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
     pub teacher: Option<String>,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Training")]
     pub recipe: RecipeArgs,
     #[command(flatten)]
     pub prompts: PromptsArgs,

@@ -20,7 +20,8 @@ pub(super) fn run(args: &CalibrateArgs, reporter: &Reporter) -> Result<()> {
     if !args.dry_run.dry_run {
         target::check_file(output, args.output.force)?;
     }
-    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
+    let (model, run) = (&args.pipeline, (args.run, args.memory));
+    let (pipeline, budget) = options::open_to_calibrate(model, &args.calibration, run, reporter)?;
     let calibration = options::calibration(&args.calibration, None, &recipe);
     let options = ResolvedOptions::new(&pipeline, &calibration)?;
     let shard = args.shard.unwrap_or(Shard::WHOLE);

@@ -4,24 +4,21 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
+use super::options::{self, EVAL_SEED};
 use crate::{
     calibrate::pass::Shard,
     checkpoint::target::{self, OutputFolder},
     cli::EvalArgs,
     eval::{
-        self, EvalOptions,
+        self,
         clip::ClipFiles,
         export::{self, ExportOptions, Suite},
-        prompts,
     },
     files::BUNDLED,
     pipeline::{ModelChoice, Pipeline, placement::MemoryBudget},
     prune::plan_run::PlanRun,
     ui::Reporter,
 };
-
-/// Seed of the first image's noise unless asked otherwise.
-const SEED: u64 = 10_000;
 
 pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<()> {
     if let (Some(suite), Some(prompts)) = (args.export, &args.prompts.prompts) {
@@ -38,7 +35,8 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<()> {
         .collect::<Result<_>>()?;
     let find = |clip| ClipFiles::find(clip, reporter);
     let clip = args.clip.as_deref().map(find).transpose()?;
-    let options = options(args, &baseline)?;
+    let options = options::eval(args, &baseline)?;
+    eval::check(&baseline, &models, &options)?;
     target::check_writable(&args.output.path)?;
     for plan in plans {
         let budget = budget.clone().for_pipeline(&baseline);
@@ -48,6 +46,7 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<()> {
     let output = OutputFolder::create(&args.output.path, args.output.force)?;
     evaluation.write(output.path(), &models)?;
     output.finish()?;
+    eval::unfinished::remove(&args.output.path)?;
     let report = &evaluation.report;
     super::show(args.output.print, report, || report.table())?;
     let page = args.output.path.join("report.html");
@@ -58,10 +57,12 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<()> {
 /// Draws images for another scorer.
 fn export(args: &EvalArgs, suite: Suite, prompts: &Path, reporter: &Reporter) -> Result<()> {
     let runtime = super::runtime(args.run)?;
-    let pipeline = Pipeline::open(&ModelChoice {
+    let mut pipeline = Pipeline::open(&ModelChoice {
         model: args.model.first().cloned(),
         ..choice(args, reporter)
     })?;
+    pipeline.set_true_cfg(args.sampling.cfg.true_cfg)?;
+    pipeline.note_guesses(args.sampling.steps);
     let budget =
         MemoryBudget::new(super::memory(args.memory), &runtime, reporter).for_pipeline(&pipeline);
     let (asked, model) = (&args.sampling, &pipeline);
@@ -70,10 +71,11 @@ fn export(args: &EvalArgs, suite: Suite, prompts: &Path, reporter: &Reporter) ->
         shard: args.shard.unwrap_or(Shard::WHOLE),
         size: pipeline.image_size(args.size.width, args.size.height)?,
         steps: asked.steps.unwrap_or_else(|| model.default_steps()),
-        guidance: asked.guidance.unwrap_or_else(|| model.default_guidance()),
-        seed: args.seed.seed.unwrap_or(SEED),
+        guidance: model.guidance_or_default(asked.guidance),
+        seed: args.seed.seed.unwrap_or(EVAL_SEED),
         vae_tile: args.decode.vae_tile,
     };
+    pipeline.check_parts(true)?;
     let report = export::run(&pipeline, &budget, prompts, &args.output.path, &options)?;
     super::show(args.output.print, &report, || report.text())
 }
@@ -92,25 +94,6 @@ fn choice(args: &EvalArgs, reporter: &Reporter) -> ModelChoice {
     }
 }
 
-/// The baseline's own settings, and flags over them.
-fn options(args: &EvalArgs, baseline: &Pipeline) -> Result<EvalOptions> {
-    let size = baseline.image_size(args.size.width, args.size.height)?;
-    let (file, count) = (args.prompts.prompts.as_deref(), args.prompts.num_prompts);
-    let (prompts_from, prompts) = prompts::choose(file, count, baseline, size)?;
-    let sampling = &args.sampling;
-    Ok(EvalOptions {
-        prompts,
-        prompts_from,
-        size,
-        steps: sampling.steps.unwrap_or_else(|| baseline.default_steps()),
-        guidance: sampling
-            .guidance
-            .unwrap_or_else(|| baseline.default_guidance()),
-        seed: args.seed.seed.unwrap_or(SEED),
-        vae_tile: args.decode.vae_tile,
-    })
-}
-
 /// The baseline and the models, all of one family.
 fn open(args: &EvalArgs, reporter: &Reporter) -> Result<(Pipeline, Vec<Pipeline>)> {
     let choice = |model: &str| ModelChoice {
@@ -122,7 +105,7 @@ fn open(args: &EvalArgs, reporter: &Reporter) -> Result<(Pipeline, Vec<Pipeline>
         .iter()
         .map(|model| Pipeline::open(&choice(model)))
         .collect::<Result<_>>()?;
-    let baseline = match (&args.baseline, models.first()) {
+    let mut baseline = match (&args.baseline, models.first()) {
         (Some(baseline), model) => {
             let record = model.and_then(|model| model.record.as_ref());
             let choice = ModelChoice {
@@ -145,5 +128,7 @@ fn open(args: &EvalArgs, reporter: &Reporter) -> Result<(Pipeline, Vec<Pipeline>
     for model in &models {
         eval::check_family(&baseline, model)?;
     }
+    baseline.set_true_cfg(args.sampling.cfg.true_cfg)?;
+    baseline.note_guesses(args.sampling.steps);
     Ok((baseline, models))
 }

@@ -38,6 +38,7 @@ pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
         options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
     let references = load::reference_images(&pipeline, &args.image)?;
     let size = pipeline.size_of_edit(args.size.width, args.size.height, &references)?;
+    pipeline.set_true_cfg(args.sampling.cfg.true_cfg)?;
     let negative = args.negative_prompt.as_deref();
     let guidance = pipeline.guide(args.sampling.guidance, negative)?;
     pipeline.note_guesses(args.sampling.steps);
@@ -112,6 +113,7 @@ fn jobs(
                     .steps
                     .unwrap_or_else(|| pipeline.default_steps()),
                 guidance,
+                true_cfg: pipeline.shown_true_cfg(guidance),
                 width: size.width,
                 height: size.height,
                 prompt_index,

@@ -1,25 +1,33 @@
 //! Flags → the options of the stages: the recipe, and flags over it.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
 
 use crate::{
+    bench::inputs,
     calibrate::{options::CalibrationOptions, recipe::LatentSource},
     cli::{
-        CalibrationArgs, GoalArgs, MemoryArgs, ModelArgs, PipelineArgs, PruneArgs, RunArgs,
-        StatsArgs, TrainArgs,
+        CalibrationArgs, EvalArgs, GoalArgs, MemoryArgs, ModelArgs, PipelineArgs, PruneArgs,
+        RunArgs, StatsArgs, TrainArgs,
     },
     device::Runtime,
+    eval::{self, EvalOptions},
     pipeline::{
         ModelChoice, Pipeline,
         placement::{MemoryBudget, MemoryLimit},
         prompts,
     },
-    prune::{goal::GoalOptions, options::PruneOptions, recipe::PruneRecipe},
-    train::{options::TrainOptions, recipe::SandwichRecipe},
+    prune::{self, goal::GoalOptions, options::PruneOptions, recipe::PruneRecipe},
+    train::{options::TrainOptions, pair::Pair, recipe::SandwichRecipe},
     ui::Reporter,
 };
+
+/// Seed of the first image's noise in an evaluation unless asked otherwise.
+pub(super) const EVAL_SEED: u64 = 10_000;
 
 /// The model that flags name, without text encoders and VAE.
 pub(super) fn bare_choice(args: &ModelArgs, reporter: &Reporter) -> ModelChoice {
@@ -77,6 +85,18 @@ pub(super) fn open_within(
     let runtime = runtime(run)?;
     let pipeline = open(&model_choice(pipeline, reporter))?;
     let budget = MemoryBudget::new(memory(memory_args), &runtime, reporter).for_pipeline(&pipeline);
+    Ok((pipeline, budget))
+}
+
+/// The same for a command that calibrates.
+pub(super) fn open_to_calibrate(
+    pipeline: &PipelineArgs,
+    calibration: &CalibrationArgs,
+    run: (RunArgs, MemoryArgs),
+    reporter: &Reporter,
+) -> Result<(Pipeline, MemoryBudget)> {
+    let (mut pipeline, budget) = open_within(pipeline, run.0, run.1, reporter)?;
+    pipeline.set_true_cfg_of_data(calibration.cfg.true_cfg)?;
     Ok((pipeline, budget))
 }
 
@@ -196,4 +216,68 @@ pub(super) fn train(args: &TrainArgs, teacher: &Pipeline) -> Result<TrainOptions
         None => prompts::bundled(teacher),
     };
     TrainOptions::new(recipe, &prompts, teacher, args.save_every)
+}
+
+/// The model that flags name and its teacher, or the bundled one; a dry run does not prune that, it takes some blocks.
+pub(super) fn pair(args: &TrainArgs, choice: &ModelChoice, folder: &Path) -> Result<Pair> {
+    if args.dry_run.dry_run && choice.model.is_none() && !folder.exists() {
+        let teacher = Pipeline::open(choice)?;
+        let count = (PruneOptions::default().recipe.ratio
+            * teacher.config.original_ids().count() as f64)
+            .round() as usize;
+        let config = inputs::replaced(&teacher.config, count)?;
+        choice.reporter.note(format!(
+            "the bundled tiny model would be pruned first: this is for {count} of its single blocks, prune chooses others"
+        ));
+        return Pair::example(teacher, config);
+    }
+    let pruned = open_pruned(args, choice, folder)?;
+    Pair::open(pruned, args.teacher.as_deref(), choice)
+}
+
+/// The model that flags name, or the bundled one, pruned into `folder` unless an earlier run has done so.
+fn open_pruned(args: &TrainArgs, choice: &ModelChoice, folder: &Path) -> Result<Pipeline> {
+    if choice.model.is_some() {
+        return Pipeline::open(choice);
+    }
+    if !folder.exists() {
+        choice
+            .reporter
+            .note("pruning the bundled tiny model at 20 % first; --model names a pruned model");
+        let runtime = runtime(args.run)?;
+        let pipeline = Pipeline::open(&ModelChoice {
+            reporter: choice.reporter.clone(),
+            ..ModelChoice::default()
+        })?;
+        let budget = MemoryBudget::new(memory(args.memory), &runtime, &choice.reporter)
+            .for_pipeline(&pipeline);
+        let options = PruneOptions {
+            output: folder.to_path_buf(),
+            ..PruneOptions::default()
+        };
+        prune::run::run(&pipeline, &budget, &options)?;
+    }
+    Pipeline::open(&ModelChoice {
+        model: Some(folder.display().to_string()),
+        ..choice.clone()
+    })
+}
+
+/// The settings of an evaluation: the baseline's own, and flags over them.
+pub(super) fn eval(args: &EvalArgs, baseline: &Pipeline) -> Result<EvalOptions> {
+    let size = baseline.image_size(args.size.width, args.size.height)?;
+    let (file, count) = (args.prompts.prompts.as_deref(), args.prompts.num_prompts);
+    let (prompts_from, prompts) = eval::prompts::choose(file, count, baseline, size)?;
+    let sampling = &args.sampling;
+    Ok(EvalOptions {
+        prompts,
+        prompts_from,
+        size,
+        steps: sampling.steps.unwrap_or_else(|| baseline.default_steps()),
+        guidance: baseline.guidance_or_default(sampling.guidance),
+        seed: args.seed.seed.unwrap_or(EVAL_SEED),
+        vae_tile: args.decode.vae_tile,
+        output: args.output.path.clone(),
+        save_every: Duration::from_secs(args.save_every),
+    })
 }

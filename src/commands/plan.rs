@@ -30,7 +30,8 @@ use crate::{
 pub(super) fn run(args: &PlanArgs, reporter: &Reporter) -> Result<()> {
     let mut recipe = options::recipe_for(&args.calibration, &args.goal)?;
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
-    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
+    let (model, run) = (&args.pipeline, (args.run, args.memory));
+    let (pipeline, budget) = options::open_to_calibrate(model, &args.calibration, run, reporter)?;
     if let Some(bytes) = args.card {
         return for_card(args, &pipeline, &budget, &recipe, bytes);
     }

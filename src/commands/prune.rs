@@ -20,7 +20,8 @@ pub(super) fn run(args: &PruneArgs, reporter: &Reporter) -> Result<()> {
     if let Some(plan) = &options.goal.plan {
         PruningPlan::read(plan)?; // a damaged one is refused before the model is opened
     }
-    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
+    let (model, run) = (&args.pipeline, (args.run, args.memory));
+    let (pipeline, budget) = options::open_to_calibrate(model, &args.calibration, run, reporter)?;
     if args.dry_run.dry_run {
         let resolved = ResolvedOptions::new(&pipeline, &options.calibration)?;
         let rounds = options.goal.rounds(&options.recipe, &pipeline)?;

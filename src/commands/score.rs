@@ -22,7 +22,8 @@ pub(super) fn run(args: &ScoreArgs, reporter: &Reporter) -> Result<()> {
     );
     target::check_file(output, args.output.force)?;
     target::check_file(&chart, args.output.force)?;
-    let (pipeline, budget) = options::open_within(&args.pipeline, args.run, args.memory, reporter)?;
+    let (model, run) = (&args.pipeline, (args.run, args.memory));
+    let (pipeline, budget) = options::open_to_calibrate(model, &args.calibration, run, reporter)?;
     let calibration = options::calibration(&args.calibration, Some(&args.stats), &recipe);
     let resolved = ResolvedOptions::new(&pipeline, &calibration)?;
     target::check_writable(output)?;
@@ -31,7 +32,13 @@ pub(super) fn run(args: &ScoreArgs, reporter: &Reporter) -> Result<()> {
     let calibrator = Calibrator::open(&pipeline, &budget, resolved, calibration.stats_memory)?;
     let run = RunOptions::for_output(output, calibration.save_every);
     let calibration = calibrator.load_or_run(&run)?;
-    let scores = measure::score(&calibrator, &calibration, args.metric, recipe.fit.ridge)?;
+    let scores = measure::score(
+        &calibrator,
+        &calibration,
+        args.metric,
+        recipe.fit.ridge,
+        &run,
+    )?;
     scores.write(output, &chart)?;
     run.remove_partial()?;
     super::show(args.output.print, &scores, || scores.text())?;

@@ -1,8 +1,6 @@
 //! `train-sandwich`: opens pruned model and teacher, trains or resumes training, writes the healed model.
 
-use std::path::Path;
-
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use super::options;
 use crate::{
@@ -11,12 +9,10 @@ use crate::{
         with_hint,
     },
     cli::TrainArgs,
-    pipeline::{LORA_FILE, ModelChoice, Pipeline, placement::MemoryBudget},
-    prune::{self, options::PruneOptions},
+    pipeline::{LORA_FILE, placement::MemoryBudget},
     train::{
         self,
         lock::Lock,
-        pair::Pair,
         progress::{self, ProgressObserver},
         report::{self, DryRunReport, REPORT, TrainReport},
         setup::{self, TrainSetup},
@@ -41,8 +37,7 @@ pub(super) fn run(args: &TrainArgs, reporter: &Reporter) -> Result<()> {
         state::remove(&folder).context("--restart")?;
     }
     let choice = super::model_choice(&args.pipeline, reporter);
-    let pruned = open_pruned(args, &choice, &folder.join(state::PRUNED))?;
-    let pair = Pair::open(pruned, args.teacher.as_deref(), &choice)?;
+    let pair = options::pair(args, &choice, &folder.join(state::PRUNED))?;
     let options = options::train(args, &pair.teacher)?;
     let setup = TrainSetup::new(pair, options, runtime)?;
     let strategy = setup.strategy(MemoryRequest {
@@ -109,35 +104,4 @@ pub(super) fn run(args: &TrainArgs, reporter: &Reporter) -> Result<()> {
     let next = format!("eval --model {}", super::path_word(output));
     super::wrote(reporter, output, &next);
     state::remove(&folder)
-}
-
-/// The model that flags name, or the bundled one, pruned into `folder` unless an earlier run has done so.
-fn open_pruned(args: &TrainArgs, choice: &ModelChoice, folder: &Path) -> Result<Pipeline> {
-    if choice.model.is_some() {
-        return Pipeline::open(choice);
-    }
-    if !folder.exists() {
-        if args.dry_run.dry_run {
-            bail!("--dry-run: name a pruned model with --model\nhint: `fastflux prune` makes one")
-        }
-        choice
-            .reporter
-            .note("pruning the bundled tiny model at 20 % first; --model names a pruned model");
-        let runtime = super::runtime(args.run)?;
-        let pipeline = Pipeline::open(&ModelChoice {
-            reporter: choice.reporter.clone(),
-            ..ModelChoice::default()
-        })?;
-        let budget = MemoryBudget::new(super::memory(args.memory), &runtime, &choice.reporter)
-            .for_pipeline(&pipeline);
-        let options = PruneOptions {
-            output: folder.to_path_buf(),
-            ..PruneOptions::default()
-        };
-        prune::run::run(&pipeline, &budget, &options)?;
-    }
-    Pipeline::open(&ModelChoice {
-        model: Some(folder.display().to_string()),
-        ..choice.clone()
-    })
 }

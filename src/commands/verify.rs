@@ -30,10 +30,7 @@ pub(super) fn run(args: &VerifyArgs, reporter: &Reporter) -> Result<ExitCode> {
         ui::json(&report)?;
     } else {
         ui::data(report.table())?;
-        reporter.note(match &report.first_off {
-            None => format!("all {} tensors agree ({runtime})", report.tensors.len()),
-            Some(name) => format!("the first component that is off is `{name}` ({runtime})"),
-        });
+        reporter.note(report.verdict(&runtime.to_string()));
     }
     Ok(if report.ok {
         ExitCode::SUCCESS

@@ -149,6 +149,7 @@ fn draw(
                 seed: options.seed,
                 steps: options.steps,
                 guidance: pipeline.takes_guidance().then_some(options.guidance),
+                true_cfg: pipeline.shown_true_cfg(Some(options.guidance)),
                 width: options.size.width,
                 height: options.size.height,
                 prompt_index,

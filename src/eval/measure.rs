@@ -1,9 +1,11 @@
 //! Measures one model of an evaluation: loads it, samples images, takes its velocity and its time, and frees it again.
 
+use std::cell::RefCell;
+
 use anyhow::{Context, Result, ensure};
 use candle::Tensor;
 
-use super::{report::Memory, velocity::Velocities};
+use super::{report::Memory, unfinished::Unfinished, velocity::Velocities};
 use crate::{
     bench::timing::{self, Effort, MemoryWatch, Timing},
     calibrate::{self, NoiseLevels, noised::NoisedLatents},
@@ -37,7 +39,10 @@ pub(super) struct Task<'a> {
     pub(super) size: ImageSize,
     pub(super) steps: usize,
     pub(super) guidance: f64,
+    pub(super) cfg_scale: f64,
     pub(super) seed: u64,
+    /// Where sampled images are kept while the evaluation is unfinished.
+    pub(super) unfinished: RefCell<Unfinished>,
     /// Whether all models are small enough to be loaded together; steps are then timed by [`Task::in_turn`].
     pub(super) together: bool,
 }
@@ -57,8 +62,8 @@ impl Task<'_> {
     pub(super) fn all(&self, baseline: &Pipeline, models: &[Pipeline]) -> Result<Vec<Measured>> {
         let (before, noised) = self.baseline(baseline)?;
         let mut measured = vec![before];
-        for model in models {
-            measured.push(self.model(model, &noised)?);
+        for (place, model) in (1..).zip(models) {
+            measured.push(self.model(place, model, &noised)?);
         }
         if self.together {
             let all: Vec<&Pipeline> = std::iter::once(baseline).chain(models).collect();
@@ -74,7 +79,7 @@ impl Task<'_> {
     fn baseline(&self, pipeline: &Pipeline) -> Result<(Measured, NoisedLatents)> {
         let mut compared = None;
         let levels = NoiseLevels::of_model(pipeline, self.size, self.steps)?;
-        let measured = self.run(pipeline, &mut |latents: &Tensor| {
+        let measured = self.run(0, pipeline, &mut |latents: &Tensor| {
             let wanted = self.size.default_held_out();
             let noise_levels = wanted.div_ceil(self.encoded.len());
             let noised = NoisedLatents::new(
@@ -93,12 +98,13 @@ impl Task<'_> {
     }
 
     /// Samples a model's images and takes its velocity on `noised`.
-    fn model(&self, pipeline: &Pipeline, noised: &NoisedLatents) -> Result<Measured> {
-        self.run(pipeline, &mut |_: &Tensor| Ok(Some(noised.clone())))
+    fn model(&self, place: usize, pipeline: &Pipeline, noised: &NoisedLatents) -> Result<Measured> {
+        self.run(place, pipeline, &mut |_: &Tensor| Ok(Some(noised.clone())))
     }
 
     fn run(
         &self,
+        place: usize,
         pipeline: &Pipeline,
         noised: &mut dyn FnMut(&Tensor) -> Result<Option<NoisedLatents>>,
     ) -> Result<Measured> {
@@ -126,27 +132,12 @@ impl Task<'_> {
             schedule: &self.schedule,
             steps: self.steps,
             guidance: self.guidance,
+            cfg_scale: self.cfg_scale,
             size: self.size.latent(pipeline.config.family),
         };
-        let images = self.encoded.len();
-        let progress = pipeline
-            .reporter
-            .progress(images.div_ceil(batch) * self.steps, "sampling");
-        let channels = pipeline.config.out_channels / 4;
-        let latents = calibrate::sample(
-            &denoise,
-            &self.encoded,
-            channels,
-            batch,
-            BATCHES_PER_LOAD,
-            self.seed,
-            &progress,
-        )
-        .with_context(|| format!("while sampling with `{}`", pipeline.name))?;
-        pipeline.reporter.done(
-            &progress,
-            format!("sampled {images} images with `{}`", pipeline.name),
-        );
+        let latents = self
+            .sample(place, pipeline, &denoise, batch)
+            .with_context(|| format!("while sampling with `{}`", pipeline.name))?;
         memory.sample(free());
         let noised = noised(&latents)?.context("no noised latents to compare on")?;
         let progress = pipeline
@@ -172,6 +163,46 @@ impl Task<'_> {
         })
     }
 
+    /// The images that an earlier, killed run has not sampled yet, behind those that it has.
+    fn sample(
+        &self,
+        place: usize,
+        pipeline: &Pipeline,
+        denoise: &Denoise,
+        batch: usize,
+    ) -> Result<Tensor> {
+        let before = self.unfinished.borrow().of_model(place).cloned();
+        let (all, have) = (self.encoded.len(), before.as_ref().map_or(0, rows));
+        let forwards = (all - have.min(all)).div_ceil(batch) * self.steps;
+        let progress = pipeline.reporter.progress(forwards, "sampling");
+        let mut images: Vec<Tensor> = before.into_iter().collect();
+        if have < all {
+            let earlier = images.clone();
+            let sampled = calibrate::sample_range(
+                denoise,
+                &self.encoded,
+                pipeline.config.out_channels / 4,
+                batch,
+                BATCHES_PER_LOAD,
+                self.seed,
+                have..all,
+                &progress,
+                &mut |new| {
+                    let so_far = [&earlier[..], new].concat();
+                    self.unfinished.borrow_mut().keep(place, &so_far);
+                },
+            )?;
+            images.extend(sampled);
+        }
+        let images = Tensor::cat(&images, 0)?;
+        self.unfinished.borrow_mut().put(place, images.clone());
+        pipeline.reporter.done(
+            &progress,
+            format!("sampled {} images with `{}`", all - have, pipeline.name),
+        );
+        Ok(images)
+    }
+
     /// Times one step of each model, in turn, so that a busy machine slows all of them alike.
     fn in_turn(&self, pipelines: &[&Pipeline], noised: &NoisedLatents) -> Result<Vec<Timing>> {
         let load = |pipeline: &&Pipeline| load::flux(pipeline, self.runtime);
@@ -191,6 +222,10 @@ impl Task<'_> {
             works.iter_mut().map(|work| work as _).collect();
         timing::measure(device, STEPS, &mut works)
     }
+}
+
+fn rows(latents: &Tensor) -> usize {
+    latents.dims().first().copied().unwrap_or(0)
 }
 
 /// Fails if the models cannot be given the same prompts and noise.

@@ -1,7 +1,9 @@
 //! One evaluation: the same prompts and noise through a baseline and the models made from it; numbers, images, and a page
 //! that shows them.
 
-use anyhow::Result;
+use std::{cell::RefCell, path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result};
 
 use crate::{
     bench::timing::{self, Effort, Machine},
@@ -22,6 +24,7 @@ pub mod prompts;
 pub mod report;
 pub mod scenes;
 mod suites;
+pub mod unfinished;
 pub mod velocity;
 
 pub use measure::check_family;
@@ -30,6 +33,7 @@ use clip::ClipFiles;
 use measure::{Measured, Task};
 use metrics::Summary;
 use report::{Distances, ModelReport, PromptFollowing, Report, Settings};
+use unfinished::Unfinished;
 
 /// Bytes of weights up to which all models are loaded together to be timed.
 const MAX_BYTES_TOGETHER: usize = 1 << 30;
@@ -58,6 +62,35 @@ pub struct EvalOptions {
     pub seed: u64,
     /// Rows of pixels to decode at a time; 0: all of them; `None`: all of them if they fit.
     pub vae_tile: Option<usize>,
+    /// The folder that the report will be in; sampled images are kept next to it while it is unfinished.
+    pub output: PathBuf,
+    /// How often they are saved.
+    pub save_every: Duration,
+}
+
+impl EvalOptions {
+    /// Unfinished work of the same models with the same options.
+    fn unfinished(
+        &self,
+        models: &[&Pipeline],
+        cfg_scale: f64,
+        budget: &MemoryBudget,
+    ) -> Result<Unfinished> {
+        let fingerprints = models.iter().map(|m| record::fingerprint(&m.transformer));
+        let settings = serde_json::json!({
+            "models": fingerprints.collect::<Result<Vec<_>>>()?,
+            "schedules": models.first().map(|model| model.scheduler.clone()),
+            "prompts": self.prompts,
+            "size": [self.size.width, self.size.height],
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "cfg_scale": cfg_scale,
+            "seed": self.seed,
+            "runtime": budget.runtime().to_string(),
+        });
+        let (settings, every) = (settings.to_string(), self.save_every);
+        Unfinished::open(&self.output, settings, every, budget.reporter())
+    }
 }
 
 /// What an evaluation found.
@@ -67,6 +100,22 @@ pub struct Evaluation {
     pub report: Report,
     /// The baseline's images and then each model's, in the order of the prompts.
     pub images: Vec<Vec<Image>>,
+}
+
+/// Checks all that headers and small files tell of what [`run`] will need.
+///
+/// # Errors
+/// When a model takes other inputs than a prompt, or a part of the baseline's pipeline is missing, damaged or does not fit;
+/// the message names the file and the flag.
+pub fn check(baseline: &Pipeline, models: &[Pipeline], options: &EvalOptions) -> Result<()> {
+    baseline.check_parts(true)?;
+    for model in models {
+        model.check_inputs()?;
+    }
+    load::schedule(baseline)?
+        .sigmas(options.steps, options.size.tokens())
+        .with_context(|| baseline.scheduler_name.clone())?;
+    Ok(())
 }
 
 /// Samples with the baseline and with each model, and compares what comes out.
@@ -85,6 +134,8 @@ pub fn run(
     let all: Vec<&Pipeline> = std::iter::once(baseline).chain(models).collect();
     let bytes = |p: &&Pipeline| p.transformer.bytes_loaded(runtime.dtype);
     let bytes: usize = all.iter().map(bytes).sum();
+    let cfg_scale = baseline.cfg_scale(options.guidance);
+    let unfinished = RefCell::new(options.unfinished(&all, cfg_scale, budget)?);
     let task = Task {
         runtime,
         budget,
@@ -93,6 +144,8 @@ pub fn run(
         size: options.size,
         steps: options.steps,
         guidance: options.guidance,
+        cfg_scale,
+        unfinished,
         seed: options.seed,
         together: bytes <= MAX_BYTES_TOGETHER && !budget.is_short_of(2 * bytes as u64),
     };
@@ -147,6 +200,7 @@ pub fn run(
             seed: options.seed,
             steps: options.steps,
             guidance: options.guidance,
+            true_cfg: baseline.shown_true_cfg(Some(options.guidance)),
             width: options.size.width,
             height: options.size.height,
             image_tokens: options.size.tokens(),

@@ -47,6 +47,9 @@ pub struct Settings {
     pub steps: usize,
     /// Guidance scale.
     pub guidance: f64,
+    /// Scale of the negative prompt (nothing), where a FLUX.1 is guided by one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub true_cfg: Option<f64>,
     /// Image width in pixels.
     pub width: usize,
     /// Image height in pixels.

@@ -95,13 +95,32 @@ impl Pipeline {
     /// When there are none; the message names the flag.
     pub fn text_files(&self) -> Result<TextFiles> {
         if let Some(named) = &self.components.choice.text_encoders {
-            return text_files(named).context("--text-encoders");
+            let mut files = text_files(named).context("--text-encoders")?;
+            // a folder with nothing but a tokenizer is for the encoder in the model's own file
+            if let (Some(inside), Some(folder), []) = (
+                &self.components.inside,
+                &files.folder,
+                files.weights.as_slice(),
+            ) && Part::Qwen3.is_in(inside)
+                && folder.sub("text_encoder").list()?.is_empty()
+            {
+                files.weights.push(inside.clone());
+            }
+            return Ok(files);
         }
         const WHAT: [&str; 3] = ["text_encoder", "the text encoders", "--text-encoders DIR"];
         let folder = || self.part_of(WHAT[0], WHAT[1], WHAT[2]);
         let Some(inside) = &self.components.inside else {
             return folder().map(TextFiles::from);
         };
+        if self.config.family.text == TextModel::Qwen3 {
+            // its tokenizer lies in a folder, with the encoder or without
+            let inside = Part::Qwen3.is_in(inside).then(|| inside.clone());
+            return Ok(TextFiles {
+                folder: Some(folder()?),
+                weights: inside.into_iter().collect(),
+            });
+        }
         let holds = [Part::Clip, Part::T5].map(|part| part.is_in(inside));
         if holds == [false, false] {
             return folder().map(TextFiles::from);

@@ -22,6 +22,8 @@ pub const MAX_STEPS: usize = 10_000;
 pub const MAX_STEPS_OF_DATA: usize = 1000;
 /// The longest text, in tokens.
 pub const MAX_TEXT_TOKENS: usize = 8_192;
+/// The longest text that FLUX.1-dev and FLUX.2 are given.
+const MAX_TEXT_TOKENS_OF_DEV: usize = 512;
 /// Guidance: models are trained with numbers below 10, and far above it nothing is finite.
 pub const MAX_GUIDANCE: f64 = 1000.0;
 
@@ -47,7 +49,8 @@ pub struct Defaults {
     /// The longest text the text encoder is given, in tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_length: Option<usize>,
-    /// Whether a model of FLUX.2 was distilled to few steps: then it knows no negative prompt.
+    /// Whether a model without guidance embedding was distilled to few steps, as FLUX.1-schnell and FLUX.2 klein were: then
+    /// it knows no negative prompt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub distilled: Option<bool>,
 }
@@ -86,99 +89,16 @@ impl Defaults {
     }
 }
 
-impl Defaults {
-    /// With what `model_index.json` says about distillation, or else the file's name, for a model of FLUX.2.
-    pub(super) fn with_distilled(
-        mut self,
-        config: &FluxConfig,
-        pipeline: Option<&Files>,
-        locator: &str,
-    ) -> Result<Self> {
-        if config.family != Family::FLUX2 || config.guidance_embed || self.distilled.is_some() {
-            return Ok(self);
-        }
-        let index = pipeline.map_or(Ok(None), |files| files.json("model_index.json"))?;
-        let said = index
-            .filter(|index| !index["transformer"].is_null())
-            // diffusers takes a pipeline that does not say as one that was not distilled
-            .map(|index| index["is_distilled"].as_bool().unwrap_or(false));
-        let name = locator.rsplit(['/', '\\']).next().unwrap_or_default();
-        let named_base = || name.to_lowercase().contains("base").then_some(false);
-        self.distilled = said.or_else(named_base);
-        Ok(self)
-    }
-}
-
 impl Pipeline {
-    /// Whether images are drawn away from a negative prompt, with a second forward in each step: FLUX.2 as long as it was
-    /// not distilled.
-    pub fn takes_negative_prompt(&self) -> bool {
-        self.config.family == Family::FLUX2
-            && !self.config.guidance_embed
-            && self.defaults.distilled != Some(true)
-    }
-
-    /// Whether the model was distilled to so few steps that it is evaluated at their noise levels only: FLUX.2 klein
-    /// without `base`.
-    pub fn has_few_steps(&self) -> bool {
-        self.config.family == Family::FLUX2
-            && !self.config.guidance_embed
-            && self.defaults.distilled != Some(false)
-    }
-
-    /// Whether guidance has an effect.
-    pub fn takes_guidance(&self) -> bool {
-        self.config.guidance_embed || self.takes_negative_prompt()
-    }
-
-    /// The guidance that images are drawn with, if the model takes any; sets the negative prompt, and says if `given`
-    /// guidance has no effect.
-    ///
-    /// # Errors
-    /// When there is a negative prompt, but the model takes none.
-    pub fn guide(&mut self, given: Option<f64>, negative: Option<&str>) -> Result<Option<f64>> {
-        if let Some(negative) = negative {
-            ensure!(
-                self.takes_negative_prompt(),
-                "--negative-prompt: `{}` takes none: only FLUX.2 as long as it was not distilled is guided by one",
-                self.name
-            );
-            negative.clone_into(&mut self.negative_prompt);
-        }
-        if !self.takes_guidance() {
-            if given.is_some() {
-                self.reporter.note(format!(
-                    "`{}` takes no guidance (it has no embedding of it, or was distilled): --guidance has no effect",
-                    self.name
-                ));
-            }
-            return Ok(None);
-        }
-        Ok(Some(given.unwrap_or_else(|| self.default_guidance())))
-    }
-
     /// Steps to sample with when the user names none.
     pub fn default_steps(&self) -> usize {
         let guided = self.config.guidance_embed;
         let own = match self.config.family.text {
             TextModel::Qwen3 if guided || self.defaults.distilled == Some(false) => 50,
-            TextModel::ClipAndT5 if guided => 28,
+            TextModel::ClipAndT5 if guided || self.is_undistilled() => 28,
             _ => 4,
         };
         self.defaults.steps.unwrap_or(own)
-    }
-
-    /// Guidance when the user names none.
-    pub fn default_guidance(&self) -> f64 {
-        let guided = self.config.guidance_embed;
-        let own = match self.config.family.text {
-            TextModel::Qwen3 if guided || self.defaults.distilled == Some(false) => 4.0,
-            // no effect
-            TextModel::Qwen3 => 1.0,
-            TextModel::ClipAndT5 if guided => 3.5,
-            TextModel::ClipAndT5 => 0.0,
-        };
-        self.defaults.guidance.unwrap_or(own)
     }
 
     /// Width and height in pixels when the user names none: the model's own, its VAE's sample size, or FLUX.1's 1024.
@@ -257,7 +177,11 @@ impl Pipeline {
         if let Some(length) = self.defaults.text_length {
             return Ok(length);
         }
-        let family = released_text_length(&self.config);
+        let family = if self.is_undistilled() {
+            MAX_TEXT_TOKENS_OF_DEV
+        } else {
+            released_text_length(&self.config)
+        };
         let Some(own) = &self.components.own else {
             return Ok(family);
         };
@@ -279,6 +203,7 @@ impl Pipeline {
         Ok(Defaults {
             size: Some(self.default_size()?),
             text_length: Some(self.default_text_length()?),
+            guidance: self.recorded_guidance(),
             ..self.defaults.clone()
         })
     }
@@ -288,7 +213,7 @@ impl Pipeline {
 pub fn released_text_length(config: &FluxConfig) -> usize {
     match config.family.text {
         TextModel::ClipAndT5 if !config.guidance_embed => 256,
-        _ => 512,
+        _ => MAX_TEXT_TOKENS_OF_DEV,
     }
 }
 

@@ -179,22 +179,6 @@ impl Pipeline {
         };
         format!("FLUX.2 [klein] {base}{size}")
     }
-
-    /// What was guessed about how a model is sampled, where neither its files nor `steps` say it, and which flags say
-    /// otherwise.
-    pub fn note_guesses(&self, steps: Option<usize>) {
-        let guessed = self.defaults.steps.is_none() && steps.is_none();
-        let knows = !self.scheduler_name.ends_with(super::scheduler::RELEASED)
-            || self.config.family == Family::FLUX2;
-        if self.config.guidance_embed || !guessed || knows || self.record.is_some() {
-            return;
-        }
-        self.reporter.note(format!(
-            "`{}` has no guidance embedding: sampled as FLUX.1-schnell, {} steps and no shift\nhint: for a de-distilled FLUX.1-dev give --steps 28 and --config with dev's `scheduler` (\"shift\": 3.0, \"use_dynamic_shifting\": true); guidance by a second forward is not built for FLUX.1",
-            self.name,
-            self.default_steps()
-        ));
-    }
 }
 
 #[cfg(test)]

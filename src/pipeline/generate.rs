@@ -38,6 +38,9 @@ pub struct ImageJob {
     pub steps: usize,
     /// Guidance scale; `None` for a model that takes none.
     pub guidance: Option<f64>,
+    /// Scale of the negative prompt, where a FLUX.1 is guided by one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub true_cfg: Option<f64>,
     /// Pixels in a row.
     pub width: usize,
     /// Rows.
@@ -57,19 +60,27 @@ impl ImageJob {
     /// When the file cannot be written.
     pub fn save(&self, image: &Image, pipeline: &Pipeline) -> Result<()> {
         let size = format!("{}x{}", self.width, self.height);
-        let text = [
-            ("prompt", self.prompt.as_str()),
-            ("seed", &self.seed.to_string()),
-            ("image", &self.image_index.to_string()),
-            ("steps", &self.steps.to_string()),
-            ("guidance", &self.guidance.unwrap_or_default().to_string()),
-            ("size", &size),
-            ("model", &pipeline.public_name()),
-            ("Software", &record::software()),
-            ("lora", &pipeline.lora_names()),
+        let mut text = vec![
+            ("prompt", self.prompt.clone()),
+            ("seed", self.seed.to_string()),
+            ("image", self.image_index.to_string()),
+            ("steps", self.steps.to_string()),
+            ("guidance", self.guidance.unwrap_or_default().to_string()),
+            ("size", size),
+            ("model", pipeline.public_name()),
+            ("Software", record::software()),
         ];
-        let used = text.len() - usize::from(pipeline.lora.is_empty());
-        image.save(&self.path, &text[..used])
+        if !pipeline.lora.is_empty() {
+            text.push(("lora", pipeline.lora_names()));
+        }
+        if let Some(scale) = self.true_cfg {
+            text.push(("true_cfg", scale.to_string()));
+        }
+        if !pipeline.negative_prompt.is_empty() {
+            text.push(("negative_prompt", pipeline.negative_prompt.clone()));
+        }
+        let text: Vec<(&str, &str)> = text.iter().map(|(k, v)| (*k, v.as_str())).collect();
+        image.save(&self.path, &text)
     }
 }
 
@@ -130,6 +141,7 @@ pub fn latents(
         schedule: &schedule,
         steps: first.steps,
         guidance: first.guidance.unwrap_or_default(),
+        cfg_scale: pipeline.cfg_scale(first.guidance.unwrap_or_default()),
         size: latent,
     };
     let channels = pipeline.config.out_channels / 4;

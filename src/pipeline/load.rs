@@ -12,7 +12,7 @@ use crate::{
     layout::Family,
     model::{Flux, ops},
     sample::{
-        encoded::{Encoded, References},
+        encoded::{Encoded, NegativePrompt, References, placed},
         image,
         png::Image,
         reference,
@@ -103,7 +103,10 @@ pub fn encode(pipeline: &Pipeline, encoders: &TextEncoders, prompts: &[String]) 
     let mut encoded = Encoded::new(Tensor::cat(&txt, 0)?, Tensor::cat(&vec, 0)?);
     if pipeline.takes_negative_prompt() {
         let negative = encoders.encode(std::slice::from_ref(&pipeline.negative_prompt))?;
-        encoded.negative = Some(negative.txt.to_device(&Device::Cpu)?);
+        encoded.negative = Some(NegativePrompt {
+            txt: negative.txt.to_device(&Device::Cpu)?,
+            vec: placed(&negative.vec, &Device::Cpu, negative.vec.dtype())?,
+        });
     }
     progress.finish_and_clear();
     Ok(encoded)

@@ -29,6 +29,7 @@ pub mod defaults;
 pub mod diff;
 mod family;
 pub mod generate;
+mod guidance;
 pub mod inspect;
 mod known;
 pub mod load;
@@ -43,6 +44,7 @@ mod scheduler;
 use components::Components;
 pub use components::VaeFiles;
 pub use defaults::Defaults;
+use guidance::Evidence;
 use locate::{DAMAGED, locate, speaks_of_flux};
 pub use lora::OpenedLora;
 pub use patch::PatchChoice;
@@ -91,6 +93,10 @@ pub struct Pipeline {
     pub defaults: Defaults,
     /// What images are to be unlike, for a model that takes a negative prompt.
     pub negative_prompt: String,
+    /// Scale of the negative prompt, if it is asked for.
+    true_cfg: Option<f64>,
+    /// Why a model without guidance embedding is taken as one that was not distilled.
+    evidence: Option<Evidence>,
     /// The files that were added to it.
     pub lora: Vec<OpenedLora>,
     /// What is added to text encoders.
@@ -170,7 +176,8 @@ impl Pipeline {
             record.as_ref(),
             &located.raw.name,
         )?
-        .with_distilled(&config, located.pipeline.as_ref(), &located.model_ref)?;
+        .with_distilled(&config, located.pipeline.as_ref(), &located.model_ref)?
+        .or_of(known)?;
         let folder = located.pipeline.as_ref();
         let kept = folder.map(|files| PathBuf::from(files.describe(LORA_FILE)));
         let kept = kept.as_deref().filter(|_| record.is_some());
@@ -190,7 +197,7 @@ impl Pipeline {
         let folder = located.pipeline.as_ref().and_then(Files::on_disk);
         let base = known.and_then(|record| known::base_of(record, folder));
         choice.fill_from(base.as_ref());
-        Ok(Self {
+        let mut pipeline = Self {
             name: lora::name(&patch::name(&choice), &lora),
             model_ref: located.model_ref,
             transformer,
@@ -199,6 +206,8 @@ impl Pipeline {
             scheduler_name,
             defaults,
             negative_prompt: String::new(),
+            true_cfg: None,
+            evidence: None,
             lora,
             text_lora,
             reporter: choice.reporter.clone(),
@@ -212,7 +221,13 @@ impl Pipeline {
             },
             config,
             record,
-        })
+        };
+        let released = pipeline.has_released_scheduler();
+        let (locator, scheduler) = (&pipeline.model_ref, &pipeline.scheduler);
+        if let Some(evidence) = guidance::evidence(&pipeline.config, locator, scheduler, released) {
+            pipeline.undistill(evidence);
+        }
+        Ok(pipeline)
     }
 
     /// The model this one was pruned from, with the same LoRA, or itself.
@@ -294,7 +309,7 @@ impl Pipeline {
 
 /// Whether a file holds other parts than the transformer.
 fn holds_more(raw: &Checkpoint) -> bool {
-    [Part::Clip, Part::T5, Part::Vae]
+    [Part::Clip, Part::T5, Part::Qwen3, Part::Vae]
         .into_iter()
         .any(|part| part.is_in(raw))
 }

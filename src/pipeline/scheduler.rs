@@ -53,7 +53,7 @@ pub(super) fn of_model(
 }
 
 /// FLUX.1-dev's and FLUX.2's (`dynamic` shift), and FLUX.1-schnell's scheduler, from their `scheduler_config.json`.
-fn released(dynamic: bool) -> Value {
+pub(super) fn released(dynamic: bool) -> Value {
     serde_json::json!({
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,

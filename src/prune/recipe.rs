@@ -2,9 +2,16 @@
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
-use super::projections::RefitProjections;
-use crate::{calibrate::recipe::CalibrationRecipe, layout::Form};
+use super::{
+    budget::{Budget, Goal},
+    projections::RefitProjections,
+};
+use crate::{
+    calibrate::recipe::CalibrationRecipe,
+    layout::{BlockId, Form},
+};
 
 /// The recipe of a pruning run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -86,6 +93,26 @@ impl PruneRecipe {
         let text = crate::checkpoint::read_small(path).context("--recipe")?;
         serde_json::from_slice(&text)
             .with_context(|| format!("--recipe: `{name}` is not a pruning recipe"))
+    }
+
+    /// What the comparison of candidates depends on, besides the calibration.
+    ///
+    /// # Errors
+    /// When a number is none that JSON has.
+    pub(super) fn comparison(&self, budget: &Budget, protect: &[BlockId]) -> Result<Value> {
+        let goal = match budget.goal {
+            // all blocks are worth the same, and more of them are on the same way
+            Goal::Blocks(_) => "blocks".to_owned(),
+            goal => format!("{goal:?}"),
+        };
+        Ok(json!({
+            "score": serde_json::to_value(&self.score)?,
+            "ridge": self.fit.ridge,
+            "form": self.fit.form,
+            "joint": self.fit.joint,
+            "goal": goal,
+            "protect": protect,
+        }))
     }
 
     /// Checks the ranges of all numbers.

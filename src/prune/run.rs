@@ -8,7 +8,6 @@ use super::{
     Pruned,
     goal::{self, PruneTarget},
     options::PruneOptions,
-    plan::PruningPlan,
     prune,
     recipe::PruneRecipe,
     report::{PruneReport, scores_of},
@@ -66,7 +65,7 @@ pub fn run(
     };
     let calibrator = Calibrator::open(pipeline, budget, resolved, stats_memory)?;
     let calibration = calibrator.load_or_run(&run)?;
-    let found = find(&calibrator, &recipe, calibration, target, run.folder())?;
+    let found = find(&calibrator, &recipe, calibration, target, &run)?;
     let report = write(calibrator, &recipe, found, budget, options)?;
     run.remove_partial()?;
     Ok(report)
@@ -89,24 +88,25 @@ fn find(
     recipe: &PruneRecipe,
     calibration: Calibration,
     target: PruneTarget,
-    scratch: &Path,
+    run: &RunOptions,
 ) -> Result<Found> {
     let noised = calibrator.noised(&calibration)?;
-    let held_out = calibrator.held_out(&noised)?;
-    let (selection, plan): (Option<GreedySelection>, PruningPlan) = match target {
-        PruneTarget::Plan(plan) => (None, plan),
+    let (held_out, selection, plan) = match target {
+        PruneTarget::Plan(plan) => (calibrator.held_out(&noised)?, None, plan),
         PruneTarget::Goal { goal, protect } => {
             let pipeline = calibrator.pipeline;
             let workload = goal::workload(pipeline, calibrator.runtime, &calibrator.options);
             let budget = goal::budget(pipeline, workload, recipe, goal, &protect)?;
+            let settings = recipe.comparison(&budget, &protect)?;
+            let held_out = calibrator.held_out_of(run, &noised, &settings)?;
             let stats = calibration.stats;
             let (selection, plan) = select::by_model(
                 calibrator, recipe, stats, &noised, &held_out, &budget, &protect,
             )?;
-            (Some(selection), plan)
+            (held_out, Some(selection), plan)
         }
     };
-    let pruned = prune(calibrator, recipe, plan, &noised, scratch)?;
+    let pruned = prune(calibrator, recipe, plan, &noised, run.folder())?;
     let flux = pruned.flux(calibrator)?;
     let velocity_error = held_out.error(&flux, &flux.trunk)?;
     ensure!(

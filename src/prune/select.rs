@@ -238,7 +238,8 @@ pub fn rank(
 ) -> Result<Ranking> {
     let calibration = calibrator.load_or_run(run)?;
     let noised = calibrator.noised(&calibration)?;
-    let held_out = calibrator.held_out(&noised)?;
+    let settings = recipe.comparison(budget, protect)?;
+    let held_out = calibrator.held_out_of(run, &noised, &settings)?;
     let stats = calibration.stats;
     let (selection, plan) = by_model(
         calibrator, recipe, stats, &noised, &held_out, budget, protect,

@@ -87,9 +87,13 @@ pub struct Denoise<'a> {
     pub schedule: &'a Schedule,
     /// Number of Euler steps.
     pub steps: usize,
-    /// Given to the guidance embedding, where the model has one; otherwise how far the velocity is moved away from that
-    /// of the negative prompt, where there is one.
+    /// Given to the guidance embedding, where the model has one.
     pub guidance: f64,
+    /// How far the velocity is moved away from that of the negative prompt, where there is one: diffusers'
+    /// [`true_cfg_scale`][cfg]. Up to 1: not at all, and nothing is computed for it.
+    ///
+    /// [cfg]: https://github.com/huggingface/diffusers/blob/58eb52c0803ea9af3abec60841c2a093bdf1f951/src/diffusers/pipelines/flux/pipeline_flux.py
+    pub cfg_scale: f64,
     /// Size of the images.
     pub size: LatentSize,
 }
@@ -114,8 +118,8 @@ impl Denoise<'_> {
         for (step, pair) in sigmas.windows(2).enumerate() {
             let (img, timestep) = self.at(&drawing, pair[0])?;
             let mut velocities = Vec::new();
-            for (i, txt) in drawing.texts().enumerate() {
-                let inputs = drawing.inputs(&img, &timestep, txt);
+            for (i, text) in drawing.texts().enumerate() {
+                let inputs = drawing.inputs(&img, &timestep, text);
                 let observer: &mut dyn Observer = if i == 0 { &mut *observer } else { &mut () };
                 velocities.push(self.flux.forward(&inputs, observer)?);
                 if step == 0 && !is_finite(&velocities[i])? {
@@ -149,8 +153,8 @@ impl Denoise<'_> {
             let (mut streams, mut conditionings) = (Vec::new(), Vec::new());
             for drawing in &drawings {
                 let (img, timestep) = self.at(drawing, pair[0])?;
-                for txt in drawing.texts() {
-                    let inputs = drawing.inputs(&img, &timestep, txt);
+                for text in drawing.texts() {
+                    let inputs = drawing.inputs(&img, &timestep, text);
                     let (stream, conditioning) = self.flux.embed(&inputs)?;
                     streams.push(stream);
                     conditionings.push(conditioning);
@@ -181,11 +185,24 @@ impl Denoise<'_> {
             prompts.len()
         );
         let place = |t: &Tensor| -> Result<Tensor> { Ok(placed(t, self.device, self.dtype)?) };
-        let (txt, vec) = (place(&prompts.txt)?, place(&prompts.vec)?);
-        let negative = prompts.negative.as_ref().filter(|_| self.guidance > 1.0);
+        let text = Text {
+            txt: place(&prompts.txt)?,
+            vec: place(&prompts.vec)?,
+        };
+        let negative = prompts.negative.as_ref().filter(|_| self.cfg_scale > 1.0);
         let negative = negative.map(|negative| {
-            let (_, len, width) = negative.dims3()?;
-            place(&negative.broadcast_as((batch, len, width))?.contiguous()?)
+            let (_, len, width) = negative.txt.dims3()?;
+            let pooled = negative.vec.dim(1)?;
+            let vec = negative.vec.broadcast_as((batch, pooled))?;
+            anyhow::Ok(Text {
+                txt: place(
+                    &negative
+                        .txt
+                        .broadcast_as((batch, len, width))?
+                        .contiguous()?,
+                )?,
+                vec: place(&vec.contiguous()?)?,
+            })
         });
         let mut img_ids = self.size.img_ids()?;
         if let Some(references) = &prompts.references {
@@ -195,14 +212,13 @@ impl Denoise<'_> {
         Ok(Drawing {
             x: noise.to_device(self.device)?.to_dtype(DType::F32)?,
             img_ids,
-            txt_ids: self.size.txt_ids(txt.dim(1)?)?,
+            txt_ids: self.size.txt_ids(text.txt.dim(1)?)?,
             guidance: Tensor::full(self.guidance as f32, batch, self.device)?,
             references: references
                 .map(|r| place(&r.tokens_of(batch)?))
                 .transpose()?,
             negative: negative.transpose()?,
-            txt,
-            vec,
+            text,
         })
     }
 
@@ -227,8 +243,16 @@ impl Denoise<'_> {
             velocity.to_dtype(DType::F32)?,
             negative.to_dtype(DType::F32)?,
         );
-        Ok((&negative + ((&velocity - &negative)? * self.guidance)?)?)
+        Ok((&negative + ((&velocity - &negative)? * self.cfg_scale)?)?)
     }
+}
+
+/// What a forward is told of the prompts of its images.
+struct Text {
+    /// (b, text tokens, width)
+    txt: Tensor,
+    /// (b, width)
+    vec: Tensor,
 }
 
 /// A batch of images under way.
@@ -237,30 +261,28 @@ struct Drawing {
     x: Tensor,
     /// Positions of these tokens and those of the reference images.
     img_ids: Tensor,
-    txt: Tensor,
+    text: Text,
     txt_ids: Tensor,
-    vec: Tensor,
     guidance: Tensor,
-    /// (b, text tokens, width)
-    negative: Option<Tensor>,
+    negative: Option<Text>,
     /// (b, tokens of reference images, channels)
     references: Option<Tensor>,
 }
 
 impl Drawing {
     /// The prompts and, where there is one, the negative prompt.
-    fn texts(&self) -> impl Iterator<Item = &Tensor> {
-        std::iter::once(&self.txt).chain(&self.negative)
+    fn texts(&self) -> impl Iterator<Item = &Text> {
+        std::iter::once(&self.text).chain(&self.negative)
     }
 
-    fn inputs<'a>(&'a self, img: &'a Tensor, timestep: &'a Tensor, txt: &'a Tensor) -> Inputs<'a> {
+    fn inputs<'a>(&'a self, img: &'a Tensor, timestep: &'a Tensor, text: &'a Text) -> Inputs<'a> {
         Inputs {
             img,
             img_ids: &self.img_ids,
-            txt,
+            txt: &text.txt,
             txt_ids: &self.txt_ids,
             timestep,
-            vec: &self.vec,
+            vec: &text.vec,
             guidance: Some(&self.guidance),
         }
     }

@@ -10,10 +10,19 @@ pub struct Encoded {
     pub txt: Tensor,
     /// Pooled text, (prompts, width); (prompts, 0) in a family that has none.
     pub vec: Tensor,
-    /// Hidden states of the negative prompt, (1, text tokens, width), for models that are guided by one.
-    pub negative: Option<Tensor>,
+    /// The negative prompt, for models that are guided by one.
+    pub negative: Option<NegativePrompt>,
     /// Reference images of each prompt.
     pub references: Option<References>,
+}
+
+/// What images are to be unlike, as the transformer sees it.
+#[derive(Clone, Debug)]
+pub struct NegativePrompt {
+    /// Hidden states of the text encoder, (1, text tokens, width).
+    pub txt: Tensor,
+    /// Pooled text, (1, width); (1, 0) in a family that has none.
+    pub vec: Tensor,
 }
 
 /// Reference images of prompts, of the same sizes for all of them.
@@ -101,11 +110,13 @@ impl Encoded {
     /// When memory is short there.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         let mut out = self.each(|t| placed(t, device, t.dtype()))?;
-        out.negative = self
-            .negative
-            .as_ref()
-            .map(|t| t.to_device(device))
-            .transpose()?;
+        let negative = self.negative.as_ref().map(|negative| {
+            anyhow::Ok(NegativePrompt {
+                txt: negative.txt.to_device(device)?,
+                vec: placed(&negative.vec, device, negative.vec.dtype())?,
+            })
+        });
+        out.negative = negative.transpose()?;
         Ok(out)
     }
 

@@ -69,7 +69,7 @@ pub fn greedy(
     let id = |index: usize| flux.trunk.entries().get(index).map(|(spec, _)| spec.id());
     let mut chosen: Vec<BlockId> = Vec::new();
     let mut left = candidates.fit(&trunk, &chosen)?;
-    let mut bounds = held_out.ablate(flux, &trunk, &left, progress)?;
+    let mut bounds = held_out.ablate(flux, &trunk, &left, "greedy", progress)?;
     let alone = bounds
         .iter()
         .filter_map(|(index, error)| Some((id(*index)?, *error)));
@@ -102,7 +102,7 @@ pub fn greedy(
                 let some = chunk
                     .iter()
                     .filter_map(|k| Some((*k, left.get(k)?.clone())));
-                held_out.ablate(flux, &trunk, &some.collect(), progress)?
+                held_out.ablate(flux, &trunk, &some.collect(), "greedy", progress)?
             };
             for (index, error) in fresh {
                 bounds.insert(index, error);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
+use serde_json::json;
 
 use super::{BlockScore, Metric, Scores, moments};
 use crate::{
@@ -10,6 +11,7 @@ use crate::{
         Calibrator,
         file::Calibration,
         held_out::HeldOut,
+        run::RunOptions,
         stats::{BlockStats, CalibrationStats, StreamStats},
     },
     fit::{
@@ -33,11 +35,13 @@ pub fn score(
     calibration: &Calibration,
     metric: Metric,
     ridge: Option<f64>,
+    run: &RunOptions,
 ) -> Result<Scores> {
     let fits = fits(&calibration.stats, ridge)?;
     let mut measured: BTreeMap<Metric, BTreeMap<BlockId, f64>> = BTreeMap::new();
     if !metric.is_cheap() {
-        let held_out = calibrator.held_out(&calibrator.noised(calibration)?)?;
+        let noised = calibrator.noised(calibration)?;
+        let held_out = calibrator.held_out_of(run, &noised, &json!({ "ridge": ridge }))?;
         for metric in [Metric::Ablation, Metric::Removal] {
             measured.insert(metric, ablate(calibrator, &held_out, &fits, metric)?);
         }
@@ -116,7 +120,8 @@ fn ablate(
         .pipeline
         .reporter
         .progress(candidates.len() * held_out.batches(), what);
-    let errors = held_out.ablate(&calibrator.flux, trunk, &candidates, &progress)?;
+    let kind = metric.to_string();
+    let errors = held_out.ablate(&calibrator.flux, trunk, &candidates, &kind, &progress)?;
     calibrator.pipeline.reporter.done(&progress, done);
     let id = |index: usize| trunk.entries().get(index).map(|(spec, _)| spec.id());
     Ok(errors

@@ -88,6 +88,7 @@ pub(super) fn sample_or_load(
         schedule: &schedule,
         steps,
         guidance,
+        cfg_scale: teacher.cfg_scale(guidance),
         size: latent,
     };
     let tokens = options.size.tokens() + encoded.txt.dim(1)?;

@@ -54,7 +54,8 @@ impl TrainOptions {
         let d = &mut recipe.data;
         (d.width, d.height) = (Some(size.width), Some(size.height));
         d.steps.get_or_insert(teacher.default_steps_of_data());
-        d.guidance.get_or_insert(teacher.default_guidance());
+        d.guidance = Some(teacher.guidance_or_default(d.guidance));
+        teacher.note_guesses(d.steps);
         let default = if size.is_large() {
             DEFAULT_LARGE_IMAGES
         } else {

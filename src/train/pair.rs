@@ -96,6 +96,21 @@ impl Pair {
         })
     }
 
+    /// What a dry run looks at if nothing was pruned yet: `teacher` with the layout of `config` in the place of its own.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read.
+    pub fn example(teacher: Pipeline, config: FluxConfig) -> Result<Self> {
+        let fingerprint = record::fingerprint(&teacher.transformer)?;
+        let mut pruned = teacher.clone();
+        pruned.config = config;
+        Ok(Self {
+            pruned,
+            teacher,
+            fingerprints: [fingerprint.clone(), fingerprint],
+        })
+    }
+
     /// The unpruned model; with `offload`, its blocks are read whenever they are run.
     ///
     /// # Errors

@@ -107,7 +107,7 @@ impl TrainSetup {
             );
         }
         let hopeless = peak > HOPELESS * limit as f64;
-        if hopeless {
+        if hopeless || request.dry_run {
             bail!(
                 "{text}\nhint: {} takes less; --max-vram says how much there is, if it is more",
                 self.what_to_lower(phases)

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use candle::{DType, Device, Tensor};
 
 use super::{
+    coverage::Coverage,
     drawn::{Drawn, Prompts},
     reference::{Reference, distance},
     report::{Comparison, Report},
@@ -41,6 +42,8 @@ pub(super) struct Check<'a> {
     pub(super) tolerance: Option<f64>,
     pub(super) done: Vec<Comparison>,
     pub(super) skipped: Vec<String>,
+    /// Beginnings of the names of what was skipped.
+    pub(super) without: Vec<&'static str>,
 }
 
 impl Check<'_> {
@@ -50,7 +53,8 @@ impl Check<'_> {
         let prompts = self.prompts()?;
         let drawn = self.transformer(prompts)?;
         self.vae(drawn)?;
-        Ok(Report::new(self.done, self.skipped))
+        let coverage = Coverage::new(self.reference, self.pipeline, &self.without);
+        Ok(Report::new(self.done, self.skipped, coverage))
     }
 
     pub(super) fn compare(&mut self, name: &str, got: &Tensor, loose: bool) -> Result<()> {
@@ -128,7 +132,9 @@ impl Check<'_> {
         Ok(())
     }
 
-    pub(super) fn skip(&mut self, what: &str, error: &anyhow::Error) {
+    /// Notes that `what`, recorded under names that begin like `parts`, is not there to be compared.
+    pub(super) fn skip(&mut self, what: &str, parts: &[&'static str], error: &anyhow::Error) {
+        self.without.extend(parts);
         self.skipped.push(format!(
             "{what}: {}",
             format!("{error:#}").replace('\n', "; ")
@@ -148,7 +154,7 @@ impl Check<'_> {
         let files = match self.pipeline.text_files() {
             Ok(files) => files,
             Err(error) => {
-                self.skip("text encoders", &error);
+                self.skip("text encoders", &["clip.", "t5.", "qwen."], &error);
                 return Ok(());
             }
         };
@@ -186,7 +192,7 @@ impl Check<'_> {
         let files = match (self.pipeline.text_files(), self.pipeline.vae_files()) {
             (Ok(text), Ok(_)) => text,
             (Err(error), _) | (_, Err(error)) => {
-                self.skip("pipeline", &error);
+                self.skip("pipeline", &["pipeline."], &error);
                 return Ok(None);
             }
         };

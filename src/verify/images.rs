@@ -24,13 +24,18 @@ impl Check<'_> {
         let reference = self.reference;
         let config = &self.pipeline.config;
         let size = reference.size(config.family)?;
+        // without embedding the recorded scale of the negative prompt is the guidance
+        let guidance = self
+            .pipeline
+            .guidance_or_default(Some(reference.guidance()?));
         let denoise = Denoise {
             flux,
             dtype: self.runtime.dtype,
             device: &self.runtime.device,
             schedule: &load::schedule(self.pipeline)?,
             steps: reference.steps()?,
-            guidance: reference.guidance()?,
+            guidance,
+            cfg_scale: self.pipeline.cfg_scale(guidance),
             size,
         };
         let draw =
@@ -65,7 +70,7 @@ impl Check<'_> {
         let files = match self.pipeline.vae_files() {
             Ok(files) => files,
             Err(error) => {
-                self.skip("VAE", &error);
+                self.skip("VAE", &["vae.", "pipeline."], &error);
                 return Ok(());
             }
         };

@@ -4,6 +4,7 @@
 use anyhow::{Result, ensure};
 
 mod check;
+mod coverage;
 mod drawn;
 mod images;
 mod reference;
@@ -27,13 +28,18 @@ pub fn run(
     tolerance: Option<f64>,
     runtime: &Runtime,
 ) -> Result<Report> {
+    let guided = reference
+        .negative_prompt()?
+        .map(|(scale, negative)| pipeline.clone().with_negative_prompt(scale, negative))
+        .transpose()?;
     let report = Check {
         reference,
-        pipeline,
+        pipeline: guided.as_ref().unwrap_or(pipeline),
         runtime,
         tolerance,
         done: Vec::new(),
         skipped: Vec::new(),
+        without: Vec::new(),
     }
     .run()?;
     ensure!(

@@ -1,6 +1,10 @@
 //! Tensors recorded from another implementation, and how far others are from them.
 
-use std::path::{Path, PathBuf};
+use std::{
+    cell::RefCell,
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
@@ -9,9 +13,10 @@ use crate::{
     checkpoint::{Checkpoint, with_hint},
     files::Blob,
     layout::Family,
-    pipeline::defaults::{MAX_STEPS, MAX_TEXT_TOKENS},
+    pipeline::defaults::{MAX_GUIDANCE, MAX_STEPS, MAX_TEXT_TOKENS},
     sample::{
         denoise::LatentSize,
+        is_finite,
         size::{ImageSize, MAX_SIDE},
     },
 };
@@ -20,6 +25,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Reference {
     pub(super) tensors: Checkpoint,
+    /// Names of the tensors that were read: compared, or inputs of what was compared.
+    read: RefCell<BTreeSet<String>>,
 }
 
 impl Reference {
@@ -33,7 +40,21 @@ impl Reference {
             Checkpoint::from_blob(&path.display().to_string(), &blob),
             "record it again with scripts/make_reference.py, or name another with --reference",
         )?;
-        Ok(Self { tensors })
+        Ok(Self::from_tensors(tensors))
+    }
+
+    fn from_tensors(tensors: Checkpoint) -> Self {
+        let read = RefCell::default();
+        Self { tensors, read }
+    }
+
+    /// Names of the tensors that were not read, in order.
+    pub(super) fn unread(&self) -> Vec<String> {
+        let read = self.read.borrow();
+        let names = self.tensors.names().map(str::to_owned);
+        let mut names: Vec<String> = names.filter(|name| !read.contains(name)).collect();
+        names.sort();
+        names
     }
 
     /// Where a file next to it would be.
@@ -45,14 +66,20 @@ impl Reference {
         self.tensors.contains(name)
     }
 
-    /// A recorded tensor, floats in f32, on the CPU.
+    /// A recorded tensor, floats in f32, on the CPU. A number that is none is the recording's fault, not the model's.
     pub(super) fn get(&self, name: &str) -> Result<Tensor> {
         let tensor = self.tensors.expect(name)?.tensor(&Device::Cpu)?;
-        Ok(if tensor.dtype().is_float() {
-            tensor.to_dtype(DType::F32)?
-        } else {
-            tensor
-        })
+        self.read.borrow_mut().insert(name.to_owned());
+        if !tensor.dtype().is_float() {
+            return Ok(tensor);
+        }
+        let tensor = tensor.to_dtype(DType::F32)?;
+        ensure!(
+            is_finite(&tensor)?,
+            "`{}`: tensor `{name}` holds NaN or infinite numbers, so the reference is damaged\nhint: record it again with scripts/make_reference.py, or name another with --reference",
+            self.tensors.name
+        );
+        Ok(tensor)
     }
 
     /// The same if it has this shape; dimensions that are `None` are as long as they are, but not empty.
@@ -110,6 +137,20 @@ impl Reference {
             self.tensors.name
         );
         Ok(guidance)
+    }
+
+    /// Scale and text of the negative prompt, where one was drawn with.
+    pub(super) fn negative_prompt(&self) -> Result<Option<(f64, &str)>> {
+        if !self.tensors.metadata.contains_key("true_cfg") {
+            return Ok(None);
+        }
+        let scale: f64 = self.number("true_cfg")?;
+        ensure!(
+            (1.0..=MAX_GUIDANCE).contains(&scale),
+            "`{}`: its metadata says `true_cfg` = `{scale}`, expected 1 to {MAX_GUIDANCE}",
+            self.tensors.name
+        );
+        Ok(Some((scale, self.text("negative_prompt")?)))
     }
 
     /// Text tokens: those of the recorded ids, or what the metadata says.
@@ -188,7 +229,7 @@ mod tests {
         }
         let ones = Tensor::ones((2, 3), DType::F32, &Device::Cpu).unwrap();
         tensors.insert("x", Source::dense(&ones).unwrap());
-        let reference = Reference { tensors };
+        let reference = Reference::from_tensors(tensors);
         let refused = |error: anyhow::Error, word: &str| {
             let text = format!("{error:#}");
             assert!(

@@ -19,7 +19,9 @@ mod common;
 mod evaluation;
 mod flux2;
 mod formats;
+mod guidance;
 mod help;
+mod image_inputs;
 mod lora;
 mod lora_applied;
 mod memory;
@@ -28,9 +30,13 @@ mod outputs;
 mod pages;
 mod patch;
 mod plans;
+mod qwen3;
+mod resumed;
 mod sandwich;
 mod sandwich_refused;
 mod shell;
+mod tensors;
+mod verification;
 
 use common::*;
 

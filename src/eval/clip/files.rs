@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use candle::Device;
 
 use super::model::ClipModel;
 use crate::{
@@ -44,6 +45,8 @@ impl ClipFiles {
             config.is_some() && whole.contains("visual_projection.weight"),
             "--clip: `{name}` holds no whole CLIP in transformers layout (config.json and model.safetensors with both models)\nhint: openai/clip-vit-large-patch14 is one"
         );
+        // seconds now, or a damaged file is found after hours
+        ClipModel::open(&files, &Device::Cpu).context("--clip")?;
         Ok(Self {
             name: name.to_owned(),
             files,

@@ -42,15 +42,16 @@ pub(super) struct Encoder {
 fn part(family: Family) -> Part {
     match family {
         Family::Clip => Part::Clip,
-        Family::T5 | Family::Qwen2 => Part::T5,
+        Family::T5 => Part::T5,
+        Family::Qwen2 => Part::Qwen3,
     }
 }
 
 /// The folder of an encoder in a pipeline.
 fn folder(family: Family) -> &'static str {
     match family {
-        Family::Clip => "text_encoder",
-        Family::T5 | Family::Qwen2 => "text_encoder_2",
+        Family::Clip | Family::Qwen2 => "text_encoder",
+        Family::T5 => "text_encoder_2",
     }
 }
 
@@ -86,15 +87,22 @@ impl TextFiles {
         };
         let config = config.map(|blob| (sub.describe("config.json"), blob));
         let files: Vec<&Checkpoint> = files.iter().collect();
+        let also = if named.is_empty() {
+            String::new()
+        } else {
+            format!(", nor does {}", self.describe())
+        };
         ensure!(
             files.iter().any(|file| part(family).is_in(file)),
-            "`{}` holds no {}: there is no folder `{}` with weights in it, and no file with a tensor such as `{}`\nhint: fetch it, or name a folder with both text encoders, or their files, with --text-encoders",
+            "`{}` holds no {}{}: there is no folder `{}` with weights in it, and no file with a tensor such as `{}`\nhint: fetch it, or name a folder with the text encoders, or their files, with --text-encoders",
             root.model_ref(),
             part(family).name(),
+            also,
             folder(family),
             match family {
                 Family::Clip => "text_model.embeddings.token_embedding.weight",
-                Family::T5 | Family::Qwen2 => "encoder.block.0.layer.0.SelfAttention.q.weight",
+                Family::T5 => "encoder.block.0.layer.0.SelfAttention.q.weight",
+                Family::Qwen2 => "layers.0.self_attn.q_norm.weight",
             }
         );
         Ok(Encoder {
@@ -103,13 +111,16 @@ impl TextFiles {
         })
     }
 
-    /// The folder.
+    /// The folder with a tokenizer of which there is none in fastflux itself.
     ///
     /// # Errors
     /// When only files are named.
     pub(super) fn folder(&self) -> Result<&Files> {
         self.folder.as_ref().with_context(|| {
-            format!("{} is no folder\nhint: name a folder with text encoder and tokenizer with --text-encoders", self.describe())
+            format!(
+                "{} comes without a tokenizer\nhint: name a folder with it next to the file, as in --text-encoders FILE,DIR",
+                self.describe()
+            )
         })
     }
 
@@ -139,7 +150,7 @@ fn weights_in(files: &Files) -> Result<Vec<Checkpoint>> {
     let speaks = |name: &str| {
         let name = name.to_lowercase();
         !remote
-            || ["clip", "t5", "text_encoder", "model."]
+            || ["clip", "t5", "qwen", "text_encoder", "model."]
                 .iter()
                 .any(|word| name.contains(word))
     };
@@ -169,7 +180,11 @@ fn choose(family: Family, files: &[&Checkpoint], width: Option<usize>) -> Result
     let mut refused = None;
     for file in files {
         for prefix in part(family).prefixes(file) {
-            let taken = named(part(family).take(file, &prefix)?)?;
+            let taken = part(family).take(file, &prefix)?;
+            let taken = match family {
+                Family::Qwen2 => qwen3_named(&taken)?,
+                Family::Clip | Family::T5 => named(taken)?,
+            };
             match refusal(family, &taken) {
                 None => candidates.push(taken),
                 Some(why) => refused = Some(format!("`{}` {why}", file.name)),
@@ -207,7 +222,7 @@ fn choose(family: Family, files: &[&Checkpoint], width: Option<usize>) -> Result
 
 /// Why an encoder cannot be FLUX.1's, whatever the transformer takes.
 fn refusal(family: Family, taken: &Checkpoint) -> Option<String> {
-    if family == Family::Clip {
+    if family != Family::T5 {
         return None;
     }
     let rows = taken.get("shared.weight")?.shape().first().copied()?;
@@ -221,7 +236,8 @@ fn refusal(family: Family, taken: &Checkpoint) -> Option<String> {
 fn width_of(family: Family, taken: &Checkpoint) -> Option<usize> {
     let embedding = match family {
         Family::Clip => "embeddings.token_embedding.weight",
-        Family::T5 | Family::Qwen2 => "shared.weight",
+        Family::T5 => "shared.weight",
+        Family::Qwen2 => "embed_tokens.weight",
     };
     taken.get(embedding)?.shape().last().copied()
 }
@@ -264,9 +280,56 @@ fn of_gguf(name: &str) -> Option<String> {
     Some(format!("encoder.block.{block}.{theirs}.{leaf}"))
 }
 
+/// Qwen3 under transformers' names.
+fn qwen3_named(taken: &Checkpoint) -> Result<Checkpoint> {
+    taken.rename(|name| Some(qwen3_of_gguf(name).unwrap_or_else(|| name.to_owned())))
+}
+
+/// transformers' name of a Qwen3 tensor in GGUF. Source: llama.cpp `gguf-py/gguf/tensor_mapping.py`.
+fn qwen3_of_gguf(name: &str) -> Option<String> {
+    const PARTS: [(&str, &str); 11] = [
+        ("attn_norm", "input_layernorm"),
+        ("attn_q", "self_attn.q_proj"),
+        ("attn_k", "self_attn.k_proj"),
+        ("attn_v", "self_attn.v_proj"),
+        ("attn_output", "self_attn.o_proj"),
+        ("attn_q_norm", "self_attn.q_norm"),
+        ("attn_k_norm", "self_attn.k_norm"),
+        ("ffn_norm", "post_attention_layernorm"),
+        ("ffn_gate", "mlp.gate_proj"),
+        ("ffn_up", "mlp.up_proj"),
+        ("ffn_down", "mlp.down_proj"),
+    ];
+    match name {
+        "token_embd.weight" => return Some("embed_tokens.weight".to_owned()),
+        "output_norm.weight" => return Some("norm.weight".to_owned()),
+        _ => {}
+    }
+    let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
+    let (module, leaf) = rest.rsplit_once('.')?;
+    let (_, theirs) = PARTS.iter().find(|(part, _)| *part == module)?;
+    Some(format!("layers.{layer}.{theirs}.{leaf}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_of_qwen3_in_gguf_are_those_of_transformers() {
+        for (gguf, expected) in [
+            ("token_embd.weight", "embed_tokens.weight"),
+            ("output_norm.weight", "norm.weight"),
+            (
+                "blk.3.attn_k_norm.weight",
+                "layers.3.self_attn.k_norm.weight",
+            ),
+            ("blk.12.ffn_gate.weight", "layers.12.mlp.gate_proj.weight"),
+        ] {
+            assert_eq!(qwen3_of_gguf(gguf).as_deref(), Some(expected));
+        }
+        assert_eq!(qwen3_of_gguf("blk.0.ffn_odd.weight"), None);
+    }
 
     #[test]
     fn names_of_gguf_are_those_of_transformers() {

@@ -114,7 +114,8 @@ impl TextEncoders {
                 device,
             )?)),
             TextModel::Qwen3 => Self::Qwen3(Box::new(Qwen3Text::load(
-                files.folder()?,
+                files,
+                widths.map(|[text, _]| text),
                 length,
                 default_length,
                 dtype,
@@ -123,14 +124,14 @@ impl TextEncoders {
         })
     }
 
-    /// The checks of [`Self::load`] for CLIP and T5, from headers and small files alone.
+    /// The checks of [`Self::load`], from headers and small files alone.
     ///
     /// # Errors
     /// As [`Self::load`].
     pub fn check(model: TextModel, files: &TextFiles, widths: [usize; 2]) -> Result<()> {
         match model {
             TextModel::ClipAndT5 => open::check_both(files, widths),
-            TextModel::Qwen3 => Ok(()),
+            TextModel::Qwen3 => open_qwen3::check_qwen3(files, widths[0]),
         }
     }
 

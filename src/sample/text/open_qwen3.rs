@@ -1,101 +1,80 @@
 //! Where Qwen3 and its tokenizer are, and what sizes it has. `flux2.rs` computes with it.
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use candle::{DType, Device};
 
 use super::{
+    files::{OTHERS, TextFiles},
     flux2::Qwen3Text,
     open::{check, count, tokenizer_in},
     qwen3::Qwen3,
-    qwen3_config::Qwen3Config,
+    qwen3_config::{Qwen3Config, STATES},
 };
 use crate::{
     checkpoint::{Checkpoint, with_hint},
-    files::{Blob, Files},
+    files::Files,
     sample::tokenize::{Family, PromptTokenizer},
 };
 
-/// What to do about a file that is of no use.
-const DAMAGED: &str = "name others with --text-encoders";
+/// The encoder as its headers and small files describe it; no weight is read.
+struct Opened {
+    qwen: Checkpoint,
+    config: Qwen3Config,
+    tokenizer: PromptTokenizer,
+}
+
+/// Opens and checks the encoder; `width` is that of the text that the transformer takes.
+fn open(files: &TextFiles, width: Option<usize>) -> Result<Opened> {
+    let hidden = width.map(|width| width / STATES.len());
+    let encoder = files.encoder(Family::Qwen2, hidden)?;
+    let qwen = encoder.weights;
+    let config = match &encoder.config {
+        Some((name, blob)) => {
+            with_hint(qwen3_from_json(blob), OTHERS).with_context(|| format!("`{name}`"))?
+        }
+        None => infer_qwen3(&qwen)?,
+    };
+    check(&qwen, &config.tensors())?;
+    let found = STATES.len() * config.hidden_size;
+    if let Some(width) = width {
+        ensure!(
+            found == width,
+            "the Qwen3 text encoder `{}` gives {found} numbers a token, but the transformer takes {width}\nhint: name the model's own text encoder with --text-encoders",
+            qwen.name
+        );
+    }
+    Ok(Opened {
+        tokenizer: qwen2_tokenizer(files.folder()?)?,
+        qwen,
+        config,
+    })
+}
+
+/// See [`super::TextEncoders::check`].
+pub(super) fn check_qwen3(files: &TextFiles, width: usize) -> Result<()> {
+    open(files, Some(width)).map(drop)
+}
 
 impl Qwen3Text {
     /// See [`super::TextEncoders::load`].
     pub(super) fn load(
-        files: &Files,
+        files: &TextFiles,
+        width: Option<usize>,
         length: Option<usize>,
         default_length: usize,
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let (qwen, config) = open(files)?;
-        let config = match config {
-            Some(blob) => with_hint(qwen3_from_json(&blob), DAMAGED).with_context(|| {
-                format!("`{}`", files.sub("text_encoder").describe("config.json"))
-            })?,
-            None => infer_qwen3(&qwen)?,
-        };
-        check(&qwen, &config.tensors())?;
-        let tokenizer = qwen2_tokenizer(files)?;
-        let limit = tokenizer.model_max_length().unwrap_or(usize::MAX);
+        let opened = open(files, width)?;
+        let limit = opened.tokenizer.model_max_length().unwrap_or(usize::MAX);
         let weights = if device.is_cpu() { DType::F32 } else { dtype };
         Ok(Self {
-            tokenizer,
-            qwen: Qwen3::new(config, qwen.var_builder(weights, device)),
-            name: qwen.name,
+            tokenizer: opened.tokenizer,
+            qwen: Qwen3::new(opened.config, opened.qwen.var_builder(weights, device)),
+            name: opened.qwen.name,
             text_length: length.unwrap_or(default_length.min(limit)),
             dtype,
         })
-    }
-}
-
-/// The weights under the names that the encoders read, and their config where there is one.
-fn open(files: &Files) -> Result<(Checkpoint, Option<Blob>)> {
-    let (folder, word, known) = ("text_encoder", "qwen", "layers.0.self_attn.q_norm.weight");
-    let sub = files.sub(folder);
-    let (raw, config) = match with_hint(Checkpoint::open_if_present(&sub, "model"), DAMAGED)? {
-        Some(raw) => (raw, sub.get("config.json")?),
-        None => (single_file(files, word, folder)?, None),
-    };
-    let prefix = raw
-        .names()
-        .find_map(|name| name.strip_suffix(known))
-        .map(str::to_owned);
-    let prefix = prefix.with_context(|| {
-        format!(
-            "`{}` is no Qwen3 text encoder: there is no tensor `…{known}`",
-            raw.name
-        )
-    })?;
-    ensure!(
-        !raw.contains(&format!("{prefix}scaled_fp8")) && !raw.contains("scaled_fp8"),
-        "`{}` holds scaled 8-bit weights, which are not supported\nhint: use the 16-bit file",
-        raw.name
-    );
-    let renamed = raw.rename(|name| Some(name.strip_prefix(&prefix)?.to_owned()))?;
-    Ok((renamed, config))
-}
-
-/// The one file of the folder that is named after the encoder.
-fn single_file(files: &Files, word: &str, folder: &str) -> Result<Checkpoint> {
-    let named = |name: &String| {
-        let lower = name.to_lowercase();
-        lower.contains(word) && lower.ends_with(".safetensors") && !lower.contains("vision")
-    };
-    let found: Vec<String> = files.list()?.into_iter().filter(named).collect();
-    match found.as_slice() {
-        [one] => with_hint(
-            Checkpoint::from_blob(&files.describe(one), &files.read(one)?),
-            DAMAGED,
-        ),
-        [] => bail!(
-            "`{}` holds no folder `{folder}` with a model.safetensors in it, and no `…{word}….safetensors`\nhint: fetch it, or name a folder with both text encoders with --text-encoders",
-            files.model_ref()
-        ),
-        many => bail!(
-            "`{}` holds several {word} text encoders ({}); leave one of them there",
-            files.model_ref(),
-            many.join(", ")
-        ),
     }
 }
 
@@ -122,7 +101,7 @@ fn infer_qwen3(checkpoint: &Checkpoint) -> Result<Qwen3Config> {
         "num_key_value_heads": heads(kv),
         "head_dim": head_dim,
     }))?;
-    with_hint(config.check(), DAMAGED).with_context(|| format!("`{}`", checkpoint.name))?;
+    with_hint(config.check(), OTHERS).with_context(|| format!("`{}`", checkpoint.name))?;
     Ok(config)
 }
 

@@ -173,6 +173,7 @@ fn images_are_sampled_together_through_stored_blocks() {
             schedule: &Schedule::flux_dev(),
             steps: 3,
             guidance: 3.5,
+            cfg_scale: 1.0,
             size: LatentSize {
                 height: 4,
                 width: 6,
