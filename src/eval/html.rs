@@ -9,6 +9,7 @@ use crate::plot::curves::{self, Curve};
 
 mod encode;
 mod numbers;
+mod reading;
 
 use encode::{base64, escape};
 
@@ -56,6 +57,17 @@ fn sections(report: &Report, assets: &Assets) -> Result<String> {
         out.push_str(&numbers::headline(model, report));
     }
     section(&mut out, "Numbers", &numbers::numbers(report));
+    section(
+        &mut out,
+        "Which number says what",
+        &reading::reading(report),
+    );
+    if let Some(chart) = frontier(report)? {
+        let text =
+            "Lower and further to the right is better. The baseline is at 1 and has no error.";
+        let body = format!("<p>{text}</p>\n<div class=\"chart\">{chart}</div>");
+        section(&mut out, "Error against speed-up", &body);
+    }
     section(
         &mut out,
         "Before and after, worst first",
@@ -150,6 +162,24 @@ fn figure(pair: &Pair, shown: &ShownPair, names: &[&str]) -> String {
         escape(&pair.prompt),
         pair.seed
     )
+}
+
+/// Every model as a point: what it costs in velocity error, and what it brings. `None` with one model.
+fn frontier(report: &Report) -> Result<Option<String>> {
+    let point = |model: &ModelReport| {
+        Some(Curve {
+            name: model.name.clone(),
+            points: vec![(
+                model.speed_up?,
+                model.against_baseline.as_ref()?.velocity.error,
+            )],
+        })
+    };
+    let points: Vec<Curve> = report.models.iter().filter_map(point).collect();
+    if points.len() < 2 {
+        return Ok(None);
+    }
+    curves::svg_of("speed-up", "velocity error", &points)
 }
 
 fn by_time(report: &Report) -> Result<Option<String>> {

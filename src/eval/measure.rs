@@ -30,6 +30,9 @@ const STEPS: Effort = Effort {
     seconds: 3.0,
 };
 
+/// Prompts that the baseline draws once more from other noise: how far two images of one prompt are apart.
+const AGAIN: usize = 8;
+
 /// What all models are given.
 pub(super) struct Task<'a> {
     pub(super) runtime: &'a Runtime,
@@ -51,6 +54,8 @@ pub(super) struct Task<'a> {
 pub(super) struct Measured {
     /// Packed latents, (images, tokens, 4 · channels), f32 on the CPU.
     pub(super) latents: Tensor,
+    /// Latents of the first [`AGAIN`] prompts from other noise, of the baseline.
+    pub(super) again: Option<Tensor>,
     pub(super) velocities: Velocities,
     /// One step of one image; not timed yet if models are timed together.
     pub(super) step: Timing,
@@ -138,6 +143,11 @@ impl Task<'_> {
         let latents = self
             .sample(place, pipeline, &denoise, batch)
             .with_context(|| format!("while sampling with `{}`", pipeline.name))?;
+        let again = if place == 0 {
+            Some(self.again(pipeline, &denoise, batch)?)
+        } else {
+            None
+        };
         memory.sample(free());
         let noised = noised(&latents)?.context("no noised latents to compare on")?;
         let progress = pipeline
@@ -154,6 +164,7 @@ impl Task<'_> {
         };
         Ok(Measured {
             latents,
+            again,
             velocities,
             step: timings.first().copied().unwrap_or_default(),
             memory: Memory {
@@ -161,6 +172,25 @@ impl Task<'_> {
                 device: memory.device(),
             },
         })
+    }
+
+    /// Latents of the first [`AGAIN`] prompts from the seeds behind those of the images.
+    fn again(&self, pipeline: &Pipeline, denoise: &Denoise, batch: usize) -> Result<Tensor> {
+        let images = self.encoded.len();
+        let first = self.encoded.range(0..AGAIN.min(images))?;
+        let forwards = first.len().div_ceil(batch) * self.steps;
+        let progress = pipeline.reporter.progress(forwards, "sampling once more");
+        let latents = calibrate::sample(
+            denoise,
+            &first,
+            pipeline.config.out_channels / 4,
+            batch,
+            BATCHES_PER_LOAD,
+            self.seed.wrapping_add(images as u64),
+            &progress,
+        )?;
+        progress.finish_and_clear();
+        Ok(latents)
     }
 
     /// The images that an earlier, killed run has not sampled yet, behind those that it has.

@@ -156,6 +156,16 @@ pub fn run(
         options.vae_tile,
     )?;
     let (images, decode_seconds) = decode(&decoder, &measured, budget)?;
+    let again = measured[0]
+        .again
+        .as_ref()
+        .context("the baseline draws some prompts twice")?;
+    let two_seeds = pairs::two_seeds(
+        &measured[0].latents,
+        &images[0],
+        again,
+        &decoder.images(again)?,
+    )?;
     drop(decoder);
     let clip_scores = clip
         .map(|clip| clip.scores(&options.prompts, &images, runtime))
@@ -214,6 +224,7 @@ pub fn run(
             },
         },
         machine: Machine::this(),
+        two_seeds,
         baseline: models.remove(0),
         models,
         pairs,

@@ -5,7 +5,8 @@ use candle::{DType, Tensor};
 
 use super::{
     EvalOptions, metrics,
-    report::{Pair, PairOfModel},
+    metrics::Summary,
+    report::{Pair, PairOfModel, TwoSeeds},
     scenes::{self, Scene},
 };
 use crate::sample::png::Image;
@@ -20,12 +21,10 @@ pub(super) fn compare(
 ) -> Result<Vec<Pair>> {
     let (base_latents, latents) = latents.split_first().context("nothing was sampled")?;
     let (base, rest) = images.split_first().context("nothing was sampled")?;
-    let mean_squares = |latents: &&Tensor| -> Result<Vec<f64>> {
-        let difference = (*latents - *base_latents)?;
-        let means = difference.sqr()?.flatten_from(1)?.mean(1)?;
-        Ok(means.to_dtype(DType::F64)?.to_vec1()?)
-    };
-    let latents: Vec<Vec<f64>> = latents.iter().map(mean_squares).collect::<Result<_>>()?;
+    let latents: Vec<Vec<f64>> = latents
+        .iter()
+        .map(|latents| mean_squares(latents, base_latents))
+        .collect::<Result<_>>()?;
     let mut out = Vec::new();
     for (i, prompt) in options.prompts.iter().enumerate() {
         // scenes are square; a caption of the grammar in another format is just a prompt
@@ -56,4 +55,33 @@ pub(super) fn compare(
         });
     }
     Ok(out)
+}
+
+/// The images of one model from two seeds: `latents` (images, tokens, 4 · channels), and the same prompts' `again`.
+pub(super) fn two_seeds(
+    latents: &Tensor,
+    images: &[Image],
+    again: &Tensor,
+    images_again: &[Image],
+) -> Result<TwoSeeds> {
+    let first = latents.narrow(0, 0, images_again.len())?;
+    let pairs = || images.iter().zip(images_again);
+    let psnr: Vec<f64> = pairs()
+        .map(|(a, b)| metrics::psnr(a, b))
+        .collect::<Result<_>>()?;
+    let ssim: Vec<f64> = pairs()
+        .map(|(a, b)| metrics::ssim(a, b))
+        .collect::<Result<_>>()?;
+    Ok(TwoSeeds {
+        prompts: images_again.len(),
+        latent_mse: Summary::from_values(&mean_squares(again, &first)?),
+        psnr: Summary::from_values(&psnr),
+        ssim: Summary::from_values(&ssim),
+    })
+}
+
+/// Mean squared difference of each image's latents, (images, tokens, 4 · channels).
+fn mean_squares(a: &Tensor, b: &Tensor) -> Result<Vec<f64>> {
+    let means = (a - b)?.sqr()?.flatten_from(1)?.mean(1)?;
+    Ok(means.to_dtype(DType::F64)?.to_vec1()?)
 }

@@ -26,6 +26,9 @@ pub struct Report {
     pub settings: Settings,
     /// The machine; timings are of it.
     pub machine: Machine,
+    /// How far images of the baseline are apart that were drawn of the same prompts from other noise: two images that are
+    /// equally good.
+    pub two_seeds: TwoSeeds,
     /// The model that the others are compared with.
     pub baseline: ModelReport,
     /// The models, in the order they were named.
@@ -129,6 +132,19 @@ pub struct Distances {
     pub ssim: Summary,
     /// Indices of the pairs with the lowest PSNR, the lowest first.
     pub worst: Vec<usize>,
+}
+
+/// Distances between images of the same prompts and the same model, from different noise.
+#[derive(Clone, Debug, Serialize)]
+pub struct TwoSeeds {
+    /// Prompts that were drawn twice.
+    pub prompts: usize,
+    /// Mean squared difference of the final latents.
+    pub latent_mse: Summary,
+    /// In dB.
+    pub psnr: Summary,
+    /// Structural similarity.
+    pub ssim: Summary,
 }
 
 /// Shares of images that meet a criterion of their caption.
