@@ -34,6 +34,7 @@ mod qwen3;
 mod resumed;
 mod sandwich;
 mod sandwich_refused;
+mod settings;
 mod shell;
 mod tensors;
 mod verification;
