@@ -249,7 +249,7 @@ impl CalibrationEstimate {
                 all_blocks: offload_plan.total(),
                 fitting,
                 on_cpu,
-                held_out: options.held_out,
+                held_out: options.compared,
                 flops_per_latent: per_latent.flops() as f64,
             },
             seconds: None,

@@ -201,14 +201,20 @@ impl<'a> Calibrator<'a> {
     /// # Errors
     /// When a forward fails or its result is not finite.
     pub fn held_out(&self, noised: &NoisedSplit) -> Result<HeldOut> {
+        self.with_velocity(&noised.held_out)
+    }
+
+    /// [`Self::held_out`], as much of it as blocks are compared on.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn compared(&self, noised: &NoisedSplit) -> Result<HeldOut> {
+        self.with_velocity(&noised.held_out.first(self.options.compared))
+    }
+
+    fn with_velocity(&self, noised: &NoisedLatents) -> Result<HeldOut> {
         let Runtime { device, dtype } = self.runtime;
-        HeldOut::new(
-            &self.flux,
-            &noised.held_out,
-            self.options.batch,
-            device,
-            *dtype,
-        )
+        HeldOut::new(&self.flux, noised, self.options.batch, device, *dtype)
     }
 
     /// Packed latents (prompts, tokens, 4 · channels) of the last `count` prompts by each of `models`, in the steps that

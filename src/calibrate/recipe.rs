@@ -64,7 +64,7 @@ pub struct CalibrationRecipe {
     /// adds a fifth to the time that sampling takes, and 4 for given images.
     #[serde(alias = "draws")]
     pub noise_levels_per_image: Option<f64>,
-    /// Sampling steps; `null`: 8, or the model's own default if that is lower. Many images
+    /// Sampling steps; `null`: 4 for small images and 8 for large ones, or the model's own default if that is lower. Many images
     /// drawn in few steps make better fits than few in many.
     pub steps: Option<usize>,
     /// Guidance; `null`: the model's own default.

@@ -333,11 +333,11 @@ impl Calibrator<'_> {
         run(self, options)
     }
 
-    /// The held-out part of `noised` with the unpruned model's velocity on it, where comparisons are saved as they go.
+    /// The part of `noised` that blocks are compared on with the unpruned model's velocity on it; comparisons are saved as they go.
     /// `settings` say what they depend on besides the calibration.
     ///
     /// # Errors
-    /// As [`Self::held_out`]; when unfinished work of another kind is in the way.
+    /// As [`Self::compared`]; when unfinished work of another kind is in the way.
     pub fn held_out_of(
         &self,
         run: &RunOptions,
@@ -347,14 +347,14 @@ impl Calibrator<'_> {
         let options = &self.options;
         let settings = json!({
             "calibration": serde_json::to_value(header(self, 0)?)?,
-            "held_out": options.held_out,
+            "held_out": options.compared,
             "settings": settings,
         });
         let hash = Sha256::digest(settings.to_string());
         let hash: String = hash.iter().map(|b| format!("{b:02x}")).collect();
         let (path, reporter) = (run.journal(), &self.pipeline.reporter);
         let journal = Journal::open(&path, hash, run.save_every, reporter)?;
-        Ok(self.held_out(noised)?.with_journal(Some(journal)))
+        Ok(self.compared(noised)?.with_journal(Some(journal)))
     }
 
     /// The calibration that was made before, if the options name one, otherwise one made now.

@@ -56,7 +56,8 @@ pub struct CalibrationArgs {
     /// Of earlier versions, where it could be `trajectory` too.
     #[arg(long, hide = true, conflicts_with = "images")]
     pub source: Option<LatentSource>,
-    /// Sampling steps of calibration. Default: 8, or the model's own if that is lower.
+    /// Sampling steps of calibration. Default: 4 for small images and 8 for large ones, or the
+    /// model's own if that is lower.
     #[arg(long, value_parser = whole(1, MAX_STEPS_OF_DATA))]
     pub steps: Option<usize>,
     #[command(flatten)]

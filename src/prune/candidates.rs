@@ -15,7 +15,7 @@ use crate::{
 
 /// FitSplit for each channel that fits are made of in the rounds after the first: at 48 the error of a fit is a few
 /// percent above that of many more, and alike for all candidates.
-const ROWS_PER_CHANNEL: usize = 48;
+const ROWS_PER_CHANNEL: usize = 24;
 
 /// Fits every block in the first round; in later ones again, on the activations of the trunk with the earlier choices
 /// replaced, if the recipe says so.

@@ -34,7 +34,7 @@ impl PruneRecipe {
     /// Fills in what the recipe leaves open, so that it says what was used.
     pub fn resolve(&mut self, pipeline: &Pipeline, resolved: &ResolvedOptions) {
         self.calibration = resolved.recipe.clone();
-        self.score.held_out = Some(resolved.held_out);
+        self.score.held_out = Some(resolved.compared);
         let width = pipeline.config.hidden_size;
         self.score
             .refit_between_rounds

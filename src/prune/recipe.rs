@@ -31,7 +31,7 @@ pub struct PruneRecipe {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct ScoreRecipe {
-    /// Held-out noised latents that blocks are compared on; `null`: 256, or fewer if images are large.
+    /// Held-out noised latents that blocks are compared on; `null`: 96, or fewer if images are large.
     pub held_out: Option<usize>,
     /// Fit all candidates again behind each choice before they are compared; `null`: for models up to 1,024 wide, where
     /// that costs seconds. Otherwise they are compared by their fits on the original's activations.

@@ -91,23 +91,24 @@ fn find(
     run: &RunOptions,
 ) -> Result<Found> {
     let noised = calibrator.noised(&calibration)?;
-    let (held_out, selection, plan) = match target {
-        PruneTarget::Plan(plan) => (calibrator.held_out(&noised)?, None, plan),
+    let (selection, plan) = match target {
+        PruneTarget::Plan(plan) => (None, plan),
         PruneTarget::Goal { goal, protect } => {
             let pipeline = calibrator.pipeline;
             let workload = goal::workload(pipeline, calibrator.runtime, &calibrator.options);
             let budget = goal::budget(pipeline, workload, recipe, goal, &protect)?;
             let settings = recipe.comparison(&budget, &protect)?;
-            let held_out = calibrator.held_out_of(run, &noised, &settings)?;
+            let compared = calibrator.held_out_of(run, &noised, &settings)?;
             let stats = calibration.stats;
             let (selection, plan) = select::by_model(
-                calibrator, recipe, stats, &noised, &held_out, &budget, &protect,
+                calibrator, recipe, stats, &noised, &compared, &budget, &protect,
             )?;
-            (held_out, Some(selection), plan)
+            (Some(selection), plan)
         }
     };
     let pruned = prune(calibrator, recipe, plan, &noised, run.folder())?;
     let flux = pruned.flux(calibrator)?;
+    let held_out = calibrator.held_out(&noised)?;
     let velocity_error = held_out.error(&flux, &flux.trunk)?;
     ensure!(
         velocity_error.is_finite(),
