@@ -79,7 +79,7 @@ pub struct OutputProjectionSums {
 
 impl OutputProjectionSums {
     /// Adds samples: `z` (b, n, k), the `residual` (b, n, d) that the change is to make up for, the `gate` (b, d), 1
-    /// if `None`. Products are f32.
+    /// if `None`; their squared errors count `weight` times. Products are f32.
     ///
     /// # Errors
     /// When a value is NaN or infinite, or a product fails.
@@ -88,21 +88,24 @@ impl OutputProjectionSums {
         z: &Tensor,
         residual: &Tensor,
         gate: Option<&Tensor>,
+        weight: f64,
         left_out: bool,
     ) -> Result<()> {
         if z.dim(0)? == 0 {
             return Ok(());
         }
         let z = z.to_dtype(DType::F32)?;
-        let residual = residual.to_dtype(DType::F32)?;
+        // g (z Δ) ≈ r, weighted, is (√w g) (z Δ) ≈ √w r
+        let root_weight = weight.sqrt();
+        let residual = (residual.to_dtype(DType::F32)? * root_weight)?;
         let width = residual.dim(2)?;
         let (sums, u, a) = match gate {
             None => {
-                let c = with_bias(None, &z)?;
+                let (z, c) = ((&z * root_weight)?, (with_bias(None, &z)? * root_weight)?);
                 (from_samples(&z, &c, &residual)?, None, 0.0)
             }
             Some(gate) => {
-                let gate = gate.to_dtype(DType::F32)?;
+                let gate = (gate.to_dtype(DType::F32)? * root_weight)?;
                 let square = gate.sqr()?;
                 let a = (square.mean_keepdim(1)? + 1e-12)?; // (b, 1)
                 let root = a.sqrt()?;
@@ -264,7 +267,7 @@ mod tests {
                     None => lack,
                     Some(gate) => lack.broadcast_mul(&gate.unsqueeze(1).unwrap()).unwrap(),
                 };
-                sums.add(&z, &rest, gate.as_ref(), part == 7).unwrap();
+                sums.add(&z, &rest, gate.as_ref(), 0.5, part == 7).unwrap();
             }
             let got = sums.solve(&before, Some(0.0)).unwrap();
             let want = (before.weight().unwrap() + &change).unwrap();
@@ -279,8 +282,14 @@ mod tests {
         let before = before();
         let mut sums = OutputProjectionSums::default();
         let zeros = Tensor::zeros((8, 3, 4), DType::F32, &Device::Cpu).unwrap();
-        sums.add(&random(&[8, 3, 6]), &zeros, Some(&random(&[8, 4])), false)
-            .unwrap();
+        sums.add(
+            &random(&[8, 3, 6]),
+            &zeros,
+            Some(&random(&[8, 4])),
+            1.0,
+            false,
+        )
+        .unwrap();
         let got = sums.solve(&before, None).unwrap();
         assert!(off(&got.weight, &before.weight().unwrap()) < 1e-12);
         assert!(off(&got.bias.unwrap(), before.bias().unwrap()) < 1e-12);
@@ -292,7 +301,7 @@ mod tests {
         let mut sums = OutputProjectionSums::default();
         let z = random(&[20, 5, 6]);
         let lack = z.broadcast_matmul(&change.t().unwrap()).unwrap();
-        sums.add(&z, &lack, None, false).unwrap();
+        sums.add(&z, &lack, None, 1.0, false).unwrap();
         let got = sums.solve(&before, Some(0.0)).unwrap();
         let want = (before.weight().unwrap() + &change).unwrap();
         assert!(off(&got.weight, &want) < 1e-4);

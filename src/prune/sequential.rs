@@ -22,7 +22,7 @@ use crate::{
     calibrate::{noised::NoisedLatents, subsample},
     device::Runtime,
     fit::layers::LayerMap,
-    layout::Replacement,
+    layout::{BlockKind, BlockSpec, Replacement},
     model::{Block, Conditioning, Flux, Linear, Stream, Trunk},
 };
 
@@ -56,6 +56,8 @@ pub struct Fits {
     pub output_projections: OutputProjections,
 }
 
+/// What text tokens count in the fits of the first single block, where image tokens count 1.
+const TEXT_WEIGHT: f64 = 0.5;
 /// The noised latents of one image in eight are left out of the fit to choose the ridge, and used after that.
 const LEFT_OUT: u32 = 8;
 /// Bytes of token streams that may stay on a device of its own memory in any case; more are held in the host's and visit
@@ -276,6 +278,8 @@ impl<'a> SequentialFit<'a> {
     fn kept(&mut self, index: usize) -> Result<()> {
         let mut block = self.block(index)?.resident()?;
         let id = self.flux.trunk.entries()[index].0.id();
+        let joint = id.kind == BlockKind::Single;
+        let text_weight = self.text_weight(index);
         let mut projections: Vec<(&'static str, Linear, OutputProjectionSums)> = Vec::new();
         for batch in &mut self.batches {
             let (before, pruned) = batch.load(&mut self.store, &self.runtime.device)?;
@@ -296,16 +300,27 @@ impl<'a> SequentialFit<'a> {
                 let tokens = step.x.dim(1)?;
                 let target = after.tokens.narrow(1, offset, tokens)?;
                 offset += tokens;
-                let chosen = batch.rows.tokens(&step.z)?;
-                for (part, left_out) in batch.rows.parts() {
-                    let take = |x: &Tensor| subsample::pick(x, Some(part), chosen.as_ref());
-                    let z = take(&step.z)?;
-                    let gate = subsample::pick(&step.gate, Some(part), None)?;
-                    let wide = |x: Tensor| x.to_dtype(DType::F32);
-                    let y = wide(linear.forward(&z)?)?.broadcast_mul(&wide(gate.unsqueeze(1)?)?)?;
-                    let rest = ((wide(take(&target)?)? - wide(take(&step.x)?)?)? - y)?;
-                    sums.add(&z, &rest, Some(&gate), left_out)
-                        .with_context(|| format!("block {id}"))?;
+                // in a single block text and image tokens share a projection
+                let text = if joint { pruned.txt_len } else { 0 };
+                let spans = [(0, text, text_weight), (text, tokens - text, 1.0)];
+                for (start, len, weight) in spans {
+                    if len == 0 || weight <= 0.0 {
+                        continue;
+                    }
+                    let span = |t: &Tensor| t.narrow(1, start, len);
+                    let (z, x, target) = (span(&step.z)?, span(&step.x)?, span(&target)?);
+                    let chosen = batch.rows.tokens(&z)?;
+                    for (part, left_out) in batch.rows.parts() {
+                        let take = |x: &Tensor| subsample::pick(x, Some(part), chosen.as_ref());
+                        let z = take(&z)?;
+                        let gate = subsample::pick(&step.gate, Some(part), None)?;
+                        let wide = |x: Tensor| x.to_dtype(DType::F32);
+                        let y =
+                            wide(linear.forward(&z)?)?.broadcast_mul(&wide(gate.unsqueeze(1)?)?)?;
+                        let rest = ((wide(take(&target)?)? - wide(take(&x)?)?)? - y)?;
+                        sums.add(&z, &rest, Some(&gate), weight, left_out)
+                            .with_context(|| format!("block {id}"))?;
+                    }
                 }
             }
             batch.store(&mut self.store, &after, &pruned)?;
@@ -323,6 +338,18 @@ impl<'a> SequentialFit<'a> {
         self.pass(&block)
     }
 
+    /// What a squared error of a text token counts beside that of an image token behind the single block `index`: only
+    /// the attention of the blocks that follow sees text tokens, so it falls with their number, to nothing.
+    fn text_weight(&self, index: usize) -> f64 {
+        let singles = |entries: &[(BlockSpec, Block)]| {
+            let single = |(spec, _): &&(BlockSpec, Block)| spec.kind() == BlockKind::Single;
+            entries.iter().filter(single).count()
+        };
+        let entries = self.flux.trunk.entries();
+        let (all, later) = (singles(entries), singles(&entries[index + 1..]));
+        TEXT_WEIGHT * later as f64 / (all.max(2) - 1) as f64
+    }
+
     /// Fits the head's projection: the trunk is behind.
     fn head(&mut self) -> Result<()> {
         let mut flux = self.flux.clone();
@@ -337,7 +364,7 @@ impl<'a> SequentialFit<'a> {
             let chosen = batch.rows.tokens(&z)?;
             for (part, left_out) in batch.rows.parts() {
                 let take = |x: &Tensor| subsample::pick(x, Some(part), chosen.as_ref());
-                sums.add(&take(&z)?, &take(&rest)?, None, left_out)
+                sums.add(&take(&z)?, &take(&rest)?, None, 1.0, left_out)
                     .context("head")?;
             }
             self.progress.inc(1);
