@@ -23,6 +23,8 @@ const NOTICE: &str = "NOTICE";
 enum Licence {
     Apache,
     FluxDev,
+    /// FLUX.2 but klein-4B.
+    Flux2,
     Unknown,
 }
 
@@ -31,9 +33,11 @@ impl Licence {
     fn of(base: &str) -> Self {
         let base = base.to_lowercase();
         let has = |words: &[&str]| words.iter().any(|word| base.contains(word));
-        if has(&["schnell", "klein-4b", "bundled"]) {
+        if has(&["schnell", "bundled"]) || (has(&["klein"]) && has(&["4b"])) {
             Self::Apache
-        } else if has(&["flux.1", "flux1", "flux.2", "flux2"]) {
+        } else if has(&["flux.2", "flux2"]) {
+            Self::Flux2
+        } else if has(&["flux.1", "flux1"]) {
             Self::FluxDev
         } else {
             Self::Unknown
@@ -46,6 +50,7 @@ impl Licence {
             Self::FluxDev => {
                 "license: other\nlicense_name: flux-1-dev-non-commercial-license\nlicense_link: https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md\n"
             }
+            Self::Flux2 => "license: other\nlicense_name: flux-non-commercial-license\n",
             Self::Unknown => "license: other\nlicense_name: that-of-the-base-model\n",
         }
     }
@@ -61,6 +66,9 @@ impl Licence {
             ),
             Self::FluxDev => format!(
                 "{changed}\nThis FLUX Model is licensed by Black Forest Labs Inc. under the FLUX.1 [dev] Non-Commercial License. Copyright Black Forest Labs Inc.\nIN NO EVENT SHALL BLACK FOREST LABS INC. BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH USE OF THIS MODEL.\n"
+            ),
+            Self::Flux2 => format!(
+                "{changed}\nThis FLUX Model is licensed by Black Forest Labs Inc. under the FLUX Non-Commercial License, which comes with the base: put it next to this file before you publish it.\n"
             ),
             Self::Unknown => format!(
                 "{changed}\nIt stays under the licence of its base: put that licence next to this file before you publish it.\n"
@@ -218,20 +226,36 @@ fn usage(record: &Record, facts: &CardFacts, base: &str) -> String {
         BlockSpec::Original(_) => true,
         BlockSpec::Replaced(r) => r.form == Form::Remove,
     });
+    let (plain_class, pruned_class, pipeline) = if facts.family.starts_with("FLUX.2") {
+        (
+            "Flux2Transformer2DModel",
+            "FastFlux2Transformer2DModel",
+            "Flux2KleinPipeline",
+        )
+    } else {
+        (
+            "FluxTransformer2DModel",
+            "FastFluxTransformer2DModel",
+            "FluxPipeline",
+        )
+    };
     if facts.layout == Naming::Diffusers {
         let (class, trust) = if plain {
-            ("FluxTransformer2DModel", "")
+            (plain_class, "")
         } else {
             ("AutoModel", ", trust_remote_code=True")
         };
         let _ = write!(
             out,
-            "\ndiffusers:\n\n```python\ntransformer = {class}.from_pretrained(\"FOLDER/transformer\"{trust}, torch_dtype=torch.bfloat16)\npipe = FluxPipeline.from_pretrained(\"{base}\", transformer=transformer, torch_dtype=torch.bfloat16)\n```\n\nComfyUI: `fastflux convert --model FOLDER --dtype bf16 --output flux.safetensors` writes the file for it.\n"
+            "\ndiffusers:\n\n```python\ntransformer = {class}.from_pretrained(\"FOLDER/transformer\"{trust}, torch_dtype=torch.bfloat16)\npipe = {pipeline}.from_pretrained(\"{base}\", transformer=transformer, torch_dtype=torch.bfloat16)\n```\n\nComfyUI: `fastflux convert --model FOLDER --dtype bf16 --output flux.safetensors` writes the file for it.\n"
         );
     } else if plain {
-        out += "\nComfyUI, stable-diffusion.cpp and others open the file in this folder as any FLUX.1 with fewer blocks; diffusers opens what `fastflux convert` and `prune --layout diffusers` write.\n";
+        out += "\nComfyUI, stable-diffusion.cpp and others open the file in this folder as any FLUX with fewer blocks; diffusers opens what `fastflux convert` and `prune --layout diffusers` write.\n";
     } else {
-        out += "\nComfyUI: put `comfyui_fastflux.py` (in `scripts/interop` of fastflux) into `custom_nodes` and the file of this folder into `models/diffusion_models`; the node \"Load fastflux model\" opens it.\n\ndiffusers: `fastflux_flux.FastFluxTransformer2DModel.from_single_file(\"flux.safetensors\")`, with `fastflux_flux.py` from the same folder.\n\nOther programs do not know the linear layers: they ignore them or fail.\n";
+        let _ = write!(
+            out,
+            "\nComfyUI: put `comfyui_fastflux.py` (in `scripts/interop` of fastflux) into `custom_nodes` and the file of this folder into `models/diffusion_models`; the node \"Load fastflux model\" opens it.\n\ndiffusers: `fastflux_flux.{pruned_class}.from_single_file(\"flux.safetensors\")`, with `fastflux_flux.py` from the same folder.\n\nOther programs do not know the linear layers: they ignore them or fail.\n"
+        );
     }
     out
 }
@@ -288,6 +312,9 @@ mod tests {
             ("black-forest-labs/FLUX.1-schnell", Licence::Apache),
             ("black-forest-labs/FLUX.1-dev", Licence::FluxDev),
             ("/models/flux1-dev.safetensors", Licence::FluxDev),
+            ("black-forest-labs/FLUX.2-klein-base-4B", Licence::Apache),
+            ("mine FLUX.2 [klein] 4B", Licence::Apache),
+            ("black-forest-labs/FLUX.2-klein-9B", Licence::Flux2),
             ("/models/mine.safetensors", Licence::Unknown),
         ] {
             assert_eq!(Licence::of(base), licence, "{base}");
