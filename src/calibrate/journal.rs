@@ -15,8 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     checkpoint::{output, read_small, with_hint},
-    layout::BlockSpec,
-    model::Trunk,
+    model::{Block, Trunk},
     ui::Reporter,
 };
 
@@ -102,9 +101,9 @@ impl Journal {
     /// Numbers of the kind `what` with `trunk` as it stands.
     pub(super) fn section(&self, what: &str, trunk: &Trunk) -> Section<'_> {
         let mut name = what.to_owned();
-        for (spec, _) in trunk.entries() {
-            // what is replaced tells the trunk
-            if !matches!(spec, BlockSpec::Original(_)) {
+        for (spec, block) in trunk.entries() {
+            // a choice changes the block and not the layout
+            if matches!(block, Block::Replacement(_)) {
                 name = format!("{name} {}", spec.id());
             }
         }
