@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     sync::OnceLock,
     time::Duration,
@@ -10,7 +10,10 @@ use std::{
 
 use serde_json::Value;
 
-use crate::common::{command, fastflux, json, ok, says};
+use crate::{
+    common::{command, fastflux, json, ok, says},
+    tensors,
+};
 
 /// Small, but with every kind of phase: two sandwiches that share a block, and the finetuning.
 const SMALL: [&str; 14] = [
@@ -78,18 +81,6 @@ pub(crate) fn refused(args: &[&str], words: &[&str]) {
     all.extend(["--output", "refused"]);
     says(1, folder, &all, words);
     assert!(!folder.join("refused").exists());
-}
-
-fn tensors(path: PathBuf) -> Vec<(String, Vec<u8>)> {
-    let bytes = fs::read(path).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let all = file
-        .tensors()
-        .into_iter()
-        .map(|(name, view)| (name, view.data().to_vec()));
-    let mut all: Vec<_> = all.collect();
-    all.sort();
-    all
 }
 
 #[test]
@@ -200,16 +191,16 @@ fn a_kept_lora_leaves_the_weights_alone_and_has_the_names_of_peft() {
             "{phase}"
         );
     }
-    let pruned = tensors(folder.join("pruned/flux.safetensors"));
-    let kept = tensors(folder.join("kept/flux.safetensors"));
-    for ((name, before), (other, after)) in pruned.iter().zip(&kept) {
-        assert_eq!(name, other);
-        let trained = name.contains(".linear.");
-        assert!(trained || before == after, "{name}");
+    let pruned = tensors::of_file(&folder.join("pruned/flux.safetensors"));
+    let kept = tensors::of_file(&folder.join("kept/flux.safetensors"));
+    for (before, after) in pruned.iter().zip(&kept) {
+        assert_eq!(before.0, after.0);
+        let trained = before.0.contains(".linear.");
+        assert!(trained || before == after, "{}", before.0);
     }
     assert!(pruned != kept, "nothing was trained");
-    let lora = tensors(folder.join("kept/lora.safetensors"));
-    let has = |name: &str| lora.iter().any(|(other, _)| other == name);
+    let lora = tensors::of_file(&folder.join("kept/lora.safetensors"));
+    let has = |name: &str| lora.iter().any(|tensor| tensor.0 == name);
     for name in [
         "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
         "transformer.transformer_blocks.2.attn.add_v_proj.lora_B.weight",
@@ -219,7 +210,7 @@ fn a_kept_lora_leaves_the_weights_alone_and_has_the_names_of_peft() {
         assert!(
             has(name),
             "{name} is not in {:?}",
-            lora.iter().map(|(n, _)| n)
+            lora.iter().map(|tensor| &tensor.0)
         );
     }
     // the healed model opens, and says that it is not whole; the pruned one has nothing to say

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 use serde_json::{Value, json};
 
-use crate::common::{folder, ok};
+use crate::{
+    common::{folder, golden, ok},
+    tensors,
+};
 
 /// How a setting is changed: by flags if there are some, or by a value in the recipe.
 enum By {
@@ -45,7 +48,18 @@ fn with(recipe: &Value, key: &str, value: &Value) -> Value {
     recipe
 }
 
-/// Runs `command` once as it is and once for every key with its change; the bytes of the files `written` must differ.
+/// What a file holds that was computed: the tensors without the metadata, which name the recipe, or all of a JSON file.
+fn computed(path: &Path) -> Vec<Vec<u8>> {
+    if path.extension().is_some_and(|e| e == "json") {
+        return vec![fs::read(path).unwrap()];
+    }
+    let tensors = tensors::of_file(path).into_iter();
+    tensors
+        .map(|(name, _, _, data)| [name.as_bytes(), &data].concat())
+        .collect()
+}
+
+/// Runs `command` once as it is and once for every key with its change; what is in the files `written` must differ.
 fn every_setting_acts(
     config: &str,
     recipe: &Value,
@@ -73,8 +87,10 @@ fn every_setting_acts(
         fs::write(work.join(&file), recipe.to_string()).unwrap();
         let rest = ["--recipe", &file, "--output", name, "--quiet"];
         ok(work, &[command, &rest, flags].concat());
-        let read = |written: &&str| fs::read(work.join(name).join(written)).unwrap();
-        let bytes = written.iter().map(read).collect();
+        let bytes = written
+            .iter()
+            .flat_map(|written| computed(&work.join(name).join(written)));
+        let bytes = bytes.collect();
         fs::remove_dir_all(work.join(name)).unwrap();
         bytes
     };
@@ -101,11 +117,11 @@ fn every_setting_acts(
 fn every_setting_of_prune_acts() {
     let recipe = json!({
         "calibration": { "num-prompts": 6, "noise-levels-per-image": 2, "steps": 2 },
-        "score": { "held-out": 8 }, "fit": {}, "ratio": 0.2
+        "score": { "held-out": 8 }, "fit": {}, "ratio": 0.4
     });
-    let work = folder();
+    let (work, model) = (folder(), golden("dev/pipe"));
     let changes = [
-        ("ratio", Flags(&["--ratio", "0.3"])),
+        ("ratio", Flags(&["--ratio", "0.6"])),
         // `--images` sets it: tests in `calibration`
         ("calibration.source", Elsewhere),
         ("calibration.num-prompts", Flags(&["--num-prompts", "5"])),
@@ -122,7 +138,8 @@ fn every_setting_of_prune_acts() {
             Flags(&["--tokens-per-forward", "40"]),
         ),
         ("score.held-out", Recipe(json!(16))),
-        ("score.refit-between-rounds", Recipe(json!(false))),
+        // on what the second choice is measured to cost: below
+        ("score.refit-between-rounds", Elsewhere),
         ("fit.form", Flags(&["--form", "conditioned"])),
         ("fit.joint", Recipe(json!(true))),
         // of neighbours alone: below
@@ -135,21 +152,50 @@ fn every_setting_of_prune_acts() {
     every_setting_acts(
         "prune.json",
         &recipe,
-        &["prune"],
+        &["prune", "--model", &model],
         &written,
         &changes,
         work.path(),
     );
 
+    let costs = |name: &str, recipe: &Value| {
+        let file = format!("{name}-recipe.json");
+        fs::write(work.path().join(&file), recipe.to_string()).unwrap();
+        let output = format!("{name}.json");
+        let args = ["plan", "--model", &model, "--ratio", "0.2,0.4", "--json"];
+        let rest = ["--recipe", &file, "--output", &output];
+        let report: Value =
+            serde_json::from_str(&ok(work.path(), &[&args[..], &rest].concat())).unwrap();
+        [0, 1].map(|k| report["points"][k]["velocity_error"].as_f64().unwrap())
+    };
+    let without = with(&recipe, "score.refit-between-rounds", &json!(false));
+    let (with_refits, without) = (costs("with", &recipe), costs("without", &without));
+    assert!(
+        (with_refits[0] - without[0]).abs() <= 0.0,
+        "{with_refits:?} {without:?}"
+    );
+    assert!(
+        (with_refits[1] - without[1]).abs() > 0.0,
+        "{with_refits:?} {without:?}"
+    );
+
     let one_layer = |name: &str, recipe: &Value| {
         let file = format!("{name}.json");
         fs::write(work.path().join(&file), recipe.to_string()).unwrap();
-        let args = ["prune", "--blocks", "single.03-04", "--quiet", "--recipe"];
+        let args = [
+            "prune",
+            "--model",
+            &model,
+            "--blocks",
+            "single.00-01",
+            "--quiet",
+            "--recipe",
+        ];
         ok(
             work.path(),
             &[&args[..], &[&file, "--output", name]].concat(),
         );
-        fs::read(work.path().join(name).join("flux.safetensors")).unwrap()
+        computed(&work.path().join(name).join("flux.safetensors"))
     };
     let apart = with(&recipe, "fit.collapse", &json!(false));
     assert!(one_layer("together", &recipe) != one_layer("apart", &apart));
@@ -157,7 +203,7 @@ fn every_setting_of_prune_acts() {
 
 #[test]
 fn every_setting_of_train_sandwich_acts() {
-    let work = folder();
+    let (work, model) = (folder(), golden("dev/pipe"));
     let quick = [
         "--num-prompts",
         "6",
@@ -169,7 +215,17 @@ fn every_setting_of_train_sandwich_acts() {
     ];
     ok(
         work.path(),
-        &[&["prune", "--blocks", "double.01,single.02"], &quick[..]].concat(),
+        &[
+            &[
+                "prune",
+                "--model",
+                &model,
+                "--blocks",
+                "double.00,single.02",
+            ],
+            &quick[..],
+        ]
+        .concat(),
     );
     fs::write(
         work.path().join("prompts.txt"),
@@ -218,7 +274,6 @@ fn every_setting_of_train_sandwich_acts() {
         ("evaluate-every", Elsewhere),
         ("patience", Elsewhere),
     ];
-    // the report holds the losses, so that what acts on them alone is seen too
     let written = ["flux.safetensors", "sandwich.safetensors"];
     let command = ["train-sandwich", "--model", "pruned"];
     every_setting_acts(
@@ -243,7 +298,7 @@ fn every_setting_of_train_sandwich_acts() {
             work.path(),
             &[&none[..], &["--output", "other"], flags].concat(),
         );
-        let bytes = fs::read(work.path().join("other/flux.safetensors")).unwrap();
+        let bytes = computed(&work.path().join("other/flux.safetensors"));
         fs::remove_dir_all(work.path().join("other")).unwrap();
         bytes
     };

@@ -11,9 +11,15 @@ pub(crate) type Tensors = Vec<(String, Dtype, Vec<usize>, Vec<u8>)>;
 
 /// The tensors of a golden file.
 pub(crate) fn read(path: &str) -> Tensors {
-    let bytes = fs::read(golden(path)).unwrap();
+    of_file(Path::new(&golden(path)))
+}
+
+/// The tensors of a file, by name; not its metadata.
+pub(crate) fn of_file(path: &Path) -> Tensors {
+    let bytes = fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
-    file.iter()
+    let mut tensors: Tensors = file
+        .iter()
         .map(|(name, t)| {
             (
                 name.to_owned(),
@@ -22,7 +28,9 @@ pub(crate) fn read(path: &str) -> Tensors {
                 t.data().to_vec(),
             )
         })
-        .collect()
+        .collect();
+    tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    tensors
 }
 
 /// Writes them as safetensors.
