@@ -338,7 +338,7 @@ impl Calibrator<'_> {
     ///
     /// # Errors
     /// As [`Self::compared`]; when unfinished work of another kind is in the way.
-    pub fn held_out_of(
+    pub fn compared_in(
         &self,
         run: &RunOptions,
         noised: &NoisedSplit,

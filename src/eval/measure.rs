@@ -30,7 +30,8 @@ const STEPS: Effort = Effort {
     seconds: 3.0,
 };
 
-/// Prompts that the baseline draws once more from other noise: how far two images of one prompt are apart.
+/// Prompts that the baseline draws once more from other noise, but at most a quarter of all: how far two images of one prompt
+/// are apart.
 const AGAIN: usize = 8;
 
 /// What all models are given.
@@ -177,7 +178,7 @@ impl Task<'_> {
     /// Latents of the first [`AGAIN`] prompts from the seeds behind those of the images.
     fn again(&self, pipeline: &Pipeline, denoise: &Denoise, batch: usize) -> Result<Tensor> {
         let images = self.encoded.len();
-        let first = self.encoded.range(0..AGAIN.min(images))?;
+        let first = self.encoded.range(0..AGAIN.min(images.div_ceil(4)))?;
         let forwards = first.len().div_ceil(batch) * self.steps;
         let progress = pipeline.reporter.progress(forwards, "sampling once more");
         let latents = calibrate::sample(

@@ -98,7 +98,7 @@ fn find(
             let workload = goal::workload(pipeline, calibrator.runtime, &calibrator.options);
             let budget = goal::budget(pipeline, workload, recipe, goal, &protect)?;
             let settings = recipe.comparison(&budget, &protect)?;
-            let compared = calibrator.held_out_of(run, &noised, &settings)?;
+            let compared = calibrator.compared_in(run, &noised, &settings)?;
             let stats = calibration.stats;
             let (selection, plan) = select::by_model(
                 calibrator, recipe, stats, &noised, &compared, &budget, &protect,

@@ -239,7 +239,7 @@ pub fn rank(
     let calibration = calibrator.load_or_run(run)?;
     let noised = calibrator.noised(&calibration)?;
     let settings = recipe.comparison(budget, protect)?;
-    let held_out = calibrator.held_out_of(run, &noised, &settings)?;
+    let held_out = calibrator.compared_in(run, &noised, &settings)?;
     let stats = calibration.stats;
     let (selection, plan) = by_model(
         calibrator, recipe, stats, &noised, &held_out, budget, protect,

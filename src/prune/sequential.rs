@@ -338,8 +338,8 @@ impl<'a> SequentialFit<'a> {
         self.pass(&block)
     }
 
-    /// What a squared error of a text token counts beside that of an image token behind the single block `index`: only
-    /// the attention of the blocks that follow sees text tokens, so it falls with their number, to nothing.
+    /// What a squared error of a text token counts behind the single block `index`, where one of an image token counts 1:
+    /// only the attention of the blocks that follow sees text tokens, so it falls with their number, to nothing.
     fn text_weight(&self, index: usize) -> f64 {
         let singles = |entries: &[(BlockSpec, Block)]| {
             let single = |(spec, _): &&(BlockSpec, Block)| spec.kind() == BlockKind::Single;

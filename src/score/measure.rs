@@ -41,7 +41,7 @@ pub fn score(
     let mut measured: BTreeMap<Metric, BTreeMap<BlockId, f64>> = BTreeMap::new();
     if !metric.is_cheap() {
         let noised = calibrator.noised(calibration)?;
-        let held_out = calibrator.held_out_of(run, &noised, &json!({ "ridge": ridge }))?;
+        let held_out = calibrator.compared_in(run, &noised, &json!({ "ridge": ridge }))?;
         for metric in [Metric::Ablation, Metric::Removal] {
             measured.insert(metric, ablate(calibrator, &held_out, &fits, metric)?);
         }

@@ -172,6 +172,20 @@ impl Found {
         self.kept[kind].union(&self.layers[kind]).copied().collect()
     }
 
+    /// diffusers' class of the family.
+    fn class(&self) -> &'static str {
+        // FLUX.2's blocks share their modulation, in either naming
+        if self
+            .raw
+            .names()
+            .any(|name| name.contains("stream_modulation"))
+        {
+            "Flux2Transformer2DModel"
+        } else {
+            "FluxTransformer2DModel"
+        }
+    }
+
     fn has_layers(&self) -> bool {
         self.layers.iter().any(|layers| !layers.is_empty())
     }
@@ -265,15 +279,12 @@ impl Found {
             if !self.has_layers() {
                 return (
                     true,
-                    format!(
-                        "`FluxTransformer2DModel.from_pretrained` finds {}",
-                        self.counts()
-                    ),
+                    format!("`{}.from_pretrained` finds {}", self.class(), self.counts()),
                 );
             }
             let class = config["auto_map"]["AutoModel"].as_str();
             return match class {
-                Some(class) => (true, format!("`AutoModel.from_pretrained(…, trust_remote_code=True)` opens it as {class}; `FluxTransformer2DModel` would fill {} blocks with random numbers", self.layers.iter().map(BTreeSet::len).sum::<usize>())),
+                Some(class) => (true, format!("`AutoModel.from_pretrained(…, trust_remote_code=True)` opens it as {class}; `{}` would fill {} blocks with random numbers", self.class(), self.layers.iter().map(BTreeSet::len).sum::<usize>())),
                 None => (false, "the weights have linear layers, and config.json names no class that knows them\nhint: `prune --layout diffusers` writes it".to_owned()),
             };
         }
@@ -291,7 +302,13 @@ impl Found {
             );
         }
         if self.has_layers() {
-            return (!self.gguf, "`FluxTransformer2DModel.from_single_file` fails at the linear layers; `fastflux_flux.FastFluxTransformer2DModel.from_single_file` opens it (safetensors only)".to_owned());
+            return (
+                !self.gguf,
+                format!(
+                    "`{0}.from_single_file` fails at the linear layers; `fastflux_flux.Fast{0}.from_single_file` opens it (safetensors only)",
+                    self.class()
+                ),
+            );
         }
         let [double, single] = blocks;
         let how = if blocks == FLUX1_BLOCKS {

@@ -1,4 +1,4 @@
-//! What each number of a report is good for, beside how far two seeds of one model differ in it.
+//! What each number of a report is good for, and how far two seeds of one model differ in it.
 
 use super::encode::escape;
 use crate::eval::report::Report;
