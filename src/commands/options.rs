@@ -202,7 +202,10 @@ pub(super) fn train(args: &TrainArgs, teacher: &Pipeline) -> Result<TrainOptions
     recipe.steps = args.steps.unwrap_or(recipe.steps);
     recipe.finetune.steps = args.finetune.unwrap_or(recipe.finetune.steps);
     recipe.optimiser.lr = args.lr.unwrap_or(recipe.optimiser.lr);
-    recipe.lora.rank = args.rank.or(recipe.lora.rank).filter(|_| !args.no_lora);
+    recipe.lora.rank = args.rank.or(recipe.lora.rank);
+    if args.no_lora {
+        recipe.lora.targets.clear();
+    }
     recipe.lora.alpha = args.alpha.or(recipe.lora.alpha);
     let d = &mut recipe.data;
     d.num_prompts = args.prompts.num_prompts.or(d.num_prompts);

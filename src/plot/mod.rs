@@ -179,7 +179,8 @@ impl Ranged for Axis {
             Scale::Linear => (value - self.low) / (self.high - self.low),
             Scale::Log => (value / self.low).ln() / (self.high / self.low).ln(),
         };
-        start + (share * f64::from(end - start)).round() as i32
+        // 0 on a logarithmic axis is infinitely far down; a screen further on is far enough
+        start + (share.clamp(-1.0, 2.0) * f64::from(end - start)).round() as i32
     }
 
     fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
@@ -309,5 +310,16 @@ mod tests {
     fn numbers_are_written_short() {
         let written = [0.0, 0.02, 0.2 * 3.0, 150.0, 3e-5, 2e6].map(number);
         assert_eq!(written, ["0", "0.02", "0.6", "150", "3e-5", "2e6"]);
+    }
+    #[test]
+    fn what_lies_beyond_an_axis_stays_within_a_screen_of_it() {
+        let log = Axis::log("", [1.0, 2.0].into_iter(), 1.1);
+        let flat = Axis::linear("", 1.0, 1.0);
+        for value in [0.0, -1.0, f64::MAX, f64::INFINITY, f64::NAN] {
+            for axis in [&log, &flat] {
+                let at = axis.map(&value, (300, 10));
+                assert!((-600..=600).contains(&at), "{value} is drawn at {at}");
+            }
+        }
     }
 }

@@ -194,8 +194,10 @@ pub fn estimate(
     MemoryEstimate {
         trainables,
         weights: weights + dequantized,
-        // on the CPU the best values so far are next to them
-        optimiser: if s.cpu { 20.0 } else { 16.0 } * trainables,
+        // value, gradient and moments; on the CPU the best values so far are next to them
+        optimiser: 4.0
+            * (2.0 + recipe.optimiser.method.moments() + f64::from(u8::from(s.cpu)))
+            * trainables,
         // next to the graph: the sample (input and target) and gradients of the widest tensor
         activations: kept + attention + 6.0 * input,
         samples: (held_out + waiting) * s.sample(config) + more * input,

@@ -1,7 +1,6 @@
 //! Sandwich training: heals a pruned model by moving the replaced layers and LoRA factors next to them towards what the
 //! unpruned model computes, one sandwich after another, then all end to end (FastFLUX, arXiv 2506.10035).
 
-pub mod adamw;
 pub mod backward;
 pub mod data;
 mod images;
@@ -10,6 +9,8 @@ mod log;
 pub mod loss;
 pub mod memory;
 mod merge;
+pub mod muon;
+pub mod optimiser;
 pub mod options;
 mod output;
 pub mod pair;

@@ -16,6 +16,11 @@ const TOKENS_PER_FORWARD: usize = 1344;
 const HELD_OUT_TOKENS: usize = 65_536;
 const MIN_HELD_OUT: usize = 8;
 const MAX_HELD_OUT: usize = 192;
+/// Rank of a LoRA if the recipe names none: twice as much heals better, where the optimiser can hold it.
+const DEFAULT_RANK: usize = 64;
+const DEFAULT_RANK_WIDE: usize = 32;
+/// A model wider than this is wide.
+const WIDE: usize = 1024;
 
 /// What to train, on what, and for how long.
 #[derive(Clone, Debug)]
@@ -49,6 +54,13 @@ impl TrainOptions {
         save_every: usize,
     ) -> Result<Self> {
         recipe.validate(teacher.config.hidden_size)?;
+        let width = teacher.config.hidden_size;
+        let rank = if width > WIDE {
+            DEFAULT_RANK_WIDE
+        } else {
+            DEFAULT_RANK.min(width)
+        };
+        recipe.lora.rank.get_or_insert(rank);
         teacher.check_parts(false)?;
         let size = teacher.image_size(recipe.data.width, recipe.data.height)?;
         let d = &mut recipe.data;

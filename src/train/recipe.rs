@@ -95,11 +95,11 @@ pub enum Target {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct LoraRecipe {
-    /// Rank; `null` here and no `--rank`: no LoRA, the replaced layers alone are trained.
+    /// Rank; `null`: 64, in models wider than 1024 channels 32.
     pub rank: Option<usize>,
     /// The addition is scaled by alpha / rank; `null`: alpha is the rank.
     pub alpha: Option<f64>,
-    /// Which projections get one.
+    /// Which projections get one; none: the replaced layers alone are trained.
     pub targets: Vec<Projections>,
 }
 
@@ -141,11 +141,23 @@ pub enum Normalise {
     Velocity,
 }
 
-/// AdamW and its schedule.
+/// How gradients become steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Muon for matrices, AdamW for vectors.
+    Muon,
+    /// AdamW for everything.
+    Adamw,
+}
+
+/// The optimiser and its schedule.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct OptimiserRecipe {
-    /// Highest learning rate.
+    /// Muon or AdamW.
+    pub method: Method,
+    /// Highest learning rate: how far a step moves a value, in the root mean square.
     pub lr: f64,
     /// Share of the learning rate that the replaced layers get: they start from the least-squares solution and are not
     /// low-rank, so every step moves them further.
@@ -154,9 +166,11 @@ pub struct OptimiserRecipe {
     pub warmup: usize,
     /// What the cosine decay ends at, as a share of the highest learning rate.
     pub final_lr: f64,
-    /// Decay of the mean gradient.
+    /// Decay of Muon's mean gradient.
+    pub momentum: f64,
+    /// Decay of AdamW's mean gradient.
     pub beta1: f64,
-    /// Decay of the mean squared gradient.
+    /// Decay of AdamW's mean squared gradient.
     pub beta2: f64,
     /// Added to the root of the mean squared gradient.
     pub epsilon: f64,
@@ -234,7 +248,7 @@ impl Default for LayersRecipe {
 impl Default for LoraRecipe {
     fn default() -> Self {
         Self {
-            rank: Some(32),
+            rank: None,
             alpha: None,
             targets: vec![
                 Projections::Attention,
@@ -257,10 +271,12 @@ impl Default for LossRecipe {
 impl Default for OptimiserRecipe {
     fn default() -> Self {
         Self {
-            lr: 3e-3,
+            method: Method::Muon,
+            lr: 1.5e-3,
             layer_lr: 0.3,
             warmup: 40,
             final_lr: 0.0,
+            momentum: 0.95,
             beta1: 0.9,
             beta2: 0.95,
             epsilon: 1e-8,
@@ -273,8 +289,8 @@ impl Default for OptimiserRecipe {
 impl Default for FinetuneRecipe {
     fn default() -> Self {
         Self {
-            steps: 400,
-            lr: Some(2e-3),
+            steps: 800,
+            lr: Some(1e-3),
             blocks: FinetuneBlocks::All,
         }
     }
@@ -286,6 +302,16 @@ impl LoraRecipe {
         match (self.alpha, self.rank) {
             (Some(alpha), Some(rank)) => alpha / rank as f64,
             _ => 1.0,
+        }
+    }
+}
+
+impl Method {
+    /// Moments of each value that is trained; vectors, which have two with either, hardly count.
+    pub fn moments(self) -> f64 {
+        match self {
+            Self::Muon => 1.0,
+            Self::Adamw => 2.0,
         }
     }
 }

@@ -157,7 +157,7 @@ impl DryRunReport {
             "phase (steps)",
             "values",
             "weights",
-            "AdamW",
+            "optimiser",
             "activations",
             "batches",
             "all",

@@ -1,13 +1,13 @@
-//! The loop: phases, steps, evaluations of the held-out loss, saving. What a step computes is in `backward`, `loss`, `adamw`.
+//! The loop: phases, steps, evaluations of the held-out loss, saving. What a step computes is in `backward`, `loss`, `optimiser`.
 
 use anyhow::{Context, Result, bail, ensure};
 use candle::{Tensor, Var};
 
 use super::{
-    adamw::{self, AdamW},
     backward,
     data::Images,
     log::{Entry, PhaseReport},
+    optimiser::{self, Optimiser},
     phase::{Kind, Measure, Phase, Sample, phases},
     recipe::SandwichRecipe,
     samples::Samples,
@@ -149,7 +149,7 @@ impl Training<'_> {
         let vars: Vec<Var> = trainables.iter().map(|t| t.var.clone()).collect();
         let held_out = self.held_out_samples(phase)?;
         let measure = self.measure(phase, &held_out)?;
-        let mut adam = Self::optimiser(trainables, saved)?;
+        let mut optimiser = self.optimiser(trainables, saved)?;
         forget(trainables, saved);
         if saved.progress.before.is_none() {
             let before = self.held_out_loss(phase, &held_out, &measure)?;
@@ -171,7 +171,7 @@ impl Training<'_> {
             let (loss, mut grads) = self
                 .step(phase, &vars, &measure, step, &mut samples)
                 .with_context(at)?;
-            let norm = adamw::norm(&grads)?;
+            let norm = optimiser::norm(&grads)?;
             if !loss.is_finite() || !norm.is_finite() {
                 bail!(
                     "the loss became NaN or infinite at {}\nhint: the run is saved as it was before; a lower --lr (with --restart) may help",
@@ -194,7 +194,7 @@ impl Training<'_> {
                     }
                 })
                 .collect();
-            adam.step(&vars, &grads, &rates, &recipe.optimiser)?;
+            optimiser.step(&vars, &grads, &rates, &recipe.optimiser)?;
             drop(grads);
             saved.progress.step = step + 1;
             let evaluates =
@@ -224,7 +224,7 @@ impl Training<'_> {
             }
             if (step + 1).is_multiple_of(self.save_every.max(1)) && step + 1 < phase.steps {
                 saved.values.extend(trainables::values(trainables)?);
-                saved.moments = moments(trainables, &adam)?;
+                saved.moments = moments(trainables, &optimiser)?;
                 observer.save(saved)?;
                 forget(trainables, saved);
             }
@@ -274,22 +274,29 @@ impl Training<'_> {
         Ok(())
     }
 
-    fn optimiser(trainables: &[Trainable], saved: &Saved) -> Result<AdamW> {
+    fn optimiser(&self, trainables: &[Trainable], saved: &Saved) -> Result<Optimiser> {
         let vars: Vec<Var> = trainables.iter().map(|t| t.var.clone()).collect();
+        let method = self.recipe.optimiser.method;
         if saved.progress.step == 0 {
-            return AdamW::new(&vars);
+            return Optimiser::new(&vars, method);
         }
-        let of = |values: &Values| -> Result<Vec<Tensor>> {
-            let tensors = trainables.iter().map(|t| {
-                let value = values
-                    .get(&t.name)
-                    .with_context(|| format!("no moment of `{}` was saved", t.name))?;
-                Ok(value.to_device(t.var.device())?)
-            });
-            tensors.collect()
+        let of = |values: &Values, t: &Trainable| -> Result<Tensor> {
+            let value = values
+                .get(&t.name)
+                .with_context(|| format!("no moment of `{}` was saved", t.name))?;
+            Ok(value.to_device(t.var.device())?)
         };
         let [mean, square] = &saved.moments;
-        Ok(AdamW::resumed(of(mean)?, of(square)?, saved.progress.step))
+        let means = trainables.iter().map(|t| of(mean, t));
+        let squares = trainables.iter().map(|t| {
+            let needed = optimiser::squared(method, &t.var);
+            needed.then(|| of(square, t)).transpose()
+        });
+        Ok(Optimiser::resumed(
+            means.collect::<Result<_>>()?,
+            squares.collect::<Result<_>>()?,
+            saved.progress.step,
+        ))
     }
 
     /// Loss and gradients of one step, over all its forwards.
@@ -371,14 +378,21 @@ fn forget(trainables: &[Trainable], saved: &mut Saved) {
     }
 }
 
-fn moments(trainables: &[Trainable], adam: &AdamW) -> Result<[Values; 2]> {
-    let (mean, square) = adam.moments();
-    let named = |tensors: &[Tensor]| -> Result<Values> {
-        let pairs = trainables
-            .iter()
-            .zip(tensors)
-            .map(|(t, tensor)| Ok((t.name.clone(), tensor.to_device(&candle::Device::Cpu)?)));
-        pairs.collect()
+fn moments(trainables: &[Trainable], optimiser: &Optimiser) -> Result<[Values; 2]> {
+    let (mean, square) = optimiser.moments();
+    let named = |pairs: &mut dyn Iterator<Item = (&Trainable, &Tensor)>| -> Result<Values> {
+        pairs
+            .map(|(t, tensor)| Ok((t.name.clone(), tensor.to_device(&candle::Device::Cpu)?)))
+            .collect()
     };
-    Ok([named(mean)?, named(square)?])
+    let squares = square.iter().map(Option::as_ref);
+    Ok([
+        named(&mut trainables.iter().zip(mean))?,
+        named(
+            &mut trainables
+                .iter()
+                .zip(squares)
+                .filter_map(|(t, s)| Some((t, s?))),
+        )?,
+    ])
 }

@@ -1,4 +1,4 @@
-//! What a killed run needs to go on: one file with the trained values, the moments of AdamW and where the run was,
+//! What a killed run needs to go on: one file with the trained values, the moments of the optimiser and where the run was,
 //! replaced atomically. Random numbers are drawn from seed and step alone, so nothing of them is saved.
 
 use std::{
@@ -64,7 +64,7 @@ pub struct Saved {
     pub values: Values,
     /// The values that had the best held-out loss of the phase.
     pub best: Values,
-    /// AdamW's moments in this phase: mean gradients and mean squared gradients.
+    /// Moments in this phase: mean gradients and, of what AdamW moves, mean squared gradients.
     pub moments: [Values; 2],
 }
 

@@ -1,5 +1,5 @@
 //! What training moves: the layers of replaced blocks in full, LoRA factors next to the projections of unpruned blocks.
-//! An ordered list with names that stay; `adamw` moves them.
+//! An ordered list with names that stay; `optimiser` moves them.
 
 use std::{collections::BTreeMap, ops::Range};
 

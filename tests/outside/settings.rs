@@ -257,6 +257,8 @@ fn every_setting_of_train_sandwich_acts() {
         ("lora.targets", Recipe(json!(["attention"]))),
         ("loss.normalise", Recipe(json!("token"))),
         ("loss.text-weight", Recipe(json!(0.5))),
+        ("optimiser.method", Recipe(json!("adamw"))),
+        ("optimiser.momentum", Recipe(json!(0.5))),
         ("optimiser.lr", Flags(&["--lr", "2e-5"])),
         ("optimiser.layer-lr", Recipe(json!(1.0))),
         ("optimiser.warmup", Recipe(json!(1))),

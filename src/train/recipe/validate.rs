@@ -39,6 +39,7 @@ impl SandwichRecipe {
         positive("--alpha", self.lora.alpha.unwrap_or(1.0))?;
         positive("recipe: `optimiser.epsilon`", o.epsilon)?;
         for (name, share) in [
+            ("momentum", o.momentum),
             ("beta1", o.beta1),
             ("beta2", o.beta2),
             ("final-lr", o.final_lr),

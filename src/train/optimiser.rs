@@ -1,44 +1,46 @@
-//! AdamW on an ordered list of trainables, with moments that can be saved and loaded; loss and gradients come from
-//! elsewhere.
+//! Muon and AdamW on an ordered list of trainables, with moments that can be saved and loaded; loss and gradients come
+//! from elsewhere.
 //!
-//! `candle_nn::AdamW` computes the same but keeps its moments to itself, so a run could not resume with it.
+//! `candle_nn::AdamW` computes the same for vectors but keeps its moments to itself, so a run could not resume with it.
 
 use anyhow::{Result, ensure};
 use candle::{DType, Tensor, Var};
 
-use super::recipe::OptimiserRecipe;
+use super::{
+    muon,
+    recipe::{Method, OptimiserRecipe},
+};
 use crate::model::ops;
 
 /// Moments of one phase's trainables, all f32 on the device.
 #[derive(Clone, Debug)]
-pub struct AdamW {
+pub struct Optimiser {
     mean: Vec<Tensor>,
-    square: Vec<Tensor>,
+    /// None of what Muon moves.
+    square: Vec<Option<Tensor>>,
     /// Updates made so far.
     updates: usize,
 }
 
-impl AdamW {
+impl Optimiser {
     /// Moments of zero.
     ///
     /// # Errors
     /// When memory is short.
-    pub fn new(vars: &[Var]) -> Result<Self> {
-        let zeros = || -> Result<Vec<Tensor>> {
-            Ok(vars
-                .iter()
-                .map(|v| v.zeros_like().map(|z| z.detach()))
-                .collect::<candle::Result<_>>()?)
-        };
+    pub fn new(vars: &[Var], method: Method) -> Result<Self> {
+        let zeros = |var: &Var| -> candle::Result<Tensor> { Ok(var.zeros_like()?.detach()) };
+        let squares = vars
+            .iter()
+            .map(|v| squared(method, v).then(|| zeros(v)).transpose());
         Ok(Self {
-            mean: zeros()?,
-            square: zeros()?,
+            mean: vars.iter().map(zeros).collect::<candle::Result<_>>()?,
+            square: squares.collect::<candle::Result<_>>()?,
             updates: 0,
         })
     }
 
     /// Moments as they were saved after `updates` updates, in the order of the trainables.
-    pub fn resumed(mean: Vec<Tensor>, square: Vec<Tensor>, updates: usize) -> Self {
+    pub fn resumed(mean: Vec<Tensor>, square: Vec<Option<Tensor>>, updates: usize) -> Self {
         Self {
             mean,
             square,
@@ -46,8 +48,8 @@ impl AdamW {
         }
     }
 
-    /// The mean gradients and mean squared gradients, in the order of the trainables.
-    pub fn moments(&self) -> (&[Tensor], &[Tensor]) {
+    /// The mean gradients and, where there are any, mean squared gradients, in the order of the trainables.
+    pub fn moments(&self) -> (&[Tensor], &[Option<Tensor>]) {
         (&self.mean, &self.square)
     }
 
@@ -74,17 +76,28 @@ impl AdamW {
         let power = self.updates.min(i32::MAX as usize) as i32;
         let (unbias1, unbias2) = (1.0 / (1.0 - b1.powi(power)), 1.0 / (1.0 - b2.powi(power)));
         for (i, ((var, grad), lr)) in vars.iter().zip(grads).zip(rates).enumerate() {
-            let mean = ((&self.mean[i] * b1)? + (grad * (1.0 - b1))?)?;
-            let square = ((&self.square[i] * b2)? + (grad.sqr()? * (1.0 - b2))?)?;
-            let root = ((&square * unbias2)?.sqrt()? + recipe.epsilon)?;
             let value = var.as_tensor().detach();
-            let kept = (&value * (1.0 - lr * recipe.weight_decay))?;
-            let moved = (kept - ((&mean * (lr * unbias1))? / root)?)?;
-            var.set(&moved)?;
-            (self.mean[i], self.square[i]) = (mean, square);
+            let kept = (value * (1.0 - lr * recipe.weight_decay))?;
+            let Some(square) = &mut self.square[i] else {
+                let mean = ((&self.mean[i] * recipe.momentum)? + grad)?;
+                let ahead = ((&mean * recipe.momentum)? + grad)?;
+                var.set(&(kept - (muon::update(&ahead)? * *lr)?)?)?;
+                self.mean[i] = mean;
+                continue;
+            };
+            let mean = ((&self.mean[i] * b1)? + (grad * (1.0 - b1))?)?;
+            *square = ((&*square * b2)? + (grad.sqr()? * (1.0 - b2))?)?;
+            let root = ((&*square * unbias2)?.sqrt()? + recipe.epsilon)?;
+            var.set(&(kept - ((&mean * (lr * unbias1))? / root)?)?)?;
+            self.mean[i] = mean;
         }
         Ok(())
     }
+}
+
+/// Whether a trainable needs its mean squared gradient: vectors always do, matrices with AdamW.
+pub fn squared(method: Method, var: &Var) -> bool {
+    method == Method::Adamw || var.rank() != 2
 }
 
 /// ‖grads‖ over all together.
@@ -130,7 +143,7 @@ mod tests {
             weight_decay: 0.1,
         };
         let mut candles = candle_nn::AdamW::new(vec![theirs.clone()], params).unwrap();
-        let mut adam = AdamW::new(std::slice::from_ref(&ours)).unwrap();
+        let mut adam = Optimiser::new(std::slice::from_ref(&ours), Method::Adamw).unwrap();
         let loss = |v: &Var| {
             (v.as_tensor() - &target)
                 .unwrap()
