@@ -56,7 +56,7 @@ class WithParts(Recorder):
         super().__init__(
             argparse.Namespace(
                 pipeline=PIPE, dtype="float32", device="cpu", width=32, height=32, steps=1, guidance=3.5, batch=1, seed=0, image_seed=1,
-                inputs="random", prompt="a red house", max_sequence_length=16, components=components,
+                inputs="random", prompt="a red house", max_sequence_length=16, components=components, true_cfg=None,
             )
         )  # fmt: skip
         self.changed = parts

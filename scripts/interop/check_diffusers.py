@@ -66,7 +66,7 @@ class Flux1:
         recorded = argparse.Namespace(
             pipeline=pathlib.Path(pipeline), dtype="float32", device="cpu", width=64, height=64, steps=args.steps, guidance=3.5, batch=2, seed=0,
             image_seed=1, inputs="random", prompt="a red circle left of a blue square on a white background", max_sequence_length=None,
-            components=["transformer", "pipeline"],
+            components=["transformer", "pipeline"], true_cfg=None,
         )  # fmt: skip
         recorder = Pruned(recorded, model)
         recorder.run()
