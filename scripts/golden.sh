@@ -40,4 +40,5 @@ PY
 "$python" scripts/golden_sample.py
 "$python" scripts/golden_clip.py
 "$python" scripts/golden_lora.py
+"$python" scripts/golden_lora_flux2.py
 find "$golden" -type f -printf '%s\n' | awk '{ sum += $1 } END { print sum " bytes" }'

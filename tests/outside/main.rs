@@ -24,6 +24,7 @@ mod help;
 mod image_inputs;
 mod lora;
 mod lora_applied;
+mod lora_flux2;
 mod memory;
 mod old_files;
 mod outputs;

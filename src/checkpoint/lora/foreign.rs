@@ -3,7 +3,10 @@
 use crate::checkpoint::Checkpoint;
 
 /// Parts of names, and the models that have them.
-const MODELS: [(&str, &str); 22] = [
+const MODELS: [(&str, &str); 25] = [
+    ("content_mode_blocks", "FLUX.3"),
+    ("txt_mode_blocks", "FLUX.3"),
+    ("early_stream_modulation", "FLUX.3"),
     ("double_stream_modulation", "FLUX.2"),
     ("single_stream_modulation", "FLUX.2"),
     ("to_qkv_mlp_proj", "FLUX.2"),
@@ -32,6 +35,17 @@ const MODELS: [(&str, &str); 22] = [
     ),
     ("lora_mid", "a LoRA of convolutions"),
     ("_t2", "a factorisation of convolutions"),
+];
+
+/// How names of FLUX.1's own modules end, which FLUX.2 has not got.
+const FLUX1: [&str; 7] = [
+    "img_mod.lin",
+    "img_mod_lin",
+    "txt_mod.lin",
+    "txt_mod_lin",
+    "modulation.lin",
+    "modulation_lin",
+    "proj_mlp",
 ];
 
 /// Parts of the names of Stable Diffusion's U-Net.
@@ -75,7 +89,12 @@ pub(super) fn model(file: &Checkpoint, unknown: &[String]) -> Option<String> {
             format!("is a LoRA for {model}")
         })
     };
-    MODELS.iter().find_map(known)
+    let flux1 = || {
+        let ends = |name: &String| FLUX1.iter().any(|word| name.ends_with(word));
+        unknown.iter().any(ends)
+    };
+    let found = MODELS.iter().find_map(known);
+    found.or_else(|| flux1().then(|| "is a LoRA for FLUX.1".to_owned()))
 }
 
 /// Which Stable Diffusion, by the width of the text that its attention takes.

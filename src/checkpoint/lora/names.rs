@@ -40,6 +40,15 @@ const PROCESSORS_SINGLE: [(&str, &str); 2] = [
     ("processor.proj_lora", "linear2"),
 ];
 
+/// Under which names diffusers' models have q, k and v as one module once they were fused, as PEFT and LoKr then name it.
+const FUSED: [(&str, &str); 2] = [
+    ("attn.to_qkv", "img_attn.qkv"),
+    ("attn.to_added_qkv", "txt_attn.qkv"),
+];
+
+/// What some exports of FLUX.2 leave of `transformer_blocks`.
+const CUT: &str = "sformer_blocks";
+
 /// Where a module of a LoRA file acts on the unpruned model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
@@ -90,12 +99,20 @@ impl Part {
 }
 
 /// All names of the modules of one model.
-pub(super) struct Names(HashMap<String, Place>);
+pub(super) struct Names {
+    places: HashMap<String, Place>,
+    /// Whether a name may have dots in some places and underscores in others, as converters for FLUX.2 leave it. Not for
+    /// FLUX.1: there such names are `HunyuanVideo`'s.
+    mixed: bool,
+}
 
 impl Names {
     /// Those of the unpruned model that `config` comes from, and of as many blocks more as a file may name.
     pub(super) fn new(config: &FluxConfig, blocks: [usize; 2]) -> Self {
-        let mut out = Self(HashMap::new());
+        let mut out = Self {
+            places: HashMap::new(),
+            mixed: config.shares_modulation(),
+        };
         for (ours, theirs) in diffusers::global_modules(config) {
             out.put(None, ours, ours, &[theirs]);
         }
@@ -116,6 +133,12 @@ impl Names {
                     let named: Vec<String> = named.collect();
                     let named: Vec<&str> = named.iter().map(String::as_str).collect();
                     out.put(block, &format!("{original}.{ours}"), ours, &named);
+                }
+                if kind == BlockKind::Double {
+                    for (fused, ours) in FUSED {
+                        let name = format!("{}.{index}.{fused}", diffusers::block_prefix(kind));
+                        out.add(name, block, ours, Part::Whole);
+                    }
                 }
                 let processors: &[(&str, &'static str)] = match kind {
                     BlockKind::Double => &PROCESSORS_DOUBLE,
@@ -138,9 +161,16 @@ impl Names {
 
     /// The place of a module as a file names it.
     pub(super) fn place(&self, module: &str) -> Option<&Place> {
-        PREFIXES
-            .into_iter()
-            .find_map(|prefix| self.0.get(module.strip_prefix(prefix)?))
+        PREFIXES.into_iter().find_map(|prefix| {
+            let name = module.strip_prefix(prefix)?;
+            let known = self.places.get(name);
+            if known.is_some() || !self.mixed {
+                return known;
+            }
+            let name = name.replace('.', "_");
+            let whole = name.starts_with(CUT).then(|| format!("tran{name}"));
+            self.places.get(&whole.unwrap_or(name))
+        })
     }
 
     /// An original module, and the modules whose rows make it up.
@@ -165,8 +195,8 @@ impl Names {
             module,
             part,
         };
-        self.0.insert(name.replace('.', "_"), place.clone());
-        self.0.insert(name, place);
+        self.places.insert(name.replace('.', "_"), place.clone());
+        self.places.insert(name, place);
     }
 }
 
