@@ -13,11 +13,12 @@ use serde_json::Value;
 use crate::{
     checkpoint::{Checkpoint, config, diffusers, keys, output::DIFFUSERS_STEM, record::Record},
     files::{Blob, Files},
-    layout::BlockKind,
+    layout::{BlockKind, Family},
 };
 
-/// Rotary axes of FLUX.1, which ComfyUI and stable-diffusion.cpp do not read but take for granted.
-const FLUX1_AXES: [usize; 3] = [16, 56, 56];
+/// Rotary axes of FLUX.1 and FLUX.2, which ComfyUI and stable-diffusion.cpp do not read but take for granted.
+const FLUX1_AXES: &[usize] = &[16, 56, 56];
+const FLUX2_AXES: &[usize] = &[32; 4];
 /// Blocks of FLUX.1-dev, whose configuration diffusers fetches for a single file.
 const FLUX1_BLOCKS: [usize; 2] = [19, 38];
 
@@ -93,6 +94,9 @@ struct Found {
     kept: [BTreeSet<usize>; 2],
     layers: [BTreeSet<usize>; 2],
     axes: Option<Vec<usize>>,
+    family: Family,
+    /// Size of a head, by the norms of a kept block.
+    head: Option<usize>,
 }
 
 /// Applies the rules of `target` to a file, or to a folder in diffusers layout.
@@ -156,7 +160,13 @@ impl Found {
             };
             of[kind].insert(key.slot);
         }
+        let norm = canonical
+            .names()
+            .find(|name| name.ends_with("query_norm.scale"));
+        let head = norm.and_then(|name| canonical.get(name)?.shape().first().copied());
         Ok(Self {
+            family: keys::family(canonical.names()),
+            head,
             raw,
             diffusers_names,
             gguf,
@@ -174,16 +184,42 @@ impl Found {
 
     /// diffusers' class of the family.
     fn class(&self) -> &'static str {
-        // FLUX.2's blocks share their modulation, in either naming
-        if self
-            .raw
-            .names()
-            .any(|name| name.contains("stream_modulation"))
-        {
+        if self.family == Family::FLUX2 {
             "Flux2Transformer2DModel"
         } else {
             "FluxTransformer2DModel"
         }
+    }
+
+    /// Rows of `img_in`, which are the stream's width.
+    fn width(&self) -> Option<usize> {
+        let mut tensors = self.raw.iter();
+        let found = tensors.find(|(name, _)| name.ends_with("img_in.weight"));
+        found.and_then(|(_, source)| source.shape().first().copied())
+    }
+
+    /// How diffusers opens a file of whole blocks: it fetches the sizes of one model for all files of a family.
+    fn single_file(&self, [double, single]: [usize; 2]) -> String {
+        let class = self.class();
+        let numbers = format!("num_layers={double}, num_single_layers={single}");
+        if self.family == Family::FLUX1 {
+            return if [double, single] == FLUX1_BLOCKS {
+                format!("`{class}.from_single_file` opens it")
+            } else {
+                format!(
+                    "`{class}.from_single_file(…, {numbers})` opens it; without the numbers it takes FLUX.1's"
+                )
+            };
+        }
+        let base = match self.width() {
+            Some(3072) => "black-forest-labs/FLUX.2-klein-4B",
+            Some(4096) => "black-forest-labs/FLUX.2-klein-9B",
+            Some(6144) => "black-forest-labs/FLUX.2-dev",
+            _ => "FOLDER",
+        };
+        format!(
+            "`{class}.from_single_file(…, config=\"{base}\", subfolder=\"transformer\", {numbers})` opens it; without them it takes FLUX.2-dev's sizes"
+        )
     }
 
     fn has_layers(&self) -> bool {
@@ -203,9 +239,20 @@ impl Found {
     }
 
     fn other_axes(&self) -> Option<String> {
-        let axes = self.axes.as_ref().filter(|axes| ***axes != FLUX1_AXES)?;
+        let taken = if self.family == Family::FLUX2 {
+            FLUX2_AXES
+        } else {
+            FLUX1_AXES
+        };
+        if let Some(axes) = self.axes.as_ref().filter(|axes| **axes != taken) {
+            return Some(format!(
+                "it takes the rotary axes {taken:?} for granted, this model's are {axes:?}"
+            ));
+        }
+        let size: usize = taken.iter().sum();
+        let head = self.head.filter(|head| *head != size)?;
         Some(format!(
-            "it takes the rotary axes {FLUX1_AXES:?} for granted, this model's are {axes:?}"
+            "it takes heads of {size} for granted, this model's are of {head}"
         ))
     }
 
@@ -310,15 +357,7 @@ impl Found {
                 ),
             );
         }
-        let [double, single] = blocks;
-        let how = if blocks == FLUX1_BLOCKS {
-            "`FluxTransformer2DModel.from_single_file` opens it".to_owned()
-        } else {
-            format!(
-                "`FluxTransformer2DModel.from_single_file(…, num_layers={double}, num_single_layers={single})` opens it; without the numbers it takes FLUX.1's"
-            )
-        };
-        (true, how)
+        (true, self.single_file(blocks))
     }
 
     fn sdcpp(&self) -> (bool, String) {
@@ -340,19 +379,12 @@ impl Found {
         if self.has_layers() {
             return (false, "it expects whole blocks and fails at the linear layers\nhint: prune with --form remove for it".to_owned());
         }
-        let width = self
-            .raw
-            .iter()
-            .find(|(name, _)| name.ends_with("img_in.weight"));
-        if let Some((_, source)) = width
-            && source.shape().first() != Some(&3072)
-        {
+        // FLUX.2's it reads from the tensors
+        let width = self.width().filter(|width| *width != 3072);
+        if let Some(width) = width.filter(|_| self.family == Family::FLUX1) {
             return (
                 false,
-                format!(
-                    "it takes a width of 3072 for granted, this model's is {}",
-                    source.shape()[0]
-                ),
+                format!("it takes a width of 3072 for granted, this model's is {width}"),
             );
         }
         (true, format!("`--diffusion-model` finds {}", self.counts()))

@@ -103,3 +103,72 @@ fn a_recording_with_numbers_that_are_none_is_named_itself() {
         }
     }
 }
+
+#[test]
+fn other_programs_open_flux2_by_rules_of_its_own() {
+    let work = folder();
+    let w = work.path();
+    let config = r#"{"_class_name": "Flux2Transformer2DModel", "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 128,
+        "num_attention_heads": 1, "joint_attention_dim": 48, "in_channels": 16, "guidance_embeds": false,
+        "axes_dims_rope": [32, 32, 32, 32]}"#;
+    fs::write(w.join("shape.json"), config).unwrap();
+    copy(Path::new(&golden("flux2/pipe")), &w.join("pipe"));
+    fs::remove_dir_all(w.join("pipe/transformer")).unwrap();
+    fs::write(w.join("pipe/fastflux.json"), r#"{"text-length": 24}"#).unwrap();
+    let whole = "pipe/flux.safetensors";
+    ok(w, &["init", "--config", "shape.json", "--output", whole]);
+    let recipe = r#"{"calibration": {"num-prompts": 2, "steps": 1, "width": 32, "height": 32}}"#;
+    fs::write(w.join("recipe.json"), recipe).unwrap();
+    let prune = |form: &str, layout: &str| {
+        let output = format!("{form}-{layout}");
+        let args = ["prune", "--model", "pipe", "--recipe", "recipe.json"];
+        let last = ["--blocks", "double.01,single.02", "--layout", layout];
+        let to = ["--form", form, "--output", &output];
+        ok(w, &[&args[..], &last, &to].concat());
+    };
+    let check = |program: &str, file: &str, opens: bool, words: &[&str]| {
+        let out = fastflux(w, &["verify", "--target", program, file, "--json"]);
+        let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+        let how = report["how"].as_str().unwrap();
+        assert_eq!(report["opens"], opens, "{program} {file}: {how}");
+        assert_eq!(out.status.success(), opens);
+        for word in words {
+            assert!(how.contains(word), "{program} {file}: {how}");
+        }
+    };
+    let stock = "`Flux2Transformer2DModel.from_";
+    check(
+        "diffusers",
+        whole,
+        true,
+        &[stock, "config=", "num_layers=2"],
+    );
+    for program in ["comfyui", "sdcpp"] {
+        check(program, whole, true, &["2 double and 3 single"]);
+        // heads of another size, which a file says by its norms alone
+        let other = golden("flux2/bfl.safetensors");
+        check(program, &other, false, &["heads of 128", "16"]);
+    }
+    for form in ["linear", "conditioned", "modulated"] {
+        prune(form, "original");
+        let file = format!("{form}-original/flux.safetensors");
+        check("diffusers", &file, true, &["FastFlux2Transformer2DModel"]);
+        check("comfyui", &file, false, &["Load fastflux model"]);
+        check("sdcpp", &file, false, &["--form remove"]);
+    }
+    prune("remove", "original");
+    let file = "remove-original/flux.safetensors";
+    check(
+        "diffusers",
+        file,
+        true,
+        &[stock, "num_layers=1, num_single_layers=2"],
+    );
+    for program in ["comfyui", "sdcpp"] {
+        check(program, file, true, &["1 double and 2 single"]);
+    }
+    for (form, word) in [("linear", "FastFlux2Transformer2DModel"), ("remove", stock)] {
+        prune(form, "diffusers");
+        check("diffusers", &format!("{form}-diffusers"), true, &[word]);
+    }
+}
