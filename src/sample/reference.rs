@@ -18,6 +18,8 @@ use super::{
 };
 use crate::layout::{Family, TextModel};
 
+/// Pixels of a token's side.
+const STEP: u32 = ImageSize::STEP as u32;
 /// Pixels of the largest reference image that FLUX.2 sees.
 const MAX_AREA: u64 = 1 << 20;
 /// Shortest side, and how much longer the other may be.
@@ -52,7 +54,9 @@ pub fn prepared(image: &Image, family: &Family) -> Result<Image> {
     let (width, height) = (image.width, image.height);
     if family.text == TextModel::ClipAndT5 {
         ensure!(width > 0 && height > 0, "the image is empty");
-        let aspect = f64::from(width) / f64::from(height);
+        // diffusers takes the sides in whole tokens
+        let whole = |side: u32| f64::from((side / STEP).max(1));
+        let aspect = whole(width) / whole(height);
         let off = |(w, h): &(u32, u32)| (aspect - f64::from(*w) / f64::from(*h)).abs();
         let closest = KONTEXT.iter().min_by(|a, b| off(a).total_cmp(&off(b)));
         let (width, height) = closest.copied().unwrap_or((1024, 1024));
@@ -74,8 +78,7 @@ pub fn prepared(image: &Image, family: &Family) -> Result<Image> {
     } else {
         image.clone()
     };
-    let step = ImageSize::STEP as u32;
-    let whole = |side: u32| side / step * step;
+    let whole = |side: u32| side / STEP * STEP;
     cropped(&image, whole(image.width), whole(image.height))
 }
 
@@ -124,6 +127,8 @@ mod tests {
         assert_eq!(size(2000, 1200, &Family::FLUX2), (1312, 784));
         assert_eq!(size(300, 300, &Family::FLUX1), (1024, 1024));
         assert_eq!(size(64, 192, &Family::FLUX1), (672, 1568));
+        // 6 tokens by 4, not 100 pixels by 72
+        assert_eq!(size(100, 72, &Family::FLUX1), (1248, 832));
     }
 
     #[test]
