@@ -104,7 +104,9 @@ impl ResolvedOptions {
     /// # Errors
     /// When a number is out of range, prompts or images cannot be read, or the statistics are of another model.
     pub fn new(pipeline: &Pipeline, options: &CalibrationOptions) -> Result<Self> {
-        pipeline.check_parts(options.images.is_some())?;
+        let references = options.recipe.reference_images.len();
+        pipeline.check_parts(options.images.is_some() || references > 0)?;
+        pipeline.check_references(references)?;
         if let Some(path) = &options.stats {
             let header = read_header(pipeline, path)?;
             let mut out = Self::of_header(pipeline, &header, options.held_out)?;

@@ -44,7 +44,8 @@ pub(super) fn is_of_block(name: &str) -> bool {
 
 /// The family that tensors belong to, by their original names or those of diffusers.
 pub fn family<'a>(mut names: impl Iterator<Item = &'a str>) -> Family {
-    if names.any(|name| name.starts_with("single_stream_modulation.")) {
+    let shared = ["single_stream_modulation.", "double_stream_modulation_"];
+    if names.any(|name| shared.iter().any(|start| name.starts_with(start))) {
         Family::FLUX2
     } else {
         Family::FLUX1

@@ -147,6 +147,7 @@ pub fn encode_prompts(
 /// # Errors
 /// When they are more than the model takes, cannot be read, or are too small; the message names `--image`.
 pub fn reference_images(pipeline: &Pipeline, paths: &[PathBuf]) -> Result<Vec<Image>> {
+    pipeline.check_references(paths.len())?;
     let family = &pipeline.config.family;
     ensure!(
         paths.len() <= 1 || *family == Family::FLUX2,

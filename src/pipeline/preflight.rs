@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Pipeline, load};
+use super::{Pipeline, family, load};
 use crate::sample::text::TextEncoders;
 
 impl Pipeline {
@@ -18,6 +18,21 @@ impl Pipeline {
             self.name,
             self.config.in_channels,
             self.config.out_channels
+        );
+        Ok(())
+    }
+
+    /// Fails at a model that does not take reference images as klein and Kontext do.
+    ///
+    /// # Errors
+    /// When it caches its reference images' keys and values, which is not built.
+    pub fn check_references(&self, count: usize) -> Result<()> {
+        let class = family::class_of(self.components.own.as_ref());
+        let cached = class.is_some_and(|class| class.contains("KleinKV"));
+        ensure!(
+            count == 0 || !cached,
+            "--image: `{}` is FLUX.2 [klein]'s KV variant, which computes its reference images once, at a time of their own: that is not built\nhint: use FLUX.2 [klein] itself for reference images, or leave out --image",
+            self.name
         );
         Ok(())
     }

@@ -229,3 +229,52 @@ fn it_is_pruned_in_every_form_trained_and_converted() {
         assert!(error > 0.0 && error < 0.02, "{name}: {error}");
     }
 }
+
+#[test]
+fn what_is_of_flux2_but_not_klein_is_said_by_name() {
+    let work = folder();
+    let w = work.path();
+    let pipe = model(w);
+    let image = golden("flux2/reference.png");
+    let edit = |file: &str, from: &str, to: &str| {
+        let path = w.join("pipe").join(file);
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{text}");
+        fs::write(path, text.replace(from, to)).unwrap();
+    };
+    let generate = ["generate", "--model", &pipe, "--prompt", "a"];
+    let calibrate = ["calibrate", "--dry-run", "--model", &pipe];
+    // klein's KV variant: the same without reference images
+    edit(
+        "model_index.json",
+        "Flux2KleinPipeline",
+        "Flux2KleinKVPipeline",
+    );
+    for args in [&generate[..], &calibrate] {
+        let args = [args, &["--image", &image]].concat();
+        refused(w, &args, &["--image", "KV variant", "hint"]);
+    }
+    let size = ["--width", "32", "--height", "32", "--steps", "1"];
+    ok(w, &[&generate[..], &size, &["--output", "x.png"]].concat());
+    // dev's text encoder
+    edit("text_encoder/config.json", "\"qwen3\"", "\"mistral3\"");
+    for args in [&generate[..], &calibrate] {
+        refused(w, args, &["mistral3", "FLUX.2-dev", "--text-encoders"]);
+    }
+}
+
+#[test]
+fn a_file_that_lacks_a_modulation_is_a_damaged_flux2() {
+    let work = folder();
+    for lacks in ["single_stream_modulation", "double_stream_modulation_img"] {
+        let mut tensors = crate::tensors::read("flux2/bfl.safetensors");
+        tensors.retain(|tensor| !tensor.0.starts_with(lacks));
+        crate::tensors::write(&work.path().join("x.safetensors"), &tensors);
+        let args = ["inspect", "--model", "x.safetensors"];
+        refused(
+            work.path(),
+            &args,
+            &["x.safetensors", &format!("lacks the tensor `{lacks}")],
+        );
+    }
+}

@@ -79,6 +79,17 @@ impl Qwen3Text {
 }
 
 fn qwen3_from_json(bytes: &[u8]) -> Result<Qwen3Config> {
+    let json: serde_json::Value = serde_json::from_slice(bytes)?;
+    let kind = json["model_type"].as_str().unwrap_or("qwen3");
+    ensure!(
+        kind == "qwen3",
+        "is the config of a `{kind}`, not of a Qwen3{}",
+        if kind.starts_with("mistral") {
+            ": FLUX.2-dev's text encoder is not built"
+        } else {
+            ""
+        }
+    );
     let config: Qwen3Config = serde_json::from_slice(bytes)?;
     config.check()?;
     Ok(config)
