@@ -39,6 +39,7 @@ PY
 "$python" scripts/golden_flux2.py
 "$python" scripts/golden_sample.py
 "$python" scripts/golden_clip.py
+"$python" scripts/golden_lpips.py
 "$python" scripts/golden_lora.py
 "$python" scripts/golden_lora_flux2.py
 find "$golden" -type f -printf '%s\n' | awk '{ sum += $1 } END { print sum " bytes" }'

@@ -10,7 +10,15 @@ pub use stub::PageLocked;
 #[cfg(feature = "cuda")]
 pub use upload::{PageLocked, upload};
 
-use std::{fmt, str::FromStr, sync::OnceLock};
+use std::{
+    fmt,
+    str::FromStr,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail};
 use candle::{DType, Device};
@@ -132,6 +140,19 @@ pub fn out_of_memory(error: &anyhow::Error) -> Option<&'static str> {
     ran_out.then_some(
         "the device ran out of memory\nhint: --offload keeps no block on the device, --max-vram SIZE as many as fit; smaller images (--width, --height), batches and --dtype bf16 take less too",
     )
+}
+
+/// Ends the process when the host has no more memory; allocates nothing.
+pub fn exit_without_memory() -> ! {
+    const TEXT: &str = "\nerror: there is no more memory on this machine\nhint: --offload reads blocks when they are run, --max-vram SIZE keeps as many as fit; smaller images (--width, --height), batches and --dtype bf16 take less too\n";
+    static SAID: AtomicBool = AtomicBool::new(false);
+    while SAID.swap(true, Ordering::SeqCst) {
+        // another thread is about to end the process
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    // nobody may hear it: the process ends all the same
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), TEXT.as_bytes());
+    std::process::exit(1)
 }
 
 /// Bytes that Linux says programs may still take without swapping, and this container, if it has a limit; `None` elsewhere.

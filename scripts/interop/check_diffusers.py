@@ -7,8 +7,9 @@
     python scripts/interop/check_diffusers.py [--fastflux target/release/fastflux] [--family flux2] [--model configs/tiny] [--cases linear,remove]
 
 FLUX.1 is the bundled model, FLUX.2 the small random pipeline of tests/golden/flux2. Each case prunes with `--layout diffusers`, opens the folder with
-`AutoModel` (removed blocks: with diffusers' own class), records the velocity and a whole image, and has `fastflux verify` compare them. The same model
-as one file with original names must give the same tensors by `from_single_file`. Exit status 1 when a case fails.
+`AutoModel` (removed blocks: with diffusers' own class, which must refuse the others), records the velocity and a whole image, and has `fastflux verify`
+compare them. The same model as one file with original names must give the same tensors by `from_single_file`, and the folder as a pipeline (`--whole`), saved
+and opened again, too. Exit status 1 when a case fails.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import tempfile
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from diffusers import AutoModel, Flux2KleinPipeline, Flux2Transformer2DModel, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoModel, DiffusionPipeline, Flux2KleinPipeline, Flux2Transformer2DModel, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import save_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -66,7 +67,7 @@ class Flux1:
         recorded = argparse.Namespace(
             pipeline=pathlib.Path(pipeline), dtype="float32", device="cpu", width=64, height=64, steps=args.steps, guidance=3.5, batch=2, seed=0,
             image_seed=1, inputs="random", prompt="a red circle left of a blue square on a white background", max_sequence_length=None,
-            components=["transformer", "pipeline"], true_cfg=None,
+            components=["transformer", "pipeline"], true_cfg=None, negative_prompt="",
         )  # fmt: skip
         recorder = Pruned(recorded, model)
         recorder.run()
@@ -125,7 +126,7 @@ def check(args, family, work, blocks, form, joint):
     recipe, pruned, single, reference = work / "recipe.json", work / "pruned", work / "flux.safetensors", work / "reference.safetensors"
     recipe.write_text(json.dumps({**family.recipe, "fit": {"joint": joint}}))
     pipeline = family.pipeline(args, work)
-    command = ["prune", "--model", pipeline, "--blocks", blocks, "--form", form, "--recipe", recipe, "--layout", "diffusers", "--output", pruned]
+    command = ["prune", "--model", pipeline, "--blocks", blocks, "--form", form, "--recipe", recipe, "--whole", "--output", pruned]
     if fastflux(args, *command).returncode != 0:
         return False
     folder, options = str(pruned / "transformer"), {"torch_dtype": torch.float32}
@@ -133,12 +134,32 @@ def check(args, family, work, blocks, form, joint):
         model = family.stock.from_pretrained(folder, **options)
     else:
         model = AutoModel.from_pretrained(folder, trust_remote_code=True, **options)
+        try:
+            family.stock.from_pretrained(folder)
+            print("    OPENED by diffusers' own class, which does not know its layers")
+            return False
+        except ValueError as error:
+            refused = "trust_remote_code=True" in str(error)
+            print(f"    refused by {family.stock.__name__}" if refused else f"    refused WITHOUT A WORD: {error}")
+            if not refused:
+                return False
 
     if fastflux(args, "convert", "--model", pruned, "--dtype", "f32", "--output", single).returncode != 0:
         return False
     ours, theirs = model.state_dict(), family.own.from_single_file(single, **options).state_dict()
     same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     print(f"    {len(ours)} tensors from the single file: {'equal' if same else 'NOT EQUAL'}")
+
+    # as a pipeline, and as diffusers saves that
+    opened, saved = pruned, work / "saved"
+    for _ in range(2):
+        pipe = DiffusionPipeline.from_pretrained(opened, trust_remote_code=True, **options)
+        theirs = pipe.transformer.state_dict()
+        whole = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        print(f"    the pipeline `{opened.name}` opens{'' if whole else ' WITH OTHER TENSORS'}")
+        same = same and whole
+        pipe.save_pretrained(saved)
+        opened = saved
 
     family.record(args, model, pipeline, reference)
     verified = fastflux(args, "verify", "--model", pruned, "--reference", reference, "--json")

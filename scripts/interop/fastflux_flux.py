@@ -20,9 +20,10 @@ import json
 import pathlib
 import re
 import shutil
+import sys
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401: diffusers asks the module of a component for its base
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging
 from safetensors import safe_open
@@ -35,6 +36,9 @@ except ImportError:  # an older diffusers, which opens FLUX.1 all the same
     Flux2Transformer2DModel = None
 
 logger = logging.get_logger(__name__)
+# the name of this module in the model_index.json of a saved pipeline, whatever name it was imported under
+MODULE = "fastflux_flux"
+sys.modules.setdefault(MODULE, sys.modules[__name__])
 
 # Original module -> diffusers' modules, whose rows, one under the other, make it up.
 TOP = {
@@ -106,6 +110,10 @@ SINGLE2 = {
     "norm.key_norm": ["attn.norm_k"],
 }
 BLOCKS2 = {"double": ("transformer_blocks", DOUBLE2), "single": ("single_transformer_blocks", SINGLE2)}
+# In config.json it makes diffusers' own classes refuse the folder, with this text, instead of inventing the blocks that they do not find.
+REFUSED = {
+    "quant_method": "fastflux, for a model that diffusers has no class for: open it with AutoModel.from_pretrained(FOLDER, trust_remote_code=True)"
+}
 
 
 def tables_of(names):
@@ -217,6 +225,19 @@ class Pruned:
                 if isinstance(entry, dict):
                     blocks[slot] = replaced(kind, entry)
 
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As diffusers', without what keeps other classes out."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if str((config.get("quantization_config") or {}).get("quant_method")).startswith("fastflux"):
+            del config["quantization_config"]
+        return loaded
+
+    def to_json_string(self):
+        config = json.loads(super().to_json_string())
+        return json.dumps({**config, "quantization_config": config.get("quantization_config", REFUSED)}, indent=2, sort_keys=True) + "\n"
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As diffusers', with this file next to the weights, so that the folder opens again."""
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -291,6 +312,7 @@ class Pruned:
 class FastFluxTransformer2DModel(Pruned, FluxTransformer2DModel):
     """diffusers' FLUX.1 transformer with linear layers in the place of some blocks; `fastflux["layout"]` says which."""
 
+    __module__ = MODULE
     _no_split_modules = [*FluxTransformer2DModel._no_split_modules, "ReplacedBlock"]
 
     @register_to_config
@@ -324,6 +346,7 @@ if Flux2Transformer2DModel is not None:
     class FastFlux2Transformer2DModel(Pruned, Flux2Transformer2DModel):
         """diffusers' FLUX.2 transformer with linear layers in the place of some blocks; `fastflux["layout"]` says which."""
 
+        __module__ = MODULE
         _no_split_modules = [*Flux2Transformer2DModel._no_split_modules, "ReplacedDouble2", "ReplacedSingle2"]
 
         @register_to_config

@@ -1,6 +1,6 @@
 //! What this build can do and what the machine has: the first thing to look at if something is slow or missing.
 
-use std::{path::Path, process::Command};
+use std::{path::Path, process::Command, sync::OnceLock};
 
 use serde::Serialize;
 
@@ -38,6 +38,30 @@ pub struct DoctorReport {
     pub cache: Option<Cache>,
 }
 
+/// What `--version` prints: version and commit, features, and the CPU kernels that this machine runs.
+pub fn long_version() -> &'static str {
+    static TEXT: OnceLock<String> = OnceLock::new();
+    TEXT.get_or_init(|| {
+        // releases set it
+        let commit = option_env!("FASTFLUX_COMMIT").map_or_else(String::new, |c| format!(" ({c})"));
+        let there = instructions().into_iter().filter(|(_, there)| *there);
+        let kernels: Vec<&str> = there.map(|(name, _)| name).collect();
+        format!(
+            "{}{commit}\nfeatures: {}\nkernels: {}",
+            env!("CARGO_PKG_VERSION"),
+            listed(&features()),
+            listed(&kernels)
+        )
+    })
+}
+
+fn listed(all: &[&str]) -> String {
+    match all {
+        [] => "none".to_owned(),
+        all => all.join(", "),
+    }
+}
+
 impl DoctorReport {
     /// Looks at this build and machine.
     pub fn new() -> Self {
@@ -67,10 +91,6 @@ impl DoctorReport {
         let size = |bytes: Option<u64>| {
             bytes.map_or_else(|| "unknown".to_owned(), |bytes| ui::bytes(bytes as f64))
         };
-        let list = |all: &[&str]| match all {
-            [] => "none".to_owned(),
-            all => all.join(", "),
-        };
         let has: Vec<&str> = self
             .instructions
             .iter()
@@ -80,10 +100,10 @@ impl DoctorReport {
         let processor = self.machine.processor.as_deref().unwrap_or("unknown");
         let mut lines = vec![
             format!("version    {}", self.tool),
-            format!("features   {}", list(&self.features)),
+            format!("features   {}", listed(&self.features)),
             format!("system     {}", self.machine.system),
             format!("processor  {processor}, {} threads", self.machine.threads),
-            format!("kernels    {}", list(&has)),
+            format!("kernels    {}", listed(&has)),
             format!(
                 "device     {}",
                 self.runtime.as_deref().unwrap_or("none can be used")

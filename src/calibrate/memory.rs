@@ -1,14 +1,16 @@
 //! What a calibration takes: forwards, arithmetic and memory, counted before anything is loaded (`--dry-run`).
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde::Serialize;
 
+mod check;
 mod counts;
 
 pub use counts::{Bytes, Flops, Forwards};
 
 use super::{options::ResolvedOptions, pass::Shard, recipe::LatentSource};
 use crate::{
+    device::free_host_memory,
     layout::FluxConfig,
     model::cost,
     pipeline::{
@@ -107,6 +109,12 @@ pub struct CalibrationEstimate {
     pub bytes: Bytes,
     /// Bytes of the device that are free; `None` if unknown.
     pub free: Option<u64>,
+    /// Free bytes of host memory; `None` if unknown.
+    pub free_host: Option<u64>,
+    /// Bytes that are written, temporary files included; 0 until the output is known.
+    pub disk: u64,
+    /// Free bytes on that disk; `None` if unknown.
+    pub free_disk: Option<u64>,
     /// Which shard, `2/8`; `None` for all.
     pub shard: Option<String>,
     /// Seconds for all arithmetic; `None` until the speed was measured.
@@ -240,6 +248,9 @@ impl CalibrationEstimate {
                     },
             },
             free: runtime.free_memory(),
+            free_host: free_host_memory(),
+            disk: 0,
+            free_disk: None,
             shard: (shard != Shard::WHOLE).then(|| format!("{}/{}", shard.index, shard.of)),
             details: Details {
                 width: options.size.width,
@@ -276,27 +287,6 @@ impl CalibrationEstimate {
         let all = f.sampling + f.statistics + f.products + f.scoring;
         self.seconds = Some(all / flops_per_second);
         self
-    }
-
-    /// Fails if more memory is needed than is free.
-    ///
-    /// # Errors
-    /// The message says how much is missing and which flags take less.
-    pub fn check(&self) -> Result<()> {
-        let needed = if self.details.on_cpu {
-            self.bytes.host
-        } else {
-            self.bytes.device
-        };
-        let Some(free) = self.free.filter(|free| *free < needed) else {
-            return Ok(());
-        };
-        bail!(
-            "it cannot work here: {} of memory are needed on {}, {} are free\nhint: --offload and --max-vram keep fewer blocks, --stats-memory fewer sums; smaller images (--width, --height) and fewer prompts (--num-prompts) take less",
-            ui::bytes(needed as f64),
-            self.runtime,
-            ui::bytes(free as f64)
-        )
     }
 
     /// For people.
@@ -366,6 +356,16 @@ impl CalibrationEstimate {
             )
         });
         lines.extend(self.free.map(|free| format!("free        {}", size(free))));
+        if self.disk > 0 {
+            let free = self
+                .free_disk
+                .map(|free| format!(", {} are free", size(free)));
+            lines.push(format!(
+                "written     {}{}",
+                size(self.disk),
+                free.unwrap_or_default()
+            ));
+        }
         if self.flops.scoring > 0.0 {
             let flops = ui::flops(self.flops.scoring);
             lines.push(format!(

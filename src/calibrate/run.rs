@@ -26,7 +26,7 @@ use super::{
     stats::CalibrationStats,
 };
 use crate::{
-    checkpoint::{record, with_hint},
+    checkpoint::{record, target, with_hint},
     layout::{BlockId, FluxConfig},
     model::{Block, ReplacementBlock, memory::BATCHES_PER_LOAD},
     pipeline::load,
@@ -283,13 +283,16 @@ fn removal(calibrator: &Calibrator) -> Result<Vec<(BlockId, f64)>> {
 impl RunOptions {
     /// Those of a command that calibrates for `output` on the way.
     pub fn for_output(output: &Path, save_every: Duration) -> Self {
-        Self {
+        let options = Self {
             shard: Shard::WHOLE,
             partial: partial(output),
             save_every,
             sums: true,
             more: true,
-        }
+        };
+        target::resumes_from(&options.partial);
+        target::resumes_from(&options.journal());
+        options
     }
 
     /// The folder that unfinished work is kept in: on the disk that the output goes to, so with room.

@@ -21,6 +21,10 @@ pub const DIFFUSERS_STEM: &str = "diffusion_pytorch_model";
 const DIFFUSERS_MODULE: &str = "fastflux_flux";
 const DIFFUSERS_SOURCE: &str = include_str!("../../scripts/interop/fastflux_flux.py");
 
+/// Makes diffusers' own classes refuse the folder, with this text in their error, instead of filling the blocks that they do
+/// not find with random numbers. The class in [`DIFFUSERS_MODULE`] takes it out when it opens the folder.
+const REFUSED: &str = "fastflux, for a model that diffusers has no class for: open it with AutoModel.from_pretrained(FOLDER, trust_remote_code=True)";
+
 /// The class in that module for a family.
 fn diffusers_class(family: &Family) -> &'static str {
     if *family == Family::FLUX2 {
@@ -114,6 +118,7 @@ pub fn write(
         json["_class_name"] = class.into();
         json["auto_map"] =
             serde_json::json!({ "AutoModel": format!("{DIFFUSERS_MODULE}.{class}") });
+        json["quantization_config"] = serde_json::json!({ "quant_method": REFUSED });
         save::write_bytes(
             &folder.join(format!("{DIFFUSERS_MODULE}.py")),
             DIFFUSERS_SOURCE.as_bytes(),

@@ -20,6 +20,10 @@ use crate::{
 const KEY: &str = "fastflux-patch";
 /// The version of the form that this build writes and the newest it reads.
 const VERSION: u32 = 1;
+/// Before the level's name in the names of LoRA factors.
+const LORA: &str = "lora/";
+/// The metadata of a LoRA that `train-sandwich` wrote: the layout of the pruned model that it was trained in.
+pub const LORA_LAYOUT: &str = "fastflux-layout";
 /// How a patch is called in a folder.
 pub const PATCH_FILE: &str = "patch.safetensors";
 
@@ -181,6 +185,39 @@ fn slots(layout: &[BlockSpec]) -> BTreeMap<String, String> {
     out
 }
 
+/// The LoRA that a patch holds for the pruned model called `level`, or for its only one; `None` if it holds none, or `file` is
+/// no patch.
+///
+/// # Errors
+/// When there are several and none is named, or the header is damaged.
+pub fn lora(file: &Checkpoint, level: Option<&str>) -> Result<Option<Checkpoint>> {
+    let Some(text) = file.metadata.get(KEY) else {
+        return Ok(None);
+    };
+    let header: Header = serde_json::from_str(text)
+        .with_context(|| format!("`{}`: its metadata `{KEY}` is damaged", file.name))?;
+    let prefix = |level: &str| format!("{LORA}{level}/");
+    let has = |level: &str| file.names().any(|name| name.starts_with(&prefix(level)));
+    let levels: Vec<&str> = header.levels.keys().map(String::as_str).collect();
+    let with_lora: Vec<&str> = levels.into_iter().filter(|level| has(level)).collect();
+    let level = match (level, with_lora.as_slice()) {
+        (Some(level), _) => level,
+        (None, []) => return Ok(None),
+        (None, [one]) => one,
+        (None, _) => bail!(
+            "`{}` holds a LoRA for several pruned models\nhint: name one of them: --level {}",
+            file.name,
+            with_lora.join(" or ")
+        ),
+    };
+    let prefix = prefix(level);
+    let mut out = file.rename(|name| Some(name.strip_prefix(&prefix)?.to_owned()))?;
+    if let Some(layout) = header.levels.get(level).map(|record| &record["layout"]) {
+        out.metadata = BTreeMap::from([(LORA_LAYOUT.to_owned(), layout.to_string())]);
+    }
+    Ok(Some(out).filter(|lora| !lora.is_empty()))
+}
+
 /// The tensors of a pruned model that its base has not got.
 ///
 /// # Errors
@@ -208,16 +245,35 @@ pub fn difference(base: &Checkpoint, pruned: &Checkpoint, record: &Record) -> Re
     Ok(out)
 }
 
-/// A patch of pruned models: name of the level, what differs, record.
+/// What a patch says of one pruned model.
+#[derive(Clone, Debug)]
+pub struct PatchLevel {
+    /// What `--level` takes.
+    pub name: String,
+    /// What differs from the base.
+    pub tensors: Checkpoint,
+    /// What is known of the pruned model.
+    pub record: Record,
+    /// The factors that it was trained with and that are not in its weights.
+    pub lora: Option<Checkpoint>,
+}
+
+/// A patch of pruned models.
 ///
 /// # Errors
 /// When two have one name, or are of different bases.
-pub fn patch(levels: Vec<(String, Checkpoint, Record)>) -> Result<Checkpoint> {
+pub fn patch(levels: Vec<PatchLevel>) -> Result<Checkpoint> {
     let (mut out, mut records) = (Checkpoint::default(), BTreeMap::new());
     let base = levels
         .first()
-        .map(|(_, _, record)| record.base_fingerprint.clone());
-    for (level, tensors, record) in levels {
+        .map(|level| level.record.base_fingerprint.clone());
+    for level in levels {
+        let PatchLevel {
+            name: level,
+            tensors,
+            record,
+            lora,
+        } = level;
         ensure!(
             Some(&record.base_fingerprint) == base.as_ref(),
             "`{}` was made from another model than the first one",
@@ -225,6 +281,9 @@ pub fn patch(levels: Vec<(String, Checkpoint, Record)>) -> Result<Checkpoint> {
         );
         for (name, source) in tensors.iter() {
             out.insert(format!("{level}/{name}"), source.clone());
+        }
+        for (name, source) in lora.iter().flat_map(Checkpoint::iter) {
+            out.insert(format!("{LORA}{level}/{name}"), source.clone());
         }
         let known = records.insert(level.clone(), serde_json::to_value(&record)?);
         ensure!(

@@ -212,6 +212,15 @@ pub fn write(config: &FluxConfig, record: Option<&Record>) -> Value {
     json
 }
 
+/// The entry of a `model_index.json` for the transformer that `config` describes: whose class, and its name.
+pub fn module_and_class(config: &Value) -> Value {
+    let custom = config["auto_map"]["AutoModel"].as_str();
+    match custom.and_then(|custom| custom.split_once('.')) {
+        Some((module, class)) => json!([module, class]),
+        None => json!(["diffusers", config["_class_name"]]),
+    }
+}
+
 /// Whether diffusers' own class computes this model: its blocks are all FLUX's, and FLUX.1's class cannot be told another
 /// rotary base.
 pub fn is_stock(config: &FluxConfig) -> bool {

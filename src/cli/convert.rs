@@ -4,7 +4,7 @@ use candle::quantized::GgmlDType;
 use clap::{ArgGroup, Args};
 use safetensors::Dtype;
 
-use super::{DryRunArgs, ModelArgs, OutputArgs, units::weight_dtype};
+use super::{DryRunArgs, FolderArgs, OutputArgs, PipelineArgs, units::weight_dtype};
 use crate::{checkpoint::convert::Target, quant::QuantType};
 
 /// `convert`.
@@ -19,7 +19,7 @@ use crate::{checkpoint::convert::Target, quant::QuantType};
 )]
 pub struct ConvertArgs {
     #[command(flatten)]
-    pub model: ModelArgs,
+    pub pipeline: PipelineArgs,
     /// Write safetensors in bf16, f16, f32 or f8e4m3 (float8 for the kept blocks' matrices, the rest as it is).
     #[arg(long, value_parser = dtype)]
     pub dtype: Option<Target>,
@@ -31,6 +31,8 @@ pub struct ConvertArgs {
     pub no_scale: bool,
     #[command(flatten)]
     pub output: OutputArgs,
+    #[command(flatten)]
+    pub folder: FolderArgs,
     #[command(flatten)]
     pub dry_run: DryRunArgs,
 }

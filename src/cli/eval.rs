@@ -60,10 +60,14 @@ pub struct EvalArgs {
     /// as openai/clip-vit-large-patch14.
     #[arg(long, value_name = "DIR|ID")]
     pub clip: Option<String>,
+    /// Measure how far images are from the baseline's with this LPIPS model: a .safetensors file, a folder or a hub id with the
+    /// weights of the package lpips (AlexNet or VGG, and the linear heads).
+    #[arg(long, value_name = "FILE|DIR|ID")]
+    pub lpips: Option<String>,
     /// Only draw images for another scorer, from its own prompt files (--prompts), into the folder --output as it reads them:
     /// geneval (evaluation_metadata.jsonl), dpg (folder of .txt) or hpsv2 (.json lists). The same command goes on after a
     /// kill.
-    #[arg(long, value_name = "SUITE", requires = "prompts", conflicts_with_all = ["plan", "baseline", "clip", "num_prompts"])]
+    #[arg(long, value_name = "SUITE", requires = "prompts", conflicts_with_all = ["plan", "baseline", "clip", "lpips", "num_prompts"])]
     pub export: Option<Suite>,
     /// With --export: draw every n-th prompt only, from the i-th on.
     #[arg(long, value_name = "I/N", requires = "export")]

@@ -28,9 +28,9 @@ pub use inspect::InspectArgs;
 pub use prune::PruneArgs;
 pub use score::{GoalArgs, PlanArgs, ScoreArgs};
 pub use shared::{
-    ConfigArgs, DecodeArgs, DeviceArgs, DryRunArgs, LayoutArgs, LoraArgs, MemoryArgs, ModelArgs,
-    OutputArgs, PartsArgs, PatchArgs, PipelineArgs, PrintArgs, PromptsArgs, RecipeArgs, RunArgs,
-    SamplingArgs, SeedArgs, SizeArgs, TrueCfgArgs,
+    ConfigArgs, DecodeArgs, DeviceArgs, DryRunArgs, FolderArgs, LayoutArgs, LoraArgs, MemoryArgs,
+    ModelArgs, OutputArgs, PartsArgs, PatchArgs, PipelineArgs, PrintArgs, PromptsArgs, RecipeArgs,
+    RunArgs, SamplingArgs, SeedArgs, SizeArgs, TrueCfgArgs,
 };
 pub use shell::{CompletionsArgs, DoctorArgs, ManArgs};
 pub use train::TrainArgs;
@@ -40,6 +40,7 @@ pub use train::TrainArgs;
 #[command(
     name = "fastflux",
     version,
+    long_version = crate::bench::doctor::long_version(),
     propagate_version = true,
     arg_required_else_help = true
 )]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{
-    CalibrationArgs, DecodeArgs, DryRunArgs, GoalArgs, LayoutArgs, MemoryArgs, OutputArgs,
+    CalibrationArgs, DecodeArgs, DryRunArgs, FolderArgs, GoalArgs, MemoryArgs, OutputArgs,
     PatchArgs, PipelineArgs, RunArgs, StatsArgs, shared::written,
 };
 
@@ -37,7 +37,7 @@ pub struct PruneArgs {
     #[command(flatten)]
     pub output: OutputArgs,
     #[command(flatten)]
-    pub layout: LayoutArgs,
+    pub folder: FolderArgs,
     #[command(flatten)]
     pub dry_run: DryRunArgs,
 }

@@ -9,8 +9,8 @@ use super::units::{bytes, number, seed, whole};
 use crate::{
     checkpoint::{lora::LoraChoice, output::Naming},
     device::{DTypeChoice, DeviceChoice},
-    pipeline::PatchChoice,
     pipeline::defaults::{MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MIN_SIDE},
+    pipeline::{PatchChoice, whole::Copying},
 };
 
 /// The model's own description, if its tensors do not tell all.
@@ -249,6 +249,32 @@ pub struct LayoutArgs {
     /// Names and places of what is written: original (flux.safetensors) or diffusers (a transformer folder).
     #[arg(long, alias = "format", default_value_t, value_parser = |s: &str| s.parse::<Naming>())]
     pub layout: Naming,
+}
+
+/// Whose names a folder with a model has, and whether the other parts of the pipeline lie in it.
+#[derive(Args, Clone, Copy, Debug, Default)]
+#[expect(missing_docs, reason = "flattened arguments")]
+#[command(next_help_heading = "Output")]
+pub struct FolderArgs {
+    #[command(flatten)]
+    pub layout: LayoutArgs,
+    /// Write the whole pipeline in diffusers layout: model_index.json, and the other parts copied, or their weights
+    /// as hard links (link).
+    #[arg(
+        long, value_name = "copy|link", num_args = 0..=1, require_equals = true, default_missing_value = "copy",
+        value_parser = |s: &str| s.parse::<Copying>()
+    )]
+    pub whole: Option<Copying>,
+}
+
+impl FolderArgs {
+    /// Whose names: a whole pipeline has diffusers'.
+    pub fn naming(&self) -> Naming {
+        match self.whole {
+            Some(_) => Naming::Diffusers,
+            None => self.layout.layout,
+        }
+    }
 }
 
 /// `--output` of one command.

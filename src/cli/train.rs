@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{
-    DryRunArgs, LayoutArgs, MemoryArgs, OutputArgs, PipelineArgs, PromptsArgs, RecipeArgs, RunArgs,
+    DryRunArgs, FolderArgs, MemoryArgs, OutputArgs, PipelineArgs, PromptsArgs, RecipeArgs, RunArgs,
     SeedArgs, SizeArgs, shared::written,
 };
 
@@ -85,7 +85,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub log: Option<PathBuf>,
     #[command(flatten)]
-    pub layout: LayoutArgs,
+    pub folder: FolderArgs,
     #[command(flatten)]
     pub dry_run: DryRunArgs,
 }

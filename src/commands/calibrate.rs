@@ -30,7 +30,7 @@ pub(super) fn run(args: &CalibrateArgs, reporter: &Reporter) -> Result<()> {
         let estimate =
             CalibrationEstimate::new(&pipeline, &budget, &options, shard, memory, false)?;
         let speed = timing::peak(&budget.runtime().device, budget.runtime().dtype)?;
-        let estimate = estimate.timed(speed.flops);
+        let estimate = estimate.timed(speed.flops).with_output(output, 0);
         super::show(args.output.print, &estimate, || estimate.text())?;
         return estimate.check();
     }

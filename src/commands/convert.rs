@@ -7,12 +7,12 @@ use anyhow::{Context, Result, ensure};
 use crate::{
     checkpoint::{
         convert::{self, Target},
-        output,
+        output::{self, Naming},
         target::{self as place, OutputFolder},
         transformer_json,
     },
     cli::ConvertArgs,
-    pipeline::{convert as conversion, convert::ConvertReport},
+    pipeline::{convert as conversion, convert::ConvertReport, whole::WholePipeline},
     quant::F8_MAX,
     ui::Reporter,
 };
@@ -28,7 +28,14 @@ pub(super) fn run(args: &ConvertArgs, reporter: &Reporter) -> Result<()> {
         Target::Plain(_) | Target::Float8 { .. } => "safetensors",
     };
     let file = is_file(&args.output.path, extension)?;
-    let pipeline = super::open(&super::bare_choice(&args.model, reporter))?;
+    let naming = args.folder.naming();
+    ensure!(
+        naming == Naming::Original || (!file && matches!(target, Target::Plain(_))),
+        "diffusers' layout is a folder in bf16, f16 or f32\nhint: --dtype bf16 --output FOLDER, or leave out --layout and --whole"
+    );
+    let pipeline = super::open(&super::model_choice(&args.pipeline, reporter))?;
+    let whole = args.folder.whole.map(|how| pipeline.whole(how));
+    let whole = whole.transpose()?;
     if !args.dry_run.dry_run {
         if file {
             place::check_file(&args.output.path, args.output.force)?;
@@ -48,26 +55,45 @@ pub(super) fn run(args: &ConvertArgs, reporter: &Reporter) -> Result<()> {
     if let Target::Gguf(packed) = target {
         conversion::note_fallbacks(&checkpoint, packed, reporter);
     }
-    if !args.dry_run.dry_run {
-        let name = format!("{}.{extension}", output::ORIGINAL_STEM);
-        if file {
-            if let Some(folder) = args.output.path.parent() {
-                std::fs::create_dir_all(folder)
-                    .with_context(|| format!("cannot create `{}`", folder.display()))?;
-            }
-            conversion::write(&checkpoint, target, &args.output.path, reporter)?;
-        } else {
-            let folder = OutputFolder::create(&args.output.path, args.output.force)?;
-            conversion::write(&checkpoint, target, &folder.path().join(name), reporter)?;
-            let json = transformer_json::write(&pipeline.config, Some(&record));
-            output::write_json(&folder.path().join("config.json"), &json)?;
-            conversion::write_card(folder.path(), &pipeline, &record, &checkpoint, target)?;
-            folder.finish()?;
-        }
+    let parts = whole.as_ref().map_or(Ok(0), WholePipeline::bytes)?;
+    let bytes = checkpoint.bytes() as u64 + parts;
+    if args.dry_run.dry_run {
+        let report = ConvertReport::new(&pipeline, &checkpoint, &args.output.path, false);
+        super::show(args.output.print, &report, || report.text())?;
+        return place::check_space(&args.output.path, bytes);
     }
-    let written = !args.dry_run.dry_run;
-    let report = ConvertReport::new(&pipeline, &checkpoint, &args.output.path, written);
-    super::show(args.output.print, &report, || report.text())
+    place::check_space(&args.output.path, bytes)?;
+    if file {
+        if let Some(folder) = args.output.path.parent() {
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("cannot create `{}`", folder.display()))?;
+        }
+        conversion::write(&checkpoint, target, &args.output.path, reporter)?;
+    } else {
+        let folder = OutputFolder::create(&args.output.path, args.output.force)?;
+        let path = folder.path();
+        if naming == Naming::Diffusers {
+            output::write(path, &checkpoint, &pipeline.config, Some(&record), naming)?;
+            whole.as_ref().map_or(Ok(()), |whole| whole.write(path))?;
+        } else {
+            let name = format!("{}.{extension}", output::ORIGINAL_STEM);
+            conversion::write(&checkpoint, target, &path.join(name), reporter)?;
+            let json = transformer_json::write(&pipeline.config, Some(&record));
+            output::write_json(&path.join("config.json"), &json)?;
+        }
+        let layout = (naming, whole.is_some());
+        conversion::write_card(path, &pipeline, &record, &checkpoint, (target, layout))?;
+        folder.finish()?;
+    }
+    let report = ConvertReport::new(&pipeline, &checkpoint, &args.output.path, true);
+    super::show(args.output.print, &report, || report.text())?;
+    let model = super::path_word(&args.output.path);
+    super::wrote(
+        reporter,
+        &args.output.path,
+        &format!("generate --model {model} --prompt TEXT"),
+    );
+    Ok(())
 }
 
 /// Endings of files of other kinds: a folder that is called like one is a slip.

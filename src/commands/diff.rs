@@ -5,6 +5,7 @@ use anyhow::{Context, Result};
 use crate::{
     checkpoint::{patch, save, target},
     cli::DiffArgs,
+    files::BUNDLED,
     pipeline::{ModelChoice, Pipeline, diff::DiffReport},
     ui::Reporter,
 };
@@ -34,12 +35,28 @@ pub(super) fn run(args: &DiffArgs, reporter: &Reporter) -> Result<()> {
                 Pipeline::open_original(&choice(base), Some(&record)).context("--base")?
             }
         };
-        levels.push(base.difference(&pipeline.name, &pipeline.transformer, record)?);
+        let lora = pipeline.kept_lora()?;
+        if lora.is_some() {
+            reporter.note(format!(
+                "`{}` was trained together with a LoRA, which is in the patch too: --lora {} applies it",
+                pipeline.name,
+                super::path_word(output)
+            ));
+        }
+        levels.push(base.difference(&pipeline.name, &pipeline.transformer, record, lora)?);
     }
     target::check_writable(output)?;
     let report = DiffReport::new(&pruned, &levels, output);
+    let base = levels.first().map(|level| level.record.base.clone());
+    let model = super::model_flag(base.as_deref().filter(|base| *base != BUNDLED));
+    let level = match levels.as_slice() {
+        [first, _, ..] => format!(" --level {}", first.name),
+        _ => String::new(),
+    };
     save::write(&patch::patch(levels)?, output)?;
     super::show(args.output.print, &report, || report.text())?;
-    reporter.note(format!("wrote `{}`", output.display()));
+    let patch = super::path_word(output);
+    let next = format!("generate {model}--patch {patch}{level} --prompt TEXT");
+    super::wrote(reporter, output, &next);
     Ok(())
 }

@@ -10,9 +10,10 @@ use crate::{
     checkpoint::target::{self, OutputFolder},
     cli::EvalArgs,
     eval::{
-        self,
+        self, Scorers,
         clip::ClipFiles,
         export::{self, ExportOptions, Suite},
+        lpips::LpipsFiles,
     },
     files::BUNDLED,
     pipeline::{ModelChoice, Pipeline, placement::MemoryBudget},
@@ -33,20 +34,33 @@ pub(super) fn run(args: &EvalArgs, reporter: &Reporter) -> Result<()> {
         .iter()
         .map(|path| PlanRun::read(path, args.recipe.recipe.as_deref(), &baseline))
         .collect::<Result<_>>()?;
-    let find = |clip| ClipFiles::find(clip, reporter);
-    let clip = args.clip.as_deref().map(find).transpose()?;
+    let clip = args.clip.as_deref();
+    let lpips = args.lpips.as_deref();
+    let scorers = Scorers {
+        clip: clip
+            .map(|clip| ClipFiles::find(clip, reporter))
+            .transpose()?,
+        lpips: lpips
+            .map(|lpips| LpipsFiles::find(lpips, reporter))
+            .transpose()?,
+    };
     let options = options::eval(args, &baseline)?;
+    if let Some(lpips) = &scorers.lpips {
+        lpips.check_size(options.size)?;
+    }
     eval::check(&baseline, &models, &options)?;
     target::check_writable(&args.output.path)?;
     for plan in plans {
         let budget = budget.clone().for_pipeline(&baseline);
         models.push(plan.carry_out(&baseline, &budget, &args.output.path)?);
     }
-    let evaluation = eval::run(&baseline, &models, &options, clip.as_ref(), &budget)?;
+    let evaluation = eval::run(&baseline, &models, &options, &scorers, &budget)?;
     let output = OutputFolder::create(&args.output.path, args.output.force)?;
     evaluation.write(output.path(), &models)?;
     output.finish()?;
     eval::unfinished::remove(&args.output.path)?;
+    // what plans made has no card
+    evaluation.publish(&baseline, &models[..args.model.len()]);
     let report = &evaluation.report;
     super::show(args.output.print, report, || report.table())?;
     let page = args.output.path.join("report.html");

@@ -179,6 +179,11 @@ pub(super) fn prune(args: &PruneArgs) -> Result<PruneOptions> {
         args.goal.ratio.len() < 2,
         "--ratio: one number is expected here\nhint: `fastflux plan` takes several and writes a plan for each"
     );
+    let patch = args.pipeline.model.patch.writes();
+    ensure!(
+        !patch || args.folder.whole.is_none(),
+        "--patch and --whole: a patch is no pipeline\nhint: leave one of them out"
+    );
     let recipe = recipe_for(&args.calibration, &args.goal)?;
     Ok(PruneOptions {
         calibration: calibration(&args.calibration, Some(&args.stats), &recipe),
@@ -186,8 +191,9 @@ pub(super) fn prune(args: &PruneArgs) -> Result<PruneOptions> {
         goal: goal(&args.goal, args.plan.clone()),
         output: args.output.path.clone(),
         force: args.output.force,
-        layout: args.layout.layout,
-        patch: args.pipeline.model.patch.writes(),
+        layout: args.folder.naming(),
+        whole: args.folder.whole,
+        patch,
         vae_tile: args.decode.vae_tile,
     })
 }

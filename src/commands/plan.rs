@@ -7,23 +7,20 @@ use anyhow::{Result, ensure};
 use super::options;
 use crate::{
     bench::timing,
-    calibrate::{
-        Calibrator, memory::CalibrationEstimate, options::ResolvedOptions, pass::Shard,
-        run::RunOptions,
-    },
+    calibrate::{Calibrator, options::ResolvedOptions, run::RunOptions},
     checkpoint::{output, save, target},
     cli::PlanArgs,
     pipeline::{Pipeline, placement::MemoryBudget},
     plot::curves::{self, Curve},
     prune::{
-        card::CardReport,
-        curve::{self, CurveReport},
+        curve::{self, CurvePoint, CurveReport},
         goal::{self, PruneTarget},
         recipe::PruneRecipe,
         report::PlanReport,
         select::{self, RankedPlan, Ranking},
     },
     score::Scores,
+    train::card::{self, Card},
     ui::Reporter,
 };
 
@@ -100,18 +97,28 @@ pub(super) fn run(args: &PlanArgs, reporter: &Reporter) -> Result<()> {
     Ok(())
 }
 
-/// Error against speed, next to the plans.
+/// Error against speed and against size, next to the plans: `plan.svg` and `plan-size.svg`.
 fn write_chart(report: &CurveReport, output: &Path) -> Result<()> {
-    let points = report.points.iter();
-    let points = points.filter_map(|point| Some((point.speed_up, point.velocity_error?)));
-    let curve = Curve {
-        name: report.model.clone(),
-        points: points.collect(),
-    };
-    match curves::svg_of("times as fast", "velocity error", &[curve])? {
-        Some(svg) => save::write_bytes(&output.with_extension("svg"), svg.as_bytes()),
-        None => Ok(()),
+    type Number = fn(&CurvePoint) -> f64;
+    let stem = output.file_stem().unwrap_or_default().to_string_lossy();
+    let charts: [(&str, String, Number); 2] = [
+        ("times as fast", format!("{stem}.svg"), |p| p.speed_up),
+        ("million parameters", format!("{stem}-size.svg"), |p| {
+            p.cost.parameters as f64 / 1e6
+        }),
+    ];
+    for (axis, file, x) in charts {
+        let points = report.points.iter();
+        let points = points.filter_map(|point| Some((x(point), point.velocity_error?)));
+        let curve = Curve {
+            name: report.model.clone(),
+            points: points.collect(),
+        };
+        if let Some(svg) = curves::svg_of(axis, "velocity error", &[curve])? {
+            save::write_bytes(&output.with_file_name(file), svg.as_bytes())?;
+        }
     }
+    Ok(())
 }
 
 /// `--for`: what a card can run, and the commands.
@@ -124,27 +131,13 @@ fn for_card(
 ) -> Result<()> {
     ensure!(args.goal.ratio.len() < 2, "--for takes no list of ratios");
     let calibration = options::calibration(&args.calibration, None, recipe);
-    let resolved = ResolvedOptions::new(pipeline, &calibration)?;
-    let mut workload = goal::workload(pipeline, budget.runtime(), &resolved);
-    workload.element = 2; // bfloat16, as GPUs compute
-    workload.weight_bytes = pipeline.bytes_of_a_weight(candle::DType::BF16);
-    let size = (resolved.size.width, resolved.size.height);
     let model = super::model_flag(args.pipeline.model.model.as_deref());
-    let mut report = CardReport::new(
-        &pipeline.name,
-        &pipeline.config,
-        workload,
-        size,
-        bytes,
-        &model,
-    );
-    let rounds = (report.ratio.unwrap_or(0.2) * pipeline.config.kept_ids().len() as f64) as usize;
-    let estimate =
-        CalibrationEstimate::new(pipeline, budget, &resolved, Shard::WHOLE, Some(0), true)?;
     let speed = timing::peak(&budget.runtime().device, budget.runtime().dtype)?;
-    report.seconds = estimate
-        .with_scoring(rounds.max(1))
-        .timed(speed.flops)
-        .seconds;
+    let card = Card {
+        bytes,
+        flops_per_second: speed.flops,
+        model_flag: &model,
+    };
+    let report = card::report(pipeline, &calibration, card)?;
     super::show(args.output.print, &report, || report.text())
 }

@@ -32,7 +32,11 @@ pub(super) fn run(args: &PruneArgs, reporter: &Reporter) -> Result<()> {
         let estimate =
             CalibrationEstimate::new(&pipeline, &budget, &resolved, Shard::WHOLE, memory, true)?;
         let speed = timing::peak(&budget.runtime().device, budget.runtime().dtype)?;
-        let estimate = estimate.with_scoring(rounds).timed(speed.flops);
+        let written = prune::run::bytes_written(&pipeline, &options)?;
+        let estimate = estimate
+            .with_scoring(rounds)
+            .timed(speed.flops)
+            .with_output(&options.output, written);
         super::show(args.output.print, &estimate, || estimate.text())?;
         return estimate.check();
     }

@@ -4,12 +4,13 @@ use anyhow::{Context, Result};
 
 use super::options;
 use crate::{
+    bench::timing,
     checkpoint::{
         target::{self, OutputFolder},
         with_hint,
     },
     cli::TrainArgs,
-    pipeline::{LORA_FILE, placement::MemoryBudget},
+    pipeline::{LORA_FILE, placement::MemoryBudget, whole::WholePipeline},
     train::{
         self,
         lock::Lock,
@@ -48,10 +49,17 @@ pub(super) fn run(args: &TrainArgs, reporter: &Reporter) -> Result<()> {
         dry_run: args.dry_run.dry_run,
     })?;
     if args.dry_run.dry_run {
-        let report = DryRunReport::new(&setup, strategy);
-        return super::show(args.output.print, &report, || report.table());
+        let speed = timing::peak(&setup.runtime.device, setup.runtime.dtype)?;
+        let bytes = setup.pair.pruned.transformer.bytes() as u64;
+        let report = DryRunReport::new(&setup, strategy).with_machine(speed.flops, output, bytes);
+        super::show(args.output.print, &report, || report.table())?;
+        return report.check();
     }
     target::check_writable(output)?;
+    let whole = args.folder.whole;
+    let whole = whole.map(|how| setup.pair.pruned.whole(how)).transpose()?;
+    let parts = whole.as_ref().map_or(Ok(0), WholePipeline::bytes)?;
+    target::check_space(output, setup.pair.pruned.transformer.bytes() as u64 + parts)?;
     let settings = setup.settings();
     if let Some(report) = report::finished(output, &settings).filter(|_| !force) {
         // killed after its output was in place and before its state was removed
@@ -91,7 +99,7 @@ pub(super) fn run(args: &TrainArgs, reporter: &Reporter) -> Result<()> {
         &setup,
         &trained,
         &report,
-        args.layout.layout,
+        (args.folder.naming(), whole.as_ref()),
         keep_lora,
     )?;
     super::write_losses(&target.path().join("loss.svg"), &trained.saved.progress.log)?;

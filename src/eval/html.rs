@@ -89,6 +89,11 @@ fn sections(report: &Report, assets: &Assets) -> Result<String> {
         );
         section(&mut out, &format!("Training losses: {name}"), &body);
     }
+    section(
+        &mut out,
+        "What the numbers are computed as",
+        &reading::references(report),
+    );
     section(&mut out, "How it was made", &made(report));
     Ok(out)
 }

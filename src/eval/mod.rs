@@ -13,23 +13,28 @@ use crate::{
     sample::{png::Image, size::ImageSize},
 };
 
+mod card;
 pub mod clip;
 pub mod export;
 mod html;
+pub mod lpips;
 mod measure;
 pub mod metrics;
 mod output;
 mod pairs;
 pub mod prompts;
+mod references;
 pub mod report;
 pub mod scenes;
 mod suites;
+mod table;
 pub mod unfinished;
 pub mod velocity;
 
 pub use measure::check_family;
 
 use clip::ClipFiles;
+use lpips::LpipsFiles;
 use measure::{Measured, Task};
 use metrics::Summary;
 use report::{Distances, ModelReport, PromptFollowing, Report, Settings};
@@ -93,6 +98,15 @@ impl EvalOptions {
     }
 }
 
+/// Models that judge images.
+#[derive(Clone, Debug, Default)]
+pub struct Scorers {
+    /// How well they fit their prompts.
+    pub clip: Option<ClipFiles>,
+    /// How far they are from the baseline's.
+    pub lpips: Option<LpipsFiles>,
+}
+
 /// What an evaluation found.
 #[derive(Clone, Debug)]
 pub struct Evaluation {
@@ -100,6 +114,13 @@ pub struct Evaluation {
     pub report: Report,
     /// The baseline's images and then each model's, in the order of the prompts.
     pub images: Vec<Vec<Image>>,
+}
+
+impl Evaluation {
+    /// Puts each model's results into its card, if fastflux wrote one next to its weights.
+    pub fn publish(&self, baseline: &Pipeline, models: &[Pipeline]) {
+        card::publish(&self.report, baseline, models);
+    }
 }
 
 /// Checks all that headers and small files tell of what [`run`] will need.
@@ -126,7 +147,7 @@ pub fn run(
     baseline: &Pipeline,
     models: &[Pipeline],
     options: &EvalOptions,
-    clip: Option<&ClipFiles>,
+    scorers: &Scorers,
     budget: &MemoryBudget,
 ) -> Result<Evaluation> {
     let runtime = budget.runtime();
@@ -160,18 +181,29 @@ pub fn run(
         .again
         .as_ref()
         .context("the baseline draws some prompts twice")?;
-    let two_seeds = pairs::two_seeds(
-        &measured[0].latents,
-        &images[0],
-        again,
-        &decoder.images(again)?,
-    )?;
+    let images_again = decoder.images(again)?;
+    let mut two_seeds = pairs::two_seeds(&measured[0].latents, &images[0], again, &images_again)?;
     drop(decoder);
+    let lpips = scorers.lpips.as_ref();
+    let distances = lpips
+        .map(|lpips| lpips.distances(&images, runtime))
+        .transpose()?;
+    if let Some(lpips) = lpips {
+        let same = images[0][..images_again.len()].to_vec();
+        let distances = lpips.distances(&[same, images_again], runtime)?;
+        two_seeds.lpips = distances.first().map(|all| Summary::from_values(all));
+    }
+    let clip = scorers.clip.as_ref();
     let clip_scores = clip
         .map(|clip| clip.scores(&options.prompts, &images, runtime))
         .transpose()?;
     let latents: Vec<_> = measured.iter().map(|m| &m.latents).collect();
-    let pairs = pairs::compare(options, &latents, &images, clip_scores.as_deref())?;
+    let pairs = pairs::compare(
+        options,
+        &latents,
+        &images,
+        (clip_scores.as_deref(), distances.as_deref()),
+    )?;
     let text_tokens = task.encoded.txt.dim(1)?;
     let mut models = Vec::new();
     let before = &measured[0];
@@ -202,27 +234,31 @@ pub fn run(
             recipe: pipeline.record.as_ref().map(|r| r.recipe.clone()),
         });
     }
+    let settings = Settings {
+        prompts: options.prompts_from.clone(),
+        images: options.prompts.len(),
+        seed: options.seed,
+        steps: options.steps,
+        guidance: options.guidance,
+        true_cfg: baseline.shown_true_cfg(Some(options.guidance)),
+        width: options.size.width,
+        height: options.size.height,
+        image_tokens: options.size.tokens(),
+        text_tokens,
+        runtime: runtime.to_string(),
+        clip: clip.map(|clip| clip.name.clone()),
+        lpips: lpips.map(|lpips| lpips.name.clone()),
+        timed: if task.together {
+            "models in turn".to_owned()
+        } else {
+            "models one after another".to_owned()
+        },
+    };
+    let scenes = pairs.iter().any(|pair| pair.baseline.is_some());
     let report = Report {
         tool: record::software(),
-        settings: Settings {
-            prompts: options.prompts_from.clone(),
-            images: options.prompts.len(),
-            seed: options.seed,
-            steps: options.steps,
-            guidance: options.guidance,
-            true_cfg: baseline.shown_true_cfg(Some(options.guidance)),
-            width: options.size.width,
-            height: options.size.height,
-            image_tokens: options.size.tokens(),
-            text_tokens,
-            runtime: runtime.to_string(),
-            clip: clip.map(|clip| clip.name.clone()),
-            timed: if task.together {
-                "models in turn".to_owned()
-            } else {
-                "models one after another".to_owned()
-            },
-        },
+        metrics: references::of_settings(&settings, scenes),
+        settings,
         machine: Machine::this(),
         two_seeds,
         baseline: models.remove(0),

@@ -11,13 +11,16 @@ use super::{
 };
 use crate::sample::png::Image;
 
+/// Numbers of each model's images, if they were measured.
+type Scores<'a> = Option<&'a [Vec<f64>]>;
+
 /// One pair for each prompt. `latents` (images, tokens, 4 · channels), `images` and `clip` scores are the baseline's and
-/// then each model's.
+/// then each model's; `lpips` are distances of the models' images.
 pub(super) fn compare(
     options: &EvalOptions,
     latents: &[&Tensor],
     images: &[Vec<Image>],
-    clip: Option<&[Vec<f64>]>,
+    (clip, lpips): (Scores, Scores),
 ) -> Result<Vec<Pair>> {
     let (base_latents, latents) = latents.split_first().context("nothing was sampled")?;
     let (base, rest) = images.split_first().context("nothing was sampled")?;
@@ -44,6 +47,7 @@ pub(super) fn compare(
                 ssim: metrics::ssim(&base[i], &images[i])?,
                 verdict: judge(&images[i])?,
                 clip: clip(model + 1),
+                lpips: lpips.map(|all| all[model][i]),
             });
         }
         out.push(Pair {
@@ -77,6 +81,7 @@ pub(super) fn two_seeds(
         latent_mse: Summary::from_values(&mean_squares(again, &first)?),
         psnr: Summary::from_values(&psnr),
         ssim: Summary::from_values(&ssim),
+        lpips: None,
     })
 }
 

@@ -11,7 +11,6 @@ use super::{
 use crate::{
     bench::timing::{Machine, Timing},
     layout::BlockSpec,
-    ui,
 };
 
 /// Pairs that are listed as the worst of a model.
@@ -24,6 +23,8 @@ pub struct Report {
     pub tool: String,
     /// What all models were given.
     pub settings: Settings,
+    /// What each number is computed as, and by whose implementation it was checked.
+    pub metrics: Vec<MetricReference>,
     /// The machine; timings are of it.
     pub machine: Machine,
     /// How far images of the baseline are apart that were drawn of the same prompts from other noise: two images that are
@@ -35,6 +36,15 @@ pub struct Report {
     pub models: Vec<ModelReport>,
     /// Every prompt, in the order of the list.
     pub pairs: Vec<Pair>,
+}
+
+/// A number of a report.
+#[derive(Clone, Debug, Serialize)]
+pub struct MetricReference {
+    /// What the report calls it.
+    pub metric: &'static str,
+    /// Its reference implementation.
+    pub reference: String,
 }
 
 /// What all models were given.
@@ -66,6 +76,9 @@ pub struct Settings {
     /// The CLIP model, if one was named.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip: Option<String>,
+    /// The LPIPS model, if one was named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lpips: Option<String>,
     /// How steps were timed: `models in turn`, which a busy machine slows alike, or `models one after another`.
     pub timed: String,
 }
@@ -130,6 +143,9 @@ pub struct Distances {
     pub psnr: Summary,
     /// Structural similarity.
     pub ssim: Summary,
+    /// LPIPS; `None` if no such model was named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lpips: Option<Summary>,
     /// Indices of the pairs with the lowest PSNR, the lowest first.
     pub worst: Vec<usize>,
 }
@@ -145,6 +161,9 @@ pub struct TwoSeeds {
     pub psnr: Summary,
     /// Structural similarity.
     pub ssim: Summary,
+    /// LPIPS; `None` if no such model was named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lpips: Option<Summary>,
 }
 
 /// Shares of images that meet a criterion of their caption.
@@ -210,6 +229,9 @@ pub struct PairOfModel {
     pub psnr: f64,
     /// Structural similarity.
     pub ssim: f64,
+    /// LPIPS.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lpips: Option<f64>,
     /// What the image shows, if the prompt is a caption of the grammar.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Verdict>,
@@ -236,6 +258,8 @@ impl Distances {
             of_model.map(f).collect()
         };
         let psnr = values(|p| p.psnr);
+        let of_model = pairs.iter().filter_map(|p| p.models.get(index));
+        let lpips: Option<Vec<f64>> = of_model.map(|p| p.lpips).collect();
         let mut worst: Vec<usize> = (0..psnr.len()).collect();
         worst.sort_by(|a, b| psnr[*a].total_cmp(&psnr[*b]));
         worst.truncate(WORST);
@@ -244,6 +268,7 @@ impl Distances {
             latent_mse: Summary::from_values(&values(|p| p.latent_mse)),
             ssim: Summary::from_values(&values(|p| p.ssim)),
             psnr: Summary::from_values(&psnr),
+            lpips: lpips.as_deref().map(Summary::from_values),
             worst,
         }
     }
@@ -256,64 +281,6 @@ impl Report {
         let mut order: Vec<usize> = (0..self.pairs.len()).collect();
         order.sort_by(|a, b| mean(&self.pairs[*a]).total_cmp(&mean(&self.pairs[*b])));
         order
-    }
-
-    /// What a terminal shows: at most 80 columns if names are short.
-    pub fn table(&self) -> String {
-        let number = |value: Option<f64>, digits: usize| {
-            value.map_or_else(|| "-".to_owned(), |v| format!("{v:.digits$}"))
-        };
-        // the last column only if there is something in it
-        let columns = if self.settings.clip.is_some() { 9 } else { 8 };
-        let models = std::iter::once(&self.baseline).chain(&self.models);
-        let rows: Vec<Vec<String>> = models
-            .map(|m| {
-                let against = m.against_baseline.as_ref();
-                let speed_up = m.speed_up.map(|s| format!("{s:.2}x"));
-                let mut row = vec![
-                    m.name.clone(),
-                    ui::count(m.parameters as f64),
-                    format!("{:.2}", 1e3 * m.step.median),
-                    speed_up.unwrap_or_else(|| "-".to_owned()),
-                    number(against.map(|a| a.velocity.error), 5),
-                    number(against.map(|a| a.psnr.mean), 2),
-                    number(against.map(|a| a.ssim.mean), 4),
-                    number(m.prompt_following.map(|p| 100.0 * p.ok.share), 1),
-                    number(m.clip_score.as_ref().map(|s| s.mean), 2),
-                ];
-                row.truncate(columns);
-                row
-            })
-            .collect();
-        let header = [
-            "model",
-            "parameters",
-            "step, ms",
-            "speed",
-            "velocity error",
-            "PSNR",
-            "SSIM",
-            "followed",
-            "CLIP",
-        ];
-        let mut out = ui::table(&header[..columns], &rows, &[1, 2, 3, 4, 5, 6, 7, 8]);
-        if let Some(score) = self.models.iter().find_map(|m| m.prompt_following) {
-            out.push_str(&format!(
-                "\nfollowed: share of {} prompts in %, 95 % interval in report.html",
-                score.ok.attempts
-            ));
-        }
-        for (index, model) in self.models.iter().enumerate() {
-            let worst = model.against_baseline.iter().flat_map(|a| &a.worst).take(3);
-            for pair in worst.filter_map(|i| self.pairs.get(*i)) {
-                let psnr = pair.models.get(index).map_or(0.0, |m| m.psnr);
-                out.push_str(&format!(
-                    "\nworst of {}: {psnr:.1} dB, seed {}\n  {}",
-                    model.name, pair.seed, pair.prompt
-                ));
-            }
-        }
-        out
     }
 }
 
@@ -341,6 +308,7 @@ mod tests {
                 latent_mse: 1.0 / psnr,
                 psnr,
                 ssim: psnr / 100.0,
+                lpips: None,
                 verdict: None,
                 clip: None,
             }],

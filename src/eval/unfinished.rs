@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use candle::{Device, Tensor};
 
 use crate::{
-    checkpoint::{Checkpoint, Source, save, with_hint},
+    checkpoint::{Checkpoint, Source, save, target, with_hint},
     files::Blob,
     ui::Reporter,
 };
@@ -60,6 +60,7 @@ impl Unfinished {
             cost: Duration::ZERO,
             reporter: reporter.clone(),
         };
+        target::resumes_from(&out.path);
         if out.path.exists() {
             let name = out.path.display().to_string();
             let blob = Blob::map(&out.path)?;

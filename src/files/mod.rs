@@ -17,6 +17,7 @@ mod bundled;
 mod hub;
 mod id;
 pub mod output;
+mod place;
 mod small;
 mod space;
 

@@ -14,6 +14,11 @@ use crate::{
     ui,
 };
 
+mod results;
+mod usage;
+
+pub use results::CardResults;
+
 /// The card's name in a folder, and the notice's.
 pub const CARD: &str = "README.md";
 const NOTICE: &str = "NOTICE";
@@ -82,6 +87,8 @@ impl Licence {
 pub struct CardFacts {
     /// Whose names the tensors have.
     pub layout: Naming,
+    /// Whether the other parts of the pipeline are in the folder.
+    pub whole: bool,
     /// Parameters of the transformer: before, if it was another number, and now.
     pub parameters: [usize; 2],
     /// Bytes of the transformer now.
@@ -188,76 +195,22 @@ fn card(record: &Record, facts: &CardFacts, base: Option<&str>, licence: Licence
             lora.weight
         );
     }
-    if !facts.results.is_empty() {
-        out += "\n## Results\n\n";
-        for line in &facts.results {
+    out += "\n## Results\n";
+    if let Some((first, rest)) = facts.results.split_first() {
+        let _ = writeln!(out, "\n- {first}");
+        for line in rest {
             let _ = writeln!(out, "- {line}");
         }
     }
+    out += &results::empty();
     let _ = write!(
         out,
         "\n## How it was made\n\n```\n{}\n```\n\nWith {}; the recipe, nothing left open, is in the metadata of the weights.\n",
         command(),
         record.tool
     );
-    out + &usage(record, facts, named) + "\n## Licence\n\nThat of the base; see `NOTICE`.\n"
-}
-
-/// How to use it in the three programs.
-fn usage(record: &Record, facts: &CardFacts, base: &str) -> String {
-    let mut out = "\n## How to use it\n\nfastflux:\n\n```\n".to_owned();
-    let _ = if facts.patch {
-        writeln!(
-            out,
-            "fastflux generate --model {base} --patch patch.safetensors --prompt \"a fox in the snow\""
-        )
-    } else {
-        writeln!(
-            out,
-            "fastflux generate --model FOLDER --prompt \"a fox in the snow\""
-        )
-    };
-    out += "```\n";
-    if facts.patch {
-        out += "\n`fastflux convert --model BASE --patch patch.safetensors --dtype bf16 --output whole` writes the whole checkpoint for other programs.\n";
-        return out;
-    }
-    let plain = record.layout.iter().all(|spec| match spec {
-        BlockSpec::Original(_) => true,
-        BlockSpec::Replaced(r) => r.form == Form::Remove,
-    });
-    let (plain_class, pruned_class, pipeline) = if facts.family.starts_with("FLUX.2") {
-        (
-            "Flux2Transformer2DModel",
-            "FastFlux2Transformer2DModel",
-            "Flux2KleinPipeline",
-        )
-    } else {
-        (
-            "FluxTransformer2DModel",
-            "FastFluxTransformer2DModel",
-            "FluxPipeline",
-        )
-    };
-    if facts.layout == Naming::Diffusers {
-        let (class, trust) = if plain {
-            (plain_class, "")
-        } else {
-            ("AutoModel", ", trust_remote_code=True")
-        };
-        let _ = write!(
-            out,
-            "\ndiffusers:\n\n```python\ntransformer = {class}.from_pretrained(\"FOLDER/transformer\"{trust}, torch_dtype=torch.bfloat16)\npipe = {pipeline}.from_pretrained(\"{base}\", transformer=transformer, torch_dtype=torch.bfloat16)\n```\n\nComfyUI: `fastflux convert --model FOLDER --dtype bf16 --output flux.safetensors` writes the file for it.\n"
-        );
-    } else if plain {
-        out += "\nComfyUI, stable-diffusion.cpp and others open the file in this folder as any FLUX with fewer blocks; diffusers opens what `fastflux convert` and `prune --layout diffusers` write.\n";
-    } else {
-        let _ = write!(
-            out,
-            "\nComfyUI: put `comfyui_fastflux.py` (in `scripts/interop` of fastflux) into `custom_nodes` and the file of this folder into `models/diffusion_models`; the node \"Load fastflux model\" opens it.\n\ndiffusers: `fastflux_flux.{pruned_class}.from_single_file(\"flux.safetensors\")`, with `fastflux_flux.py` from the same folder.\n\nOther programs do not know the linear layers: they ignore them or fail.\n"
-        );
-    }
-    out
+    out + &usage::usage(record, facts, base.unwrap_or("BASE"))
+        + "\n## Licence\n\nThat of the base; see `NOTICE`.\n"
 }
 
 /// The command line that this process was started with.

@@ -15,6 +15,7 @@ use crate::{
         Checkpoint,
         convert::{self, Target},
         keys,
+        output::Naming,
         record::Record,
         save,
     },
@@ -79,11 +80,13 @@ pub fn write_card(
     pipeline: &Pipeline,
     record: &Record,
     checkpoint: &Checkpoint,
-    target: Target,
+    (target, (layout, whole)): (Target, (Naming, bool)),
 ) -> Result<()> {
     let facts = CardFacts {
         parameters: [checkpoint.parameters(); 2],
         bytes: checkpoint.bytes(),
+        layout,
+        whole,
         quantized: !matches!(target, Target::Plain(_)),
         family: pipeline.family(),
         ..CardFacts::default()

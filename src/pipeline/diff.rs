@@ -8,17 +8,16 @@ use serde::Serialize;
 use super::Pipeline;
 use crate::{
     checkpoint::{
-        Checkpoint, patch,
+        Checkpoint,
+        patch::{self, PatchLevel},
         record::{self, Record},
     },
     ui,
 };
 
-/// A level of a patch: its name, the tensors that the base has not got, and the record of the pruned model.
-pub type PatchLevel = (String, Checkpoint, Record);
-
 impl Pipeline {
-    /// What a pruned model called `name` has that this model has not got; `record` is its record.
+    /// What a pruned model called `name` has that this model has not got; `record` is its record, `lora` what it was trained
+    /// with and is not in its weights.
     ///
     /// # Errors
     /// When it was made from another model, or a tensor cannot be read.
@@ -27,6 +26,7 @@ impl Pipeline {
         name: &str,
         pruned: &Checkpoint,
         record: Record,
+        lora: Option<Checkpoint>,
     ) -> Result<PatchLevel> {
         let base = self.transformer.unadapted();
         let found = record::fingerprint(&base)?;
@@ -38,8 +38,12 @@ impl Pipeline {
             record.base_fingerprint,
             self.name
         );
-        let tensors = patch::difference(&base, pruned, &record)?;
-        Ok((patch::level_name(&record.layout), tensors, record))
+        Ok(PatchLevel {
+            name: patch::level_name(&record.layout),
+            tensors: patch::difference(&base, pruned, &record)?,
+            record,
+            lora,
+        })
     }
 }
 
@@ -71,12 +75,15 @@ impl DiffReport {
     /// Of the pruned models and what differs.
     pub fn new(pruned: &[Pipeline], levels: &[PatchLevel], output: &Path) -> Self {
         let each = pruned.iter().zip(levels);
-        let level = |(pipeline, (level, tensors, _)): (&Pipeline, &PatchLevel)| LevelReport {
-            level: level.clone(),
-            model: pipeline.name.clone(),
-            tensors: tensors.len(),
-            bytes: tensors.bytes(),
-            of: pipeline.transformer.bytes(),
+        let level = |(pipeline, level): (&Pipeline, &PatchLevel)| {
+            let parts = || std::iter::once(&level.tensors).chain(&level.lora);
+            LevelReport {
+                level: level.name.clone(),
+                model: pipeline.name.clone(),
+                tensors: parts().map(Checkpoint::len).sum(),
+                bytes: parts().map(Checkpoint::bytes).sum(),
+                of: pipeline.transformer.bytes(),
+            }
         };
         Self {
             output: output.display().to_string(),

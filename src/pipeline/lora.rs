@@ -9,9 +9,10 @@ use crate::{
     checkpoint::{
         Checkpoint,
         lora::{Applied, Lora, LoraChoice, RecordedLora},
+        patch,
         record::Record,
     },
-    files::Files,
+    files::{Blob, Files},
     layout::FluxConfig,
     ui::Reporter,
 };
@@ -34,7 +35,11 @@ pub(super) fn apply(
 ) -> Result<Vec<OpenedLora>> {
     let mut out = Vec::new();
     for file in &choice.lora {
-        let mut lora = Lora::open(file)?;
+        let level = choice
+            .patch
+            .as_ref()
+            .and_then(|patch| patch.level.as_deref());
+        let mut lora = Lora::open_in(file, level)?;
         if kept.is_some_and(|kept| same_file(kept, &lora.recorded.file)) {
             lora.trained_in(&config.layout);
         }
@@ -109,6 +114,29 @@ pub(super) fn name(model: &str, lora: &[OpenedLora]) -> String {
 }
 
 impl Pipeline {
+    /// The factors that this model was trained with and that are not in its weights, if they lie next to them.
+    ///
+    /// # Errors
+    /// When the file is damaged.
+    pub fn kept_lora(&self) -> Result<Option<Checkpoint>> {
+        let record = self.record.as_ref();
+        if !record.is_some_and(|record| record.recipe["train-sandwich"]["kept-lora"] == true) {
+            return Ok(None);
+        }
+        if let Some(patch) = &self.components.choice.patch {
+            let name = patch.path.display().to_string();
+            let file = Checkpoint::from_blob(&name, &Blob::map(&patch.path)?)?;
+            return patch::lora(&file, patch.level.as_deref());
+        }
+        let Some(files) = &self.components.own else {
+            return Ok(None);
+        };
+        let Some(blob) = files.get(LORA_FILE)? else {
+            return Ok(None);
+        };
+        Checkpoint::from_blob(&files.describe(LORA_FILE), &blob).map(Some)
+    }
+
     /// What files call the model, with the files that are added to it.
     pub fn public_name_with_lora(&self) -> String {
         name(&self.public_name(), &self.lora)

@@ -40,6 +40,7 @@ pub mod placement;
 pub mod preflight;
 pub mod prompts;
 mod scheduler;
+pub mod whole;
 
 use components::Components;
 pub use components::VaeFiles;
@@ -179,7 +180,10 @@ impl Pipeline {
         .with_distilled(&config, located.pipeline.as_ref(), &located.model_ref)?
         .or_of(known)?;
         let folder = located.pipeline.as_ref();
-        let kept = folder.map(|files| PathBuf::from(files.describe(LORA_FILE)));
+        let kept = match &choice.patch {
+            Some(patch) => Some(patch.path.clone()),
+            None => folder.map(|files| PathBuf::from(files.describe(LORA_FILE))),
+        };
         let kept = kept.as_deref().filter(|_| record.is_some());
         if let Some(record) = &record {
             lora::note_kept(record, (kept, folder), choice, &located.raw.name)?;

@@ -16,7 +16,7 @@ const RATIOS: [f64; 5] = [0.0, 0.1, 0.2, 0.3, 0.4];
 /// The ratio for cards on which nothing fits as a whole.
 const DEFAULT_RATIO: f64 = 0.2;
 /// Share of a card's memory that programs get: the driver and kernels take the rest.
-const USABLE: f64 = 0.92;
+pub const USABLE: f64 = 0.92;
 
 /// The model at one ratio.
 #[derive(Clone, Debug, Serialize)]
@@ -44,10 +44,8 @@ pub struct CardReport {
     pub rows: Vec<CardRow>,
     /// The smallest ratio at which all blocks stay on the card; `None` if some must be offloaded.
     pub ratio: Option<f64>,
-    /// Seconds that calibration and scoring take on this machine, by arithmetic.
-    pub seconds: Option<f64>,
     /// What to run.
-    pub commands: Vec<String>,
+    pub commands: Vec<CardCommand>,
 }
 
 /// `count` blocks, single ones first, from the last.
@@ -60,6 +58,43 @@ fn some_blocks(config: &FluxConfig, count: usize) -> Vec<BlockId> {
         .collect()
 }
 
+/// A plan that replaces `count` blocks, single ones first: as large as the model that is found in the end, or larger.
+pub fn some_plan(config: &FluxConfig, count: usize) -> PruningPlan {
+    let blocks = config.kept_ids().len();
+    PruningPlan::new(
+        config,
+        String::new(),
+        some_blocks(config, count.min(blocks.saturating_sub(1))),
+        Form::Linear,
+        false,
+        true,
+        String::new(),
+    )
+}
+
+/// A command, and what it takes on the card.
+#[derive(Clone, Debug, Serialize)]
+pub struct CardCommand {
+    /// The line to type.
+    pub command: String,
+    /// Bytes of the card's memory; `None` if it is too small.
+    pub memory_bytes: Option<u64>,
+    /// Seconds, by arithmetic at the speed of a large product here; `None` if it was not measured.
+    pub seconds: Option<f64>,
+}
+
+/// What the commands take, in the order that they are run in: arithmetic, and bytes on the card.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CommandCosts {
+    /// `calibrate`, `plan`, `prune`, `train-sandwich`; memory beyond the card's means that blocks are offloaded, `None` that
+    /// the command cannot work there.
+    pub costs: [Option<(f64, u64)>; 4],
+    /// Steps of an image.
+    pub steps: usize,
+    /// Operations per second.
+    pub flops_per_second: Option<f64>,
+}
+
 impl CardReport {
     /// For a card of `bytes`; `model_flag` is `--model NAME ` or nothing, `limit` the size as the user wrote it.
     pub fn new(
@@ -69,21 +104,12 @@ impl CardReport {
         size: (usize, usize),
         bytes: u64,
         model_flag: &str,
+        (resized, costs): (bool, CommandCosts),
     ) -> Self {
         let whole = ModelCost::for_config(config, workload);
         let blocks = config.kept_ids().len();
         let row = |ratio: f64| {
-            let count = (ratio * blocks as f64).round() as usize;
-            let chosen = some_blocks(config, count.min(blocks.saturating_sub(1)));
-            let plan = PruningPlan::new(
-                config,
-                String::new(),
-                chosen,
-                Form::Linear,
-                false,
-                true,
-                String::new(),
-            );
+            let plan = some_plan(config, (ratio * blocks as f64).round() as usize);
             let cost = ModelCost::of_plan(config, &plan, workload);
             CardRow {
                 ratio,
@@ -101,23 +127,40 @@ impl CardReport {
         };
         let wanted = ratio.filter(|r| *r > 0.0).unwrap_or(DEFAULT_RATIO);
         let stats = "--stats stats.safetensors";
-        let commands = vec![
-            format!("fastflux calibrate {model_flag}--output stats.safetensors{limit}"),
+        let sides = format!(" --width {} --height {}", size.0, size.1);
+        // smaller images than the model's own are asked for everywhere
+        let smaller = if resized { sides.as_str() } else { "" };
+        let lines = [
+            format!("fastflux calibrate {model_flag}--output stats.safetensors{smaller}{limit}"),
             format!("fastflux plan {model_flag}{stats} --ratio {wanted} --output plan.json{limit}"),
             format!("fastflux prune {model_flag}{stats} --plan plan.json --output pruned{limit}"),
-            format!("fastflux train-sandwich --model pruned --output trained{limit}"),
-            format!(
-                "fastflux generate --model trained --width {} --height {} --prompt TEXT{limit}",
-                size.0, size.1
-            ),
+            format!("fastflux train-sandwich --model pruned --output trained{smaller}{limit}"),
+            format!("fastflux generate --model trained{sides} --prompt TEXT{limit}"),
         ];
+        let pruned = rows
+            .iter()
+            .find(|row| row.ratio.to_bits() == wanted.to_bits());
+        let pruned = pruned.map_or(whole, |row| row.cost);
+        let image = (
+            costs.steps as f64 * pruned.flops as f64,
+            pruned.memory_bytes,
+        );
+        let most = (USABLE * bytes as f64) as u64;
+        let commands = lines
+            .into_iter()
+            .zip(costs.costs.into_iter().chain([Some(image)]))
+            .map(|(command, cost)| CardCommand {
+                command,
+                memory_bytes: cost.map(|(_, memory)| memory.min(most)),
+                seconds: cost.and_then(|(flops, _)| Some(flops / costs.flops_per_second?)),
+            })
+            .collect();
         Self {
             model: model.to_owned(),
             bytes,
             size,
             rows,
             ratio,
-            seconds: None,
             commands,
         }
     }
@@ -142,20 +185,37 @@ impl CardReport {
             Some(_) => "the model fits as it is; pruning makes it faster".to_owned(),
             None => "some blocks are read from host memory in every step (--max-vram)".to_owned(),
         };
-        let time = self.seconds.map_or_else(String::new, |s| {
-            format!(
-                "\ncalibrating and choosing blocks takes about {} on this machine",
-                ui::duration(s)
-            )
-        });
+        let command = |command: &CardCommand| {
+            let time = command.seconds.map(ui::duration);
+            let time = time.map_or_else(String::new, |time| format!("about {time}, "));
+            let memory = command.memory_bytes.map(|bytes| ui::bytes(bytes as f64));
+            let memory = memory.map_or_else(
+                || {
+                    "more than the card has (smaller --width, --height and --batch take less)"
+                        .to_owned()
+                },
+                |memory| format!("{memory} of the card's memory"),
+            );
+            format!("# {time}{memory}\n{}", command.command)
+        };
+        let commands: Vec<String> = self.commands.iter().map(command).collect();
+        let speed = if self
+            .commands
+            .iter()
+            .any(|command| command.seconds.is_some())
+        {
+            "\ntimes are those of the arithmetic at the speed of a large product on this machine"
+        } else {
+            ""
+        };
         format!(
-            "{} on a card of {}, {}×{} in bfloat16\n\n{}\n\n{advice}{time}\n\n{}",
+            "{} on a card of {}, {}×{} in bfloat16\n\n{}\n\n{advice}{speed}\n\n{}",
             self.model,
             ui::bytes(self.bytes as f64),
             self.size.0,
             self.size.1,
             ui::table(&header, &rows, &[0, 1, 2, 3]),
-            self.commands.join("\n")
+            commands.join("\n")
         )
     }
 }
@@ -175,13 +235,16 @@ mod tests {
             weight_bytes: 2.0,
             file_bytes: 2.0,
         };
-        let of = |bytes| CardReport::new("x", &pipeline.config, workload, (64, 64), bytes, "");
+        let of = |bytes| {
+            let costs = (false, CommandCosts::default());
+            CardReport::new("x", &pipeline.config, workload, (64, 64), bytes, "", costs)
+        };
         let whole = ModelCost::for_config(&pipeline.config, workload).memory_bytes as f64;
         assert_eq!(of(1 << 40).ratio, Some(0.0));
         let less = of((whole * 0.95 / USABLE) as u64);
         assert!(less.ratio.is_some_and(|ratio| ratio > 0.0), "{less:?}");
         let none = of(1000);
         assert_eq!(none.ratio, None);
-        assert!(none.commands[0].contains("--max-vram"), "{none:?}");
+        assert!(none.commands[0].command.contains("--max-vram"), "{none:?}");
     }
 }

@@ -6,7 +6,7 @@ use super::{goal::GoalOptions, projections::RefitProjections, recipe::PruneRecip
 use crate::{
     calibrate::options::{CalibrationOptions, ResolvedOptions},
     checkpoint::output::Naming,
-    pipeline::Pipeline,
+    pipeline::{Pipeline, whole::Copying},
 };
 
 /// A pruning run as it is asked for.
@@ -24,6 +24,8 @@ pub struct PruneOptions {
     pub force: bool,
     /// Whose names the tensors have.
     pub layout: Naming,
+    /// How the other parts of the pipeline get into the folder, if they shall be there.
+    pub whole: Option<Copying>,
     /// Whether a patch is written in place of the whole checkpoint.
     pub patch: bool,
     /// FitSplit of pixels of the bands that images are decoded in; 0: at once; `None`: as fits.

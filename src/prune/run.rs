@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 
 use super::{
-    Pruned,
+    Pruned, card,
     goal::{self, PruneTarget},
     options::PruneOptions,
     prune,
@@ -19,11 +19,13 @@ use crate::{
         convert, output, patch, record, save,
         target::{self, OutputFolder},
     },
-    model::Flux,
+    layout::{BlockSpec, FluxConfig},
+    model::{Flux, cost},
     pipeline::{
         Pipeline,
-        card::{self, CardFacts},
+        card::{CardFacts, write as write_card},
         placement::MemoryBudget,
+        whole::WholePipeline,
     },
     sample::grid,
     score::{Metric, Scores},
@@ -56,6 +58,8 @@ pub fn run(
         goal::budget(pipeline, workload, &recipe, *goal, protect)?; // before the long part
     }
     target::check_writable(&options.output)?;
+    let whole = options.whole.map(|how| pipeline.whole(how)).transpose()?;
+    target::check_space(&options.output, bytes_written(pipeline, options)?)?;
     let mut run = RunOptions::for_output(&options.output, options.calibration.save_every);
     run.sums = matches!(target, PruneTarget::Goal { .. });
     let stats_memory = if run.sums {
@@ -66,9 +70,52 @@ pub fn run(
     let calibrator = Calibrator::open(pipeline, budget, resolved, stats_memory)?;
     let calibration = calibrator.load_or_run(&run)?;
     let found = find(&calibrator, &recipe, calibration, target, &run)?;
-    let report = write(calibrator, &recipe, found, budget, options)?;
+    let report = write(
+        calibrator,
+        &recipe,
+        found,
+        budget,
+        (options, whole.as_ref()),
+    )?;
     run.remove_partial()?;
     Ok(report)
+}
+
+/// Bytes of the folder that a run writes, about.
+///
+/// # Errors
+/// When the goal makes no sense for this model, or a part of its pipeline is missing.
+pub fn bytes_written(pipeline: &Pipeline, options: &PruneOptions) -> Result<u64> {
+    let config = &pipeline.config;
+    let plan = match PruneTarget::new(&options.goal, &options.recipe, pipeline)? {
+        PruneTarget::Plan(plan) => plan,
+        PruneTarget::Goal { .. } => {
+            let rounds = options.goal.rounds(&options.recipe, pipeline)?;
+            card::some_plan(config, rounds)
+        }
+    };
+    let of = |config: &FluxConfig| cost::model(config, 1, 1).parameters as f64;
+    let layout = plan.layout(config);
+    let pruned = FluxConfig {
+        layout: layout.clone(),
+        ..config.clone()
+    };
+    let kept = layout.into_iter();
+    let kept = kept.filter(|spec| matches!(spec, BlockSpec::Original(_)));
+    let kept = FluxConfig {
+        layout: kept.collect(),
+        ..config.clone()
+    };
+    let parameters = if options.patch {
+        of(&pruned) - of(&kept)
+    } else {
+        of(&pruned)
+    };
+    let (plain, _) = convert::for_safetensors(&pipeline.transformer);
+    let each = plain.bytes() as f64 / plain.parameters().max(1) as f64;
+    let whole = options.whole.map(|how| pipeline.whole(how)).transpose()?;
+    let parts = whole.map_or(Ok(0), |whole| whole.bytes())?;
+    Ok((parameters * each) as u64 + parts)
 }
 
 /// What a run found.
@@ -128,7 +175,7 @@ fn write(
     recipe: &PruneRecipe,
     found: Found,
     budget: &MemoryBudget,
-    options: &PruneOptions,
+    (options, whole): (&PruneOptions, Option<&WholePipeline>),
 ) -> Result<PruneReport> {
     let Found {
         selection,
@@ -148,10 +195,11 @@ fn write(
     let record = Some(&pruned.record);
     if options.patch {
         let (base, record) = (calibrator.pipeline.base()?, pruned.record.clone());
-        let level = base.difference(&pruned.checkpoint.name, &checkpoint, record)?;
+        let level = base.difference(&pruned.checkpoint.name, &checkpoint, record, None)?;
         save::write(&patch::patch(vec![level])?, &folder.join(patch::PATCH_FILE))?;
     } else {
         output::write(folder, &checkpoint, &pruned.config, record, options.layout)?;
+        whole.map_or(Ok(()), |whole| whole.write(folder))?;
     }
     let plan = serde_json::to_value(&pruned.plan)?;
     output::write_json(&folder.join("plan.json"), &plan)?;
@@ -170,6 +218,7 @@ fn write(
     report.blocks = selection.as_ref().map(scores_of);
     let facts = CardFacts {
         layout: options.layout,
+        whole: whole.is_some(),
         parameters: [report.before.parameters, report.after.parameters],
         bytes: report.after.bytes,
         quantized: false,
@@ -179,7 +228,7 @@ fn write(
             "velocity error {velocity_error:.4}: relative mean squared error against the model as it was, on noised latents that no fit has seen"
         )],
     };
-    card::write(folder, &pruned.record, &facts)?;
+    write_card(folder, &pruned.record, &facts)?;
     let title = format!(
         "above: {}; below: {} of {} blocks replaced",
         calibrator.pipeline.name,

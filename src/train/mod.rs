@@ -1,7 +1,9 @@
 //! Sandwich training: heals a pruned model by moving the replaced layers and LoRA factors next to them towards what the
 //! unpruned model computes, one sandwich after another, then all end to end (FastFLUX, arXiv 2506.10035).
 
+mod arithmetic;
 pub mod backward;
+pub mod card;
 pub mod data;
 mod images;
 pub mod lock;

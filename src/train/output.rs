@@ -17,6 +17,7 @@ use crate::{
     pipeline::{
         LORA_FILE,
         card::{self, CardFacts},
+        whole::WholePipeline,
     },
 };
 
@@ -32,7 +33,7 @@ pub fn write(
     setup: &TrainSetup,
     trained: &Trained,
     report: &TrainReport,
-    layout: output::Naming,
+    (layout, whole): (output::Naming, Option<&WholePipeline>),
     keep_lora: bool,
 ) -> Result<()> {
     let pair = &setup.pair;
@@ -40,8 +41,10 @@ pub fn write(
     let (config, student) = (&pair.pruned.config, &trained.student.trunk);
     let checkpoint = healed(pair, student, !keep_lora)?;
     output::write(folder, &checkpoint, config, Some(&record), layout)?;
+    whole.map_or(Ok(()), |whole| whole.write(folder))?;
     let facts = CardFacts {
         layout,
+        whole: whole.is_some(),
         parameters: [&pair.teacher.transformer, &checkpoint].map(Checkpoint::parameters),
         bytes: checkpoint.bytes(),
         family: pair.teacher.family(),

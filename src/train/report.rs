@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -12,7 +13,7 @@ use super::{
     setup::TrainSetup,
     strategy::{MemoryStrategy, peak},
 };
-use crate::ui;
+use crate::{checkpoint::target, ui};
 
 /// The file with a [`TrainReport`].
 pub const REPORT: &str = "training.json";
@@ -82,6 +83,16 @@ pub struct DryRunReport {
     pub phases: Vec<PhaseMemory>,
     /// Most bytes on the device.
     pub peak_bytes: f64,
+    /// Operations of everything.
+    pub flops: f64,
+    /// Seconds for them; `None` until the speed was measured.
+    pub seconds: Option<f64>,
+    /// Bytes of memory that are free; `None` if unknown.
+    pub free: Option<u64>,
+    /// Bytes that are written.
+    pub disk: u64,
+    /// Free bytes on that disk; `None` if unknown.
+    pub free_disk: Option<u64>,
     /// Images to sample.
     pub images: usize,
     /// Noised latents in a forward.
@@ -116,6 +127,11 @@ impl DryRunReport {
         let options = &setup.options;
         Self {
             peak_bytes: peak(&phases),
+            flops: setup.flops(strategy),
+            seconds: None,
+            free: setup.runtime.free_memory(),
+            disk: 0,
+            free_disk: None,
             phases: phases
                 .into_iter()
                 .map(|phase| PhaseMemory {
@@ -131,6 +147,32 @@ impl DryRunReport {
             offload: strategy.offload,
             batches_per_load: strategy.batches_per_load,
             recipe: options.recipe.clone(),
+        }
+    }
+
+    /// At a speed, in operations per second, and with `bytes` of a model that are written to `output`.
+    #[must_use]
+    pub fn with_machine(mut self, flops_per_second: f64, output: &Path, bytes: u64) -> Self {
+        self.seconds = Some(self.flops / flops_per_second);
+        // the run is saved next to its output, with values, best values and moments
+        let trained = self.phases.iter().map(|phase| phase.memory.trainables);
+        self.disk = bytes + 16 * trained.fold(0.0, f64::max) as u64;
+        self.free_disk = target::free_space(output);
+        self
+    }
+
+    /// Fails if the disk is too small; memory is checked when the strategy is chosen.
+    ///
+    /// # Errors
+    /// The message says how much is missing.
+    pub fn check(&self) -> Result<()> {
+        match self.free_disk {
+            Some(free) if free < self.disk => bail!(
+                "it cannot work here: {} are written, {} are free on the disk of the output\nhint: free some space, or choose another --output",
+                ui::bytes(self.disk as f64),
+                ui::bytes(free as f64)
+            ),
+            _ => Ok(()),
         }
     }
 
@@ -170,8 +212,23 @@ impl DryRunReport {
         } else {
             String::new()
         };
+        let size = |bytes: u64| ui::bytes(bytes as f64);
+        let free = |free: Option<u64>| {
+            free.map_or_else(String::new, |free| format!(", {} are free", size(free)))
+        };
+        let mut rest = free(self.free);
+        if self.disk > 0 {
+            rest += &format!("\nwritten: {}{}", size(self.disk), free(self.free_disk));
+        }
+        if let Some(seconds) = self.seconds {
+            let time = ui::duration(seconds);
+            rest += &format!(
+                "\ntime: about {time} at the speed of a large product here ({})",
+                ui::flops(self.flops)
+            );
+        }
         format!(
-            "{}\n\n{} images, {} noised latents of {} tokens in a forward\n{loads}peak on the device: {}",
+            "{}\n\n{} images, {} noised latents of {} tokens in a forward\n{loads}peak on the device: {}{rest}",
             ui::table(&header, &rows, &[1, 2, 3, 4, 5, 6]),
             self.images,
             self.batch,

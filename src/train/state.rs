@@ -19,7 +19,7 @@ use crate::{
     checkpoint::{Checkpoint, Source, save, with_hint},
     files::{
         Files,
-        output::{check_folder, is_temporary},
+        output::{check_folder, is_temporary, resumes_from},
     },
 };
 
@@ -81,6 +81,9 @@ const PARTS: [&str; 4] = ["value.", "best.", "mean.", "square."];
 impl StateFile {
     /// In `folder`, for a run of these settings.
     pub fn new(folder: &Path, settings: Value) -> Self {
+        for stem in [STEM, IMAGES_STEM] {
+            resumes_from(&folder.join(format!("{stem}.safetensors")));
+        }
         Self {
             folder: folder.to_path_buf(),
             settings,

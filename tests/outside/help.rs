@@ -80,7 +80,7 @@ fn without_numbers(text: &str) -> String {
         // which blocks go, and how long it takes, may differ between machines
         match line.split_once(' ') {
             Some((block @ ("double.#" | "single.#"), _)) => format!("{block} …"),
-            _ if line.starts_with("time ") || line.ends_with("on this machine") => "time".into(),
+            _ if line.starts_with("time") || line.starts_with("# about") => "time".into(),
             _ => line,
         }
     };

@@ -236,6 +236,30 @@ fn what_training_kept_is_applied_as_it_would_have_been_merged() {
         before > 10_000 && after * 1000 < before,
         "{before} numbers differ without the LoRA, {after} with it"
     );
+    // a patch holds the factors, not the weights with them, and opens as the model does
+    ok(
+        folder,
+        &["diff", "--model", "kept", "--output", "patch.safetensors"],
+    );
+    let patch = ["--patch", "patch.safetensors"];
+    assert!(numbers(folder, &patch, "e") == plain);
+    let with_lora = ["--lora", "patch.safetensors", "--output", "f.safetensors"];
+    ok(folder, &[&args[..3], &patch, &with_lora].concat());
+    let size = |file: &str| fs::metadata(folder.join(file)).unwrap().len();
+    assert!(numbers(folder, &["--model", "f.safetensors"], "g") == applied);
+    ok(
+        folder,
+        &[
+            "diff",
+            "--model",
+            "merged",
+            "--output",
+            "merged.safetensors",
+        ],
+    );
+    assert!(size("patch.safetensors") < size("merged.safetensors"));
+    let out = fastflux(folder, &[&["inspect"][..], &patch].concat());
+    assert!(String::from_utf8_lossy(&out.stderr).contains("--lora patch.safetensors"));
     // it is named, and is for this model alone
     let out = fastflux(folder, &["inspect", "--model", "kept"]);
     assert!(String::from_utf8_lossy(&out.stderr).contains("--lora kept/lora.safetensors"));

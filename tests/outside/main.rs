@@ -31,6 +31,7 @@ mod outputs;
 mod pages;
 mod patch;
 mod plans;
+mod published;
 mod qwen3;
 mod resumed;
 mod sandwich;

@@ -202,3 +202,28 @@ fn scores_and_reports_are_the_same_without_a_block_on_the_device() {
     let error = |report: &serde_json::Value| report["models"][0]["against_baseline"].clone();
     assert_eq!(error(&want), error(&got));
 }
+
+#[test]
+#[cfg(target_os = "linux")]
+fn without_memory_there_is_advice_instead_of_an_abort() {
+    let work = folder();
+    let program = assert_cmd::cargo::cargo_bin!("fastflux");
+    let draw = "generate --prompt x --width 512 --height 512 --steps 1 --output a.png";
+    let line = format!(
+        "ulimit -v 400000; exec '{}' {draw} --device cpu",
+        program.display()
+    );
+    let mut shell = std::process::Command::new("sh");
+    let out = shell
+        .current_dir(work.path())
+        .args(["-c", &line])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("no more memory") && said.contains("--offload"),
+        "{said}"
+    );
+    assert!(!work.path().join("a.png").exists());
+}

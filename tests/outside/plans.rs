@@ -154,3 +154,32 @@ fn plans_that_make_no_sense_are_refused() {
     fs::write(w.join("plan.json"), "{").unwrap();
     refused(w, &args, &["plan.json"]);
 }
+
+#[test]
+fn several_ratios_are_drawn_against_speed_and_size() {
+    let work = folder();
+    let w = work.path();
+    fs::write(w.join("quick.json"), QUICK).unwrap();
+    let args = [
+        "plan",
+        "--recipe",
+        "quick.json",
+        "--ratio",
+        "0.1,0.2",
+        "--json",
+    ];
+    let report = json(w, &args);
+    let points = report["points"].as_array().unwrap();
+    assert_eq!(points.len(), 2);
+    for (chart, axis) in [
+        ("plan.svg", "times as fast"),
+        ("plan-size.svg", "million parameters"),
+    ] {
+        let svg = fs::read_to_string(w.join(chart)).unwrap();
+        assert!(
+            svg.contains(axis) && svg.contains("velocity error"),
+            "{svg}"
+        );
+        assert_eq!(svg.matches("<circle").count(), 2, "{svg}");
+    }
+}

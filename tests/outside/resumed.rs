@@ -123,3 +123,31 @@ fn evaluations_go_on() {
     let args = [&eval[..], &["other"]].concat();
     refused(w, &args, &["other.images.partial", "other options"]);
 }
+
+#[test]
+#[cfg(unix)]
+fn what_is_stopped_says_where_it_goes_on() {
+    let work = folder();
+    let w = work.path();
+    fs::write(w.join("recipe.json"), RECIPE).unwrap();
+    let args = "score --recipe recipe.json --save-every 0 --output s.json";
+    let args: Vec<&str> = args.split(' ').collect();
+    let mut child = command(w, &args);
+    let child = child.stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = child.spawn().unwrap();
+    let (file, begun) = (w.join("s.json.partial.json"), Instant::now());
+    while !file.exists() {
+        assert!(
+            begun.elapsed() < Duration::from_secs(300),
+            "nothing was saved"
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let id = child.id().to_string();
+    let mut kill = std::process::Command::new("kill");
+    assert!(kill.args(["-INT", &id]).status().unwrap().success());
+    let out = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success(), "finished before it was stopped");
+    assert!(said.contains("goes on from `s.json.partial"), "{said}");
+}

@@ -40,3 +40,19 @@ fn there_is_a_page_for_every_command() {
     assert!(page.contains("ratio"), "{page}");
     refused(work.path(), &["man", "nothing"], &["nothing", "hint: "]);
 }
+
+#[test]
+fn the_version_says_what_was_built() {
+    let work = folder();
+    let short = ok(work.path(), &["-V"]);
+    assert_eq!(
+        short.trim(),
+        concat!("fastflux ", env!("CARGO_PKG_VERSION"))
+    );
+    let long = ok(work.path(), &["--version"]);
+    assert!(long.starts_with(short.trim()), "{long}");
+    assert!(
+        long.contains("\nfeatures: ") && long.contains("\nkernels: "),
+        "{long}"
+    );
+}

@@ -12,7 +12,11 @@ use super::recorded::RecordedLora;
 /// What PEFT calls the weights of an adapter.
 pub(super) const ADAPTER: &str = "adapter_model.safetensors";
 /// Files in the folder of an adapter.
-const IN_FOLDER: [&str; 2] = [ADAPTER, "pytorch_lora_weights.safetensors"];
+const IN_FOLDER: [&str; 3] = [
+    ADAPTER,
+    "pytorch_lora_weights.safetensors",
+    "lora.safetensors",
+];
 
 /// `FILE[:WEIGHT]`.
 #[derive(Clone, Debug, PartialEq)]

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Checkpoint, record};
+use super::{Checkpoint, patch, record};
 use crate::{
     files::Blob,
     layout::{BlockId, BlockKind, BlockSpec, FluxConfig},
@@ -32,8 +32,7 @@ pub use recorded::RecordedLora;
 pub use report::Applied;
 pub use text::TextEncoder;
 
-/// The metadata of a LoRA that `train-sandwich` wrote: the layout of the pruned model that it was trained in.
-pub const LAYOUT: &str = "fastflux-layout";
+pub use super::patch::LORA_LAYOUT as LAYOUT;
 /// diffusers' copy of PEFT's configuration.
 const ADAPTER_METADATA: &str = "lora_adapter_metadata";
 /// An opened LoRA file: its header is read, its numbers are not.
@@ -60,9 +59,20 @@ impl Lora {
     /// # Errors
     /// When it is missing, damaged, or holds no LoRA.
     pub fn open(choice: &LoraChoice) -> Result<Self> {
+        Self::open_in(choice, None)
+    }
+
+    /// The same; of a patch, the LoRA that a model was trained with: that of the level called `level`, or the only one.
+    ///
+    /// # Errors
+    /// As [`Self::open`], and when there are several and none is named.
+    pub fn open_in(choice: &LoraChoice, level: Option<&str>) -> Result<Self> {
         let path = file_of(&choice.path)?;
         let name = path.display().to_string();
-        let file = Checkpoint::from_blob(&name, &Blob::map(&path)?)?;
+        let mut file = Checkpoint::from_blob(&name, &Blob::map(&path)?)?;
+        if let Some(lora) = patch::lora(&file, level)? {
+            file = lora;
+        }
         let (modules, unknown) = parts::modules(&file)?;
         if let Some(first) = unknown.first() {
             ensure!(

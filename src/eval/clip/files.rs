@@ -14,6 +14,18 @@ use crate::{
     ui::Reporter,
 };
 
+/// The files of a scorer's model: a folder or a hub id. `what` may be named, for messages.
+pub(in crate::eval) fn named_files(name: &str, what: &str, reporter: &Reporter) -> Result<Files> {
+    let path = Path::new(name);
+    match parse_id(name) {
+        _ if path.is_dir() => Ok(Files::folder(path)),
+        Some((repo, revision)) if !name.starts_with(['.', '/', '~']) => {
+            Files::hub(&repo, revision.as_deref(), reporter)
+        }
+        _ => bail!("`{name}` does not exist\nhint: name {what}"),
+    }
+}
+
 /// The files of a CLIP model that is not loaded yet.
 #[derive(Clone, Debug)]
 pub struct ClipFiles {
@@ -29,16 +41,8 @@ impl ClipFiles {
     /// # Errors
     /// When it holds no CLIP model, before anything is sampled.
     pub fn find(name: &str, reporter: &Reporter) -> Result<Self> {
-        let path = Path::new(name);
-        let files = match parse_id(name) {
-            _ if path.is_dir() => Files::folder(path),
-            Some((repo, revision)) if !name.starts_with(['.', '/', '~']) => {
-                Files::hub(&repo, revision.as_deref(), reporter).context("--clip")?
-            }
-            _ => bail!(
-                "--clip: `{name}` does not exist\nhint: name a folder or a hub id such as openai/clip-vit-large-patch14"
-            ),
-        };
+        let what = "a folder or a hub id such as openai/clip-vit-large-patch14";
+        let files = named_files(name, what, reporter).context("--clip")?;
         let whole = Checkpoint::open(&files, "model").context("--clip")?;
         let config = files.json("config.json").context("--clip")?;
         ensure!(

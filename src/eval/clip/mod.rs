@@ -6,4 +6,5 @@ mod pixels;
 mod vision;
 
 pub use files::ClipFiles;
+pub(super) use files::named_files;
 pub use model::ClipModel;

@@ -71,6 +71,17 @@ pub(super) fn headline(model: &ModelReport, report: &Report) -> String {
             format!("before {:.2}; ± {:.2}", before.mean, score.deviation),
         ));
     }
+    if let Some(lpips) = model
+        .against_baseline
+        .as_ref()
+        .and_then(|d| d.lpips.as_ref())
+    {
+        cards.push((
+            format!("{:.3}", lpips.mean),
+            "LPIPS",
+            format!("± {:.3}, largest {:.3}", lpips.deviation, lpips.most),
+        ));
+    }
     let replaced = match model.replaced.len() {
         0 => "no block replaced".to_owned(),
         n => format!(
@@ -151,6 +162,10 @@ pub(super) fn numbers(report: &Report) -> String {
     row("latent MSE", &|m| distance(m, |d| spread(&d.latent_mse, 4)));
     row("PSNR, dB", &|m| distance(m, |d| spread(&d.psnr, 2)));
     row("SSIM", &|m| distance(m, |d| spread(&d.ssim, 4)));
+    row("LPIPS", &|m| {
+        let lpips = m.against_baseline.as_ref()?.lpips.as_ref()?;
+        Some(spread(lpips, 4))
+    });
     type Criterion = fn(&PromptFollowing) -> Share;
     let criteria: [(&str, Criterion); 7] = [
         ("prompts followed", |p| p.ok),

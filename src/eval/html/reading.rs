@@ -1,7 +1,7 @@
 //! What each number of a report is good for, and how far two seeds of one model differ in it.
 
 use super::encode::escape;
-use crate::eval::report::Report;
+use crate::eval::report::{MetricReference, Report};
 
 /// A table: number, what it says, and its value between two images of the baseline that are equally good.
 pub(super) fn reading(report: &Report) -> String {
@@ -44,6 +44,15 @@ pub(super) fn reading(report: &Report) -> String {
             "the deviation in the table above".to_owned(),
         ));
     }
+    if let Some(lpips) = &seeds.lpips {
+        rows.push((
+            "LPIPS",
+            "How far an image is from the baseline's in the eyes of an image classifier, weighted as people judged differences: it forgives what pixels do not, and sees \
+             changes of texture. 0: equal."
+                .to_owned(),
+            format!("{:.3} ({} prompts)", lpips.mean, seeds.prompts),
+        ));
+    }
     let body: String = rows
         .iter()
         .map(|(name, text, seeds)| {
@@ -57,5 +66,20 @@ pub(super) fn reading(report: &Report) -> String {
         .collect();
     format!(
         "<div class=\"wide\"><table>\n<thead><tr><th></th><th>what it says</th><th>between two seeds of the baseline</th></tr></thead>\n<tbody>\n{body}</tbody></table></div>"
+    )
+}
+
+/// A table: number, and its reference implementation.
+pub(super) fn references(report: &Report) -> String {
+    let row = |one: &MetricReference| {
+        format!(
+            "<tr><th>{}</th><td class=\"text\">{}</td></tr>\n",
+            escape(one.metric),
+            escape(&one.reference)
+        )
+    };
+    let body: String = report.metrics.iter().map(row).collect();
+    format!(
+        "<div class=\"wide\"><table>\n<thead><tr><th></th><th>reference implementation</th></tr></thead>\n<tbody>\n{body}</tbody></table></div>"
     )
 }

@@ -8,7 +8,7 @@ use super::{
     marker, parent,
     registry::{builder, expect_new},
 };
-use crate::files;
+use crate::{files, ui};
 
 /// Fails when nothing could be written at `path`, or when it is or holds a file that this process reads, without leaving
 /// anything there: to be asked before long work and after inputs are opened.
@@ -22,6 +22,27 @@ pub fn check_writable(path: &Path) -> Result<()> {
         .tempdir_in(&folder)
         .map(drop)
         .with_context(|| format!("cannot write into `{}`", folder.display()))
+}
+
+/// Free bytes on the disk that `path` will be on; `None` if unknown.
+pub fn free_space(path: &Path) -> Option<u64> {
+    files::free_space(&nearest(path).ok()?)
+}
+
+/// Fails when the disk that `path` will be on has less room than `bytes`: to be asked before long work.
+///
+/// # Errors
+/// The message says how much there is.
+pub fn check_space(path: &Path, bytes: u64) -> Result<()> {
+    let Some(free) = free_space(path).filter(|free| *free < bytes) else {
+        return Ok(());
+    };
+    bail!(
+        "`{}` takes {}, and {} are free on its disk\nhint: free some space, or choose another --output",
+        path.display(),
+        ui::bytes(bytes as f64),
+        ui::bytes(free as f64)
+    )
 }
 
 /// The nearest folder above `path` that exists.
@@ -181,6 +202,9 @@ mod tests {
         let path = work.path().join("flux.safetensors");
         std::fs::write(&path, "weights").unwrap();
         check_writable(&path).unwrap();
+        check_space(&path, 1).unwrap();
+        #[cfg(unix)]
+        says(check_space(&path, u64::MAX), "are free on its disk");
         marker::write(work.path()).unwrap();
         check_folder(work.path(), true).unwrap();
         let blob = Blob::map(&path).unwrap();

@@ -17,10 +17,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
-pub use check::{check_file, check_folder, check_other, check_writable};
+pub use check::{check_file, check_folder, check_other, check_space, check_writable, free_space};
 pub use leftovers::lock;
 use registry::{begin, builder, is_to_be_new, is_written, without_interruption};
-pub use registry::{final_name, is_temporary, take_notes};
+pub use registry::{final_name, is_temporary, resumes_from, take_notes};
 #[cfg(unix)]
 pub use signals::install_signal_handlers;
 

@@ -39,6 +39,23 @@ pub fn take_notes() -> Vec<String> {
     std::mem::take(&mut *NOTES.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
+/// Files and folders that a run which was stopped goes on from.
+static RESUMED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Notes that the same command goes on from `path`, if it is there when the process is stopped.
+pub fn resumes_from(path: &Path) {
+    let mut all = RESUMED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !all.iter().any(|known| known == path) {
+        all.push(path.to_path_buf());
+    }
+}
+
+/// Where unfinished work lies; never waited for, as the process is stopped.
+pub(super) fn unfinished() -> Option<PathBuf> {
+    let all = RESUMED.try_lock().ok()?;
+    all.iter().find(|path| path.exists()).cloned()
+}
+
 /// Notes that nothing is at `path`, and that nothing may be replaced there; or, with `force`, that it may.
 pub(super) fn expect_new(path: &Path, force: bool) {
     let mut all = TO_BE_NEW.lock().unwrap_or_else(PoisonError::into_inner);
