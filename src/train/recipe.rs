@@ -334,8 +334,15 @@ impl SandwichRecipe {
     pub fn read(path: &Path) -> Result<Self> {
         let name = path.display();
         let text = crate::checkpoint::read_small(path).context("--recipe")?;
-        serde_json::from_slice(&text)
-            .with_context(|| format!("--recipe: `{name}` is not a training recipe"))
+        let what = || format!("--recipe: `{name}` is not a training recipe");
+        let mut recipe: Self = serde_json::from_slice(&text).with_context(what)?;
+        let given: serde_json::Value = serde_json::from_slice(&text).with_context(what)?;
+        let has = |key: &str| given.pointer(&format!("/optimiser/{key}")).is_some();
+        // AdamW's numbers without a method are of a version that had nothing else
+        if !has("method") && ["beta1", "beta2", "epsilon"].into_iter().any(has) {
+            recipe.optimiser.method = Method::Adamw;
+        }
+        Ok(recipe)
     }
 }
 

@@ -6,7 +6,7 @@ use fastflux::{
     pipeline::{ModelChoice, Pipeline},
     prune::{goal::PruneTarget, plan::PruningPlan, recipe::PruneRecipe},
     score::{Metric, Scores},
-    train::recipe::SandwichRecipe,
+    train::recipe::{Method, SandwichRecipe},
 };
 
 use crate::common::*;
@@ -35,7 +35,13 @@ fn recipes_say_what_they_said() {
     let prune = PruneRecipe::read(Path::new(&old("prune.json"))).unwrap();
     assert_eq!(prune, PruneRecipe::default());
     let sandwich = SandwichRecipe::read(Path::new(&old("sandwich.json"))).unwrap();
-    assert_eq!(sandwich, SandwichRecipe::default());
+    let mut expected = SandwichRecipe::default();
+    expected.optimiser.method = Method::Adamw;
+    expected.optimiser.lr = 3e-3;
+    expected.lora.rank = Some(32);
+    expected.finetune.steps = 400;
+    expected.finetune.lr = Some(2e-3);
+    assert_eq!(sandwich, expected);
 }
 
 #[test]
