@@ -132,7 +132,6 @@ pub fn check_folder(path: &Path, force: bool) -> Result<()> {
         path.is_dir(),
         "`{shown}` is not a folder\nhint: remove it, or choose another --output"
     );
-    check_apart(path)?;
     let real = path
         .canonicalize()
         .with_context(|| format!("cannot resolve `{shown}`"))?;
@@ -141,6 +140,7 @@ pub fn check_folder(path: &Path, force: bool) -> Result<()> {
         !here.starts_with(&real),
         "`{shown}` is the folder this command runs in, or above it\nhint: choose another --output"
     );
+    check_apart(path)?;
     if let Some(stranger) =
         marker::stranger(path).with_context(|| format!("cannot read `{shown}`"))?
     {
