@@ -42,7 +42,7 @@ pub struct TrainArgs {
     /// Steps of all sandwiches together, end to end, after that; 0 leaves them out.
     #[arg(long, alias = "finish", value_name = "STEPS")]
     pub finetune: Option<usize>,
-    /// Rank of the LoRA next to the neighbours' projections.
+    /// Rank of the LoRA next to the neighbours' projections. Default: 64, in models wider than 1024 channels 32.
     #[arg(long)]
     pub rank: Option<usize>,
     /// The LoRA is scaled by alpha / rank. Default: the rank.

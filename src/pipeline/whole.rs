@@ -161,14 +161,19 @@ fn index_of(text: TextModel) -> Value {
 }
 
 impl WholePipeline {
-    /// Bytes of the other parts on the disk.
+    /// Whether a file becomes a link: what people edit does not.
+    fn is_linked(&self, file: &str) -> bool {
+        self.copying == Copying::Link && is_weights(file)
+    }
+
+    /// Bytes of the other parts that are written; a link takes none.
     ///
     /// # Errors
     /// When a file cannot be fetched.
     pub fn bytes(&self) -> Result<u64> {
         let mut bytes = 0;
         for (_, folder, files) in &self.parts {
-            for file in files {
+            for file in files.iter().filter(|file| !self.is_linked(file)) {
                 bytes += folder.size(file)?;
             }
         }
@@ -189,9 +194,7 @@ impl WholePipeline {
         for (name, part, files) in &self.parts {
             let target = sub(name)?;
             for file in files {
-                // what people edit is not linked
-                let link = self.copying == Copying::Link && is_weights(file);
-                part.place(file, &target.join(file), link)?;
+                part.place(file, &target.join(file), self.is_linked(file))?;
             }
         }
         output::write_json(

@@ -40,7 +40,7 @@ pub(super) fn redirected(url: &str, location: &str) -> Option<String> {
     let (scheme, host, port) = origin(url)?;
     if location.starts_with('/') {
         let next = format!("{scheme}://{host}:{port}{location}");
-        // a path with `<` or a backtick in it is no address, and nobody says how it is read
+        // a path with `<` or a backtick in it is no address: readers differ on it
         return same_origin(&next, url).then_some(next);
     }
     let (_, _, _) = origin(location)?;
