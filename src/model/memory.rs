@@ -102,8 +102,8 @@ impl OffloadPlan {
         Some(Self::filled(config, format, room))
     }
 
-    /// With `room` bytes for blocks that stay.
-    fn filled(config: &FluxConfig, format: ElementSizes, room: u64) -> Self {
+    /// The blocks that fit into `room` bytes stay, spread as in [`Self::within`].
+    pub fn filled(config: &FluxConfig, format: ElementSizes, room: u64) -> Self {
         let bytes = blocks(config, format);
         let original = |i: usize| matches!(config.layout[i], BlockSpec::Original(_));
         let of_originals = |f: &dyn Fn(usize) -> bool| -> u64 {
@@ -146,6 +146,15 @@ impl OffloadPlan {
     /// Whether entry `index` stays.
     pub fn is_resident(&self, index: usize) -> bool {
         self.resident.get(index).copied().unwrap_or(true)
+    }
+
+    /// Bytes of the original blocks that stay.
+    pub fn bytes_of_blocks(&self, config: &FluxConfig, format: ElementSizes) -> u64 {
+        let each = blocks(config, format).into_iter().zip(&config.layout);
+        each.enumerate()
+            .filter(|(i, (_, spec))| self.is_resident(*i) && matches!(spec, BlockSpec::Original(_)))
+            .map(|(_, (bytes, _))| bytes)
+            .sum()
     }
 
     /// How many entries stay on the device.

@@ -40,7 +40,8 @@ impl Stream {
     }
 
     /// The same stream with other tokens.
-    pub(super) fn with_tokens(&self, tokens: Tensor) -> Self {
+    #[must_use]
+    pub fn with_tokens(&self, tokens: Tensor) -> Self {
         Self {
             tokens,
             txt_len: self.txt_len,

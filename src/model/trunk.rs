@@ -27,6 +27,9 @@ pub trait Observer {
     ) -> Result<()>;
 }
 
+/// Is shown entries of a trunk: number, what it is, and the block with its weights.
+pub(super) type Visitor<'a> = &'a mut dyn FnMut(usize, &BlockSpec, &Block) -> Result<()>;
+
 /// Looks at nothing.
 impl Observer for () {
     fn block(
@@ -129,17 +132,29 @@ impl Trunk {
     ///
     /// While it looks at a block, another thread reads the next one that is not on the device, so that of those no more
     /// than two are there at a time.
-    pub fn visit(
-        &self,
-        range: Range<usize>,
-        visit: &mut dyn FnMut(usize, &BlockSpec, &Block) -> Result<()>,
-    ) -> Result<()> {
-        let Some(entries) = self.entries.get(range.clone()) else {
-            candle::bail!("no entries {range:?} in a trunk of {}", self.len())
-        };
+    pub fn visit(&self, range: Range<usize>, visit: Visitor) -> Result<()> {
+        self.check(&range)?;
+        self.visit_each(range, visit)
+    }
+
+    /// [`Self::visit`] from the last entry of `range` to the first.
+    pub fn visit_back(&self, range: Range<usize>, visit: Visitor) -> Result<()> {
+        self.check(&range)?;
+        self.visit_each(range.rev(), visit)
+    }
+
+    fn check(&self, range: &Range<usize>) -> Result<()> {
+        match self.entries.get(range.clone()) {
+            Some(_) => Ok(()),
+            None => candle::bail!("no entries {range:?} in a trunk of {}", self.len()),
+        }
+    }
+
+    fn visit_each(&self, order: impl Iterator<Item = usize> + Clone, visit: Visitor) -> Result<()> {
+        let mut order = order.map(|index| (index, &self.entries[index]));
         thread::scope(|scope| {
             let mut ahead: Option<ScopedJoinHandle<Result<Block>>> = None;
-            for (at, (index, (spec, block))) in range.zip(entries).enumerate() {
+            while let Some((index, (spec, block))) = order.next() {
                 let block = if block.is_offloaded() {
                     Cow::Owned(match ahead.take() {
                         None => block.resident()?,
@@ -148,8 +163,8 @@ impl Trunk {
                 } else {
                     Cow::Borrowed(block)
                 };
-                let next = entries[at + 1..].iter().find(|(_, b)| b.is_offloaded());
-                if let Some((_, next)) = next.filter(|_| ahead.is_none()) {
+                let next = order.clone().find(|(_, (_, b))| b.is_offloaded());
+                if let Some((_, (_, next))) = next.filter(|_| ahead.is_none()) {
                     // started is not done on a GPU: if it is slower than reading is, the weights of all blocks that it
                     // has yet to compute would be on it
                     next.synchronize()?;

@@ -40,39 +40,33 @@ pub fn gradients(
 ) -> Result<Gradients> {
     let mut out: Vec<Option<Tensor>> = vec![None; vars.len()];
     let loss = if gradient_checkpointing {
-        let plain = frozen(trunk);
         let mut inputs = Vec::with_capacity(range.len());
         let mut stream = input.clone();
-        for index in range.clone() {
-            inputs.push(stream.clone());
-            stream = plain.forward_range(index..index + 1, &stream, conditioning, &mut ())?;
-        }
-        let (loss, mut grad) = judge(&stream)?;
+        frozen(trunk).visit(range.clone(), &mut |_, _, block| {
+            let output = block.forward(&stream, conditioning)?;
+            inputs.push(std::mem::replace(&mut stream, output));
+            Ok(())
+        })?;
+        let (loss, grad) = judge(&stream)?;
         drop(stream);
-        for (index, stream) in range.clone().zip(inputs).rev() {
-            let var = Var::from_tensor(&stream.tokens)?;
-            let tracked = Stream {
-                tokens: var.as_tensor().clone(),
-                txt_len: stream.txt_len,
+        let mut grad = Some(grad);
+        trunk.visit_back(range.clone(), &mut |_, _, block| {
+            let (Some(stream), Some(after)) = (inputs.pop(), grad.take()) else {
+                return Ok(()); // nothing of what follows has a gradient
             };
-            let output = trunk.forward_range(index..index + 1, &tracked, conditioning, &mut ())?;
-            let mut grads = ops::total(&(output.tokens * grad)?)?.backward()?;
+            let (var, tracked) = tracked(&stream)?;
+            let output = block.forward(&tracked, conditioning)?;
+            let mut grads = ops::total(&(output.tokens * after)?)?.backward()?;
             for (sum, var) in out.iter_mut().zip(vars) {
                 add(sum, grads.remove(var))?;
             }
-            match grads.remove(&var) {
-                Some(next) if index > range.start => grad = next,
-                _ => break,
-            }
-        }
+            grad = grads.remove(&var);
+            Ok(())
+        })?;
         loss
     } else {
         let output = trunk.forward_range(range, input, conditioning, &mut ())?;
-        let plain = Stream {
-            tokens: output.tokens.detach(),
-            txt_len: output.txt_len,
-        };
-        let (loss, grad) = judge(&plain)?;
+        let (loss, grad) = judge(&output.with_tokens(output.tokens.detach()))?;
         let mut grads = ops::total(&(output.tokens * grad)?)?.backward()?;
         for (sum, var) in out.iter_mut().zip(vars) {
             add(sum, grads.remove(var))?;
@@ -101,39 +95,52 @@ pub fn input_gradient(
     gradient_checkpointing: bool,
     judge: Judge,
 ) -> Result<Stream> {
-    let ranges: Vec<Range<usize>> = if gradient_checkpointing {
-        range.map(|index| index..index + 1).collect()
-    } else {
-        vec![range]
-    };
     let plain = frozen(trunk);
-    let mut inputs = Vec::with_capacity(ranges.len());
-    let mut stream = input.clone();
-    for range in &ranges {
-        inputs.push(stream.clone());
-        stream = plain.forward_range(range.clone(), &stream, conditioning, &mut ())?;
-    }
-    let (_, mut grad) = judge(&stream)?;
-    for (range, stream) in ranges.into_iter().zip(inputs).rev() {
-        let var = Var::from_tensor(&stream.tokens)?;
-        let tracked = Stream {
-            tokens: var.as_tensor().clone(),
-            txt_len: stream.txt_len,
-        };
+    if !gradient_checkpointing {
+        let (var, tracked) = tracked(input)?;
         let output = plain.forward_range(range, &tracked, conditioning, &mut ())?;
-        let mut grads = ops::total(&(output.tokens * grad)?)?.backward()?;
-        grad = match grads.remove(&var) {
-            Some(grad) => grad,
-            None => stream.tokens.zeros_like()?,
-        };
+        let (_, grad) = judge(&output.with_tokens(output.tokens.detach()))?;
+        return Ok(towards(&var, &output, &grad)?);
     }
-    Ok(Stream {
-        tokens: grad,
-        txt_len: input.txt_len,
-    })
+    let mut inputs = Vec::with_capacity(range.len());
+    let mut stream = input.clone();
+    plain.visit(range.clone(), &mut |_, _, block| {
+        let output = block.forward(&stream, conditioning)?;
+        inputs.push(std::mem::replace(&mut stream, output));
+        Ok(())
+    })?;
+    let (_, grad) = judge(&stream)?;
+    let mut grad = stream.with_tokens(grad);
+    plain.visit_back(range, &mut |_, _, block| {
+        let Some(stream) = inputs.pop() else {
+            candle::bail!("more blocks on the way back than on the way there")
+        };
+        let (var, tracked) = tracked(&stream)?;
+        let output = block.forward(&tracked, conditioning)?;
+        grad = towards(&var, &output, &grad.tokens)?;
+        Ok(())
+    })?;
+    Ok(grad)
 }
 
-fn add(sum: &mut Option<Tensor>, grad: Option<Tensor>) -> Result<()> {
+/// A variable with the tokens of `stream`, and the stream of it.
+fn tracked(stream: &Stream) -> candle::Result<(Var, Stream)> {
+    let var = Var::from_tensor(&stream.tokens)?;
+    let tracked = stream.with_tokens(var.as_tensor().clone());
+    Ok((var, tracked))
+}
+
+/// The gradient with respect to `var`, given that of the tokens of `output`; 0 if it has no part in them.
+fn towards(var: &Var, output: &Stream, grad: &Tensor) -> candle::Result<Stream> {
+    let mut grads = ops::total(&(&output.tokens * grad)?)?.backward()?;
+    let grad = match grads.remove(var) {
+        Some(grad) => grad,
+        None => var.zeros_like()?,
+    };
+    Ok(output.with_tokens(grad))
+}
+
+fn add(sum: &mut Option<Tensor>, grad: Option<Tensor>) -> candle::Result<()> {
     if let Some(grad) = grad {
         *sum = Some(match sum.take() {
             None => grad,

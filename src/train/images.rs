@@ -40,7 +40,8 @@ pub(super) fn sample_or_load(
         runtime,
         ..
     } = setup;
-    let flux = || pair.flux(strategy.offload, runtime);
+    let plan = strategy.offload.then(|| setup.offload_plan(strategy));
+    let flux = || pair.flux(plan.as_ref(), runtime);
     let data = &options.recipe.data;
     let guidance = data.guidance.context("guidance is resolved")?;
     let steps = data.steps.context("steps are resolved")?;

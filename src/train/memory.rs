@@ -48,6 +48,8 @@ pub struct Workload {
     pub gradient_checkpointing: bool,
     /// Whether blocks that are not trained stay off the device.
     pub offload: bool,
+    /// Bytes of blocks that stay all the same.
+    pub resident: f64,
     /// Batches that pass through such a block together; at least 1.
     pub batches_per_load: usize,
 }
@@ -157,7 +159,7 @@ pub fn estimate(
                 .sum(),
             None => largest,
         };
-        outside + replaced + resident + largest
+        outside + replaced + resident + largest + s.resident
     } else {
         outside + replaced + teacher.layout.iter().map(parameters).sum::<f64>()
     };

@@ -4,7 +4,7 @@
 //! Needs one moment where AdamW needs two. Iteration and coefficients: <https://kellerjordan.github.io/posts/muon/>.
 
 use anyhow::Result;
-use candle::Tensor;
+use candle::{DType, Tensor};
 
 use crate::model::ops;
 
@@ -17,40 +17,71 @@ const ITERATIONS: usize = 5;
 /// Added to a gradient's norm: what is shorter does not move its matrix in full.
 const SMALLEST: f64 = 1e-20;
 
-/// The orthogonal factor of `gradient`, (rows, columns), approximately, scaled to a root mean square of about 1 as
-/// AdamW's updates have; 0 for a gradient of 0.
+/// From this many rows or columns on, GPUs iterate in bfloat16, as the authors do: f32 takes ten times as long, a layer of
+/// FLUX as long as its block does. On an H200 the factors of a LoRA took 5 of 50 ms of a step in f32.
+const WIDE: usize = 1024;
+
+/// The orthogonal factor of each of `gradients`, all (rows, columns), approximately, scaled to a root mean square of about
+/// 1 as AdamW's updates have; 0 for a gradient of 0.
 ///
 /// # Errors
-/// When it is no matrix.
-pub fn update(gradient: &Tensor) -> Result<Tensor> {
-    let (rows, columns) = gradient.dims2()?;
-    // the smaller side decides what an iteration costs
-    let mut x = if rows > columns {
-        gradient.t()?.contiguous()?
-    } else {
-        gradient.clone()
+/// When they are no matrices or differ in shape.
+pub fn updates(gradients: &[Tensor]) -> Result<Vec<Tensor>> {
+    let Some(first) = gradients.first() else {
+        return Ok(Vec::new());
     };
-    let norm = (ops::total(&x.sqr()?)?.sqrt()? + SMALLEST)?;
-    x = x.broadcast_div(&norm)?;
+    let (rows, columns) = first.dims2()?;
+    // the smaller side decides what an iteration costs
+    let turned = |x: Tensor| {
+        if rows > columns {
+            x.transpose(0, 1)?.contiguous()
+        } else {
+            Ok(x)
+        }
+    };
+    let unit = gradients.iter().map(|gradient| {
+        let x = turned(gradient.clone())?;
+        let norm = (ops::total(&x.sqr()?)?.sqrt()? + SMALLEST)?;
+        x.broadcast_div(&norm)
+    });
+    let unit = unit.collect::<candle::Result<Vec<_>>>()?;
+    let mut x = Tensor::stack(&unit, 0)?;
+    if rows.max(columns) >= WIDE && !x.device().is_cpu() {
+        x = x.to_dtype(DType::BF16)?;
+    }
     for _ in 0..ITERATIONS {
         let gram = x.matmul(&x.t()?)?;
         let polynomial = ((&gram * B)? + (gram.matmul(&gram)? * C)?)?;
         x = ((&x * A)? + polynomial.matmul(&x)?)?;
     }
-    let x = if rows > columns {
-        x.t()?.contiguous()?
-    } else {
-        x
-    };
-    Ok((x * (rows.max(columns) as f64).sqrt())?)
+    let scale = (rows.max(columns) as f64).sqrt();
+    let each = (0..gradients.len()).map(|i| {
+        let x = turned(x.get(i)?)?.to_dtype(first.dtype())?;
+        Ok((x * scale)?)
+    });
+    each.collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use candle::{DType, Device};
+    use candle::Device;
 
     use super::*;
     use crate::sample::noise::Generator;
+
+    fn update(gradient: &Tensor) -> Result<Tensor> {
+        Ok(updates(std::slice::from_ref(gradient))?.remove(0))
+    }
+
+    #[test]
+    fn many_at_once_are_what_each_is() {
+        let all = [uneven(40, 12), (uneven(40, 12) * -3.0).unwrap()];
+        for (gradient, together) in all.iter().zip(updates(&all).unwrap()) {
+            let difference = (update(gradient).unwrap() - together).unwrap();
+            let most = difference.abs().unwrap().max_all().unwrap();
+            assert!(most.to_scalar::<f32>().unwrap() < 1e-6);
+        }
+    }
 
     /// A matrix whose singular values fall from 1 to 0.02.
     fn uneven(rows: usize, columns: usize) -> Tensor {

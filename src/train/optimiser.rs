@@ -3,6 +3,8 @@
 //!
 //! `candle_nn::AdamW` computes the same for vectors but keeps its moments to itself, so a run could not resume with it.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Result, ensure};
 use candle::{DType, Tensor, Var};
 
@@ -11,6 +13,9 @@ use super::{
     recipe::{Method, OptimiserRecipe},
 };
 use crate::model::ops;
+
+/// Values of matrices that are moved in one go: small ones would keep a GPU waiting for the host.
+const TOGETHER: usize = 1 << 24;
 
 /// Moments of one phase's trainables, all f32 on the device.
 #[derive(Clone, Debug)]
@@ -75,21 +80,35 @@ impl Optimiser {
         let (b1, b2) = (recipe.beta1, recipe.beta2);
         let power = self.updates.min(i32::MAX as usize) as i32;
         let (unbias1, unbias2) = (1.0 / (1.0 - b1.powi(power)), 1.0 / (1.0 - b2.powi(power)));
-        for (i, ((var, grad), lr)) in vars.iter().zip(grads).zip(rates).enumerate() {
-            let value = var.as_tensor().detach();
-            let kept = (value * (1.0 - lr * recipe.weight_decay))?;
+        let kept = |i: usize| -> Result<Tensor> {
+            let value = vars[i].as_tensor().detach();
+            Ok((value * (1.0 - rates[i] * recipe.weight_decay))?)
+        };
+        let mut matrices: BTreeMap<&[usize], Vec<usize>> = BTreeMap::new();
+        for (i, grad) in grads.iter().enumerate() {
             let Some(square) = &mut self.square[i] else {
-                let mean = ((&self.mean[i] * recipe.momentum)? + grad)?;
-                let ahead = ((&mean * recipe.momentum)? + grad)?;
-                var.set(&(kept - (muon::update(&ahead)? * *lr)?)?)?;
-                self.mean[i] = mean;
+                matrices.entry(grad.dims()).or_default().push(i);
                 continue;
             };
             let mean = ((&self.mean[i] * b1)? + (grad * (1.0 - b1))?)?;
             *square = ((&*square * b2)? + (grad.sqr()? * (1.0 - b2))?)?;
             let root = ((&*square * unbias2)?.sqrt()? + recipe.epsilon)?;
-            var.set(&(kept - ((&mean * (lr * unbias1))? / root)?)?)?;
+            vars[i].set(&(kept(i)? - ((&mean * (rates[i] * unbias1))? / root)?)?)?;
             self.mean[i] = mean;
+        }
+        for (shape, all) in matrices {
+            let together = TOGETHER / shape.iter().product::<usize>().max(1);
+            for some in all.chunks(together.max(1)) {
+                let mut ahead = Vec::with_capacity(some.len());
+                for &i in some {
+                    let mean = ((&self.mean[i] * recipe.momentum)? + &grads[i])?;
+                    ahead.push(((&mean * recipe.momentum)? + &grads[i])?);
+                    self.mean[i] = mean;
+                }
+                for (&i, update) in some.iter().zip(muon::updates(&ahead)?) {
+                    vars[i].set(&(kept(i)? - (update * rates[i])?)?)?;
+                }
+            }
         }
         Ok(())
     }
@@ -105,14 +124,16 @@ pub fn squared(method: Method, var: &Var) -> bool {
 /// # Errors
 /// When memory is short.
 pub fn norm(grads: &[Tensor]) -> Result<f64> {
-    let mut sum = 0.0;
-    for grad in grads {
-        sum += f64::from(
-            ops::total(&grad.sqr()?)?
-                .to_dtype(DType::F32)?
-                .to_scalar::<f32>()?,
-        );
+    let squares = grads
+        .iter()
+        .map(|grad| ops::total(&grad.sqr()?)?.to_dtype(DType::F32)?.reshape(1));
+    let squares = squares.collect::<candle::Result<Vec<_>>>()?;
+    if squares.is_empty() {
+        return Ok(0.0);
     }
+    // read together: a GPU would be waited for each time
+    let squares = Tensor::cat(&squares, 0)?.to_vec1::<f32>()?;
+    let sum: f64 = squares.into_iter().map(f64::from).sum();
     Ok(sum.sqrt())
 }
 

@@ -8,7 +8,7 @@ use crate::{
     checkpoint::{Source, keys, lora::RecordedLora, record},
     device::Runtime,
     layout::{BlockSpec, FluxConfig},
-    model::{Block, Flux, Trunk},
+    model::{Block, Flux, Trunk, memory::OffloadPlan},
     pipeline::{ModelChoice, Pipeline, load},
 };
 
@@ -111,20 +111,20 @@ impl Pair {
         })
     }
 
-    /// The unpruned model; with `offload`, its blocks are read whenever they are run.
+    /// The unpruned model; with `offload`, the blocks that do not stay by it are read whenever they are run.
     ///
     /// # Errors
     /// When its weights are damaged or do not fit into memory.
-    pub fn flux(&self, offload: bool, runtime: &Runtime) -> Result<Flux> {
-        if !offload {
+    pub fn flux(&self, offload: Option<&OffloadPlan>, runtime: &Runtime) -> Result<Flux> {
+        let Some(plan) = offload else {
             return load::flux(&self.teacher, runtime);
-        }
+        };
         load::check_kernels(runtime, &self.teacher.reporter);
         let vb = self
             .teacher
             .transformer
             .offloaded_var_builder(runtime.dtype, &runtime.device);
-        Flux::offloaded(&self.teacher.config, &vb, &|_| false)
+        Flux::offloaded(&self.teacher.config, &vb, &|index| plan.is_resident(index))
             .with_context(|| format!("cannot load the transformer of `{}`", self.teacher.name))
     }
 

@@ -8,10 +8,20 @@ use super::{
     sandwich::Sandwich,
     setup::TrainSetup,
 };
-use crate::{model::ops, ui};
+use crate::{
+    model::{
+        memory::{ElementSizes, OffloadPlan},
+        ops,
+    },
+    ui,
+};
 
 /// A run whose estimate, an upper one, is this many times the memory there is cannot fit.
 const HOPELESS: f64 = 4.0;
+
+/// Bytes of a limit that are left to what no estimate counts: the driver's context, the workspaces of products, and what
+/// an allocator cannot use again.
+const UNCOUNTED: f64 = (4u64 << 30) as f64;
 
 /// What is not kept on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +30,8 @@ pub struct MemoryStrategy {
     pub gradient_checkpointing: bool,
     /// Blocks that are not trained are read when they are run.
     pub offload: bool,
+    /// Bytes for those of them that stay on the device all the same.
+    pub room: u64,
     /// Batches that pass through such a block each time it is read.
     pub batches_per_load: usize,
 }
@@ -58,6 +70,7 @@ impl TrainSetup {
                 || request.offload
                 || self.options.size.is_large(),
             offload: request.offload,
+            room: 0,
             batches_per_load: 1,
         };
         let Some(limit) = request.max_bytes.or(request.free) else {
@@ -70,24 +83,34 @@ impl TrainSetup {
         let least = MemoryStrategy {
             gradient_checkpointing: true,
             offload: true,
+            room: 0,
             batches_per_load: 1,
         };
         for strategy in [asked, checkpointing, least] {
             if peak(&self.phases(strategy)) > limit as f64 {
                 continue;
             }
-            if strategy != asked {
-                self.pair.pruned.reporter.note(format!(
-                    "within {}: {}",
-                    ui::bytes(limit as f64),
-                    if strategy.offload {
-                        "only blocks that are trained stay on the device (--offload)"
-                    } else {
-                        "activations are computed again on the way back (--gradient-checkpointing)"
-                    }
-                ));
+            let mut strategy = self.with_batches(strategy, Some(limit));
+            if strategy.offload && !asked.offload {
+                let left = limit as f64 - UNCOUNTED - peak(&self.phases(strategy));
+                strategy.room = left.max(0.0) as u64;
             }
-            return Ok(self.with_batches(strategy, Some(limit)));
+            if strategy.offload != asked.offload
+                || strategy.gradient_checkpointing != asked.gradient_checkpointing
+            {
+                let limit = ui::bytes(limit as f64);
+                self.pair.pruned.reporter.note(if strategy.offload {
+                    let plan = self.offload_plan(strategy);
+                    format!(
+                        "within {limit}: {} of {} blocks stay on the device, and those that a sandwich trains; the others are read when they are run",
+                        plan.count(),
+                        plan.total()
+                    )
+                } else {
+                    format!("within {limit}: activations are computed again on the way back (--gradient-checkpointing)")
+                });
+            }
+            return Ok(strategy);
         }
         self.refuse(&self.phases(least), limit, request)?;
         Ok(least)
@@ -154,8 +177,24 @@ impl TrainSetup {
         }
     }
 
+    /// Which of the teacher's blocks stay on the device if blocks are read when they are run.
+    pub(super) fn offload_plan(&self, strategy: MemoryStrategy) -> OffloadPlan {
+        OffloadPlan::filled(&self.pair.teacher.config, self.sizes(), strategy.room)
+    }
+
+    fn sizes(&self) -> ElementSizes {
+        let dtype = self.runtime.dtype;
+        ElementSizes {
+            element: dtype.size_in_bytes() as u64,
+            weight: self.pair.teacher.bytes_of_a_weight(dtype),
+            scores: false,
+        }
+    }
+
     fn workload(&self, strategy: MemoryStrategy) -> Workload {
         let runtime = &self.runtime;
+        let plan = self.offload_plan(strategy);
+        let resident = plan.bytes_of_blocks(&self.pair.teacher.config, self.sizes());
         Workload {
             element: runtime.dtype.size_in_bytes() as f64,
             weight: self.pair.teacher.bytes_of_a_weight(runtime.dtype),
@@ -169,6 +208,7 @@ impl TrainSetup {
             tokens: (self.options.text_tokens, self.options.size.tokens()),
             gradient_checkpointing: strategy.gradient_checkpointing,
             offload: strategy.offload,
+            resident: resident as f64,
             batches_per_load: strategy.batches_per_load,
         }
     }

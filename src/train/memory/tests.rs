@@ -14,6 +14,7 @@ const ONE_SAMPLE: Workload = Workload {
     tokens: (512, 4096),
     gradient_checkpointing: true,
     offload: false,
+    resident: 0.0,
     batches_per_load: 1,
 };
 
