@@ -177,7 +177,7 @@ impl Linear {
     pub fn activated(&self, activation: Activation, x: &Tensor) -> Result<Tensor> {
         match activation {
             Activation::Gelu => self.gelu(x),
-            Activation::SwiGlu => ops::swiglu(&self.forward(x)?),
+            Activation::SwiGlu => ops::swiglu(&self.forward(x)?, None),
         }
     }
 

@@ -120,15 +120,14 @@ impl SingleBlock {
         let mlp = projected.dim(2)? - of_qkv;
         let attended = ops::attend(
             &[Projected {
-                qkv: &projected.narrow(2, 0, of_qkv)?.contiguous()?,
+                qkv: &projected.narrow(2, 0, of_qkv)?,
                 bias: None,
                 norms: &self.norms,
             }],
             self.num_heads,
             rope,
         )?;
-        let mlp = ops::swiglu(&projected.narrow(2, of_qkv, mlp)?)?;
-        Tensor::cat(&[attended, mlp], 2)
+        ops::swiglu(&projected.narrow(2, of_qkv, mlp)?, Some(&attended))
     }
 
     /// Every projection with its name below the block.

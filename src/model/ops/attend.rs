@@ -59,11 +59,16 @@ pub fn attend_with_gelu(projected: &Projected, num_heads: usize, rope: &Rope) ->
             let all = attend_fused::backward(&stored, num_heads, &rope, &grad, mlp_bias.as_ref())?;
             return Ok(all.into_iter().map(Some).collect());
         }
-        let [of_qkv] = backward(&stored, num_heads, &rope, &grad.narrow(2, 0, hidden)?)?
+        let own = grad.narrow(2, hidden, mlp)?;
+        let attended = grad.narrow(2, 0, hidden)?;
+        let rest = Some((mlp_bias.as_ref(), &own));
+        if let Some(all) = on_gpu(&stored, num_heads, &rope, &attended, rest)? {
+            return Ok(all.into_iter().map(Some).collect());
+        }
+        let [of_qkv] = backward(&stored, num_heads, &rope, &attended)?
             .try_into()
             .map_err(|_| candle::Error::Msg("one stream, one gradient".to_owned()))?;
         let x = stored[0].qkv.narrow(2, 3 * hidden, mlp)?.contiguous()?;
-        let own = grad.narrow(2, hidden, mlp)?;
         let of_mlp = by_recomputing(&[&x], &own, |t| gelu(&t[0], mlp_bias.as_ref(), None))?;
         match of_mlp.into_iter().next().flatten() {
             Some(of_mlp) => Ok(vec![Some(Tensor::cat(
@@ -99,6 +104,9 @@ fn backward(
     rope: &Rope,
     grad: &Tensor,
 ) -> Result<Vec<Tensor>> {
+    if let Some(grads) = on_gpu(streams, num_heads, rope, grad, None)? {
+        return Ok(grads);
+    }
     let borrowed: Vec<Projected> = streams.iter().map(OwnedProjection::borrowed).collect();
     let grads = attention_backward(&heads(&borrowed, num_heads, rope)?, grad)?;
     let inputs: Vec<&Tensor> = streams.iter().map(|s| &s.qkv).collect();
@@ -117,6 +125,30 @@ fn backward(
     out.into_iter()
         .map(|grad| grad.ok_or_else(|| candle::Error::Msg("no gradient of heads".to_owned())))
         .collect()
+}
+
+/// [`backward`] by kernels; `mlp` are the bias and the gradient of the GELU of columns that no head is made of.
+fn on_gpu(
+    streams: &[OwnedProjection],
+    num_heads: usize,
+    rope: &Rope,
+    grad: &Tensor,
+    mlp: Option<(Option<&Tensor>, &Tensor)>,
+) -> Result<Option<Vec<Tensor>>> {
+    if grad.device().is_cpu() {
+        return Ok(None);
+    }
+    let borrowed: Vec<Projected> = streams.iter().map(OwnedProjection::borrowed).collect();
+    let of_heads = attention_backward(&heads(&borrowed, num_heads, rope)?, grad)?;
+    let (mut out, mut first) = (Vec::with_capacity(streams.len()), 0);
+    for stream in &borrowed {
+        match cuda::projection_backward(stream, &of_heads, first, rope, mlp)? {
+            Some(grad) => out.push(grad),
+            None => return Ok(None),
+        }
+        first += stream.qkv.dim(1)?;
+    }
+    Ok(Some(out))
 }
 
 /// Gradients of queries, keys and values, stacked ((3, batch, heads, tokens, head size)), from that of the attended values,

@@ -34,6 +34,8 @@ pub fn gelu(x: &Tensor, bias: Option<&Tensor>, prefix: Option<&Tensor>) -> Resul
         let (width, own) = (data.dim(2)?, grad.narrow(2, front, data.dim(2)?)?);
         let mut out = if fusable([&data].into_iter().chain(&bias)) == Some(DType::F32) {
             vec![Some(gelu_backward(&data, bias.as_ref(), &own)?)]
+        } else if let Some(of_x) = cuda::gelu_backward(&data, bias.as_ref(), &own)? {
+            vec![Some(of_x)]
         } else {
             by_recomputing(&[&data], &own, |t| plain::gelu(&t[0], bias.as_ref(), None))?
         };

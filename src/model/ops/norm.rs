@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, sum_map, sum_product, vectorized};
 use super::custom_op::{by_recomputing, custom_op};
+use super::product::sum_of_tokens;
 use super::types::NORM_EPS;
 use super::{cuda, plain};
 
@@ -29,10 +30,16 @@ pub fn norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tenso
         },
     }?;
     custom_op(&[x, &shift, &scale], y, move |grad| {
+        let [x, shift, scale] = &data;
         if fusable(&data) == Some(DType::F32) {
-            fused_backward(&data[0], &data[2], &grad.contiguous()?)
+            fused_backward(x, scale, &grad.contiguous()?)
+        } else if let Some([of_x, along]) = cuda::norm_backward(x, scale, grad)? {
+            Ok(vec![
+                Some(of_x),
+                Some(sum_of_tokens(grad)?),
+                Some(sum_of_tokens(&along)?),
+            ])
         } else {
-            let [x, shift, scale] = &data;
             by_recomputing(&[x, shift, scale], grad, |t| {
                 plain::norm_modulate(&t[0], &t[1], &t[2])
             })

@@ -61,6 +61,17 @@ pub(super) fn gelu(x: &Tensor, bias: Option<&Tensor>, prefix: Option<&Tensor>) -
     }
 }
 
+/// See `swiglu::swiglu`.
+pub(super) fn swiglu(x: &Tensor, prefix: Option<&Tensor>) -> Result<Tensor> {
+    let width = x.dim(D::Minus1)? / 2;
+    let half = |n: usize| x.narrow(D::Minus1, n * width, width);
+    let y = (half(0)?.silu()? * half(1)?)?;
+    match prefix {
+        Some(prefix) => Tensor::cat(&[prefix, &y], 2),
+        None => Ok(y),
+    }
+}
+
 /// See `residual::gated_residual`.
 pub(super) fn gated_residual(branches: &[Branch]) -> Result<Tensor> {
     let sums = branches.iter().map(|branch| {

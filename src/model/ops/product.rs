@@ -7,8 +7,10 @@ use rayon::prelude::*;
 
 use super::avx512::{Avx512, Vector};
 use super::cpu::{Operand, by_dtype, fusable as same_format};
+use super::cuda;
 use super::custom_op::custom_op;
 use super::gemm::{self, Then};
+use super::types::Branch;
 use super::uninit::filled;
 
 /// Multiply-adds worth a task of their own: some 40 µs.
@@ -20,7 +22,8 @@ const MAX_TILE: usize = 1024;
 pub(super) type LowRank<'a> = (&'a Tensor, &'a Tensor, f64);
 
 /// `x·weightᵀ`, plus `scale·(x·aᵀ)·bᵀ`: `x` (rows, in), `weight` (out, in) to (rows, out), in the dtype of `x`. Weight and
-/// factors may have other dtypes; their products are in these.
+/// factors may have other dtypes; on the CPU their products are in these, elsewhere in the dtype of `x`: the f32 values
+/// that are trained next to 16-bit weights would be multiplied at a tenth of the speed, and their results written wide.
 ///
 /// On the CPU forwards through `gemm`, in f32 without AVX-512 and backwards through `faer`, and otherwise through candle,
 /// whose product reads `/proc/cpuinfo` on every call to count threads, and packs small operands at a loss. Differentiable;
@@ -38,13 +41,14 @@ pub fn product(x: &Tensor, weight: &Tensor, low_rank: Option<LowRank>) -> Result
 
 fn single(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (tracked_x, tracked_weight) = (x.track_op(), weight.track_op());
-    let (x_data, weight_data) = (x.detach(), weight.detach());
+    let (x_data, weight_data) = (x.detach(), in_work(weight, x)?);
+    let stored = weight.dtype();
     let y = times_transposed(&x_data, &weight_data, None)?.to_dtype(x.dtype())?;
     custom_op(&[x, weight], y, move |grad| {
         let dx = tracked_x.then(|| times(grad, &weight_data, None)?.to_dtype(x_data.dtype()));
         let dw = tracked_weight.then(|| {
             let x = x_data.to_dtype(weight_data.dtype())?;
-            transposed_times(&grad.to_dtype(x.dtype())?, &x)
+            transposed_times(&grad.to_dtype(x.dtype())?, &x)?.to_dtype(stored)
         });
         Ok(vec![dx.transpose()?, dw.transpose()?])
     })
@@ -52,7 +56,8 @@ fn single(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 
 fn pair(x: &Tensor, weight: Option<&Tensor>, (a, b, scale): LowRank) -> Result<Tensor> {
     let tracked = [x.track_op(), a.track_op(), b.track_op()];
-    let (x_data, a_data, b_data) = (x.detach(), a.detach(), b.detach());
+    let (x_data, a_data, b_data) = (x.detach(), in_work(a, x)?, in_work(b, x)?);
+    let stored = [a.dtype(), b.dtype()];
     let weight = weight.cloned();
     let low = (times_transposed(&x_data, &a_data, None)? * scale)?;
     let y = match &weight {
@@ -63,7 +68,7 @@ fn pair(x: &Tensor, weight: Option<&Tensor>, (a, b, scale): LowRank) -> Result<T
     custom_op(&[x, a, b], y, move |grad| {
         let dtype = x_data.dtype();
         let wide = grad.to_dtype(b_data.dtype())?;
-        let db = tracked[2].then(|| transposed_times(&wide, &low));
+        let db = tracked[2].then(|| transposed_times(&wide, &low)?.to_dtype(stored[1]));
         let dlow = (times(&wide, &b_data, None)? * scale)?;
         let dx = tracked[0].then(|| {
             let dx = match &weight {
@@ -72,9 +77,20 @@ fn pair(x: &Tensor, weight: Option<&Tensor>, (a, b, scale): LowRank) -> Result<T
             };
             times(&dlow, &a_data, dx)?.to_dtype(dtype)
         });
-        let da = tracked[1].then(|| transposed_times(&dlow, &x_data.to_dtype(a_data.dtype())?));
+        let da = tracked[1].then(|| {
+            transposed_times(&dlow, &x_data.to_dtype(a_data.dtype())?)?.to_dtype(stored[0])
+        });
         Ok(vec![dx.transpose()?, da.transpose()?, db.transpose()?])
     })
+}
+
+/// `weight` outside of the graph, in the dtype that it is multiplied with `x` in.
+fn in_work(weight: &Tensor, x: &Tensor) -> Result<Tensor> {
+    let weight = weight.detach();
+    if x.device().is_cpu() {
+        return Ok(weight);
+    }
+    weight.to_dtype(x.dtype())
 }
 
 fn fusable(a: &Tensor, b: &Tensor) -> bool {
@@ -126,7 +142,18 @@ fn added(product: Tensor, sum: Option<Tensor>) -> Result<Tensor> {
         None => Ok(product),
         Some(sum) => {
             let product = product.to_dtype(sum.dtype())?;
-            sum + product
+            // candle's own sum reaches a third of what a GPU's memory does
+            let (x, y) = (sum.unsqueeze(0)?, product.unsqueeze(0)?);
+            let (bias, gate) = (None, None);
+            match cuda::gated_residual(&[Branch {
+                x: &x,
+                y: &y,
+                bias,
+                gate,
+            }])? {
+                Some(sum) => sum.squeeze(0),
+                None => sum + product,
+            }
         }
     }
 }
@@ -138,6 +165,14 @@ fn transposed_times(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     } else {
         a.t()?.matmul(b)
     }
+}
+
+/// The sum over the tokens of `x` (batch, tokens, width), (batch, width): a product with ones, which GPUs add up in f32 at
+/// the speed that they read.
+pub(super) fn sum_of_tokens(x: &Tensor) -> Result<Tensor> {
+    let (batch, tokens, _) = x.dims3()?;
+    let ones = Tensor::ones((batch, 1, tokens), x.dtype(), x.device())?;
+    ones.matmul(&x.contiguous()?)?.squeeze(1)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, vectorized};
 use super::cuda;
 use super::custom_op::custom_op;
 use super::plain::{self, biased, wide};
+use super::product::sum_of_tokens;
 use super::types::Branch;
 
 /// `x + gate · (y + bias)` of each branch, joined along the tokens in the order given.
@@ -66,6 +67,11 @@ fn residual_tracked(branch: &Branch) -> Result<Tensor> {
             return Ok(vec![dx, Some(dy), Some(dgate)]);
         }
         let dtype = y_data.dtype();
+        if !grad.device().is_cpu() && gate.dtype() == dtype {
+            let dy = grad.broadcast_mul(&gate.unsqueeze(1)?)?;
+            let dgate = sum_of_tokens(&(grad * biased(&y_data, frozen.as_ref())?)?)?;
+            return Ok(vec![dx, Some(dy), Some(dgate)]);
+        }
         let (wide_grad, wide_gate) = (wide(grad)?, wide(gate)?);
         let dy = wide_grad.broadcast_mul(&wide_gate.unsqueeze(1)?)?;
         let y = wide(&biased(&y_data, frozen.as_ref())?)?;

@@ -9,7 +9,8 @@ use candle::{CudaDevice, DType, Device, Result, Tensor};
 
 use super::super::plain;
 use super::super::types::Heads;
-use super::launch::{ATTENTION_BACKWARD, AttentionBackward, Module, RowView, address_of};
+use super::launch::{ATTENTION_BACKWARD, Module, address_of};
+use super::parameters::{AttentionBackward, RowView};
 
 /// The size of a head that the kernels are made for.
 const HEAD: usize = 128;

@@ -5,7 +5,8 @@ use candle::cuda_backend::WrapErr;
 use candle::cuda_backend::cudarc::cublas::{result as cublas, sys as blas};
 use candle::{DType, Result, Tensor};
 
-use super::launch::{Blank, Module, RowView, address_of};
+use super::launch::{Blank, Module, address_of};
+use super::parameters::RowView;
 
 fn format(dtype: DType) -> blas::cudaDataType_t {
     match dtype {

@@ -3,36 +3,35 @@
 use candle::{DType, Result, Tensor};
 
 use super::super::types::{Branch, HEADS_EPS, Heads, NORM_EPS, Projected};
-use super::launch::{
-    self, GatedResidual, Gelu, Module, NormModulate, RowView, Softmax, address_of,
-};
+use super::launch::{Module, address_of};
+use super::parameters::{self, GatedResidual, Gelu, NormModulate, RowView, Softmax, Swiglu};
 use crate::model::rope::Rope;
 
 /// Bytes that a thread moves at a time.
 const PIECE: usize = 16;
 /// Threads in a block, if a row does not ask for more.
-const THREADS: usize = 128;
+pub(super) const THREADS: usize = 128;
 /// Tokens for which a thread keeps bias and gate.
 const TOKENS: usize = 4;
 /// Pieces of a row that a thread of `norm_modulate` and `softmax` holds (`HELD`), and the most threads there are for a row.
-const HELD: usize = 4;
-const MAX_THREADS: usize = 512;
+pub(super) const HELD: usize = 4;
+pub(super) const MAX_THREADS: usize = 512;
 const MAX_THREADS_SOFTMAX: usize = 1024;
 /// Threads that add up among themselves.
-const WARP: usize = 32;
+pub(super) const WARP: usize = 32;
 /// The largest second and third size of a grid.
-const MAX_BLOCKS: usize = 65_535;
+pub(super) const MAX_BLOCKS: usize = 65_535;
 
 /// Collects the operands of a call; remembers what does not fit.
-struct Operands {
+pub(super) struct Operands {
     size: usize,
     /// Whether everything begins and ends on whole pieces.
-    whole: bool,
-    fits: bool,
+    pub(super) whole: bool,
+    pub(super) fits: bool,
 }
 
 impl Operands {
-    fn new(dtype: DType) -> Self {
+    pub(super) fn new(dtype: DType) -> Self {
         Self {
             size: dtype.size_in_bytes(),
             whole: true,
@@ -41,20 +40,26 @@ impl Operands {
     }
 
     /// Numbers in a piece.
-    fn piece(&self) -> usize {
+    pub(super) fn piece(&self) -> usize {
         PIECE / self.size
     }
 
-    fn fits(&mut self, condition: bool) {
+    pub(super) fn fits(&mut self, condition: bool) {
         self.fits &= condition;
     }
 
     /// A width, or a number of columns before others.
-    fn width(&mut self, width: usize) {
+    pub(super) fn width(&mut self, width: usize) {
         self.whole &= width.is_multiple_of(self.piece());
     }
 
-    fn rows<'a>(&mut self, x: &'a Tensor, shape: &[usize]) -> Result<RowView<'a>> {
+    /// Rows of `stride` numbers that begin at `address`.
+    pub(super) fn place(&mut self, address: u64, stride: usize) {
+        self.whole &= address.is_multiple_of(PIECE as u64);
+        self.width(stride);
+    }
+
+    pub(super) fn rows<'a>(&mut self, x: &'a Tensor, shape: &[usize]) -> Result<RowView<'a>> {
         self.fits(x.dims() == shape);
         let rows = RowView::new(x)?;
         self.fits(rows.is_some());
@@ -66,12 +71,16 @@ impl Operands {
         Ok(rows)
     }
 
-    fn some_rows<'a>(&mut self, x: Option<&'a Tensor>, shape: &[usize]) -> Result<RowView<'a>> {
+    pub(super) fn some_rows<'a>(
+        &mut self,
+        x: Option<&'a Tensor>,
+        shape: &[usize],
+    ) -> Result<RowView<'a>> {
         x.map_or(Ok(RowView::default()), |x| self.rows(x, shape))
     }
 
     /// The address of a contiguous tensor of f32.
-    fn table(&mut self, x: &Tensor) -> Result<u64> {
+    pub(super) fn table(&mut self, x: &Tensor) -> Result<u64> {
         self.fits(x.dtype() == DType::F32 && x.is_contiguous());
         let address = address_of(x)?;
         self.whole &= address.is_multiple_of(PIECE as u64);
@@ -80,7 +89,7 @@ impl Operands {
 }
 
 /// Blocks for `columns` pieces of each token, of `tokens` tokens, [`TOKENS`] for a thread, and `batch` samples.
-fn grid(columns: usize, tokens: usize, batch: usize) -> [usize; 3] {
+pub(super) fn grid(columns: usize, tokens: usize, batch: usize) -> [usize; 3] {
     let rows = tokens.div_ceil(TOKENS).min(MAX_BLOCKS);
     [columns.div_ceil(THREADS), rows, batch]
 }
@@ -241,7 +250,7 @@ pub(super) fn heads(
     let out = module.blank(dtype, 3 * batch * num_heads * total * size)?;
     let mut start = 0;
     for (tokens, qkv, bias, query, key) in parts {
-        let parameters = launch::Heads {
+        let parameters = parameters::Heads {
             qkv,
             bias,
             query,
@@ -313,6 +322,39 @@ pub(super) fn gelu(
     let parameters = Gelu {
         x,
         bias,
+        prefix,
+        out: out.address()?,
+        tokens: tokens as i32,
+        front: front as i32,
+        width: width as i32,
+        whole: operands.whole.into(),
+    };
+    let pieces = [front, width].map(|n| n.div_ceil(operands.piece()));
+    let grid = grid(pieces[0] + pieces[1], tokens, batch);
+    module.run(dtype, grid, [THREADS, 1], &parameters)?;
+    Ok(Some(out.tensor((batch, tokens, front + width))))
+}
+
+/// `swiglu::swiglu`.
+pub(super) fn swiglu(
+    module: &Module,
+    x: &Tensor,
+    prefix: Option<&Tensor>,
+) -> Result<Option<Tensor>> {
+    let (dtype, (batch, tokens, both)) = (x.dtype(), x.dims3()?);
+    let (front, width) = (prefix.map_or(Ok(0), |prefix| prefix.dim(2))?, both / 2);
+    let mut operands = Operands::new(dtype);
+    operands.width(width);
+    operands.width(front);
+    operands.fits(both.is_multiple_of(2) && batch <= MAX_BLOCKS);
+    let x = operands.rows(x, &[batch, tokens, both])?;
+    let prefix = operands.some_rows(prefix, &[batch, tokens, front])?;
+    if !operands.fits {
+        return Ok(None);
+    }
+    let out = module.blank(dtype, batch * tokens * (front + width))?;
+    let parameters = Swiglu {
+        x,
         prefix,
         out: out.address()?,
         tokens: tokens as i32,

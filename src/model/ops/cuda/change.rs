@@ -8,9 +8,8 @@ use candle::cuda_backend::DeviceId;
 use candle::{CudaDevice, D, DType, Device, Result, Tensor};
 
 use super::check::{compare, first_line};
-use super::launch::{
-    AddProducts, CHANGE, ColumnSums, Module, Parameters, RowView, TokenSums, address_of,
-};
+use super::launch::{CHANGE, Module, address_of};
+use super::parameters::{AddProducts, ColumnSums, Parameters, RowView, TokenSums};
 
 const KERNELS: [&str; 3] = [TokenSums::KERNEL, ColumnSums::KERNEL, AddProducts::KERNEL];
 /// Bytes that a thread moves at a time.

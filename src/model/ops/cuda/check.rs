@@ -7,7 +7,8 @@ use super::super::types::{Branch, Norms, Projected};
 use super::SCORES;
 use super::calls;
 use super::flash::{self, Flash};
-use super::launch::{self, GatedResidual, Gelu, Module, NormModulate, Parameters, Softmax};
+use super::launch::Module;
+use super::parameters::{self, GatedResidual, Gelu, NormModulate, Parameters, Softmax, Swiglu};
 use crate::model::rope::Rope;
 
 /// Number formats, and how far a result may be from the exact one: it is rounded once.
@@ -16,11 +17,12 @@ const FORMATS: [(DType, f64); 3] = [(DType::F32, 1e-6), (DType::F16, 4e-4), (DTy
 /// A kernel on views, odd widths, several samples; its results.
 type Case = fn(&Side) -> Result<Vec<Tensor>>;
 
-const CASES: [(&str, Case); 6] = [
+const CASES: [(&str, Case); 7] = [
     (NormModulate::KERNEL, norms),
     (GatedResidual::KERNEL, residuals),
-    (launch::Heads::KERNEL, all_heads),
+    (parameters::Heads::KERNEL, all_heads),
     (Gelu::KERNEL, gelus),
+    (Swiglu::KERNEL, swiglus),
     (SCORES, all_scores),
     (Softmax::KERNEL, softmaxes),
 ];
@@ -305,6 +307,24 @@ fn gelus(side: &Side) -> Result<Vec<Tensor>> {
     Ok(results)
 }
 
+fn swiglus(side: &Side) -> Result<Vec<Tensor>> {
+    let mut results = Vec::new();
+    for (batch, tokens, width, front, skipped) in
+        [(1, 1, 5, 3, 0), (2, 9, 1280, 128, 384), (3, 3, 70, 1, 9)]
+    {
+        let wider = side.numbers(0, &[batch, tokens, skipped + 2 * width])?;
+        let x = wider.narrow(2, skipped, 2 * width)?;
+        let prefix = side.numbers(1, &[batch, tokens, front])?;
+        for prefix in [None, Some(&prefix)] {
+            results.push(side.compute(
+                |module| calls::swiglu(module, &x, prefix),
+                || plain::swiglu(&x, prefix),
+            )?);
+        }
+    }
+    Ok(results)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::ALL;
@@ -314,7 +334,7 @@ mod tests {
     /// Needs NVRTC, but neither GPU nor driver.
     #[test]
     fn all_kernels_compile() {
-        let ptx = launch::KERNELS.compiled().unwrap();
+        let ptx = super::super::launch::KERNELS.compiled().unwrap();
         for kernel in ALL {
             for (dtype, _) in FORMATS {
                 let entry = format!(".entry {kernel}_{}(", dtype.as_str());

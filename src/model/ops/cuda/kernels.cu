@@ -7,9 +7,6 @@
 
 // --- layer_norm(x) · (1 + scale) + shift: a block of threads for each row, which is held in registers ----------------
 
-// Pieces that a thread holds.
-const int HELD = 4;
-
 struct NormModulate {
     RowView x, shift, scale;
     void *out;
@@ -236,6 +233,37 @@ __device__ void gelu(const Gelu &p) {
     }
 }
 
+// --- prefix ‖ silu(a) b, x = [a, b]: threads as in `gelu` -------------------------------------------------------------
+
+struct Swiglu {
+    RowView x, prefix;  // prefix may have no data
+    void *out;          // (batch, tokens, front + width)
+    int tokens, front, width, whole;
+};
+
+template <typename F>
+__device__ void swiglu(const Swiglu &p) {
+    const int N = F::N, batch = blockIdx.z, index = blockIdx.x * blockDim.x + threadIdx.x;
+    const int pieces = (p.front + N - 1) / N;  // of what is copied
+    const bool copied = index < pieces;
+    const int at = (copied ? index : index - pieces) * N, left = (copied ? p.front : p.width) - at;
+    if (left <= 0) return;
+    for (int token = blockIdx.y; token < p.tokens; token += gridDim.y) {
+        const typename F::Bits *from = row<F>(copied ? p.prefix : p.x, batch, token) + at;
+        Piece<F> piece = load<F>(from, left, p.whole);
+        if (!copied) {
+            float a[N], b[N];
+            F::to_float(piece, a);
+            read<F>(from + p.width, left, p.whole, b);
+            #pragma unroll
+            for (int j = 0; j < N; j++) a[j] *= reciprocal(1 + power_of_two(-1.442695041f * a[j])) * b[j];
+            F::narrow(a, piece);
+        }
+        const long long to = ((long long)batch * p.tokens + token) * (p.front + p.width);
+        store<F>(piece, (typename F::Bits *)p.out + to + (copied ? 0 : p.front) + at, left, p.whole);
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 
 #define KERNEL(name, Params, threads)                                                                              \
@@ -248,3 +276,4 @@ KERNEL(softmax, Softmax, 1024)
 KERNEL(gated_residual, GatedResidual, 128)
 KERNEL(heads, Heads, 128)
 KERNEL(gelu, Gelu, 128)
+KERNEL(swiglu, Swiglu, 128)

@@ -1,4 +1,4 @@
-//! The one place that hands addresses to a GPU: the kernels' parameters, compiling, launching. `calls` decides which sizes and threads
+//! The one place that hands addresses to a GPU: compiling, launching. `calls` decides which sizes and threads
 //! a kernel gets.
 #![expect(
     unsafe_code,
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle::backend::{BackendDevice, BackendStorage};
 use candle::cuda_backend::cudarc::driver::{
-    CudaFunction, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg, result,
+    CudaFunction, DevicePtr, LaunchConfig, PushKernelArg, result,
     sys::{CUfunction_attribute_enum, CUmemPool_attribute},
 };
 use candle::cuda_backend::cudarc::nvrtc::{CompileError, CompileOptions, compile_ptx_with_opts};
@@ -21,6 +21,7 @@ use candle::op::BackpropOp;
 use candle::{CudaDevice, CudaStorage, DType, Device, Result, Shape, Storage, Tensor};
 
 use super::super::cpu::by_dtype;
+use super::parameters::{Parameters, RowView};
 
 /// What lies between the products, in all formats.
 pub(super) static KERNELS: Program = Program::new(
@@ -43,6 +44,12 @@ pub(super) static CHANGE: Program = Program::new(
     concat!(include_str!("numbers.cu"), include_str!("change.cu")),
     &[DType::F16, DType::BF16],
 );
+/// The backward passes of what lies between the products, in all formats.
+pub(super) static BACKWARD: Program = Program::new(
+    "fastflux_backward",
+    concat!(include_str!("numbers.cu"), include_str!("backward.cu")),
+    &[DType::F32, DType::F16, DType::BF16],
+);
 /// The oldest GPUs with bfloat16. For newer ones the driver finishes the compilation.
 const ARCHITECTURE: &str = "compute_80";
 /// Bytes that a device keeps of the memory that it was given, for the tensors that come next: all, unless it is limited.
@@ -54,134 +61,9 @@ static KEPT: AtomicU64 = AtomicU64::new(u64::MAX);
 pub fn limit_kept_memory(bytes: u64) {
     KEPT.store(bytes, Ordering::Relaxed);
 }
+
 /// Bytes of shared memory that a kernel's threads get without asking.
 const SHARED: usize = 48 << 10;
-
-/// A tensor (batch, tokens, width) or (batch, width) or (width,) as `kernels.cu` reads it; strides in numbers.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct RowView<'a> {
-    pub(super) data: u64,
-    pub(super) batch: i64,
-    pub(super) token: i64,
-    tensor: PhantomData<&'a Tensor>,
-}
-
-/// Declares the parameters of a kernel, as `kernels.cu` does under the same names.
-macro_rules! parameters {
-    ($($kernel:literal $name:ident { $($field:ident: $type:ty),* $(,)? })*) => {$(
-        #[repr(C)]
-        #[derive(Clone, Copy, Debug)]
-        pub(super) struct $name<'a> {
-            $(pub(super) $field: $type),*
-        }
-
-        // SAFETY: `repr(C)`, and the kernel takes one parameter of these fields
-        unsafe impl DeviceRepr for $name<'_> {}
-
-        impl Parameters for $name<'_> {
-            const KERNEL: &'static str = $kernel;
-        }
-    )*};
-}
-
-/// What a kernel is called with.
-pub(super) trait Parameters: DeviceRepr {
-    /// The kernel's name without the number format.
-    const KERNEL: &'static str;
-}
-
-parameters! {
-    "norm_modulate" NormModulate {
-        x: RowView<'a>,
-        shift: RowView<'a>,
-        scale: RowView<'a>,
-        out: u64,
-        width: i32,
-        whole: i32,
-        eps: f32,
-    }
-    "softmax" Softmax {
-        x: RowView<'a>,
-        out: u64,
-        width: i32,
-        whole: i32,
-    }
-    "gated_residual" GatedResidual {
-        x: RowView<'a>,
-        y: RowView<'a>,
-        bias: RowView<'a>,
-        gate: RowView<'a>,
-        out: u64,
-        tokens: i32,
-        width: i32,
-        first: i32,
-        total: i32,
-        whole: i32,
-    }
-    "heads" Heads {
-        qkv: RowView<'a>,
-        bias: RowView<'a>,
-        query: RowView<'a>,
-        key: RowView<'a>,
-        cos: u64,
-        sin: u64,
-        out: u64,
-        number: i32,
-        size: i32,
-        first: i32,
-        total: i32,
-        whole: i32,
-        eps: f32,
-    }
-    "gelu" Gelu {
-        x: RowView<'a>,
-        bias: RowView<'a>,
-        prefix: RowView<'a>,
-        out: u64,
-        tokens: i32,
-        front: i32,
-        width: i32,
-        whole: i32,
-    }
-    "token_sums" TokenSums {
-        x: RowView<'a>,
-        y: RowView<'a>,
-        out: u64,
-        tokens: i32,
-        width: i32,
-        whole: i32,
-    }
-    "column_sums" ColumnSums {
-        x: RowView<'a>,
-        y: RowView<'a>,
-        out: u64,
-        tokens: i32,
-        width: i32,
-        whole: i32,
-    }
-    "add_products" AddProducts {
-        products: RowView<'a>,
-        columns: RowView<'a>,
-        gram: u64,
-        cross: u64,
-        gram_out: u64,
-        cross_out: u64,
-        tokens: i32,
-        width: i32,
-    }
-    "attention_backward" AttentionBackward {
-        q: u64,
-        k: u64,
-        v: u64,
-        grad: RowView<'a>,
-        out: u64,
-        sums: u64,
-        tokens: i32,
-        padded: i32,
-        scale: f32,
-    }
-}
 
 /// All kernels of all number formats, loaded on one device.
 pub(super) struct Module {

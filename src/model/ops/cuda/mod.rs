@@ -2,12 +2,14 @@
 //! first used; one that cannot be compiled or disagrees is not used, and [`trouble`] says so. No run fails for it.
 
 mod attention_backward;
+mod backward;
 mod blas;
 mod calls;
 mod change;
 mod check;
 mod flash;
 mod launch;
+mod parameters;
 
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
@@ -18,18 +20,21 @@ use candle::{CudaDevice, DType, Device, Result, Tensor};
 use super::types::{Branch, Heads, Projected};
 use crate::model::rope::Rope;
 pub(super) use attention_backward::{attention_backward, has_attention_backward};
+pub(super) use backward::{gelu_backward, norm_backward, projection_backward, swiglu_backward};
 pub use change::{add_products, token_sums};
 use flash::Flash;
+use launch::Module;
 pub use launch::limit_kept_memory;
-use launch::{GatedResidual, Gelu, Module, NormModulate, Parameters, Softmax};
+use parameters::{GatedResidual, Gelu, NormModulate, Parameters, Softmax, Swiglu};
 
 /// The names of all kernels.
-const ALL: [&str; 5] = [
+const ALL: [&str; 6] = [
     NormModulate::KERNEL,
     Softmax::KERNEL,
     GatedResidual::KERNEL,
-    launch::Heads::KERNEL,
+    parameters::Heads::KERNEL,
     Gelu::KERNEL,
+    Swiglu::KERNEL,
 ];
 
 /// The product of cuBLAS that attention's scores are, which is compared like a kernel.
@@ -98,6 +103,7 @@ pub fn trouble(device: &Device) -> Option<String> {
     let each = each.map(|(name, why)| format!("`{name}`: {why}"));
     let each: Vec<_> = each
         .chain(attention_backward::trouble(device))
+        .chain(backward::trouble(device))
         .chain(change::trouble(device))
         .collect();
     (!each.is_empty()).then(|| each.join("; "))
@@ -161,7 +167,7 @@ pub(super) fn heads(streams: &[Projected], num_heads: usize, rope: &Rope) -> Res
     {
         return Ok(None);
     }
-    with(launch::Heads::KERNEL, &operands, |module| {
+    with(parameters::Heads::KERNEL, &operands, |module| {
         calls::heads(module, streams, num_heads, rope)
     })
 }
@@ -211,5 +217,12 @@ pub(super) fn gelu(
 ) -> Result<Option<Tensor>> {
     with(Gelu::KERNEL, &[Some(x), bias, prefix], |module| {
         calls::gelu(module, x, bias, prefix)
+    })
+}
+
+/// See `swiglu::swiglu`.
+pub(super) fn swiglu(x: &Tensor, prefix: Option<&Tensor>) -> Result<Option<Tensor>> {
+    with(Swiglu::KERNEL, &[Some(x), prefix], |module| {
+        calls::swiglu(module, x, prefix)
     })
 }

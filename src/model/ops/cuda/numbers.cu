@@ -139,6 +139,9 @@ __device__ void write(const float *x, typename F::Bits *to, int count, int whole
     store<F>(piece, to, count, whole);
 }
 
+// Pieces that a thread holds of a row that a block of threads works on.
+const int HELD = 4;
+
 // The sum over `lanes` neighbouring threads, a power of two up to 32; all threads of a warp must call it.
 __device__ inline float sum_of_lanes(float x, int lanes) {
     for (int apart = lanes / 2; apart > 0; apart /= 2) x += __shfl_xor_sync(0xffffffffu, x, apart);

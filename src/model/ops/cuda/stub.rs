@@ -73,3 +73,29 @@ pub(super) fn attention_backward(_: &Heads, _: &Tensor) -> Result<Option<Tensor>
 pub(super) fn has_attention_backward(_: &Device, _: DType, _: usize) -> bool {
     false
 }
+
+pub(super) fn swiglu(_: &Tensor, _: Option<&Tensor>) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn gelu_backward(_: &Tensor, _: Option<&Tensor>, _: &Tensor) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn swiglu_backward(_: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn norm_backward(_: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<[Tensor; 2]>> {
+    Ok(None)
+}
+
+pub(super) fn projection_backward(
+    _: &Projected,
+    _: &Tensor,
+    _: usize,
+    _: &Rope,
+    _: Option<(Option<&Tensor>, &Tensor)>,
+) -> Result<Option<Tensor>> {
+    Ok(None)
+}
