@@ -17,6 +17,9 @@ use crate::{
 
 /// Bytes of freed memory that stay with the process under `--offload`: enough for the blocks on their way.
 const KEPT_IF_OFFLOADED: u64 = 4 << 30;
+/// Bytes of a limit for what a process takes on a GPU that no estimate counts: the driver's context, workspaces of products,
+/// what an allocator cannot use again. Without them an H200 held 0.7 GiB more than a limit of 12 GiB, as `nvidia-smi` sees it.
+const UNCOUNTED_ON_GPU: u64 = 1 << 30;
 /// Share of the memory that is free at the start that counts as usable: allocators and kernels take the rest.
 const USABLE: f64 = 0.92;
 
@@ -87,6 +90,15 @@ impl MemoryBudget {
         self.runtime.device.is_cpu()
     }
 
+    /// Bytes of a limit that are not there for tensors.
+    fn uncounted(&self) -> u64 {
+        if self.asked && !self.on_cpu() {
+            UNCOUNTED_ON_GPU
+        } else {
+            0
+        }
+    }
+
     /// Memory limit in bytes; `None` if unknown.
     pub fn limit(&self) -> Option<u64> {
         self.limit
@@ -131,7 +143,8 @@ impl MemoryBudget {
         let least = OffloadPlan::none(config, format).bytes;
         let fits = |batch: usize| {
             let at_work = memory::activations(config, batch, tokens, format);
-            self.limit.is_none_or(|limit| least + at_work <= limit)
+            let taken = least + at_work + self.uncounted();
+            self.limit.is_none_or(|limit| taken <= limit)
         };
         let mut batch = default.max(1);
         while batch > 1 && !fits(batch) {
@@ -151,7 +164,7 @@ impl MemoryBudget {
     pub fn headroom(&self, config: &FluxConfig, activity: Activity) -> Option<u64> {
         let format = self.format(config);
         let taken = OffloadPlan::none(config, format).bytes + self.at_work(config, activity);
-        Some(self.limit?.saturating_sub(taken))
+        Some(self.limit?.saturating_sub(taken + self.uncounted()))
     }
 
     fn at_work(&self, config: &FluxConfig, activity: Activity) -> u64 {
@@ -169,7 +182,7 @@ impl MemoryBudget {
             return Ok(OffloadPlan::all(config, format));
         };
         let at_work = self.at_work(config, activity);
-        let room = limit.saturating_sub(at_work);
+        let room = limit.saturating_sub(at_work + self.uncounted());
         if let Some(offload_plan) = OffloadPlan::within(config, format, room) {
             return Ok(offload_plan);
         }
@@ -193,7 +206,7 @@ impl MemoryBudget {
             };
             bail!(
                 "--max-vram: {text}\nhint: allow {}, or draw smaller images (--width, --height){fewer}, or take --dtype bf16",
-                size(least.bytes + at_work)
+                size(least.bytes + at_work + self.uncounted())
             );
         }
         self.reporter.warn(format!("{text}; trying all the same"));
