@@ -107,12 +107,13 @@ step_peers() {
     wait "$peers_pid" 2>/dev/null
     local eager compiled
     eager=$(value peers eager_ms) compiled=$(value peers compiled_ms)
-    peer_peak=$(value peers flops_per_second) pinned=$(value peers pinned_bytes_per_second) peer_train=$(value peers sandwich_step_ms)
+    peer_peak=$(value peers flops_per_second) pinned=$(value peers pinned_bytes_per_second) peer_train=$(value peers sandwich_learn_ms)
     [[ -n $peer_train ]] || note "peers: $(tail -n 1 "$output/logs/peers.err")"
     fact PyTorch "$(value peers torch): product $(calc "$peer_peak / 1e12") TFLOP/s, copy $(calc "$(value peers copy_bytes_per_second) / 1e9") GB/s, from pinned memory $(calc "$pinned / 1e9") GB/s, from pageable $(calc "$(value peers pageable_bytes_per_second) / 1e9") GB/s; compiled in $(value peers compile_seconds) s"
     figure peers 'PyTorch, eager' "$eager" ms
     figure peers 'PyTorch, compiled' "$compiled" ms
     figure peers 'PyTorch, eager, 11 of 57 blocks replaced' "$(value peers pruned_eager_ms)" ms
+    figure peers 'PyTorch, step of one sandwich with its sample' "$(value peers sandwich_step_ms)" ms
     figure peers 'PyTorch, step of one sandwich' "$peer_train" ms
     if [[ -n ${full_ms:-} ]]; then
         figure peers 'fastflux over compiled PyTorch' "$(calc "$full_ms / $compiled")" times '<= 1.0'
@@ -236,7 +237,8 @@ step_whole() {
     attempt train 120 "$binary" "${train[@]}" --output "$trained" --force --log "$output/logs/losses-full.jsonl"
     figure whole 'train-sandwich: peak on the GPU' "$peak" MiB "${peak:+<= $(calc "$(sed 's/GiB/* 1024/; s/MiB//' <<<"$train_limit")")}" "$(mib "$(value train-estimate peak_bytes)")"
     figure whole 'train-sandwich, 5 + 3 steps' "$seconds" s
-    # the log has tokens per second since a phase began: without its first and its last step, at which more is done
+    # the log has tokens per second since a phase began: without its first and its last step, at which more is done:
+    # samples are drawn several at a time before the first
     local tokens=$((side * side / 256 + text)) each
     each=$(grep -v finetune "$output/logs/losses-full.jsonl" | step_seconds "$tokens" 4)
     figure whole 'train-sandwich: a step of the sandwich' "$each" s '' "${peer_train:+$(calc "$peer_train / 1000")}"

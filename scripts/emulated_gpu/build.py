@@ -34,8 +34,8 @@ OURS = {
     "void multiply_f16(": "emulated_multiply<emulated_from_half>(sum, a, b0, b1);",
     "void multiply_bf16(": "emulated_multiply<emulated_from_bfloat>(sum, a, b0, b1);",
 }
-OUR_SOURCES = ["numbers.cu", "kernels.cu", "attention_backward.cu", "change.cu"]
-OURS_ALONE = ("gelu", "gated_residual", "column_sums", "add_products")
+OUR_SOURCES = ["numbers.cu", "kernels.cu", "attention_backward.cu", "backward.cu", "change.cu"]
+OURS_ALONE = ("gelu", "swiglu", "gated_residual", "column_sums", "add_products")
 
 
 def run(*command, **more):

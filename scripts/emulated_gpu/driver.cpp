@@ -387,7 +387,7 @@ Result cuModuleGetFunction(void **out, void *module, const char *name) {
     auto &names = *(std::set<std::string> *)module;
     if (!names.count(name)) return NOT_FOUND;
     // fastflux has kernels of the same names as candle
-    const bool ours = names.count("norm_modulate_f32") || names.count("attention_backward_keys_bf16") ||
+    const bool ours = names.count("norm_modulate_f32") || names.count("attention_backward_keys_bf16") || names.count("norm_backward_bf16") ||
                       names.count("add_products_bf16");
     auto found = kernels().find((ours ? "ours:" : "") + std::string(name));
     if (found == kernels().end()) fail(std::string(name) + " is not emulated");
