@@ -19,9 +19,9 @@ use crate::{
 /// A run whose estimate, an upper one, is this many times the memory there is cannot fit.
 const HOPELESS: f64 = 4.0;
 
-/// Bytes of a limit that are left to what no estimate counts: the driver's context, the workspaces of products, and what
-/// an allocator cannot use again.
-const UNCOUNTED: f64 = (4u64 << 30) as f64;
+/// Bytes of a limit that are left on a GPU to what no estimate counts: the driver's context, the workspaces of products, and
+/// what an allocator cannot use again. With so much left an H200 held 20.2 GiB within a limit of 24.
+const UNCOUNTED_ON_GPU: f64 = (4u64 << 30) as f64;
 
 /// What is not kept on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +92,11 @@ impl TrainSetup {
             }
             let mut strategy = self.with_batches(strategy, Some(limit));
             if strategy.offload && !asked.offload {
-                let left = limit as f64 - UNCOUNTED - peak(&self.phases(strategy));
+                let uncounted = match self.runtime.device.is_cpu() {
+                    true => 0.0,
+                    false => UNCOUNTED_ON_GPU,
+                };
+                let left = limit as f64 - uncounted - peak(&self.phases(strategy));
                 strategy.room = left.max(0.0) as u64;
             }
             if strategy.offload != asked.offload

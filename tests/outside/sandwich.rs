@@ -174,6 +174,33 @@ fn blocks_elsewhere_and_activations_computed_again_change_nothing() {
     );
     ok(folder, &train(&["--output", "offloaded", "--offload"]));
     assert!(bytes(folder, "recomputed") == bytes(folder, "offloaded"));
+    // within a limit some blocks stay
+    let dry = |flag: &str| {
+        let report = json(folder, &train(&["--dry-run", "--json", flag]));
+        report["peak_bytes"].as_f64().unwrap()
+    };
+    let between = f64::midpoint(dry("--offload"), dry("--gradient-checkpointing"));
+    let limit = format!("{}B", between.floor());
+    let out = fastflux(
+        folder,
+        &train(&["--output", "limited", "--max-vram", &limit]),
+    );
+    let talk = String::from_utf8_lossy(&out.stderr);
+    let kept: Vec<usize> = talk
+        .lines()
+        .filter_map(|line| line.split_once(" blocks stay on the device"))
+        .filter_map(|(before, _)| {
+            let mut words = before.rsplit(' ');
+            let (all, _, some) = (words.next()?, words.next()?, words.next()?);
+            Some([some.parse().ok()?, all.parse().ok()?])
+        })
+        .flatten()
+        .collect();
+    assert!(
+        matches!(kept[..], [some, all] if 0 < some && some < all),
+        "{talk}"
+    );
+    assert!(bytes(folder, "limited") == bytes(folder, "offloaded"));
 }
 
 #[test]

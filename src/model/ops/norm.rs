@@ -6,9 +6,8 @@ use rayon::prelude::*;
 
 use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, sum_map, sum_product, vectorized};
 use super::custom_op::{by_recomputing, custom_op};
-use super::product::sum_of_tokens;
 use super::types::NORM_EPS;
-use super::{cuda, plain};
+use super::{cuda, plain, sum_of_tokens};
 
 /// `layer_norm(x) · (1 + scale) + shift`; statistics in f32 whatever the dtype (f64 stays f64).
 ///

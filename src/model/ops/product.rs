@@ -167,14 +167,6 @@ fn transposed_times(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// The sum over the tokens of `x` (batch, tokens, width), (batch, width): a product with ones, which GPUs add up in f32 at
-/// the speed that they read.
-pub(super) fn sum_of_tokens(x: &Tensor) -> Result<Tensor> {
-    let (batch, tokens, _) = x.dims3()?;
-    let ones = Tensor::ones((batch, 1, tokens), x.dtype(), x.device())?;
-    ones.matmul(&x.contiguous()?)?.squeeze(1)
-}
-
 #[cfg(test)]
 fn plain(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)

@@ -4,11 +4,10 @@ use candle::{DType, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, vectorized};
-use super::cuda;
 use super::custom_op::custom_op;
 use super::plain::{self, biased, wide};
-use super::product::sum_of_tokens;
 use super::types::Branch;
+use super::{cuda, sum_of_tokens};
 
 /// `x + gate · (y + bias)` of each branch, joined along the tokens in the order given.
 pub fn gated_residual(branches: &[Branch]) -> Result<Tensor> {

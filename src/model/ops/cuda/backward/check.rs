@@ -118,22 +118,13 @@ fn heads(numbers: &Numbers, agree: Agree) -> Result<()> {
         let ids = Tensor::from_vec(ids, (tokens, 3), &Device::Cpu)?;
         let rope = |device: &Device| Rope::new(&ids, &axes, 10_000.0, device);
         let (rope, exact_rope) = (rope(&numbers.module.device())?, rope(&Device::Cpu)?);
-        let norms = |seed| -> Result<[Norms; 2]> {
-            let [[query, exact_query], [key, exact_key]] = [
-                numbers.draw(seed, &[size])?,
-                numbers.draw(seed + 1, &[size])?,
-            ];
-            let exact = (exact_query, exact_key);
-            let (query, key) = (query, key);
-            Ok([
-                Norms { query, key },
-                Norms {
-                    query: exact.0,
-                    key: exact.1,
-                },
-            ])
+        let [query, exact_query] = numbers.draw(0, &[size])?;
+        let [key, exact_key] = numbers.draw(1, &[size])?;
+        let norms = Norms { query, key };
+        let exact_norms = Norms {
+            query: exact_query,
+            key: exact_key,
         };
-        let [norms, exact_norms] = norms(0)?;
         let width = 3 * hidden + mlp;
         let [bias, exact_bias] = numbers.draw(2, &[width])?;
         let [of_heads, exact_of_heads] = numbers.draw(3, &[3, batch, number, tokens, size])?;
