@@ -92,9 +92,10 @@ impl TrainSetup {
             }
             let mut strategy = self.with_batches(strategy, Some(limit));
             if strategy.offload && !asked.offload {
-                let uncounted = match self.runtime.device.is_cpu() {
-                    true => 0.0,
-                    false => UNCOUNTED_ON_GPU,
+                let uncounted = if self.runtime.device.is_cpu() {
+                    0.0
+                } else {
+                    UNCOUNTED_ON_GPU
                 };
                 let left = limit as f64 - uncounted - peak(&self.phases(strategy));
                 strategy.room = left.max(0.0) as u64;
