@@ -19,7 +19,7 @@ use crate::{
 const KEPT_IF_OFFLOADED: u64 = 4 << 30;
 /// Bytes of a limit for what a process takes on a GPU that no estimate counts: the driver's context, workspaces of products,
 /// what an allocator cannot use again. Without them an H200 held 0.7 GiB more than a limit of 12 GiB, as `nvidia-smi` sees it.
-const UNCOUNTED_ON_GPU: u64 = 1 << 30;
+pub const UNCOUNTED_ON_GPU: u64 = 1 << 30;
 /// Share of the memory that is free at the start that counts as usable: allocators and kernels take the rest.
 const USABLE: f64 = 0.92;
 

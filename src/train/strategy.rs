@@ -13,15 +13,16 @@ use crate::{
         memory::{ElementSizes, OffloadPlan},
         ops,
     },
+    pipeline::placement::UNCOUNTED_ON_GPU,
     ui,
 };
 
 /// A run whose estimate, an upper one, is this many times the memory there is cannot fit.
 const HOPELESS: f64 = 4.0;
 
-/// Bytes of a limit that are left on a GPU to what no estimate counts: the driver's context, the workspaces of products, and
-/// what an allocator cannot use again. With so much left an H200 held 20.2 GiB within a limit of 24.
-const UNCOUNTED_ON_GPU: f64 = (4u64 << 30) as f64;
+/// Bytes of a limit that blocks which could be read leave free on a GPU: an allocator cannot use again all that it was
+/// given. With so much left an H200 held 20.2 GiB within a limit of 24.
+const LEFT_BY_BLOCKS: u64 = 4 << 30;
 
 /// What is not kept on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +77,13 @@ impl TrainSetup {
         let Some(limit) = request.max_bytes.or(request.free) else {
             return Ok(self.with_batches(asked, None));
         };
+        let on_gpu = !self.runtime.device.is_cpu();
+        // of what is free the driver has taken its part already
+        let uncounted = match request.max_bytes {
+            Some(_) if on_gpu => UNCOUNTED_ON_GPU,
+            _ => 0,
+        };
+        let usable = limit.saturating_sub(uncounted);
         let checkpointing = MemoryStrategy {
             gradient_checkpointing: true,
             ..asked
@@ -87,18 +95,14 @@ impl TrainSetup {
             batches_per_load: 1,
         };
         for strategy in [asked, checkpointing, least] {
-            if peak(&self.phases(strategy)) > limit as f64 {
+            if peak(&self.phases(strategy)) > usable as f64 {
                 continue;
             }
-            let mut strategy = self.with_batches(strategy, Some(limit));
+            let mut strategy = self.with_batches(strategy, Some(usable));
             if strategy.offload && !asked.offload {
-                let uncounted = if self.runtime.device.is_cpu() {
-                    0.0
-                } else {
-                    UNCOUNTED_ON_GPU
-                };
-                let left = limit as f64 - uncounted - peak(&self.phases(strategy));
-                strategy.room = left.max(0.0) as u64;
+                let left_free = if on_gpu { LEFT_BY_BLOCKS } else { 0 };
+                let taken = peak(&self.phases(strategy)) as u64;
+                strategy.room = limit.saturating_sub(left_free + taken);
             }
             if strategy.offload != asked.offload
                 || strategy.gradient_checkpointing != asked.gradient_checkpointing

@@ -60,12 +60,13 @@ pub fn attend_with_gelu(projected: &Projected, num_heads: usize, rope: &Rope) ->
             return Ok(all.into_iter().map(Some).collect());
         }
         let own = grad.narrow(2, hidden, mlp)?;
-        let attended = grad.narrow(2, 0, hidden)?;
+        let of_heads = of_heads(&stored, num_heads, &rope, &grad.narrow(2, 0, hidden)?)?;
         let rest = Some((mlp_bias.as_ref(), &own));
-        if let Some(all) = on_gpu(&stored, num_heads, &rope, &attended, rest)? {
-            return Ok(all.into_iter().map(Some).collect());
+        let all = cuda::projection_backward(&stored[0].borrowed(), &of_heads, 0, &rope, rest)?;
+        if all.is_some() {
+            return Ok(vec![all]);
         }
-        let [of_qkv] = backward(&stored, num_heads, &rope, &attended)?
+        let [of_qkv] = composed(&stored, num_heads, &rope, &of_heads)?
             .try_into()
             .map_err(|_| candle::Error::Msg("one stream, one gradient".to_owned()))?;
         let x = stored[0].qkv.narrow(2, 3 * hidden, mlp)?.contiguous()?;
@@ -104,13 +105,39 @@ fn backward(
     rope: &Rope,
     grad: &Tensor,
 ) -> Result<Vec<Tensor>> {
-    if let Some(grads) = on_gpu(streams, num_heads, rope, grad, None)? {
-        return Ok(grads);
+    let of_heads = of_heads(streams, num_heads, rope, grad)?;
+    let (mut out, mut first) = (Vec::with_capacity(streams.len()), 0);
+    for stream in streams {
+        let stream = stream.borrowed();
+        match cuda::projection_backward(&stream, &of_heads, first, rope, None)? {
+            Some(grad) => out.push(grad),
+            None => return composed(streams, num_heads, rope, &of_heads),
+        }
+        first += stream.qkv.dim(1)?;
     }
+    Ok(out)
+}
+
+/// Gradients of the heads, stacked as in [`attention_backward`], from that of what attention made of them.
+fn of_heads(
+    streams: &[OwnedProjection],
+    num_heads: usize,
+    rope: &Rope,
+    grad: &Tensor,
+) -> Result<Tensor> {
     let borrowed: Vec<Projected> = streams.iter().map(OwnedProjection::borrowed).collect();
-    let grads = attention_backward(&heads(&borrowed, num_heads, rope)?, grad)?;
+    attention_backward(&heads(&borrowed, num_heads, rope)?, grad)
+}
+
+/// Gradients of the projections from those of the heads, (3, batch, heads, tokens, head size), on any device.
+fn composed(
+    streams: &[OwnedProjection],
+    num_heads: usize,
+    rope: &Rope,
+    of_heads: &Tensor,
+) -> Result<Vec<Tensor>> {
     let inputs: Vec<&Tensor> = streams.iter().map(|s| &s.qkv).collect();
-    let out = by_recomputing(&inputs, &grads, |qkv| {
+    let out = by_recomputing(&inputs, of_heads, |qkv| {
         let projected: Vec<Projected> = streams
             .iter()
             .zip(qkv)
@@ -125,30 +152,6 @@ fn backward(
     out.into_iter()
         .map(|grad| grad.ok_or_else(|| candle::Error::Msg("no gradient of heads".to_owned())))
         .collect()
-}
-
-/// [`backward`] by kernels; `mlp` are the bias and the gradient of the GELU of columns that no head is made of.
-fn on_gpu(
-    streams: &[OwnedProjection],
-    num_heads: usize,
-    rope: &Rope,
-    grad: &Tensor,
-    mlp: Option<(Option<&Tensor>, &Tensor)>,
-) -> Result<Option<Vec<Tensor>>> {
-    if grad.device().is_cpu() {
-        return Ok(None);
-    }
-    let borrowed: Vec<Projected> = streams.iter().map(OwnedProjection::borrowed).collect();
-    let of_heads = attention_backward(&heads(&borrowed, num_heads, rope)?, grad)?;
-    let (mut out, mut first) = (Vec::with_capacity(streams.len()), 0);
-    for stream in &borrowed {
-        match cuda::projection_backward(stream, &of_heads, first, rope, mlp)? {
-            Some(grad) => out.push(grad),
-            None => return Ok(None),
-        }
-        first += stream.qkv.dim(1)?;
-    }
-    Ok(Some(out))
 }
 
 /// Gradients of queries, keys and values, stacked ((3, batch, heads, tokens, head size)), from that of the attended values,

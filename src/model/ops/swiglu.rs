@@ -14,8 +14,8 @@ pub fn swiglu(x: &Tensor, prefix: Option<&Tensor>) -> Result<Tensor> {
     if !width.is_multiple_of(2) {
         candle::bail!("a gated activation of {width} columns, which are not two halves");
     }
-    let (data, beside) = (x.detach(), prefix.map(Tensor::detach));
-    let Some(y) = cuda::swiglu(&data, beside.as_ref())? else {
+    let (data, front_data) = (x.detach(), prefix.map(Tensor::detach));
+    let Some(y) = cuda::swiglu(&data, front_data.as_ref())? else {
         return plain::swiglu(x, prefix);
     };
     let inputs: Vec<&Tensor> = [x].into_iter().chain(prefix).collect();

@@ -5,11 +5,12 @@ use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use candle::cuda_backend::DeviceId;
-use candle::{CudaDevice, DType, Device, Result, Tensor};
+use candle::{CudaDevice, Result, Tensor};
 
 use super::super::types::{HEADS_EPS, NORM_EPS, Projected};
 use super::calls::{HELD, MAX_BLOCKS, MAX_THREADS, Operands, THREADS, WARP, grid};
 use super::check::first_line;
+use super::device_of;
 use super::launch::{BACKWARD, Module};
 use super::parameters::{GeluBackward, HeadsBackward, NormBackward, Parameters, SwigluBackward};
 use crate::model::rope::Rope;
@@ -52,24 +53,14 @@ pub(super) fn trouble(device: &CudaDevice) -> Option<String> {
     loaded.as_ref().as_ref().err().cloned()
 }
 
-/// What `call` makes of the kernels, if they may run: all operands on one GPU in one number format, none in a graph.
+/// What `call` makes of the kernels, if they may run.
 fn with<T>(
     operands: &[Option<&Tensor>],
     call: impl FnOnce(&Module) -> Result<Option<T>>,
 ) -> Result<Option<T>> {
-    let mut operands = operands.iter().copied().flatten();
-    let Some(first) = operands.next() else {
+    let Some(device) = device_of(operands) else {
         return Ok(None);
     };
-    let (Device::Cuda(device), DType::F32 | DType::F16 | DType::BF16) =
-        (first.device(), first.dtype())
-    else {
-        return Ok(None);
-    };
-    let alike = |x: &Tensor| x.dtype() == first.dtype() && x.device().same_device(first.device());
-    if first.track_op() || operands.any(|x| x.track_op() || !alike(x)) {
-        return Ok(None);
-    }
     match loaded(device).as_ref() {
         Ok(module) => call(module),
         Err(_) => Ok(None),

@@ -109,26 +109,28 @@ pub fn trouble(device: &Device) -> Option<String> {
     (!each.is_empty()).then(|| each.join("; "))
 }
 
-/// What `call` makes of a kernel, if it may run: all operands on one GPU, in one number format, none in a gradient
-/// graph. Nothing if the reference implementation has to do it.
+/// Where kernels may run on these operands: all on one GPU, in one number format, none in a gradient graph.
+fn device_of<'a>(operands: &[Option<&'a Tensor>]) -> Option<&'a CudaDevice> {
+    let mut operands = operands.iter().copied().flatten();
+    let first = operands.next()?;
+    let (Device::Cuda(device), DType::F32 | DType::F16 | DType::BF16) =
+        (first.device(), first.dtype())
+    else {
+        return None;
+    };
+    let alike = |x: &Tensor| x.dtype() == first.dtype() && x.device().same_device(first.device());
+    (!first.track_op() && operands.all(|x| !x.track_op() && alike(x))).then_some(device)
+}
+
+/// What `call` makes of a kernel, if it may run. Nothing if the reference implementation has to do it.
 fn with<T>(
     kernel: &str,
     operands: &[Option<&Tensor>],
     call: impl FnOnce(&Module) -> Result<Option<T>>,
 ) -> Result<Option<T>> {
-    let mut operands = operands.iter().copied().flatten();
-    let Some(first) = operands.next() else {
+    let Some(device) = device_of(operands) else {
         return Ok(None);
     };
-    let (Device::Cuda(device), DType::F32 | DType::F16 | DType::BF16) =
-        (first.device(), first.dtype())
-    else {
-        return Ok(None);
-    };
-    let alike = |x: &Tensor| x.dtype() == first.dtype() && x.device().same_device(first.device());
-    if first.track_op() || operands.any(|x| x.track_op() || !alike(x)) {
-        return Ok(None);
-    }
     match Kernels::for_device(device).module(kernel) {
         Some(module) => call(module),
         None => Ok(None),
