@@ -26,7 +26,7 @@ use crate::{
 const STEPS: Effort = Effort {
     warm_up: 1,
     min_runs: 3,
-    max_runs: 100,
+    max_runs: 40,
     seconds: 3.0,
 };
 

@@ -122,11 +122,16 @@ pub(crate) fn safetensors(path: &Path, header: &str, data: &[u8]) {
     fs::write(path, bytes).unwrap();
 }
 
-/// Pruning settings that take a second.
-pub(crate) const QUICK: &str = r#"{"calibration": {"num-prompts": 8, "noise-levels-per-image": 4, "steps": 2}, "score": {"held-out": 16}}"#;
+/// Pruning settings that take a second; refitting all projections would take three more.
+pub(crate) const QUICK: &str = r#"{"calibration": {"num-prompts": 8, "noise-levels-per-image": 4, "steps": 2}, "score": {"held-out": 16}, "fit": {"refit-projections": "head"}}"#;
 
 pub(crate) fn quick_prune(folder: &Path, output: &str, more: &[&str]) -> Value {
-    fs::write(folder.join("quick.json"), QUICK).unwrap();
+    prune_by(QUICK, folder, output, more)
+}
+
+/// Prunes with `recipe`, which is left as `quick.json`.
+pub(crate) fn prune_by(recipe: &str, folder: &Path, output: &str, more: &[&str]) -> Value {
+    fs::write(folder.join("quick.json"), recipe).unwrap();
     let args = [
         "prune",
         "--recipe",

@@ -83,7 +83,7 @@ fn a_step_is_estimated_by_the_tensors_that_it_makes() {
     let work = folder();
     let w = work.path();
     let args = ["bench", "--seconds", "0", "--step-only", "--json"];
-    let more = ["--size", "512", "--batch", "1,2"];
+    let more = ["--size", "256", "--batch", "1,2"];
     let report = json(w, &[args.as_slice(), &more].concat());
     let rows = report["rows"].as_array().unwrap();
     let estimated = |row: usize| {
@@ -93,8 +93,8 @@ fn a_step_is_estimated_by_the_tensors_that_it_makes() {
     };
     assert_eq!(rows.len(), 2);
     assert_eq!(estimated(1), 2 * estimated(0));
-    // (32² image and 12 text tokens) × (3 + 4) widths of 128 × 4 bytes
-    let largest = (32 * 32 + 12) * 7 * 128 * 4;
+    // (16² image and 12 text tokens) × (3 + 4) widths of 128 × 4 bytes
+    let largest = (16 * 16 + 12) * 7 * 128 * 4;
     assert!(
         (2 * largest..5 * largest).contains(&estimated(0)),
         "{} where one tensor takes {largest}",

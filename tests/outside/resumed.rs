@@ -40,7 +40,7 @@ fn same(folder: &Path, a: &str, b: &str) {
 }
 
 /// Many held-out noised latents, so that comparing takes a while.
-const RECIPE: &str = r#"{"calibration": {"num-prompts": 8, "noise-levels-per-image": 4, "steps": 2}, "score": {"held-out": 32}}"#;
+const RECIPE: &str = r#"{"calibration": {"num-prompts": 8, "noise-levels-per-image": 4, "steps": 2}, "score": {"held-out": 32}, "fit": {"refit-projections": "none"}}"#;
 
 #[test]
 fn scores_and_choices_go_on() {
@@ -107,9 +107,9 @@ fn evaluations_go_on() {
         "--model",
         "pruned",
         "--num-prompts",
-        "96",
+        "48",
         "--steps",
-        "8",
+        "4",
     ];
     let eval = [&eval[..], &["--save-every", "0", "--output"]].concat();
     ok(w, &[&eval[..], &["whole"]].concat());
@@ -147,7 +147,7 @@ fn what_is_stopped_says_where_it_goes_on() {
     }
     let id = child.id().to_string();
     let mut kill = std::process::Command::new("kill");
-    assert!(kill.args(["-INT", &id]).status().unwrap().success());
+    assert!(kill.args(["-TERM", &id]).status().unwrap().success());
     let out = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(!out.status.success(), "finished before it was stopped");

@@ -92,7 +92,7 @@ fn off(got: &Flux, want: &Flux, noised: &NoisedLatents) -> f64 {
 
 #[test]
 fn a_block_that_is_a_layer_of_the_form_is_recovered() {
-    let (flux, noised) = bundled(48);
+    let (flux, noised) = bundled(16);
     let layer = |vec: bool| AffineLayer {
         linear: Linear::new(random(0.02, &[128, 128]), Some(random(0.1, &[128]))).unwrap(),
         vec: vec.then(|| Linear::new(random(0.02, &[128, 128]), None).unwrap()),
@@ -114,8 +114,8 @@ fn a_block_that_is_a_layer_of_the_form_is_recovered() {
             }
         };
         let mut known_flux = flux.clone();
-        known_flux.trunk = flux.trunk.with_block(7, known.into()).unwrap();
-        let replace = [replace(BlockId::single(2), form, joint)];
+        known_flux.trunk = flux.trunk.with_block(12, known.into()).unwrap();
+        let replace = [replace(BlockId::single(7), form, joint)];
         let fitted = fit(&known_flux, &noised, &replace, RefitProjections::All);
         let off = off(&fitted, &known_flux, &noised).sqrt();
         assert!(off < 1e-5, "{form} joint {joint}: {off}");
@@ -124,10 +124,10 @@ fn a_block_that_is_a_layer_of_the_form_is_recovered() {
 
 #[test]
 fn each_further_refit_brings_the_velocity_nearer() {
-    let (flux, noised) = bundled(40);
+    let (flux, noised) = bundled(24);
     let replace = [
-        replace(BlockId::double(1), Form::Linear, false),
-        replace(BlockId::single(4), Form::Modulated, false),
+        replace(BlockId::double(4), Form::Linear, false),
+        replace(BlockId::single(6), Form::Modulated, false),
     ];
     let [none, head, all] = [
         RefitProjections::None,
@@ -149,9 +149,9 @@ fn nothing_is_refitted_where_nothing_is_replaced() {
 fn streams_that_wait_in_a_file_give_the_same_weights() {
     let (flux, noised) = bundled(12);
     let replace = [
-        replace(BlockId::double(1), Form::Modulated, false),
-        replace(BlockId::single(4), Form::Linear, false),
-        replace(BlockId::single(6), Form::Modulated, false),
+        replace(BlockId::double(4), Form::Modulated, false),
+        replace(BlockId::single(6), Form::Linear, false),
+        replace(BlockId::single(8), Form::Modulated, false),
     ];
     for refit in [RefitProjections::Head, RefitProjections::All] {
         let fit = |in_memory| fit_within(in_memory, &flux, &noised, &replace, refit);
