@@ -85,28 +85,7 @@ __device__ void norm_backward(const NormBackward &p) {
     const typename F::Bits *grad = row<F>(p.grad, batch, token);
     const long long to = ((long long)batch * gridDim.x + token) * p.width;
     float held[HELD][N], moved[HELD][N];
-
-    float sum = 0;
-    #pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        const int at = (i * blockDim.x + threadIdx.x) * N;
-        read<F>(x + at, p.width - at, p.whole, held[i]);
-        #pragma unroll
-        for (int j = 0; j < N; j++) sum += held[i][j];
-    }
-    const float mean = sum_of_block(sum) / p.width;
-
-    float squares = 0;
-    #pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        const int left = p.width - (i * blockDim.x + threadIdx.x) * N;
-        #pragma unroll
-        for (int j = 0; j < N; j++) {
-            held[i][j] = j < left ? held[i][j] - mean : 0;
-            squares += held[i][j] * held[i][j];
-        }
-    }
-    const float factor = 1 / sqrtf(sum_of_block(squares) / p.width + p.eps);
+    const float factor = centred<F>(x, p.width, p.whole, p.eps, held);
 
     float along_one = 0, along_normed = 0;
     #pragma unroll

@@ -21,28 +21,7 @@ __device__ void norm_modulate(const NormModulate &p) {
     const typename F::Bits *shift = row<F>(p.shift, batch, 0), *scale = row<F>(p.scale, batch, 0);
     typename F::Bits *out = (typename F::Bits *)p.out + ((long long)batch * gridDim.x + token) * p.width;
     float held[HELD][N];
-
-    float sum = 0;
-    #pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        const int at = (i * blockDim.x + threadIdx.x) * N;
-        read<F>(x + at, p.width - at, p.whole, held[i]);
-        #pragma unroll
-        for (int j = 0; j < N; j++) sum += held[i][j];
-    }
-    const float mean = sum_of_block(sum) / p.width;
-
-    float squares = 0;
-    #pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        const int left = p.width - (i * blockDim.x + threadIdx.x) * N;
-        #pragma unroll
-        for (int j = 0; j < N; j++) {
-            held[i][j] -= mean;
-            if (j < left) squares += held[i][j] * held[i][j];
-        }
-    }
-    const float factor = 1 / sqrtf(sum_of_block(squares) / p.width + p.eps);
+    const float factor = centred<F>(x, p.width, p.whole, p.eps, held);
 
     #pragma unroll
     for (int i = 0; i < HELD; i++) {

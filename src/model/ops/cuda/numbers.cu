@@ -168,3 +168,30 @@ __device__ inline float most_of_block(float x) {
     for (int i = 1; i < blockDim.x / 32; i++) x = fmaxf(x, parts[i]);
     return x;
 }
+
+// The row less its mean, zero behind its end, and 1 / its deviation.
+template <typename F>
+__device__ float centred(const typename F::Bits *x, int width, int whole, float eps, float (&held)[HELD][F::N]) {
+    const int N = F::N;
+    float sum = 0;
+    #pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const int at = (i * blockDim.x + threadIdx.x) * N;
+        read<F>(x + at, width - at, whole, held[i]);
+        #pragma unroll
+        for (int j = 0; j < N; j++) sum += held[i][j];
+    }
+    const float mean = sum_of_block(sum) / width;
+
+    float squares = 0;
+    #pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        const int left = width - (i * blockDim.x + threadIdx.x) * N;
+        #pragma unroll
+        for (int j = 0; j < N; j++) {
+            held[i][j] = j < left ? held[i][j] - mean : 0;
+            squares += held[i][j] * held[i][j];
+        }
+    }
+    return 1 / sqrtf(sum_of_block(squares) / width + eps);
+}
