@@ -155,6 +155,11 @@ class Layer(nn.Module):
         return y.clip(-65504, 65504) if y.dtype == torch.float16 else y
 
 
+def streams(linear):
+    """The layers of the text and the image tokens. Not told by `Layer`: diffusers runs this file again for each model that it opens."""
+    return (linear["txt"], linear["img"]) if isinstance(linear, nn.ModuleDict) else (linear, linear)
+
+
 class ReplacedBlock(nn.Module):
     """What stands for one or several replaced blocks: a layer for each stream, or one for both. Called as diffusers' blocks are, of either kind."""
 
@@ -163,7 +168,7 @@ class ReplacedBlock(nn.Module):
         self.linear = Layer(width, form) if joint else nn.ModuleDict({s: Layer(width, form) for s in ("txt", "img")})
 
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
-        txt, img = (self.linear, self.linear) if isinstance(self.linear, Layer) else (self.linear["txt"], self.linear["img"])
+        txt, img = streams(self.linear)
         return txt(encoder_hidden_states, temb), img(hidden_states, temb)
 
 
@@ -184,7 +189,7 @@ class Replaced2(nn.Module):
         self.seen = seen
 
     def layers(self, txt, img, txt_modulation, img_modulation):
-        of_txt, of_img = (self.linear, self.linear) if isinstance(self.linear, Layer) else (self.linear["txt"], self.linear["img"])
+        of_txt, of_img = streams(self.linear)
         with_batch = lambda mod: mod.unsqueeze(1) if mod.ndim == 2 else mod
         return of_txt(txt, self.seen.temb, with_batch(txt_modulation)), of_img(img, self.seen.temb, with_batch(img_modulation))
 
