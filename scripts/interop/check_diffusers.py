@@ -9,7 +9,8 @@
 FLUX.1 is the bundled model, FLUX.2 the small random pipeline of tests/golden/flux2. Each case prunes with `--layout diffusers`, opens the folder with
 `AutoModel` (removed blocks: with diffusers' own class, which must refuse the others), records the velocity and a whole image, and has `fastflux verify`
 compare them. The same model as one file with original names must give the same tensors by `from_single_file`, and the folder as a pipeline (`--whole`), saved
-and opened again, too. Exit status 1 when a case fails.
+and opened again, too. LoRA of tests/golden/lora that `load_lora_weights` reads are drawn with on the whole and on a pruned pipeline: no value of an image
+may be more than 1 of 255 away. Exit status 1 when a case fails.
 """
 
 import argparse
@@ -21,9 +22,12 @@ import sys
 import tempfile
 
 import diffusers.utils.logging
+import numpy
 import torch
 import transformers.utils.logging
 from diffusers import AutoModel, DiffusionPipeline, Flux2KleinPipeline, Flux2Transformer2DModel, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -168,6 +172,44 @@ def check(args, family, work, blocks, form, joint):
     return same and verified.returncode == 0
 
 
+# those that diffusers reads at the width of that pipeline; its conversion of kohya's fused names knows FLUX.1's own width only
+LORA = ["diffusers", "metadata", "dora", "bias", "xlabs", "text"]
+LORA_OF_PRUNED = [*LORA, "kohya", "comfyui", "comfyui_alpha", "onetrainer"]
+
+
+def check_lora(args, work):
+    pipe, pruned, failed = ROOT / "tests/golden/dev/pipe", work / "pruned", []
+    size = ["--width", 32, "--height", 32]
+    few = ["--blocks", "single.01", "--num-prompts", 4, "--steps", 1, *size, "--whole"]
+    if fastflux(args, "prune", "--model", pipe, *few, "--output", pruned).returncode != 0:
+        return ["LoRA: prune"]
+    for model, names in ((pipe, LORA), (pruned, LORA_OF_PRUNED)):
+        theirs = DiffusionPipeline.from_pretrained(model, trust_remote_code=True, torch_dtype=torch.float32)
+        theirs.set_progress_bar_config(disable=True)
+        for name in names:
+            file = ROOT / f"tests/golden/lora/{name}.safetensors"
+            with safe_open(file, "pt") as lora:  # diffusers leaves T5's part out
+                tensors = {key: lora.get_tensor(key) for key in lora.keys() if not key.startswith("lora_te3_")}
+                save_file(tensors, work / file.name, metadata=lora.metadata())
+            for weight in (1, -0.5):
+                if model == pruned:
+                    theirs.load_lora_weights(theirs.transformer.renumbered(str(work / file.name)), adapter_name="lora")
+                else:
+                    theirs.load_lora_weights(work, weight_name=file.name, adapter_name="lora")
+                theirs.set_adapters("lora", weight)
+                options = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 3.5, "max_sequence_length": 16}
+                image = theirs("a red house", generator=torch.Generator().manual_seed(0), **options).images[0]
+                theirs.delete_adapters("lora")
+                output = work / f"{model.name}-{name}-{weight}.png"
+                more = ["--prompt", "a red house", *size, "--steps", 2, "--seed", 0, "--max-sequence-length", 16, "--output", output]
+                drawn = fastflux(args, "generate", "--model", model, "--lora", f"{work / file.name}:{weight}", *more).returncode == 0
+                away = int(abs(numpy.asarray(image).astype(int) - numpy.asarray(Image.open(output))).max()) if drawn else 255
+                print(f"    {model.name:8} {name:14} × {weight:4}: images at most {away} of 255 away{'' if away <= 1 else '  OFF'}", flush=True)
+                if away > 1:
+                    failed.append(f"LoRA: {name} on {model.name}")
+    return failed
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fastflux", default=ROOT / "target/release/fastflux")
@@ -192,6 +234,10 @@ def main():
             with tempfile.TemporaryDirectory() as work:
                 if not check(args, FAMILIES[family](), pathlib.Path(work), blocks, form, joint):
                     failed.append(f"{family}: {name}")
+    if "LoRA".startswith(wanted) and args.family != "flux2":
+        print("flux1: LoRA", flush=True)
+        with tempfile.TemporaryDirectory() as work:
+            failed += check_lora(args, pathlib.Path(work))
     print(f"FAILED: {', '.join(failed)}" if failed else "all agree")
     return 1 if failed else 0
 
