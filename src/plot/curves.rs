@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 
-use super::{Axis, COLOURS, Chart, heading, svg};
+use super::{Axis, COLOURS, Chart, heading, legend, svg};
 
-/// Width and height of a chart in pixels: letters stay readable on a phone.
+/// Width and height of a chart below its legend, in pixels: letters stay readable on a phone.
 const SIZE: (u32, u32) = (480, 300);
 
 /// A named curve.
@@ -36,8 +36,12 @@ pub fn svg_of(x_name: &str, y_name: &str, curves: &[Curve]) -> Result<Option<Str
         .iter()
         .map(|(c, colour)| (c.name.as_str(), *colour))
         .collect();
-    svg(SIZE, false, |root| {
-        let below = heading(root, "", if curves.len() > 1 { &legend } else { &[] })?;
+    let legend = if curves.len() > 1 { &legend[..] } else { &[] };
+    let names: Vec<&str> = legend.iter().map(|(name, _)| *name).collect();
+    let (width, height) = SIZE;
+    let size = (width, height + legend::height(&names, width as i32) as u32);
+    svg(size, false, |root| {
+        let below = heading(root, "", legend)?;
         let x = Axis::linear(x_name, left - margin, right + margin);
         let y = Axis::log(y_name, all().map(|p| p.1), 1.25);
         let mut chart = Chart::new(&below, x, y)?;

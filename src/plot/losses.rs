@@ -6,7 +6,7 @@ use plotters::{
     style::text_anchor::{HPos, Pos, VPos},
 };
 
-use super::{Axis, COLOURS, Chart, Drawn, LABEL, LETTER, MUTED, font, heading, svg};
+use super::{Axis, COLOURS, Chart, Drawn, LABEL, MUTED, font, heading, legend::width_of, svg};
 
 /// Width and height in pixels.
 const SIZE: (u32, u32) = (960, 440);
@@ -14,6 +14,8 @@ const SIZE: (u32, u32) = (960, 440);
 const MAX_POINTS: usize = 1200;
 /// Width of the plot in pixels, for the names of phases.
 const PLOT_WIDTH: f64 = 860.0;
+/// How far names may reach over its ends.
+const MARGINS: f64 = 14.0;
 
 /// One step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -74,7 +76,7 @@ pub fn svg_of(log: &[LossPoint]) -> Result<String> {
         let below = below.margin(14, 0, 0, 0);
         let x = Axis::linear("steps of all phases", 0.0, total);
         let mut chart = Chart::new(&below, x, Axis::log("loss", values(), 1.12))?;
-        let mut named = f64::NEG_INFINITY;
+        let mut named = -MARGINS;
         for phase in &phases {
             let curve = |value: fn(&LossPoint) -> Option<f64>| {
                 let points = phase.points.iter();
@@ -83,37 +85,47 @@ pub fn svg_of(log: &[LossPoint]) -> Result<String> {
             };
             chart.line(&curve(|p| p.loss), MUTED, 1)?;
             chart.line(&curve(|p| p.held_out), COLOURS[0], 2)?;
-            // names that would run into each other are left out
+            // names that would run into each other or over the end are short, or left out
             let middle = (phase.start + phase.length / 2.0) / total * PLOT_WIDTH;
-            let half = phase.name.chars().count() as f64 * f64::from(LABEL) * LETTER / 2.0 + 4.0;
-            let fits = middle - half > named;
-            if fits {
-                named = middle + half;
+            let half = |name: &String| f64::from(width_of(name)) / 2.0 + 4.0;
+            let fits = |name: &String| {
+                let half = half(name);
+                middle - half > named && middle + half < PLOT_WIDTH + MARGINS
+            };
+            let name = [phase.name.to_owned(), short(phase.name)]
+                .into_iter()
+                .find(fits);
+            if let Some(name) = &name {
+                named = middle + half(name);
             }
-            boundary(&mut chart, phase, fits)?;
+            boundary(&mut chart, phase, name)?;
         }
         Ok(())
     })
 }
 
-/// A line at the end of a phase, and its name above.
-fn boundary(chart: &mut Chart, phase: &Phase, named: bool) -> Drawn {
+/// `double.01 +2` of a phase with a layer that stands for three blocks.
+fn short(phase: &str) -> String {
+    match phase.split_once('+') {
+        Some((first, rest)) => format!("{first} +{}", rest.split('+').count()),
+        None => phase.to_owned(),
+    }
+}
+
+/// A line at the end of a phase, and its name above, if there is room for it.
+fn boundary(chart: &mut Chart, phase: &Phase, name: Option<String>) -> Drawn {
     let (low, high) = (chart.y.low, chart.y.high);
     let end = phase.start + phase.length;
     let line = PathElement::new([(end, low), (end, high)], BLACK.mix(0.25));
     chart.context.draw_series(std::iter::once(line))?;
-    if named {
+    if let Some(name) = name {
         let style = font(LABEL).pos(Pos::new(HPos::Center, VPos::Bottom));
         let (x, y) = chart
             .context
             .backend_coord(&(phase.start + phase.length / 2.0, high));
         let area = chart.context.plotting_area().strip_coord_spec();
         let (left, top) = area.get_base_pixel();
-        area.draw(&Text::new(
-            phase.name.to_owned(),
-            (x - left, y - top - 4),
-            style,
-        ))?;
+        area.draw(&Text::new(name, (x - left, y - top - 4), style))?;
     }
     Ok(())
 }
@@ -160,6 +172,34 @@ mod tests {
                 .map(|p| (p.start, p.length))
                 .collect::<Vec<_>>(),
             [(0.0, 6.0), (6.0, 5.0)]
+        );
+    }
+
+    #[test]
+    fn names_of_phases_that_have_no_room_are_short() {
+        let names = [
+            "double.01+double.02+double.03+double.04+double.05",
+            "single.00",
+            "finetune",
+        ];
+        let point = |phase, step: usize| LossPoint {
+            phase,
+            step,
+            loss: Some(0.1),
+            held_out: None,
+        };
+        let log: Vec<_> = names
+            .into_iter()
+            .flat_map(|name| [point(name, 1), point(name, 2)])
+            .collect();
+        let svg = svg_of(&log).unwrap();
+        assert!(
+            svg.contains("double.01 +4") && svg.contains("single.00"),
+            "{svg}"
+        );
+        assert!(
+            svg_of(&log[..2]).unwrap().contains(names[0]),
+            "it has all the room"
         );
     }
 

@@ -16,16 +16,23 @@ use plotters::{
 
 pub mod bars;
 pub mod curves;
+mod legend;
 pub mod losses;
 
 /// Colours of curves, in the order of their legends; readable on white and on black.
-const COLOURS: [RGBColor; 6] = [
+const COLOURS: [RGBColor; 12] = [
     RGBColor(0x3b, 0x82, 0xd6),
     RGBColor(0xe0, 0x7b, 0x2c),
     RGBColor(0x2e, 0x9e, 0x78),
     RGBColor(0xb0, 0x5c, 0xc8),
     RGBColor(0xd0, 0x4a, 0x4a),
     RGBColor(0x8a, 0x8a, 0x2e),
+    RGBColor(0x1a, 0xa8, 0xb8),
+    RGBColor(0x9a, 0x6a, 0x4a),
+    RGBColor(0xd8, 0x6f, 0xa8),
+    RGBColor(0x66, 0x70, 0xc8),
+    RGBColor(0x6c, 0xa8, 0x3a),
+    RGBColor(0x70, 0x80, 0x90),
 ];
 /// Colour of what is context for the other curves.
 const MUTED: RGBColor = RGBColor(0x9a, 0xa0, 0xa6);
@@ -33,8 +40,6 @@ const MUTED: RGBColor = RGBColor(0x9a, 0xa0, 0xa6);
 /// Sizes of letters, in pixels.
 const TITLE: i32 = 15;
 const LABEL: i32 = 12;
-/// Width of a letter as a share of its size, on average.
-const LETTER: f64 = 0.55;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn Error>>;
@@ -74,21 +79,23 @@ fn heading<'a>(
     }
     if !legend.is_empty() {
         let style = font(LABEL).pos(Pos::new(HPos::Left, VPos::Center));
-        let (mut x, y) = (MARGIN, height + 13);
-        for (name, colour) in legend {
+        let names: Vec<&str> = legend.iter().map(|(name, _)| *name).collect();
+        let width = area.dim_in_pixel().0 as i32;
+        for ((x, row, name), (_, colour)) in legend::places(&names, width).into_iter().zip(legend) {
+            let y = height + 13 + row * legend::ROW;
             let swatch = [(x, y - 4), (x + 14, y + 4)];
             area.draw(&Rectangle::new(swatch, colour.filled()))?;
-            area.draw(&Text::new((*name).to_owned(), (x + 20, y), style.clone()))?;
-            let letters = name.chars().count() as f64 * f64::from(LABEL) * LETTER;
-            x += 20 + letters as i32 + 18;
+            area.draw(&Text::new(name, (x + legend::SWATCH, y), style.clone()))?;
         }
-        height += 22;
+        height += legend::height(&names, width);
     }
     Ok(area.margin(height, 0, 0, 0))
 }
 
 /// Left of titles and legends, in pixels.
 const MARGIN: i32 = 14;
+/// Marks of a logarithmic axis at least; with fewer the values between cannot be read.
+const MIN_MARKS: usize = 3;
 
 /// Numbers that an axis has a place for: beyond them marks and logarithms are of no use.
 const SMALLEST: f64 = 1e-30;
@@ -135,7 +142,10 @@ impl Axis {
         } else {
             (0.1, 1.0)
         };
-        let marks = log_marks(low, high);
+        let mut marks = log_marks(low, high);
+        if marks.len() < MIN_MARKS {
+            marks = linear_marks(low, high);
+        }
         Self {
             name: name.to_owned(),
             scale: Scale::Log,
@@ -311,6 +321,20 @@ mod tests {
         let written = [0.0, 0.02, 0.2 * 3.0, 150.0, 3e-5, 2e6].map(number);
         assert_eq!(written, ["0", "0.02", "0.6", "150", "3e-5", "2e6"]);
     }
+
+    #[test]
+    fn a_narrow_range_has_marks_too() {
+        for (low, high) in [(0.0071, 0.0095), (0.3, 0.5), (1.1, 1.9), (0.01, 0.02)] {
+            let axis = Axis::log("", [low, high].into_iter(), 1.0);
+            assert!(axis.marks.len() >= MIN_MARKS, "{:?}", axis.marks);
+            assert!(
+                axis.marks
+                    .iter()
+                    .all(|(mark, _)| (low..=high).contains(mark))
+            );
+        }
+    }
+
     #[test]
     fn what_lies_beyond_an_axis_stays_within_a_screen_of_it() {
         let log = Axis::log("", [1.0, 2.0].into_iter(), 1.1);
