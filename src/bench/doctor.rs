@@ -102,7 +102,10 @@ impl DoctorReport {
             format!("version    {}", self.tool),
             format!("features   {}", listed(&self.features)),
             format!("system     {}", self.machine.system),
-            format!("processor  {processor}, {} threads", self.machine.threads),
+            format!(
+                "processor  {processor}, {}",
+                ui::counted(self.machine.threads, "thread")
+            ),
             format!("kernels    {}", listed(&has)),
             format!(
                 "device     {}",

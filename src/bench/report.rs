@@ -98,7 +98,7 @@ impl Row {
         } else {
             self.what.clone()
         };
-        let speed_up = self.speed_up.map(|s| format!("{s:.2}x"));
+        let speed_up = self.speed_up.map(|s| format!("{s:.2}×"));
         vec![
             what,
             format!("{:.3}", 1e3 * t.median),

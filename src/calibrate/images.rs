@@ -9,6 +9,7 @@ use crate::{
     device::Runtime,
     pipeline::{Pipeline, load},
     sample::{encoded::References, image, latents, size::ImageSize},
+    ui,
 };
 
 /// The images of a folder in the order of their names, with the captions next to them.
@@ -101,8 +102,9 @@ fn encode_as(
         out.push(packed.to_device(&candle::Device::Cpu)?);
         progress.inc(1);
     }
-    pipeline
-        .reporter
-        .done(&progress, format!("encoded {} images", images.len()));
+    pipeline.reporter.done(
+        &progress,
+        format!("encoded {}", ui::counted(images.len(), "image")),
+    );
     Ok(Tensor::cat(&out, 0)?)
 }

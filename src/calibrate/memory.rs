@@ -296,19 +296,19 @@ impl CalibrationEstimate {
         let mut lines = vec![
             format!("model       {} on {}", self.model, self.runtime),
             format!(
-                "sampling    {} prompts × {} steps at {}×{}, {} forwards of {}: {}",
-                self.prompts,
-                self.steps,
+                "sampling    {} × {} at {}×{}, {} of {}: {}",
+                ui::counted(self.prompts, "prompt"),
+                ui::counted(self.steps, "step"),
                 d.width,
                 d.height,
-                self.forwards.sampling,
+                ui::counted(self.forwards.sampling, "forward"),
                 self.batch,
                 ui::flops(self.flops.sampling)
             ),
             format!(
-                "statistics  {} noised latents, {} forwards more: {}",
-                d.noised,
-                self.forwards.statistics,
+                "statistics  {}, {} more: {}",
+                ui::counted(d.noised, "noised latent"),
+                ui::counted(self.forwards.statistics, "forward"),
                 ui::flops(self.flops.statistics),
             ),
             format!(

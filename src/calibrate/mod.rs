@@ -19,6 +19,7 @@ use crate::{
         finite::FiniteCheck,
         schedule::Schedule,
     },
+    ui,
 };
 
 mod behind;
@@ -82,6 +83,11 @@ impl<'a> Calibrator<'a> {
         let images = images
             .map(|images| images::encode(pipeline, runtime, options.size, images))
             .transpose()?;
+        let held_out = options.prompts.len() - options.num_prompts;
+        pipeline.reporter.note(format!(
+            "{} to calibrate on, {held_out} held out to compare by",
+            ui::counted(options.num_prompts, "prompt")
+        ));
         let mut encoded = load::encode_prompts(pipeline, &options.prompts, None, runtime)?;
         let paths = &options.recipe.reference_images;
         if !paths.is_empty() {
@@ -253,7 +259,11 @@ impl<'a> Calibrator<'a> {
         }
         self.pipeline.reporter.done(
             &progress,
-            format!("generated {count} prompts with {} models", models.len()),
+            format!(
+                "generated {} with {}",
+                ui::counted(count, "prompt"),
+                ui::counted(models.len(), "model")
+            ),
         );
         Ok((rows, &self.options.prompts[last]))
     }

@@ -141,8 +141,14 @@ fn run(calibrator: &Calibrator, options: &RunOptions) -> Result<Calibration> {
             let done = out.header.done.len();
             format!("calibrated {done} of {} units", out.header.units)
         }
-        (true, _) => format!("calibrated on {} noised latents", pass.num_noised()),
-        (false, _) => format!("sampled {} images", calibrator.options.prompts.len()),
+        (true, _) => format!(
+            "calibrated on {}",
+            ui::counted(pass.num_noised(), "noised latent")
+        ),
+        (false, _) => format!(
+            "sampled {}",
+            ui::counted(calibrator.options.prompts.len(), "image")
+        ),
     };
     calibrator.pipeline.reporter.done(&progress, what);
     load::check_kernels(calibrator.runtime, &calibrator.pipeline.reporter);

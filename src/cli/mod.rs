@@ -77,7 +77,7 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Run the model on prompts and accumulate the sums that scores and fits are computed from.
     #[command(
-        after_help = "Examples:\n  fastflux calibrate --output stats.safetensors\n  fastflux calibrate --model flux1-dev.safetensors --text-encoders encoders --dry-run\n  fastflux calibrate --shard 2/8 --output stats-2.safetensors\n  fastflux calibrate --images photos --output stats.safetensors"
+        after_help = "Examples:\n  fastflux calibrate --output stats.safetensors\n  fastflux calibrate --model flux1-dev.safetensors --text-encoders encoders \\\n      --dry-run\n  fastflux calibrate --shard 2/8 --output stats-2.safetensors\n  fastflux calibrate --images photos --output stats.safetensors"
     )]
     Calibrate(CalibrateArgs),
     /// Add up the statistics files of shards.
@@ -92,34 +92,34 @@ pub enum Command {
     Score(ScoreArgs),
     /// Choose the blocks to replace and estimate what that saves, without writing a model.
     #[command(
-        after_help = "Examples:\n  fastflux plan --ratio 0.2 --output plan.json\n  fastflux plan --scores scores.json --ratio 0.1,0.2,0.3,0.4\n  fastflux plan --for 24GiB --model black-forest-labs/FLUX.1-dev\n  fastflux plan --model flux1-dev.safetensors --stats stats.safetensors --target-speedup 1.2"
+        after_help = "Examples:\n  fastflux plan --ratio 0.2 --output plan.json\n  fastflux plan --scores scores.json --ratio 0.1,0.2,0.3,0.4\n  fastflux plan --for 24GiB --model black-forest-labs/FLUX.1-dev\n  fastflux plan --model flux1-dev.safetensors --stats stats.safetensors \\\n      --target-speedup 1.2"
     )]
     Plan(PlanArgs),
     /// Replace the least important blocks by linear layers and write a pruned checkpoint.
     #[command(
-        after_help = "Examples:\n  fastflux prune --ratio 0.2 --output pruned\n  fastflux prune --model black-forest-labs/FLUX.1-schnell --ratio 0.2 --prompts prompts.txt --output schnell-20\n  fastflux prune --plan plan.json --output mine\n\nA plan.json by hand (a layer for double.01, one layer for two neighbours, single.07 left out; other forms: conditioned, modulated):\n  {\"replace\": [\n    {\"replaces\": [\"double.01\"], \"form\": \"linear\"},\n    {\"replaces\": [\"single.03\", \"single.04\"], \"form\": \"linear\"},\n    {\"replaces\": [\"single.07\"], \"form\": \"remove\"}\n  ]}"
+        after_help = "Examples:\n  fastflux prune --ratio 0.2 --output pruned\n  fastflux prune --model black-forest-labs/FLUX.1-schnell --ratio 0.2 \\\n      --prompts prompts.txt --output schnell-20\n  fastflux prune --plan plan.json --output mine\n\nA plan.json by hand (a layer for double.01, one layer for two neighbours, single.07 left out; other forms: conditioned, modulated):\n  {\"replace\": [\n    {\"replaces\": [\"double.01\"], \"form\": \"linear\"},\n    {\"replaces\": [\"single.03\", \"single.04\"], \"form\": \"linear\"},\n    {\"replaces\": [\"single.07\"], \"form\": \"remove\"}\n  ]}"
     )]
     Prune(PruneArgs),
     /// Train what a pruned model has in place of its blocks, and a LoRA next to it, towards the unpruned model.
     ///
     /// Without --model the bundled model is pruned at 20 % first, which takes about a minute.
     #[command(
-        after_help = "Examples:\n  fastflux train-sandwich --output trained\n  fastflux train-sandwich --model pruned --output trained --rank 16 --log losses.jsonl"
+        after_help = "Examples:\n  fastflux train-sandwich --output trained\n  fastflux train-sandwich --model pruned --output trained --rank 16 \\\n      --log losses.jsonl"
     )]
     TrainSandwich(TrainArgs),
     /// Write what differs between pruned models and the model that they were made from: a patch, which makes them of it again.
     #[command(
-        after_help = "Examples:\n  fastflux diff --model pruned --output patch.safetensors\n  fastflux diff --model pruned-10 --model pruned-20 --output levels.safetensors\n  fastflux generate --model flux1-dev.safetensors --patch levels.safetensors --level 20 --prompt \"a fox in the snow\""
+        after_help = "Examples:\n  fastflux diff --model pruned --output patch.safetensors\n  fastflux diff --model pruned-10 --model pruned-20 --output levels.safetensors\n  fastflux generate --model flux1-dev.safetensors --patch levels.safetensors \\\n      --level 20 --prompt \"a fox in the snow\""
     )]
     Diff(DiffArgs),
     /// Generate images from prompts.
     #[command(
-        after_help = "Examples:\n  fastflux generate --prompt \"a red circle left of a blue square on a white background\"\n  fastflux generate --model pruned --prompt-file prompts.txt --output images\n  fastflux generate --model flux1-dev.safetensors --text-encoders encoders --vae ae.safetensors --prompt \"a fox in the snow\""
+        after_help = "Examples:\n  fastflux generate \\\n      --prompt \"a red circle left of a blue square on a white background\"\n  fastflux generate --model pruned --prompt-file prompts.txt --output images\n  fastflux generate --model flux1-dev.safetensors --text-encoders encoders \\\n      --vae ae.safetensors --prompt \"a fox in the snow\""
     )]
     Generate(GenerateArgs),
     /// Generate the same prompts with a model and the one it was made from; write numbers, images and a page that shows them.
     #[command(
-        after_help = "Examples:\n  fastflux eval --model pruned --output report\n  fastflux eval --model pruned-10 --model pruned-20 --prompts prompts.txt --num-prompts 16\n  fastflux eval --model flux1-lite.safetensors --baseline flux1-dev.safetensors --text-encoders encoders --vae ae.safetensors"
+        after_help = "Examples:\n  fastflux eval --model pruned --output report\n  fastflux eval --model pruned-10 --model pruned-20 --prompts prompts.txt \\\n      --num-prompts 16\n  fastflux eval --model flux1-lite.safetensors --baseline flux1-dev.safetensors \\\n      --text-encoders encoders --vae ae.safetensors"
     )]
     Eval(EvalArgs),
     /// Compare a model with tensors recorded from diffusers.
@@ -129,12 +129,12 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Write a model in another number format: bf16, f16, f32, float8 (e4m3), or GGUF for ComfyUI-GGUF and others.
     #[command(
-        after_help = "Examples:\n  fastflux convert --dtype f8e4m3 --output tiny-fp8.safetensors\n  fastflux convert --model pruned --gguf q8_0 --output pruned-q8_0.gguf\n  fastflux convert --model flux1-dev.safetensors --gguf q4_k --output flux1-dev-q4_k.gguf --dry-run\n  fastflux convert --model flux1-dev-Q4_K_S.gguf --dtype bf16 --output wide"
+        after_help = "Examples:\n  fastflux convert --dtype f8e4m3 --output tiny-fp8.safetensors\n  fastflux convert --model pruned --gguf q8_0 --output pruned-q8_0.gguf\n  fastflux convert --model flux1-dev.safetensors --gguf q4_k \\\n      --output flux1-dev-q4_k.gguf --dry-run\n  fastflux convert --model flux1-dev-Q4_K_S.gguf --dtype bf16 --output wide"
     )]
     Convert(ConvertArgs),
     /// Write a randomly initialised checkpoint of any size, for tests and benchmarks.
     #[command(
-        after_help = "Examples:\n  fastflux init --config flux1-dev --dry-run\n  fastflux init --config configs/tiny/transformer/config.json --seed 1 --output random/flux.safetensors"
+        after_help = "Examples:\n  fastflux init --config flux1-dev --dry-run\n  fastflux init --config configs/tiny/transformer/config.json --seed 1 \\\n      --output random/flux.safetensors"
     )]
     Init(InitArgs),
     /// Time one transformer step and each kind of block, next to the most that the machine reaches.
@@ -142,7 +142,7 @@ pub enum Command {
     /// The last columns are shares of a large matrix product's and of a large copy's speed, measured in the same run;
     /// weights that the caches hold are read faster than the copy.
     #[command(
-        after_help = "Examples:\n  fastflux bench\n  fastflux bench --model pruned --against flux1-dev.safetensors --size 512,1024 --batch 1,2\n  fastflux bench --config flux1-dev --dtype bf16 --json"
+        after_help = "Examples:\n  fastflux bench\n  fastflux bench --model pruned --against flux1-dev.safetensors \\\n      --size 512,1024 --batch 1,2\n  fastflux bench --config flux1-dev --dtype bf16 --json"
     )]
     Bench(BenchArgs),
     /// Show what this build can do and what the machine has: features, kernels, GPUs, free memory and disk, cache.

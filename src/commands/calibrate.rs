@@ -46,7 +46,7 @@ pub(super) fn run(args: &CalibrateArgs, reporter: &Reporter) -> Result<()> {
     run.remove_partial()?;
     let report = CalibrationReport::new(&calibration, output);
     super::show(args.output.print, &report, || report.text())?;
-    let model = super::model_flag(args.pipeline.model.model.as_deref());
+    let model = super::model_flags(&args.pipeline);
     let next = format!(
         "plan {model}--stats {} --ratio 0.2",
         super::path_word(output)

@@ -131,8 +131,11 @@ fn say_what_is_drawn(jobs: &[ImageJob], pipeline: &Pipeline) {
         .guidance
         .map_or_else(String::new, |g| format!(", guidance {g}"));
     pipeline.reporter.note(format!(
-        "{}×{}, {} steps{guidance}, seed {}",
-        first.width, first.height, first.steps, first.seed
+        "{}×{}, {}{guidance}, seed {}",
+        first.width,
+        first.height,
+        ui::counted(first.steps, "step"),
+        first.seed
     ));
     let base = pipeline.record.as_ref().map(|record| record.base.as_str());
     let is_bundled = [Some(pipeline.model_ref.as_str()), base].contains(&Some(BUNDLED));

@@ -1,6 +1,9 @@
 //! One file per subcommand: read, call the stage, write. All I/O and talk happens here.
 
-use std::{path::Path, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::Result;
 use serde::Serialize;
@@ -8,7 +11,7 @@ use serde::Serialize;
 use self::options::{bare_choice, memory, model_choice, open, runtime};
 use crate::{
     checkpoint::save,
-    cli::{Command, PrintArgs},
+    cli::{Command, PipelineArgs, PrintArgs},
     plot::losses::{self, LossPoint},
     train::Entry,
     ui::{self, Reporter},
@@ -82,6 +85,28 @@ fn suggest(reporter: &Reporter, command: &str) {
 /// `--model NAME ` as the user gave it, for commands that are suggested.
 fn model_flag(model: Option<&str>) -> String {
     model.map_or_else(String::new, |model| format!("--model {} ", quoted(model)))
+}
+
+/// The flags that name a model and its parts, as the user gave them, each with a space behind.
+fn model_flags(args: &PipelineArgs) -> String {
+    let path = |flag: &str, path: &Option<PathBuf>| {
+        let path = path.as_deref().map(path_word);
+        path.map_or_else(String::new, |path| format!("--{flag} {path} "))
+    };
+    let model = &args.model;
+    let mut out = model_flag(model.model.as_deref());
+    let patch = model.patch.choice();
+    out += &path("patch", &patch.as_ref().map(|choice| choice.path.clone()));
+    if let Some(level) = patch.and_then(|choice| choice.level) {
+        out += &format!("--level {} ", quoted(&level));
+    }
+    for lora in &model.lora.lora {
+        let file = format!("{}:{}", lora.path.display(), lora.weight);
+        out += &format!("--lora {} ", quoted(&file));
+    }
+    out += &path("config", &model.config.config);
+    out += &path("text-encoders", &args.parts.text_encoders);
+    out + &path("vae", &args.parts.vae)
 }
 
 /// A word for a shell, in quotes if it needs them.

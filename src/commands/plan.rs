@@ -76,7 +76,7 @@ pub(super) fn run(args: &PlanArgs, reporter: &Reporter) -> Result<()> {
         }
     };
     let print = args.output.print;
-    let model = super::model_flag(args.pipeline.model.model.as_deref());
+    let model = super::model_flags(&args.pipeline);
     if outputs.len() > 1 {
         let plans = ranking.of_ratios(ratios, &pipeline.config, recipe.fit.collapse)?;
         curve::write(&plans, &args.output.path)?;
@@ -131,12 +131,12 @@ fn for_card(
 ) -> Result<()> {
     ensure!(args.goal.ratio.len() < 2, "--for takes no list of ratios");
     let calibration = options::calibration(&args.calibration, None, recipe);
-    let model = super::model_flag(args.pipeline.model.model.as_deref());
+    let model = super::model_flags(&args.pipeline);
     let speed = timing::peak(&budget.runtime().device, budget.runtime().dtype)?;
     let card = Card {
         bytes,
         flops_per_second: speed.flops,
-        model_flag: &model,
+        model_flags: &model,
     };
     let report = card::report(pipeline, &calibration, card)?;
     super::show(args.output.print, &report, || report.text())

@@ -47,7 +47,7 @@ pub(super) fn run(args: &ScoreArgs, reporter: &Reporter) -> Result<()> {
         output.display(),
         chart.display()
     ));
-    let model = super::model_flag(args.pipeline.model.model.as_deref());
+    let model = super::model_flags(&args.pipeline);
     let scores = super::quoted(&output.display().to_string());
     super::suggest(
         reporter,

@@ -20,7 +20,7 @@ use crate::{
         state::{self, StateFile},
         strategy::MemoryRequest,
     },
-    ui::Reporter,
+    ui::{self, Reporter},
 };
 
 pub(super) fn run(args: &TrainArgs, reporter: &Reporter) -> Result<()> {
@@ -75,10 +75,10 @@ pub(super) fn run(args: &TrainArgs, reporter: &Reporter) -> Result<()> {
     let saved = with_hint(state.load(), "--restart starts over")?;
     if let Some(saved) = &saved {
         reporter.note(format!(
-            "resuming the run saved in `{}`: {} of its phases done, {} steps of the next",
+            "resuming the run saved in `{}`: {} done, {} of the next",
             folder.display(),
-            saved.progress.phase,
-            saved.progress.step
+            ui::counted(saved.progress.phase, "phase"),
+            ui::counted(saved.progress.step, "step")
         ));
     }
     let mut observer = ProgressObserver::new(&setup, &state, args.log.as_deref(), saved.as_ref())?;

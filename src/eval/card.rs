@@ -6,7 +6,10 @@ use super::{
     metrics::Summary,
     report::{ModelReport, Report},
 };
-use crate::pipeline::{Pipeline, card::CardResults};
+use crate::{
+    pipeline::{Pipeline, card::CardResults},
+    ui,
+};
 
 /// One number of a model and the baseline.
 struct Row {
@@ -87,10 +90,15 @@ pub(super) fn results(
         Some(file) if s.prompts.starts_with('`') => file.to_string_lossy().into_owned(),
         _ => from.to_owned(),
     };
-    let prompts = format!("{} prompts ({from})", s.images);
+    let prompts = format!("{} ({from})", ui::counted(s.images, "prompt"));
     let mut text = format!(
-        "By `fastflux eval`, against `{baseline}`: {prompts}, {}×{} pixels, {} steps, guidance {}, seed {}, {}.\n\n| | baseline | this model |\n| --- | --- | --- |\n",
-        s.width, s.height, s.steps, s.guidance, s.seed, s.runtime
+        "By `fastflux eval`, against `{baseline}`: {prompts}, {}×{} pixels, {}, guidance {}, seed {}, {}.\n\n| | baseline | this model |\n| --- | --- | --- |\n",
+        s.width,
+        s.height,
+        ui::counted(s.steps, "step"),
+        s.guidance,
+        s.seed,
+        s.runtime
     );
     let mut index = format!(
         "model-index:\n- name: {}\n  results:\n  - task:\n      type: text-to-image\n    dataset:\n      type: prompts\n      name: {}\n    metrics:\n",

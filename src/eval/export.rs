@@ -18,6 +18,7 @@ use crate::{
         placement::MemoryBudget,
     },
     sample::{png::Image, size::ImageSize},
+    ui,
 };
 
 /// Images whose latents are held at once: what a killed run loses at most.
@@ -75,8 +76,13 @@ impl ExportReport {
     /// For people.
     pub fn text(&self) -> String {
         format!(
-            "{} of {} prompts of {} in `{}`, {} of them were there\nscore them with: {}",
-            self.prompts[0], self.prompts[1], self.suite, self.output, self.there, self.scorer
+            "{} of {} of {} in `{}`, {} of them were there\nscore them with: {}",
+            self.prompts[0],
+            ui::counted(self.prompts[1], "prompt"),
+            self.suite,
+            self.output,
+            self.there,
+            self.scorer
         )
     }
 }

@@ -5,7 +5,10 @@ use std::fmt::Write;
 use anyhow::Result;
 
 use super::report::{ModelReport, Pair, Report};
-use crate::plot::curves::{self, Curve};
+use crate::{
+    plot::curves::{self, Curve},
+    ui,
+};
 
 mod encode;
 mod numbers;
@@ -109,8 +112,14 @@ fn section(out: &mut String, title: &str, body: &str) {
 fn subtitle(report: &Report) -> String {
     let s = &report.settings;
     format!(
-        "{} prompts ({}), {}×{} pixels, {} steps, guidance {}, the same noise for every model; {}",
-        s.images, s.prompts, s.width, s.height, s.steps, s.guidance, s.runtime
+        "{} ({}), {}×{} pixels, {}, guidance {}, the same noise for every model; {}",
+        ui::counted(s.images, "prompt"),
+        s.prompts,
+        s.width,
+        s.height,
+        ui::counted(s.steps, "step"),
+        s.guidance,
+        s.runtime
     )
 }
 
@@ -128,9 +137,9 @@ fn pairs(report: &Report, assets: &Assets) -> String {
         .collect();
     let class = if small { "pairs small" } else { "pairs" };
     format!(
-        "<p>{} of {} prompts; from left to right {}. All numbers are in <code>report.json</code>.</p>\n<div class=\"{class}\">\n{figures}</div>",
+        "<p>{} of {}; from left to right {}. All numbers are in <code>report.json</code>.</p>\n<div class=\"{class}\">\n{figures}</div>",
         assets.pairs.len(),
-        report.pairs.len(),
+        ui::counted(report.pairs.len(), "prompt"),
         escape(&names.join(", "))
     )
 }
@@ -210,7 +219,11 @@ fn made(report: &Report) -> String {
         ("program", report.tool.clone()),
         (
             "machine",
-            format!("{processor}, {}, {} threads", m.system, m.threads),
+            format!(
+                "{processor}, {}, {}",
+                m.system,
+                ui::counted(m.threads, "thread")
+            ),
         ),
         ("computed on", s.runtime.clone()),
         ("prompts", format!("{}, {}", s.images, s.prompts)),

@@ -20,6 +20,7 @@ use crate::{
         schedule::Schedule,
         size::{ImageSize, TOKENS_PER_FORWARD},
     },
+    ui,
 };
 
 /// How often a step is timed.
@@ -229,7 +230,11 @@ impl Task<'_> {
         self.unfinished.borrow_mut().put(place, images.clone());
         pipeline.reporter.done(
             &progress,
-            format!("sampled {} images with `{}`", all - have, pipeline.name),
+            format!(
+                "sampled {} with `{}`",
+                ui::counted(all - have, "image"),
+                pipeline.name
+            ),
         );
         Ok(images)
     }

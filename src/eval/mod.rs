@@ -11,6 +11,7 @@ use crate::{
     model::cost,
     pipeline::{Pipeline, decoder::Decoder, load, placement::MemoryBudget},
     sample::{png::Image, size::ImageSize},
+    ui,
 };
 
 mod card;
@@ -207,6 +208,8 @@ pub fn run(
     let text_tokens = task.encoded.txt.dim(1)?;
     let mut models = Vec::new();
     let before = &measured[0];
+    let names = all.iter().map(|pipeline| pipeline.name.as_str());
+    let names = ui::short_names(&names.collect::<Vec<_>>());
     for (i, (pipeline, measured)) in all.iter().zip(&measured).enumerate() {
         let config = &pipeline.config;
         let against = i.checked_sub(1).map(|index| {
@@ -215,7 +218,7 @@ pub fn run(
         });
         let verdicts: Vec<_> = pairs.iter().filter_map(|pair| pair.verdict(i)).collect();
         models.push(ModelReport {
-            name: pipeline.name.clone(),
+            name: names[i].clone(),
             fingerprint: record::fingerprint(&pipeline.transformer)?,
             blocks: config.original_ids().count(),
             replaced: report::replaced(&config.layout),
@@ -292,7 +295,7 @@ fn decode(
     }
     budget.reporter().done(
         &progress,
-        format!("decoded {} images", images.len() * count),
+        format!("decoded {}", ui::counted(images.len() * count, "image")),
     );
     Ok((images, seconds))
 }

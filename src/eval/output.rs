@@ -47,8 +47,8 @@ impl Evaluation {
                 images: images.map(png).collect::<Result<_>>()?,
             });
         }
-        for model in models {
-            add_neighbours(model, &mut assets)?;
+        for (model, report) in models.iter().zip(&report.models) {
+            add_neighbours(model, &report.name, &mut assets)?;
         }
         let page = html::page(report, &assets)?;
         save::write_bytes(&folder.join("report.html"), page.as_bytes())?;
@@ -111,7 +111,7 @@ fn losses_of(path: &Path) -> Result<Option<String>> {
 }
 
 /// Takes block scores and the chart of losses that lie next to a model. A file that cannot be used is left out.
-fn add_neighbours(model: &Pipeline, assets: &mut Assets) -> Result<()> {
+fn add_neighbours(model: &Pipeline, name: &str, assets: &mut Assets) -> Result<()> {
     let path = PathBuf::from(&model.name);
     if !path.exists() {
         return Ok(()); // bundled, or of the hub
@@ -128,8 +128,8 @@ fn add_neighbours(model: &Pipeline, assets: &mut Assets) -> Result<()> {
                 let svg = chart::svg(&scores)?;
                 // models that were planned from one calibration share their scores
                 match assets.scores.iter_mut().find(|(_, known)| *known == svg) {
-                    Some((names, _)) => *names = format!("{names}, {}", model.name),
-                    None => assets.scores.push((model.name.clone(), svg)),
+                    Some((names, _)) => *names = format!("{names}, {name}"),
+                    None => assets.scores.push((name.to_owned(), svg)),
                 }
             }
             _ => model.reporter.warn(format!(
@@ -142,7 +142,7 @@ fn add_neighbours(model: &Pipeline, assets: &mut Assets) -> Result<()> {
     if training.is_file() {
         // a chart that lies there may be anybody's: it is drawn again from the numbers
         match losses_of(&training) {
-            Ok(Some(svg)) => assets.losses.push((model.name.clone(), svg.into_bytes())),
+            Ok(Some(svg)) => assets.losses.push((name.to_owned(), svg.into_bytes())),
             Ok(None) => {}
             Err(error) => model
                 .reporter

@@ -12,7 +12,7 @@ use candle::{Device, Tensor};
 use crate::{
     checkpoint::{Checkpoint, Source, save, target, with_hint},
     files::Blob,
-    ui::Reporter,
+    ui::{self, Reporter},
 };
 
 const RESTART: &str = "delete the file to sample the images again";
@@ -76,7 +76,8 @@ impl Unfinished {
                 out.latents.insert(name.to_owned(), tensor);
             }
             reporter.note(format!(
-                "going on from `{name}`: {images} images are sampled"
+                "going on from `{name}` with {}",
+                ui::counted(images, "image")
             ));
         }
         Ok(out)

@@ -148,9 +148,9 @@ pub fn note_fallbacks(checkpoint: &Checkpoint, packed: QuantType, reporter: &Rep
         .collect();
     if let Some((name, format)) = all.first() {
         reporter.note(format!(
-            "{} matrices have rows that are no multiple of {} and are not written in {packed}: `{name}` in {format}",
-            all.len(),
-            packed.block()
+            "not in {packed}, as their rows are no multiple of {}: {}, such as `{name}` in {format}",
+            packed.block(),
+            ui::counted(all.len(), "tensor")
         ));
     }
 }
@@ -216,7 +216,7 @@ impl ConvertReport {
         let end = if self.written {
             format!("in {}", self.output)
         } else {
-            "(nothing written)".to_owned()
+            "nothing written".to_owned()
         };
         format!(
             "{}\n\n{} parameters, {} before, {} after, {end}",

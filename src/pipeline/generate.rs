@@ -20,6 +20,7 @@ use crate::{
         png::Image,
         size::ImageSize,
     },
+    ui,
 };
 
 /// Tokens in one forward: small images go through the model several at a time.
@@ -165,9 +166,8 @@ pub fn latents(
     pipeline.reporter.done(
         &progress,
         format!(
-            "generated {} image{} and freed the transformer",
-            jobs.len(),
-            if jobs.len() == 1 { "" } else { "s" }
+            "generated {} and freed the transformer",
+            ui::counted(jobs.len(), "image")
         ),
     );
     Ok(latents)

@@ -9,6 +9,7 @@ use crate::{
     checkpoint::record::Record,
     files::Files,
     layout::{Family, FluxConfig, TextModel},
+    ui,
 };
 
 /// What makers of models that were trained out of distillation say of their guidance.
@@ -283,7 +284,7 @@ impl Pipeline {
         if self.config.guidance_embed || self.config.family != Family::FLUX1 {
             return;
         }
-        let steps = steps.unwrap_or_else(|| self.default_steps());
+        let steps = ui::counted(steps.unwrap_or_else(|| self.default_steps()), "step");
         if let Some(evidence) = self.evidence {
             let shift = if self.has_released_scheduler() {
                 " and dev's shift"
@@ -298,7 +299,7 @@ impl Pipeline {
                 _ => ("not guided".to_owned(), ""),
             };
             self.reporter.note(format!(
-                "`{}` has no guidance embedding, and {}: taken as FLUX.1 without distillation, {steps} steps{shift}, {how}\nhint: {hint}--steps and --config with a `scheduler` say otherwise",
+                "`{}` has no guidance embedding, and {}: taken as FLUX.1 without distillation, {steps}{shift}, {how}\nhint: {hint}--steps and --config with a `scheduler` say otherwise",
                 self.name,
                 evidence.words()
             ));
@@ -311,7 +312,7 @@ impl Pipeline {
             || self.is_named_schnell();
         if !knows {
             self.reporter.note(format!(
-                "`{}` has no guidance embedding: taken as FLUX.1-schnell, {steps} steps and no shift\nhint: for a de-distilled FLUX.1-dev give --true-cfg 3.5: then 28 steps and dev's shift are taken, and --negative-prompt acts",
+                "`{}` has no guidance embedding: taken as FLUX.1-schnell, {steps} and no shift\nhint: for a de-distilled FLUX.1-dev give --true-cfg 3.5: then 28 steps and dev's shift are taken, and --negative-prompt acts",
                 self.name
             ));
         }

@@ -20,7 +20,7 @@ use crate::{
         text::{TextEncoders, TextFiles},
         vae::Vae,
     },
-    ui::Reporter,
+    ui::{self, Reporter},
 };
 
 /// Prompts in one call of the text encoders.
@@ -135,9 +135,8 @@ pub fn encode_prompts(
     }
     drop(encoders);
     pipeline.reporter.note(format!(
-        "encoded {} prompt{} and freed the text encoders",
-        prompts.len(),
-        if prompts.len() == 1 { "" } else { "s" }
+        "encoded {} and freed the text encoders",
+        ui::counted(prompts.len(), "prompt")
     ));
     Ok(encoded)
 }

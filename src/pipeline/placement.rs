@@ -189,11 +189,10 @@ impl MemoryBudget {
         let least = OffloadPlan::none(config, format);
         let size = |bytes: u64| ui::bytes(bytes as f64);
         let text = format!(
-            "{} of memory are too little: two blocks at a time and what is around them take {}, {} noised latent{} of {} tokens {}",
+            "{} of memory are too little: two blocks at a time and what is around them take {}, {} of {} tokens {}",
             size(limit),
             size(least.bytes),
-            activity.batch,
-            if activity.batch == 1 { "" } else { "s" },
+            ui::counted(activity.batch, "noised latent"),
             activity.tokens,
             size(at_work)
         );

@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     layout::{BlockId, BlockKind, FluxConfig, Form},
+    pipeline::placement::UNCOUNTED_ON_GPU,
     ui,
 };
 
@@ -17,6 +18,23 @@ const RATIOS: [f64; 5] = [0.0, 0.1, 0.2, 0.3, 0.4];
 const DEFAULT_RATIO: f64 = 0.2;
 /// Share of a card's memory that programs get: the driver and kernels take the rest.
 pub const USABLE: f64 = 0.92;
+
+/// Bytes of a card that `--max-vram` with all of it leaves to the program.
+pub fn within(bytes: u64) -> u64 {
+    ((USABLE * bytes as f64) as u64).min(bytes.saturating_sub(UNCOUNTED_ON_GPU))
+}
+
+/// A size as `--max-vram` takes it.
+fn size_word(bytes: u64) -> String {
+    let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let whole = units
+        .into_iter()
+        .find(|(shift, _)| bytes.trailing_zeros() >= *shift);
+    whole.map_or_else(
+        || format!("{bytes}B"),
+        |(shift, unit)| format!("{}{unit}", bytes >> shift),
+    )
+}
 
 /// The model at one ratio.
 #[derive(Clone, Debug, Serialize)]
@@ -86,6 +104,8 @@ pub struct CardCommand {
 /// What the commands take, in the order that they are run in: arithmetic, and bytes on the card.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CommandCosts {
+    /// Width and height of the images that are trained on.
+    pub trained_on: Option<(usize, usize)>,
     /// `calibrate`, `plan`, `prune`, `train-sandwich`; memory beyond the card's means that blocks are offloaded, `None` that
     /// the command cannot work there.
     pub costs: [Option<(f64, u64)>; 4],
@@ -96,14 +116,14 @@ pub struct CommandCosts {
 }
 
 impl CardReport {
-    /// For a card of `bytes`; `model_flag` is `--model NAME ` or nothing, `limit` the size as the user wrote it.
+    /// For a card of `bytes`; `model_flags` name the model and its parts, or nothing.
     pub fn new(
         model: &str,
         config: &FluxConfig,
         workload: Workload,
         size: (usize, usize),
         bytes: u64,
-        model_flag: &str,
+        model_flags: &str,
         (resized, costs): (bool, CommandCosts),
     ) -> Self {
         let whole = ModelCost::for_config(config, workload);
@@ -123,18 +143,23 @@ impl CardReport {
         let limit = if ratio.is_some() {
             String::new()
         } else {
-            format!(" --max-vram {}MiB", bytes >> 20)
+            format!(" --max-vram {}", size_word(bytes))
         };
         let wanted = ratio.filter(|r| *r > 0.0).unwrap_or(DEFAULT_RATIO);
         let stats = "--stats stats.safetensors";
-        let sides = format!(" --width {} --height {}", size.0, size.1);
+        let flags = |(width, height): (usize, usize)| format!(" --width {width} --height {height}");
+        let sides = flags(size);
         // smaller images than the model's own are asked for everywhere
         let smaller = if resized { sides.as_str() } else { "" };
+        let trained = costs.trained_on.filter(|trained| *trained != size);
+        let trained = trained.map_or_else(|| smaller.to_owned(), flags);
         let lines = [
-            format!("fastflux calibrate {model_flag}--output stats.safetensors{smaller}{limit}"),
-            format!("fastflux plan {model_flag}{stats} --ratio {wanted} --output plan.json{limit}"),
-            format!("fastflux prune {model_flag}{stats} --plan plan.json --output pruned{limit}"),
-            format!("fastflux train-sandwich --model pruned --output trained{smaller}{limit}"),
+            format!("fastflux calibrate {model_flags}--output stats.safetensors{smaller}{limit}"),
+            format!(
+                "fastflux plan {model_flags}{stats} --ratio {wanted} --output plan.json{limit}"
+            ),
+            format!("fastflux prune {model_flags}{stats} --plan plan.json --output pruned{limit}"),
+            format!("fastflux train-sandwich --model pruned --output trained{trained}{limit}"),
             format!("fastflux generate --model trained{sides} --prompt TEXT{limit}"),
         ];
         let pruned = rows
@@ -145,7 +170,11 @@ impl CardReport {
             costs.steps as f64 * pruned.flops as f64,
             pruned.memory_bytes,
         );
-        let most = (USABLE * bytes as f64) as u64;
+        let most = if ratio.is_some() {
+            (USABLE * bytes as f64) as u64
+        } else {
+            within(bytes)
+        };
         let commands = lines
             .into_iter()
             .zip(costs.costs.into_iter().chain([Some(image)]))
@@ -190,10 +219,7 @@ impl CardReport {
             let time = time.map_or_else(String::new, |time| format!("about {time}, "));
             let memory = command.memory_bytes.map(|bytes| ui::bytes(bytes as f64));
             let memory = memory.map_or_else(
-                || {
-                    "more than the card has (smaller --width, --height and --batch take less)"
-                        .to_owned()
-                },
+                || "more than the card has (a smaller --batch or --rank takes less)".to_owned(),
                 |memory| format!("{memory} of the card's memory"),
             );
             format!("# {time}{memory}\n{}", command.command)
@@ -226,6 +252,14 @@ mod tests {
     use crate::pipeline::{ModelChoice, Pipeline};
 
     #[test]
+    fn sizes_are_written_as_people_do() {
+        let sizes = [24 << 30, 12_800 << 20, 3 << 10, 1001];
+        assert_eq!(sizes.map(size_word), ["24GiB", "12800MiB", "3KiB", "1001B"]);
+        assert_eq!(within(8 << 30), 7 << 30);
+        assert_eq!(within(100 << 30), (USABLE * (100u64 << 30) as f64) as u64);
+    }
+
+    #[test]
     fn a_smaller_card_takes_a_larger_ratio_and_the_smallest_offloads() {
         let pipeline = Pipeline::open(&ModelChoice::default()).unwrap();
         let workload = Workload {
@@ -245,6 +279,9 @@ mod tests {
         assert!(less.ratio.is_some_and(|ratio| ratio > 0.0), "{less:?}");
         let none = of(1000);
         assert_eq!(none.ratio, None);
-        assert!(none.commands[0].command.contains("--max-vram"), "{none:?}");
+        assert!(
+            none.commands[0].command.ends_with(" --max-vram 1000B"),
+            "{none:?}"
+        );
     }
 }

@@ -20,6 +20,7 @@ use crate::{
     checkpoint::{Checkpoint, record::Record},
     layout::FluxConfig,
     model::Flux,
+    ui,
 };
 
 mod activations;
@@ -96,12 +97,10 @@ pub fn prune(
         calibrator.runtime,
         &progress,
     )?;
-    let count = plan.replace.len();
-    let s = if count == 1 { "" } else { "s" };
-    pipeline.reporter.done(
-        &progress,
-        format!("fitted {count} layer{s} on the pruned prefix"),
-    );
+    let layers = ui::counted(plan.replace.len(), "layer");
+    pipeline
+        .reporter
+        .done(&progress, format!("fitted {layers} on the pruned prefix"));
     let (mut checkpoint, config) =
         apply::apply(&pipeline.transformer, &pipeline.config, &plan, &fits.layers)?;
     apply::put_output_projections(&mut checkpoint, &config, &fits.output_projections)?;

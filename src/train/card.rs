@@ -21,7 +21,7 @@ use crate::{
         prompts,
     },
     prune::{
-        card::{CardReport, CommandCosts, USABLE, some_plan},
+        card::{CardReport, CommandCosts, USABLE, some_plan, within},
         goal,
     },
     ui::Reporter,
@@ -41,8 +41,8 @@ pub struct Card<'a> {
     pub bytes: u64,
     /// Operations per second.
     pub flops_per_second: f64,
-    /// `--model NAME ` as commands repeat it, or nothing.
-    pub model_flag: &'a str,
+    /// The flags that name the model and its parts as commands repeat them, or nothing.
+    pub model_flags: &'a str,
 }
 
 /// What `card` can run of a model, with the largest images that fit.
@@ -58,26 +58,33 @@ pub fn report(
         device: Device::Cpu,
         dtype: DType::BF16,
     };
-    let usable = (USABLE * card.bytes as f64) as u64;
-    let limit = MemoryLimit {
-        offload: false,
-        max_bytes: Some(usable),
-    };
     let mut quiet = pipeline.clone();
     quiet.reporter = Reporter::silent();
     let pipeline = &quiet;
-    let budget = MemoryBudget::new(limit, &runtime, &quiet.reporter).for_pipeline(pipeline);
     let config = &pipeline.config;
-    let fits = |options: &ResolvedOptions| {
+    let (mut calibration, mut resized) = (calibration.clone(), false);
+    let mut resolved = ResolvedOptions::new(pipeline, &calibration)?;
+    let budget_of = |bytes| {
+        let limit = MemoryLimit {
+            offload: false,
+            max_bytes: Some(bytes),
+        };
+        MemoryBudget::new(limit, &runtime, &quiet.reporter).for_pipeline(pipeline)
+    };
+    let placed = |budget: &MemoryBudget, options: &ResolvedOptions| {
         let activity = Activity {
             batch: 1,
             tokens: options.tokens(),
             extra_bytes: 0,
         };
-        budget.offload_plan(config, activity).map(drop)
+        budget.offload_plan(config, activity)
     };
-    let (mut calibration, mut resized) = (calibration.clone(), false);
-    let mut resolved = ResolvedOptions::new(pipeline, &calibration)?;
+    // a model that needs no --max-vram has what programs get of a card
+    let all = (USABLE * card.bytes as f64) as u64;
+    let is_whole = placed(&budget_of(all), &resolved).is_ok_and(|plan| plan.is_all());
+    let usable = if is_whole { all } else { within(card.bytes) };
+    let budget = budget_of(usable);
+    let fits = |options: &ResolvedOptions| placed(&budget, options).map(drop);
     let own = resolved.size.width.min(resolved.size.height);
     let asked = calibration.recipe.width.or(calibration.recipe.height);
     for side in SMALLER.into_iter().filter(|side| *side < own) {
@@ -103,15 +110,26 @@ pub fn report(
     let (sums, fitted) = (estimate(false)?, estimate(true)?.with_scoring(count));
     let f = &fitted.flops;
     let size = (resolved.size.width, resolved.size.height);
-    let train = training(pipeline, count, size, usable, &runtime);
+    // training takes more than all else: where it does not fit, smaller images may
+    let smaller = SMALLER
+        .into_iter()
+        .filter(|side| asked.is_none() && *side < size.0.min(size.1));
+    let mut sizes = [size].into_iter().chain(smaller.map(|side| (side, side)));
+    let train = sizes.find_map(|size| {
+        let dry = training(pipeline, count, size, usable, &runtime).ok()?;
+        Some((size, dry))
+    });
     let costs = CommandCosts {
         costs: [
             Some((f.sampling + f.statistics + f.products, sums.bytes.device)),
             Some((f.scoring, fitted.bytes.device)),
             // the fits run unpruned and pruned model side by side
             Some((2.0 * f.statistics, fitted.bytes.device)),
-            train.ok().map(|dry| (dry.flops, dry.peak_bytes as u64)),
+            train
+                .as_ref()
+                .map(|(_, dry)| (dry.flops, dry.peak_bytes as u64)),
         ],
+        trained_on: train.as_ref().map(|(size, _)| *size),
         steps: pipeline.default_steps(),
         flops_per_second: Some(card.flops_per_second),
     };
@@ -123,7 +141,7 @@ pub fn report(
         workload,
         size,
         card.bytes,
-        card.model_flag,
+        card.model_flags,
         (resized, costs),
     ))
 }

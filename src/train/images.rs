@@ -18,6 +18,7 @@ use crate::{
         schedule::Schedule,
         size::TOKENS_PER_FORWARD,
     },
+    ui,
 };
 
 /// From the run's seed to that of the noise of its first image. Calibration takes `seed`, `seed + 1`, … for the same
@@ -109,11 +110,10 @@ pub(super) fn sample_or_load(
         seed,
         &progress,
     )?;
-    setup
-        .pair
-        .pruned
-        .reporter
-        .done(&progress, format!("sampled {} images", encoded.len()));
+    setup.pair.pruned.reporter.done(
+        &progress,
+        format!("sampled {}", ui::counted(encoded.len(), "image")),
+    );
     let mut checkpoint = Checkpoint::default();
     for (name, tensor) in [
         ("latents", &latents),

@@ -228,10 +228,10 @@ impl DryRunReport {
             );
         }
         format!(
-            "{}\n\n{} images, {} noised latents of {} tokens in a forward\n{loads}peak on the device: {}{rest}",
+            "{}\n\n{}, {} of {} tokens in a forward\n{loads}peak on the device: {}{rest}",
             ui::table(&header, &rows, &[1, 2, 3, 4, 5, 6]),
-            self.images,
-            self.batch,
+            ui::counted(self.images, "image"),
+            ui::counted(self.batch, "noised latent"),
             self.tokens,
             ui::bytes(self.peak_bytes)
         )

@@ -4,10 +4,12 @@ use std::io::Write;
 
 use anyhow::{Context, Result};
 
+mod names;
 mod reporter;
 #[cfg(test)]
 mod skip;
 
+pub use names::short_names;
 pub use reporter::{Level, Reporter};
 #[cfg(test)]
 pub(crate) use skip::skip;
@@ -97,7 +99,10 @@ fn width() -> Option<usize> {
     set.or_else(|| columns().map(|(width, _)| usize::from(width.0)))
 }
 
-/// `text` with lines broken between words; words that are longer stay whole.
+/// How lines begin that people copy into a shell.
+const COMMANDS: [&str; 2] = ["fastflux ", "next: fastflux "];
+
+/// `text` with lines broken between words; words that are longer stay whole. Commands are broken as a shell reads them.
 pub fn wrap(text: &str, width: Option<usize>) -> String {
     let Some(width) = width.filter(|width| *width > 0) else {
         return text.to_owned();
@@ -108,22 +113,58 @@ pub fn wrap(text: &str, width: Option<usize>) -> String {
             lines.push(line.to_owned());
             continue;
         }
-        let indent: String = line.chars().take_while(|c| *c == ' ').collect();
-        let mut current = String::new();
-        for word in line.trim_start().split(' ') {
-            let len = current.chars().count() + 1 + word.chars().count();
-            if !current.trim_start().is_empty() && len > width {
-                lines.push(std::mem::take(&mut current));
+        let spaces: String = line.chars().take_while(|c| *c == ' ').collect();
+        let is_command = COMMANDS.iter().any(|start| line.starts_with(start));
+        let (mut indent, further, end) = if is_command {
+            ("", "  ", " \\")
+        } else {
+            (spaces.as_str(), spaces.as_str(), "")
+        };
+        // a flag and its value stay together
+        let words = line.trim_start().split(' ');
+        let words = words.fold(Vec::<String>::new(), |mut words, word| {
+            match words
+                .last_mut()
+                .filter(|last| !end.is_empty() && last.starts_with("--") && !last.contains(' '))
+            {
+                Some(flag) if !word.starts_with("--") => *flag += &format!(" {word}"),
+                _ => words.push(word.to_owned()),
             }
-            current.push_str(if current.is_empty() { &indent } else { " " });
-            current.push_str(word);
+            words
+        });
+        let mut current = String::new();
+        for word in words {
+            let len = current.chars().count() + 1 + word.chars().count();
+            if !current.trim_start().is_empty() && len + end.len() > width {
+                lines.push(std::mem::take(&mut current) + end);
+                indent = further;
+            }
+            current.push_str(if current.is_empty() { indent } else { " " });
+            current.push_str(&word);
         }
         lines.push(current);
     }
     lines.join("\n")
 }
 
-/// A text table: a header, rows, columns padded; those in `right` are aligned to the right.
+/// Columns that tables have at most, and characters that names in them keep.
+const TABLE: usize = 80;
+const MIN_NAME: usize = 12;
+
+/// `text` in at most `most` characters, its middle left out.
+fn cut(text: &str, most: usize) -> String {
+    let letters: Vec<char> = text.chars().collect();
+    if letters.len() <= most {
+        return text.to_owned();
+    }
+    let kept = most.saturating_sub(1);
+    let tail = letters.len() - kept.div_ceil(2);
+    let parts = letters[..kept / 2].iter().chain(&['…']);
+    parts.chain(&letters[tail..]).collect()
+}
+
+/// A text table: a header, rows, columns padded; those in `right` are aligned to the right. Names that would make it wider
+/// than a terminal lose their middles.
 pub fn table(header: &[&str], rows: &[Vec<String>], right: &[usize]) -> String {
     let columns = header.len();
     let width = |c: usize| {
@@ -133,11 +174,19 @@ pub fn table(header: &[&str], rows: &[Vec<String>], right: &[usize]) -> String {
             .map(|cell| cell.chars().count());
         cells.chain([header[c].chars().count()]).max().unwrap_or(0)
     };
-    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut widths: Vec<usize> = (0..columns).map(width).collect();
+    let surplus =
+        (widths.iter().sum::<usize>() + 2 * columns.saturating_sub(1)).saturating_sub(TABLE);
+    let names = (0..columns).filter(|c| !right.contains(c));
+    if let Some(c) = names.max_by_key(|c| widths[*c]).filter(|_| surplus > 0) {
+        widths[c] = widths[c]
+            .saturating_sub(surplus)
+            .max(MIN_NAME.min(widths[c]));
+    }
     let line = |cells: &[String]| {
         let padded: Vec<String> = (0..columns)
             .map(|c| {
-                let cell = cells.get(c).map_or("", String::as_str);
+                let cell = cut(cells.get(c).map_or("", String::as_str), widths[c]);
                 let fill = " ".repeat(widths[c].saturating_sub(cell.chars().count()));
                 if right.contains(&c) {
                     format!("{fill}{cell}")
@@ -159,6 +208,11 @@ pub fn table(header: &[&str], rows: &[Vec<String>], right: &[usize]) -> String {
 /// A count with a unit prefix: `11.90 B`, `141.6 M`.
 pub fn count(n: f64) -> String {
     scaled(n, 1000.0, &["", "K", "M", "B", "T"])
+}
+
+/// A number of things: `1 step`, `12 steps`.
+pub fn counted(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
 /// Bytes with a decimal unit, as disks and model pages give them: `23.80 GB`.
@@ -217,6 +271,23 @@ mod tests {
     }
 
     #[test]
+    fn long_names_lose_their_middles_where_a_table_has_no_room() {
+        let row = |name: &str| vec![name.to_owned(), "1.00 GB".to_owned()];
+        let long = format!("/models/{}/flux1-dev-20.safetensors", "x".repeat(80));
+        let text = table(&["model", "bytes"], &[row("bundled"), row(&long)], &[1]);
+        assert!(
+            text.lines().all(|line| line.chars().count() <= TABLE),
+            "{text}"
+        );
+        let last = text.lines().last().unwrap();
+        assert!(
+            last.starts_with("/models/xxx")
+                && last.contains("…")
+                && last.contains("dev-20.safetensors  1.00 GB")
+        );
+    }
+
+    #[test]
     fn names_of_strangers_do_nothing_to_a_terminal() {
         let evil = "a\u{1b}[2J\u{7}\u{202e}b\n";
         assert_eq!(printable(evil), "a\\u{1b}[2J\\u{7}\\u{202e}b\n");
@@ -243,6 +314,10 @@ mod tests {
         assert_eq!(wrapped, "one two\nthree\nhint:\naverylongwordthatstays");
         assert_eq!(wrap(text, None), text);
         assert_eq!(
+            wrap("fastflux one --two three --four", Some(18)),
+            "fastflux one \\\n  --two three \\\n  --four"
+        );
+        assert_eq!(
             wrap("  one  two\n  three four", Some(10)),
             "  one  two\n  three\n  four"
         );
@@ -252,6 +327,10 @@ mod tests {
     fn sizes_read_as_people_write_them() {
         assert_eq!(bytes(23.8e9), "23.80 GB");
         assert_eq!(count(512.0), "512");
+        assert_eq!(
+            [0, 1, 2].map(|n| counted(n, "step")),
+            ["0 steps", "1 step", "2 steps"]
+        );
         assert_eq!(duration(12_240.0), "3.4 h");
         assert_eq!(flops(74.36e12), "74.36 TFLOP");
     }

@@ -56,7 +56,10 @@ impl Report {
     pub fn verdict(&self, runtime: &str) -> String {
         match (&self.first_off, self.unknown.as_slice()) {
             (Some(name), _) => format!("the first component that is off is `{name}` ({runtime})"),
-            (None, []) => format!("all {} tensors agree ({runtime})", self.tensors.len()),
+            (None, []) => format!(
+                "all {} agree ({runtime})",
+                ui::counted(self.tensors.len(), "tensor")
+            ),
             (None, unknown) => format!(
                 "{} tensors agree, but {} of the reference could not be compared ({runtime})",
                 self.tensors.len(),

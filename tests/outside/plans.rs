@@ -183,3 +183,90 @@ fn several_ratios_are_drawn_against_speed_and_size() {
         assert_eq!(svg.matches("<circle").count(), 2, "{svg}");
     }
 }
+
+/// What `plan --for` prints is copied into a shell: every part of the model is named, and lines that are broken go on.
+#[cfg(unix)]
+#[test]
+fn the_commands_for_a_card_work_as_they_are_printed() {
+    let work = folder();
+    let w = work.path();
+    let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/tiny");
+    let weights = "transformer/diffusion_pytorch_model.safetensors";
+    fs::create_dir(w.join("my models")).unwrap();
+    fs::copy(
+        format!("{tiny}/{weights}"),
+        w.join("my models/flux.safetensors"),
+    )
+    .unwrap();
+    let (config, vae) = (
+        format!("{tiny}/transformer/config.json"),
+        format!("{tiny}/vae"),
+    );
+    let named = [
+        ("--model", "'my models/flux.safetensors'"),
+        ("--config", &config),
+        ("--text-encoders", tiny),
+        ("--vae", &vae),
+    ];
+    let flags = named.map(|(flag, value)| [flag, value.trim_matches('\'')]);
+    let text = ok(
+        w,
+        &[&["plan", "--for", "24GiB"], flags.as_flattened()].concat(),
+    );
+    assert!(
+        text.lines()
+            .all(|line| line.chars().count() <= 80 || line.contains(tiny)),
+        "{text}"
+    );
+    let joined = text.replace(" \\\n ", "");
+    let command = |name: &str| {
+        let start = format!("fastflux {name} ");
+        joined
+            .lines()
+            .find(|line| line.starts_with(&start))
+            .unwrap()
+            .to_owned()
+    };
+    for name in ["calibrate", "plan", "prune"] {
+        for (flag, value) in named {
+            assert!(
+                command(name).contains(&format!(" {flag} {value}")),
+                "{}",
+                command(name)
+            );
+        }
+    }
+    let line = text
+        .split("\n# ")
+        .nth(1)
+        .unwrap()
+        .split_once('\n')
+        .unwrap()
+        .1;
+    let program = command_line(w, &format!("{} --num-prompts 4 --dry-run", line.trim_end()));
+    assert!(
+        program.contains("my models/flux.safetensors on cpu, f32"),
+        "{program}"
+    );
+}
+
+/// What a shell makes of a line that begins with the program's name.
+#[cfg(unix)]
+fn command_line(folder: &std::path::Path, line: &str) -> String {
+    let program = assert_cmd::cargo::cargo_bin!("fastflux")
+        .display()
+        .to_string();
+    let line = line.replacen("fastflux", &program, 1);
+    let mut shell = std::process::Command::new("sh");
+    let out = shell
+        .args(["-c", &line])
+        .current_dir(folder)
+        .output()
+        .unwrap();
+    assert!(
+        out.status.success(),
+        "{line}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    String::from_utf8(out.stdout).unwrap()
+}

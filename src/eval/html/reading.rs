@@ -1,7 +1,10 @@
 //! What each number of a report is good for, and how far two seeds of one model differ in it.
 
 use super::encode::escape;
-use crate::eval::report::{MetricReference, Report};
+use crate::{
+    eval::report::{MetricReference, Report},
+    ui,
+};
 
 /// A table: number, what it says, and its value between two images of the baseline that are equally good.
 pub(super) fn reading(report: &Report) -> String {
@@ -19,8 +22,8 @@ pub(super) fn reading(report: &Report) -> String {
             "How near an image is to the baseline's of the same prompt and noise: whether people get the images they know. An image that differs may be as good."
                 .to_owned(),
             format!(
-                "latent MSE {:.3}, PSNR {:.1} dB, SSIM {:.3} ({} prompts)",
-                seeds.latent_mse.mean, seeds.psnr.mean, seeds.ssim.mean, seeds.prompts
+                "latent MSE {:.3}, PSNR {:.1} dB, SSIM {:.3} ({})",
+                seeds.latent_mse.mean, seeds.psnr.mean, seeds.ssim.mean, ui::counted(seeds.prompts, "prompt")
             ),
         ),
     ];
@@ -29,8 +32,8 @@ pub(super) fn reading(report: &Report) -> String {
         rows.push((
             "prompts followed",
             format!(
-                "Whether images show what was asked for. With {} images a share is known to ± {width:.1} points, so smaller differences say nothing.",
-                report.settings.images
+                "Whether images show what was asked for. With {} a share is known to ± {width:.1} points, so smaller differences say nothing.",
+                ui::counted(report.settings.images, "image")
             ),
             "the interval in the table above".to_owned(),
         ));
@@ -50,7 +53,7 @@ pub(super) fn reading(report: &Report) -> String {
             "How far an image is from the baseline's in the eyes of an image classifier, weighted as people judged differences: it forgives what pixels do not, and sees \
              changes of texture. 0: equal."
                 .to_owned(),
-            format!("{:.3} ({} prompts)", lpips.mean, seeds.prompts),
+            format!("{:.3} ({})", lpips.mean, ui::counted(seeds.prompts, "prompt")),
         ));
     }
     let body: String = rows

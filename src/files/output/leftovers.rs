@@ -51,9 +51,9 @@ pub(super) fn remove(folder: &Path) {
     }
     if count > 0 {
         registry::note(format!(
-            "removed what a killed run left in `{}`: {count} temporary file{} or folders, {}",
+            "removed what a killed run left in `{}`: {}, {}",
             folder.display(),
-            if count == 1 { "" } else { "s" },
+            ui::counted(count, "temporary file or folder"),
             ui::bytes(bytes as f64)
         ));
     }
