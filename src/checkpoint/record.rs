@@ -66,6 +66,9 @@ pub struct Record {
     pub parts: RecordedParts,
     /// Defaults for `generate`, as in a model folder's `fastflux.json`.
     pub defaults: Value,
+    /// The recipes of the checkpoints that this one was made of, one of the other; the first was made of the base.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub earlier: Vec<Value>,
     /// The recipe that made the checkpoint.
     pub recipe: Value,
 }
@@ -126,6 +129,12 @@ impl Record {
         Ok(record)
     }
 
+    /// What was done to the base, a sentence each, for people.
+    pub fn steps(&self) -> Vec<String> {
+        let recipes = self.earlier.iter().chain([&self.recipe]);
+        recipes.flat_map(steps_of).collect()
+    }
+
     /// The same record of what another recipe made.
     #[must_use]
     pub fn with_recipe(&self, recipe: Value) -> Self {
@@ -170,6 +179,29 @@ impl Record {
     }
 }
 
+/// What a recipe says that was done, in the order that the commands of this program come in.
+fn steps_of(recipe: &Value) -> Vec<String> {
+    let mut out = Vec::new();
+    let blocks = recipe["plan"]["replace"].as_array().into_iter().flatten();
+    let blocks =
+        blocks.flat_map(|replacement| replacement["replaces"].as_array().into_iter().flatten());
+    let blocks: Vec<&str> = blocks.filter_map(Value::as_str).collect();
+    if !blocks.is_empty() {
+        out.push(format!("`prune` replaced {}", blocks.join(", ")));
+    }
+    if let Some(phases) = recipe["train-sandwich"]["phases"].as_array() {
+        let steps = phases
+            .iter()
+            .filter_map(|phase| phase["steps"].as_u64())
+            .sum::<u64>();
+        out.push(format!("`train-sandwich` trained {steps} steps"));
+    }
+    if let Some(to) = recipe["convert"]["to"].as_str() {
+        out.push(format!("`convert` wrote it in {to}"));
+    }
+    out
+}
+
 /// How many bytes at each end of a tensor the fingerprint reads.
 const SAMPLE: usize = 4096;
 
@@ -209,6 +241,31 @@ mod tests {
     use super::*;
 
     #[test]
+    fn steps_are_those_of_all_recipes_in_their_order() {
+        let pruned = |blocks: &[&str]| json!({ "plan": { "replace": [{ "replaces": blocks }] } });
+        let mut trained = pruned(&["double.01", "double.02"]);
+        trained["train-sandwich"] = json!({ "phases": [{ "steps": 150 }, { "steps": 50 }] });
+        let mut record = json!({
+            "version": 1, "tool": "", "base": "bundled", "base-fingerprint": "",
+            "layout": ["double.00", "single.00"], "axes-dims": [2, 6, 8], "theta": 10000.0,
+            "scheduler": {}, "defaults": {}, "recipe": pruned(&["single.07"]),
+        });
+        let steps = |record: &Value| Record::from_value("x", record.clone()).unwrap().steps();
+        assert_eq!(steps(&record), ["`prune` replaced single.07"]);
+        record["earlier"] = json!([trained]);
+        record["recipe"]["convert"] = json!({ "to": "f8e4m3" });
+        let all = [
+            "`prune` replaced double.01, double.02",
+            "`train-sandwich` trained 200 steps",
+            "`prune` replaced single.07",
+            "`convert` wrote it in f8e4m3",
+        ];
+        assert_eq!(steps(&record), all);
+        record["recipe"] = json!("of a stranger");
+        assert_eq!(steps(&record), all[..2]);
+    }
+
+    #[test]
     fn values_that_make_no_sense_are_refused_by_name() {
         let good = json!({
             "version": 1, "tool": "", "base": "bundled", "base-fingerprint": "",
@@ -222,6 +279,7 @@ mod tests {
             ("axes-dims", json!([0, 0, 16]), "axes-dims"),
             ("axes-dims", json!([1, 7, 8]), "axes-dims"),
             ("axes-dims", json!([16]), "axes-dims"),
+            ("earlier", json!(3), "a sequence"),
             ("theta", json!(0), "theta"),
             ("theta", json!(-1), "theta"),
             ("theta", json!(1), "theta"),

@@ -201,6 +201,7 @@ mod tests {
             scheduler: bundled.scheduler.clone(),
             parts: crate::checkpoint::record::RecordedParts::default(),
             defaults: json!({}),
+            earlier: Vec::new(),
             recipe: json!({}),
         };
         let description = folder.path().join("pruned.json");

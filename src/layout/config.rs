@@ -191,6 +191,17 @@ impl FluxConfig {
         original_ids(&self.layout)
     }
 
+    /// The same model before any block was replaced.
+    #[must_use]
+    pub fn unpruned(&self) -> Self {
+        let [double, single] =
+            [BlockKind::Double, BlockKind::Single].map(|k| self.original_blocks(k));
+        Self {
+            layout: super::unpruned(double, single),
+            ..self.clone()
+        }
+    }
+
     /// The blocks that are not replaced, in network order.
     pub fn kept_ids(&self) -> Vec<BlockId> {
         let ids = self.layout.iter().filter_map(|spec| match spec {

@@ -163,8 +163,9 @@ fn card(record: &Record, facts: &CardFacts, base: Option<&str>, licence: Licence
     } else {
         let _ = write!(
             out,
-            "{} of {all} blocks of the transformer are replaced",
-            replaced.len()
+            "{} of {all} blocks of the transformer {} replaced",
+            replaced.len(),
+            if replaced.len() == 1 { "is" } else { "are" }
         );
     }
     let [before, now] = facts.parameters.map(|n| ui::count(n as f64));
@@ -205,12 +206,19 @@ fn card(record: &Record, facts: &CardFacts, base: Option<&str>, licence: Licence
     out += &results::empty();
     let _ = write!(
         out,
-        "\n## How it was made\n\n```\n{}\n```\n\nWith {}; the recipe, nothing left open, is in the metadata of the weights.\n",
-        command(),
-        record.tool
+        "\n## How it was made\n\nOf {named}:\n\n{}\nThe last command, with {}:\n\n```\n{}\n```\n\nThe recipes, nothing left open, are in the metadata of the weights.\n",
+        steps(record),
+        record.tool,
+        command()
     );
     out + &usage::usage(record, facts, base.unwrap_or("BASE"))
         + "\n## Licence\n\nThat of the base; see `NOTICE`.\n"
+}
+
+/// The way from the base, a numbered list.
+fn steps(record: &Record) -> String {
+    let steps = (1..).zip(record.steps());
+    steps.map(|(i, step)| format!("{i}. {step}\n")).collect()
 }
 
 /// The command line that this process was started with.

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{OpenedLora, Pipeline};
 use crate::{
-    checkpoint::{keys, lora::RecordedLora},
+    checkpoint::{keys, lora::RecordedLora, record::Record},
     layout::{BlockId, BlockKind, BlockSpec, FluxConfig, TextModel},
     model::cost,
     sample::size::ImageSize,
@@ -49,6 +49,9 @@ pub struct InspectReport {
     /// LoRA files that are in the weights.
     #[serde(rename = "merged-lora", skip_serializing_if = "Vec::is_empty")]
     pub merged_lora: Vec<RecordedLora>,
+    /// What was done to the base, a sentence each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<String>,
     /// The recipe that made it.
     pub recipe: Option<Value>,
     /// The program that made it.
@@ -167,6 +170,7 @@ impl InspectReport {
             base: record.map(|r| r.base.clone()),
             lora: pipeline.lora.iter().map(LoraReport::new).collect(),
             merged_lora: record.map_or_else(Vec::new, |r| r.lora.clone()),
+            steps: record.map(Record::steps).unwrap_or_default(),
             recipe: record.map(|r| r.recipe.clone()),
             tool: record.map(|r| r.tool.clone()),
         }
@@ -231,6 +235,11 @@ impl InspectReport {
         ];
         if let (Some(base), Some(tool)) = (&self.base, &self.tool) {
             lines.push(format!("made        from {base} by {tool}"));
+        }
+        // of one step everything is in the table
+        if self.steps.len() > 1 {
+            let steps = self.steps.iter().map(|step| format!("            {step}"));
+            lines.extend(steps);
         }
         for lora in &self.merged_lora {
             lines.push(format!(

@@ -299,6 +299,9 @@ impl Pipeline {
             scheduler: self.scheduler.clone(),
             parts: record::RecordedParts::default(),
             defaults: serde_json::to_value(self.recorded_defaults()?)?,
+            earlier: before.map_or_else(Vec::new, |r| {
+                [&r.earlier[..], std::slice::from_ref(&r.recipe)].concat()
+            }),
             recipe,
         })
     }

@@ -216,16 +216,30 @@ fn write(
     let mut report = PruneReport::new(&calibrator, recipe, &pruned, &checkpoint, &options.output);
     report.velocity_error = velocity_error;
     report.blocks = selection.as_ref().map(scores_of);
+    let is_first = calibrator.pipeline.config.replaced().next().is_none();
+    let unpruned = if is_first {
+        report.before.parameters
+    } else {
+        cost::model(&calibrator.pipeline.config.unpruned(), 1, 1).parameters as usize
+    };
     let facts = CardFacts {
         layout: options.layout,
         whole: whole.is_some(),
-        parameters: [report.before.parameters, report.after.parameters],
+        parameters: [unpruned, report.after.parameters],
         bytes: report.after.bytes,
         quantized: false,
         patch: options.patch,
         family: calibrator.pipeline.family(),
         results: vec![format!(
-            "velocity error {velocity_error:.4}: relative mean squared error against the model as it was, on noised latents that no fit has seen"
+            "velocity error {velocity_error:.4}: relative mean squared error against {}, on noised latents that no fit has seen",
+            if is_first {
+                "the unpruned model".to_owned()
+            } else {
+                format!(
+                    "`{}`, which was pruned before",
+                    calibrator.pipeline.public_name()
+                )
+            }
         )],
     };
     write_card(folder, &pruned.record, &facts)?;

@@ -21,6 +21,9 @@ use crate::{
     },
 };
 
+/// What of a recipe is of training.
+const TRAINED: &str = "train-sandwich";
+
 /// The trained values, in f32 under the names of the blocks they belong to.
 const SANDWICH: &str = "sandwich.safetensors";
 
@@ -78,14 +81,20 @@ pub fn write(
 fn record(setup: &TrainSetup, report: &TrainReport, keep_lora: bool) -> Result<Record> {
     let before = &setup.pair.pruned.record;
     let before = before.as_ref().context("the pruned model has a record")?;
-    let mut recipe = match before.recipe.clone() {
-        Value::Object(recipe) => recipe,
-        other => [("before".to_owned(), other)].into_iter().collect(),
-    };
     let trained =
         json!({ "recipe": report.recipe, "phases": report.phases, "kept-lora": keep_lora });
-    recipe.insert("train-sandwich".to_owned(), trained);
+    let mut earlier = before.earlier.clone();
+    let mut recipe = match before.recipe.clone() {
+        Value::Object(recipe) if !recipe.contains_key(TRAINED) => recipe,
+        // trained before
+        other => {
+            earlier.push(other);
+            serde_json::Map::new()
+        }
+    };
+    recipe.insert(TRAINED.to_owned(), trained);
     Ok(Record {
+        earlier,
         lora: setup.pair.pruned.recorded_lora(),
         ..before.with_recipe(Value::Object(recipe))
     })

@@ -26,6 +26,7 @@ mod lora;
 mod lora_applied;
 mod lora_flux2;
 mod memory;
+mod names;
 mod old_files;
 mod outputs;
 mod pages;

@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::common::*;
 
 /// Pruning settings for the small pipeline of tests/golden/dev.
-const SMALL: [&str; 12] = [
+pub(crate) const SMALL: [&str; 12] = [
     "--model",
     "pipe",
     "--blocks",
@@ -22,7 +22,7 @@ const SMALL: [&str; 12] = [
     "32",
 ];
 
-fn prune_small(folder: &Path, output: &str, more: &[&str]) {
+pub(crate) fn prune_small(folder: &Path, output: &str, more: &[&str]) {
     let args = ["prune", "--output", output];
     ok(folder, &[&args[..], &SMALL, more].concat());
 }

@@ -73,6 +73,7 @@ fn both_formats_of_a_pruned_model_open_as_the_same_model() {
         scheduler: base.scheduler.clone(),
         parts: record::RecordedParts::default(),
         defaults: serde_json::json!({}),
+        earlier: Vec::new(),
         recipe: Value::Null,
     };
     for format in [Naming::Original, Naming::Diffusers] {
