@@ -7,6 +7,7 @@ A binary built with `--features cuda` then runs on a machine without a GPU, slow
 kernels and our own are compiled from their sources. Needs g++ 12, OpenBLAS (Debian: libopenblas-dev) and `cargo fetch`.
 """
 
+import os
 import pathlib
 import re
 import subprocess
@@ -18,7 +19,7 @@ ROOT = HERE.parent.parent
 ALONE = ["affine", "binary", "cast", "conv", "fill", "indexing", "ternary", "unary"]
 TOGETHER = ["reduce", "sort", "quantized"]
 HEADERS = ["binary_op_macros.cuh", "cuda_utils.cuh", "compatibility.cuh"]
-COMPILE = ["g++", "-std=c++17", "-O2", "-fPIC", "-w", "-fno-strict-aliasing", "-D__CUDA_ARCH__=900"]
+COMPILE = [os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-fPIC", "-w", "-fno-strict-aliasing", "-D__CUDA_ARCH__=900"]
 # what our kernels write in PTX
 OURS = {
     "float2 from_f16(": "return {emulated_from_half(pair & 0xffff), emulated_from_half(pair >> 16)};",
