@@ -290,7 +290,7 @@ impl Default for FinetuneRecipe {
     fn default() -> Self {
         Self {
             steps: 800,
-            lr: Some(1e-3),
+            lr: Some(4e-4),
             blocks: FinetuneBlocks::All,
         }
     }
