@@ -92,7 +92,8 @@ fn off(got: &Flux, want: &Flux, noised: &NoisedLatents) -> f64 {
 
 #[test]
 fn a_block_that_is_a_layer_of_the_form_is_recovered() {
-    let (flux, noised) = bundled(16);
+    // more noised latents than channels: each has but one vec
+    let (flux, noised) = bundled(48);
     let layer = |vec: bool| AffineLayer {
         linear: Linear::new(random(0.02, &[128, 128]), Some(random(0.1, &[128]))).unwrap(),
         vec: vec.then(|| Linear::new(random(0.02, &[128, 128]), None).unwrap()),
