@@ -43,7 +43,7 @@ judged() {
 
 results() {
     local ratio blocks models=()
-    for ratio in ${RATIOS:-0.1 0.2 0.3 0.4}; do
+    for ratio in ${RATIOS:-0.2 0.3333 0.4 0.5}; do
         made "$work/brll-$ratio" prune "${model[@]}" --ratio "$ratio"
         blocks=$(grep -o '"\(double\|single\)\.[0-9]*"' "$work/brll-$ratio/plan.json" | tr -d '"' | paste -sd,)
         made "$work/remove-$ratio" prune "${model[@]}" --blocks "$blocks" --form remove
