@@ -251,11 +251,20 @@ def load(path, patch=None, level="", **options):
 
 # Endings of the names of tensors in LoRA files.
 ENDINGS = (
-    ".lora_A.weight", ".lora_B.weight", ".lora_A.default.weight", ".lora_B.default.weight", ".lora_down.weight", ".lora_up.weight", ".lora.down.weight",
-    ".lora.up.weight", ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", ".down.weight", ".up.weight", ".alpha", ".dora_scale",
-    ".lora_magnitude_vector", ".lokr_w1", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b", ".hada_w1_a", ".hada_w1_b", ".hada_w2_a",
-    ".hada_w2_b", ".diff", ".diff_b",
+    ".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight", ".lora.down.weight", ".lora.up.weight",
+    ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight", ".down.weight", ".up.weight", ".alpha", ".dora_scale",
+    ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lokr_w1", ".lokr_w1_a", ".lokr_w1_b", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b",
+    ".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".diff", ".diff_b", ".w_norm", ".b_norm",
 )  # fmt: skip
+# Those that ComfyUI has other words for.
+SAME = {
+    ".down.weight": ".lora_down.weight", ".up.weight": ".lora_up.weight", ".lora.down.weight": ".lora_down.weight", ".lora.up.weight": ".lora_up.weight",
+    ".lora_magnitude_vector": ".dora_scale", ".lora_magnitude_vector.weight": ".dora_scale",
+}  # fmt: skip
+# The name of an adapter, which stands in names where a model that PEFT has wrapped was saved as it is.
+ADAPTER = re.compile(r"(\.lora_[AB]|\.lora_magnitude_vector)\.[^.]+(\.weight|\.bias)$")
+# What may stand before the names of modules, also several of them.
+PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "model.", "pipe.", "module.", "_orig_mod.", "lycoris_", "lora_transformer_")
 # XLabs' processors and the modules that they act on; that of single blocks on q, k and v only.
 PROCESSORS = {
     "processor.qkv_lora1": "img_attn.qkv", "processor.qkv_lora2": "txt_attn.qkv", "processor.proj_lora1": "img_attn.proj",
@@ -275,6 +284,16 @@ def block_of(module):
     return found and ("single" if found[1] == "single_" else "double", int(found[3]))
 
 
+def spelling_of(module, known):
+    """ComfyUI's name of a module of a LoRA; None where it is none of the model's."""
+    while module is not None:
+        spellings = (f"{prefix}{module}" for prefix in ("", "diffusion_model.", "transformer.", "lora_unet_", "lora_transformer_"))
+        found = next((spelling for spelling in spellings if spelling in known), None)
+        if found is not None:
+            return found
+        module = next((module.removeprefix(prefix) for prefix in PREFIXES if module.startswith(prefix)), None)
+
+
 def known_names(lora, model, clip):
     """The tensors of a LoRA under names that ComfyUI adds to this model. What acts on replaced blocks falls away; a name that is none of this model's
     is an error."""
@@ -283,6 +302,7 @@ def known_names(lora, model, clip):
     replaced = replaced_blocks(model)
     out, gone, blocks, text = {}, 0, set(), 0
     for name, tensor in lora.items():
+        name = ADAPTER.sub(r"\1\2", name)
         ending = next((ending for ending in ENDINGS if name.endswith(ending)), None)
         module = name.removesuffix(ending or "")
         if ending is not None and ("text_model" in module or re.search(r"encoder[._]block[._]", module)):
@@ -301,13 +321,12 @@ def known_names(lora, model, clip):
         processor = next((p for p in PROCESSORS if module.endswith(f".{p}")), None)
         if processor is not None:
             module = f"diffusion_model.{module.removeprefix('diffusion_model.').removesuffix(processor)}{PROCESSORS[processor]}"
-        bare = module.removeprefix("base_model.model.").removeprefix("model.").removeprefix("lycoris_").removeprefix("lora_transformer_")
-        spellings = (module, bare, *(f"{prefix}{bare}" for prefix in ("diffusion_model.", "transformer.", "lora_unet_", "lora_transformer_")))
-        spelling = next((spelling for spelling in spellings if spelling in known), None)
+        spelling = spelling_of(module, known)
         if ending is None or spelling is None:
             raise ValueError(f"`{name}` is no tensor of a LoRA for this model: the file is for another one, or of a dialect that is not known here")
-        ending = {".down.weight": ".lora_down.weight", ".up.weight": ".lora_up.weight"}.get(ending, ending).replace(".default.", ".")
-        ending = {".lora.down.weight": ".lora_down.weight", ".lora.up.weight": ".lora_up.weight", ".lora_magnitude_vector": ".dora_scale"}.get(ending, ending)
+        ending = SAME.get(ending, ending)
+        if spelling + ending in out:
+            raise ValueError(f"`{name}` is in the file twice: under two spellings, or for two adapters")
         out[spelling + ending] = tensor.reshape(-1, 1) if ending == ".dora_scale" and tensor.dim() == 1 else tensor
     if not out:
         raise ValueError(f"nothing of the LoRA applies: all of it acts on replaced blocks ({', '.join(sorted(blocks))}) or on text encoders")

@@ -391,16 +391,19 @@ if Flux2Transformer2DModel is not None:
 
 # Endings of names in LoRA files, and what the tensors are.
 ENDINGS = {
-    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_A.default.weight": "down", ".lora_B.default.weight": "up", ".lora_A": "down", ".lora_B": "up",
+    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_A": "down", ".lora_B": "up",
     ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora.down.weight": "down", ".lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up", ".down.weight": "down", ".up.weight": "up",
     ".alpha": "alpha", ".lora_B.bias": "bias", ".lora_up.bias": "bias",
-    ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude", ".lora_magnitude_vector.default.weight": "magnitude",
+    ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude",
 }  # fmt: skip
-# What stands before the names of modules: diffusers and ai-toolkit, ComfyUI, PEFT, kohya, OneTrainer, LyCORIS; nothing in XLabs' files.
+# The name of an adapter, which stands in names where a model that PEFT has wrapped was saved as it is.
+ADAPTER = re.compile(r"(\.lora_[AB]|\.lora_magnitude_vector)\.[^.]+(\.weight|\.bias)$")
+# What stands before the names of modules, also several of them: diffusers and ai-toolkit, ComfyUI, PEFT, pipelines and wrappers of PyTorch, kohya,
+# OneTrainer, LyCORIS; nothing in XLabs' files.
 PREFIXES = [
-    "", "transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "base_model.model.transformer.",
-    "base_model.model.diffusion_model.", "model.", "unet.", "lora_unet_", "lora_transformer_", "lycoris_", "lycoris_transformer_",
+    "transformer.", "diffusion_model.", "base_model.model.", "model.", "unet.", "pipe.", "module.", "_orig_mod.", "lora_unet_", "lora_transformer_",
+    "lycoris_", "transformer_",
 ]  # fmt: skip
 # XLabs' processors. That of single blocks acts on q, k and v only.
 PROCESSORS = {
@@ -417,6 +420,7 @@ FOREIGN = {
     "linear_in": "FLUX.2", "distilled_guidance_layer": "Chroma", "img_attn_qkv": "HunyuanVideo", "img_mod.1": "Qwen-Image", "cross_attn": "Wan",
 }  # fmt: skip
 FORMS = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA in kohya's names", ".diff": "differences of whole weights", "oft_": "OFT"}
+FORMS |= {".w_norm": FORMS[".diff"], ".b_norm": FORMS[".diff"]}
 
 
 def spellings(counts, top, blocks_of):
@@ -471,7 +475,17 @@ def scale_of(module, rank, metadata):
     return alpha / (rank**0.5 if metadata.get("use_rslora") else rank)
 
 
-def refusal(name):
+def bare_name(module, known):
+    """A module's name without what stands before it; None where it is none of those that are known."""
+    while module not in known:
+        prefix = next((prefix for prefix in PREFIXES if module.startswith(prefix)), None)
+        if prefix is None:
+            return None
+        module = module.removeprefix(prefix)
+    return module
+
+
+def refusal(name, family):
     for word, form in FORMS.items():
         if word in name:
             return f"`{name}`: {form} cannot be added in diffusers; `fastflux convert --lora` merges it"
@@ -479,20 +493,20 @@ def refusal(name):
         return f"`{name}`: a control LoRA, which turns the model into another one"
     for word, model in FOREIGN.items():
         if word in name:
-            return f"`{name}`: the LoRA is for {model}, not for FLUX.1"
-    return f"`{name}` is no tensor of a LoRA for FLUX.1 that is known here"
+            return f"`{name}`: the LoRA is for {model}, not for {family}"
+    return f"`{name}` is no tensor of a LoRA for {family} that is known here"
 
 
-def text_name(name):
+def text_name(name, family):
     """diffusers' name of a tensor of a CLIP LoRA; None for T5's, which diffusers has no place for."""
     module, ending = next(((name.removesuffix(e), e) for e in ENDINGS if name.endswith(e)), (None, None))
     if module is None:
-        raise ValueError(refusal(name))
+        raise ValueError(refusal(name, family))
     if "text_model" not in module:
         return None
     found = re.search(r"text_model[._]encoder[._]layers[._](\d+)[._](self_attn|mlp)[._](\w+)$", module)
     if found is None:
-        raise ValueError(refusal(name))
+        raise ValueError(refusal(name, family))
     return f"text_encoder.text_model.encoder.layers.{found[1]}.{found[2]}.{found[3]}", ENDINGS[ending]
 
 
@@ -508,20 +522,24 @@ def renumbered(lora, config, metadata=None):
         counts = {"double": config["num_layers"], "single": config["num_single_layers"]}
     top, blocks_of = tables_of(config)
     known, slots = spellings(counts, top, blocks_of), slots_of(record)
+    family = "FLUX.2" if top is TOP2 else "FLUX.1"
     modules, text = {}, {}
     for name, tensor in tensors.items():
+        name = ADAPTER.sub(r"\1\2", name)
         if "text_model" in name or re.search(r"encoder[._]block[._]", name) or name.startswith("text_encoder"):
-            place = text_name(name)
+            place = text_name(name, family)
             if place is None:
                 text.setdefault(None, {})[name] = tensor
             else:
                 text.setdefault(place[0], {})[place[1]] = tensor
             continue
         module, role = next(((name.removesuffix(e), role) for e, role in ENDINGS.items() if name.endswith(e)), (None, None))
-        prefix = next((p for p in PREFIXES if module is not None and module.startswith(p) and module[len(p) :] in known), None)
-        if prefix is None:
-            raise ValueError(refusal(name))
-        modules.setdefault((module, module[len(prefix) :]), {})[role] = tensor
+        bare = module and bare_name(module, known)
+        if bare is None:
+            raise ValueError(refusal(name, family))
+        if role in modules.setdefault((module, bare), {}):
+            raise ValueError(f"`{name}` is in the file for two adapters")
+        modules[module, bare][role] = tensor
     out, gone, blocks = {}, 0, set()
     for (module, bare), parts in modules.items():
         kind, index, original, first, count = known[bare]

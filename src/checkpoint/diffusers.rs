@@ -25,6 +25,20 @@ pub(super) fn block_modules(config: &FluxConfig, kind: BlockKind) -> names::Modu
     names::of(&config.family).block(kind).0
 }
 
+/// A block's norms, which have a scale for each channel and nothing else: modules, original and diffusers'.
+pub(super) fn block_norms(
+    config: &FluxConfig,
+    kind: BlockKind,
+) -> impl Iterator<Item = (&'static str, &'static str)> {
+    let norms = names::of(&config.family).block(kind).1.iter();
+    norms.filter_map(|(ours, theirs)| {
+        Some((
+            ours.strip_suffix(".scale")?,
+            theirs.strip_suffix(".weight")?,
+        ))
+    })
+}
+
 /// diffusers' prefix of all blocks of a kind.
 pub(super) fn block_prefix(kind: BlockKind) -> &'static str {
     match kind {

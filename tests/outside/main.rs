@@ -25,6 +25,7 @@ mod image_inputs;
 mod lora;
 mod lora_applied;
 mod lora_flux2;
+mod lora_names;
 mod memory;
 mod names;
 mod old_files;

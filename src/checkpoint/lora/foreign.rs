@@ -2,8 +2,28 @@
 
 use crate::checkpoint::Checkpoint;
 
+/// Parts of names of what is no LoRA that could be added, and what it is.
+const FORMS: [(&str, &str); 9] = [
+    ("oft_", OFT),
+    ("lora_mid", "a LoRA of convolutions"),
+    ("lokr_t2", "a factorisation of convolutions"),
+    ("hada_t1", "a factorisation of convolutions"),
+    ("hada_t2", "a factorisation of convolutions"),
+    (".on_input", "(IA)³, which multiplies activations"),
+    (".a1.weight", "GLoRA"),
+    (
+        ".set_weight",
+        "a set of weights to put in the place of the model's",
+    ),
+    (
+        ".reshape_weight",
+        "a control LoRA: it widens weights, which turns the model into another one",
+    ),
+];
+const OFT: &str = "OFT, which multiplies weights instead of adding to them";
+
 /// Parts of names, and the models that have them.
-const MODELS: [(&str, &str); 25] = [
+const MODELS: [(&str, &str); 27] = [
     ("content_mode_blocks", "FLUX.3"),
     ("txt_mode_blocks", "FLUX.3"),
     ("early_stream_modulation", "FLUX.3"),
@@ -25,16 +45,12 @@ const MODELS: [(&str, &str); 25] = [
     ("attention_to_q", "Z-Image"),
     ("caption_projection", "PixArt or LTX-Video"),
     ("adaln_single", "PixArt or LTX-Video"),
-    (
-        "oft_blocks",
-        "OFT, which multiplies weights instead of adding to them",
-    ),
-    (
-        "oft_diag",
-        "OFT, which multiplies weights instead of adding to them",
-    ),
-    ("lora_mid", "a LoRA of convolutions"),
-    ("_t2", "a factorisation of convolutions"),
+    ("attn1.to_", "LTX-Video, PixArt, Sana or CogVideoX"),
+    ("attn1_to_", "LTX-Video, PixArt, Sana or CogVideoX"),
+    ("attention.qkv", "Lumina-Image"),
+    ("attention_qkv", "Lumina-Image"),
+    ("double_stream_blocks", "HiDream"),
+    ("joint_transformer_blocks", "AuraFlow"),
 ];
 
 /// How names of FLUX.1's own modules end, which FLUX.2 has not got.
@@ -49,14 +65,22 @@ const FLUX1: [&str; 7] = [
 ];
 
 /// Parts of the names of Stable Diffusion's U-Net.
-const UNET: [&str; 6] = [
+const UNET: [&str; 8] = [
     "input_blocks",
     "output_blocks",
     "middle_block",
     "down_blocks",
     "up_blocks",
     "mid_block",
+    "unet_conv_in",
+    "unet.conv_in",
 ];
+
+/// What a file is, if names tell, that has the tensors `unknown`, which no LoRA has.
+pub(super) fn form(unknown: &[String]) -> Option<&'static str> {
+    let has = |(word, _): &&(&str, &str)| unknown.iter().any(|name| name.contains(word));
+    FORMS.iter().find(has).map(|(_, form)| *form)
+}
 
 /// For which other model, if names tell, a file is that has the tensors `unknown`, which this model has not.
 pub(super) fn model(file: &Checkpoint, unknown: &[String]) -> Option<String> {
@@ -82,12 +106,8 @@ pub(super) fn model(file: &Checkpoint, unknown: &[String]) -> Option<String> {
         return Some(format!("is a LoRA for {}", unet(file)));
     }
     let known = |(word, model): &(&str, &str)| {
-        let name = unknown.iter().find(|name| name.contains(word))?;
-        Some(if model.contains(' ') && model.starts_with(['O', 'a']) {
-            format!("is {model} (`{name}`)")
-        } else {
-            format!("is a LoRA for {model}")
-        })
+        let named = unknown.iter().any(|name| name.contains(word));
+        named.then(|| format!("is a LoRA for {model}"))
     };
     let flux1 = || {
         let ends = |name: &String| FLUX1.iter().any(|word| name.ends_with(word));

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Checkpoint, patch, record};
+use super::{Checkpoint, patch, record, scales};
 use crate::{
     files::Blob,
     layout::{BlockId, BlockKind, BlockSpec, FluxConfig},
@@ -73,8 +73,13 @@ impl Lora {
         if let Some(lora) = patch::lora(&file, level)? {
             file = lora;
         }
+        let fingerprint = record::fingerprint(&file)?;
+        let file = scales::attached(file, &BTreeMap::new())?;
         let (modules, unknown) = parts::modules(&file)?;
         if let Some(first) = unknown.first() {
+            if let Some(form) = foreign::form(&unknown) {
+                bail!("`{name}` is {form}, which is not applied");
+            }
             ensure!(
                 !modules.is_empty(),
                 "`{name}` holds no LoRA: its first tensor is `{first}`"
@@ -117,7 +122,7 @@ impl Lora {
             recorded: RecordedLora {
                 file: std::path::absolute(&path).unwrap_or(path),
                 weight: choice.weight,
-                fingerprint: record::fingerprint(&file)?,
+                fingerprint,
                 text: false,
             },
             name,
@@ -181,7 +186,12 @@ impl Lora {
             );
         }
         let mut applied = Applied::new(self.file.len());
-        applied.text = self.file.len() - ours().map(|(_, parts)| parts.len()).sum::<usize>();
+        let text = self.file.len() - ours().map(|(_, parts)| parts.len()).sum::<usize>();
+        if config.shares_modulation() && text > 0 {
+            applied.leave_out(None, "CLIP or T5", text);
+        } else {
+            applied.text = text;
+        }
         for (module, parts) in ours() {
             let Some(place) = names.place(module) else {
                 continue;
@@ -248,12 +258,16 @@ impl Lora {
             self.recorded.weight,
             &self.transformer,
         )?;
-        for (leaf, delta) in [("weight", changes.weight), ("bias", changes.bias)] {
+        // norms have a scale where others have a weight
+        let weight = (&["weight", "scale"][..], changes.weight);
+        for (leaves, delta) in [weight, (&["bias"], changes.bias)] {
             let Some(delta) = delta else { continue };
-            let name = format!("{target}.{leaf}");
-            let tensor = transformer
-                .get(&name)
-                .with_context(|| format!("this model has no `{name}`"))?;
+            let found = leaves.iter().find_map(|leaf| {
+                let name = format!("{target}.{leaf}");
+                Some((transformer.get(&name)?, name))
+            });
+            let (tensor, name) =
+                found.with_context(|| format!("this model has no `{target}.{}`", leaves[0]))?;
             let height = tensor.shape().first().copied().unwrap_or(1);
             let (map, rows) = place.part.rows(height, unit);
             let (shape, width) = (delta.shape()?, tensor.shape().get(1).copied().unwrap_or(1));

@@ -8,22 +8,21 @@ use crate::{
     layout::{BlockId, BlockKind, FluxConfig},
 };
 
-/// What stands before the names of the transformer's modules: diffusers and ai-toolkit, `ComfyUI`, PEFT, kohya, `OneTrainer`,
-/// `LyCORIS`; nothing in files of `XLabs`.
-const PREFIXES: [&str; 13] = [
-    "",
+/// What stands before the names of the transformer's modules, several of them one behind the other too: diffusers and
+/// ai-toolkit, `ComfyUI`, PEFT, pipelines and wrappers of PyTorch, kohya, `OneTrainer`, `LyCORIS`; nothing in files of `XLabs`.
+const PREFIXES: [&str; 12] = [
     "transformer.",
     "diffusion_model.",
-    "model.diffusion_model.",
     "base_model.model.",
-    "base_model.model.transformer.",
-    "base_model.model.diffusion_model.",
     "model.",
     "unet.",
+    "pipe.",
+    "module.",
+    "_orig_mod.",
     "lora_unet_",
     "lora_transformer_",
     "lycoris_",
-    "lycoris_transformer_",
+    "transformer_",
 ];
 
 /// `XLabs`' processors of double blocks: 1 is the image's, 2 the text's.
@@ -134,6 +133,10 @@ impl Names {
                     let named: Vec<&str> = named.iter().map(String::as_str).collect();
                     out.put(block, &format!("{original}.{ours}"), ours, &named);
                 }
+                for (ours, theirs) in diffusers::block_norms(config, kind) {
+                    let theirs = format!("{}.{index}.{theirs}", diffusers::block_prefix(kind));
+                    out.put(block, &format!("{original}.{ours}"), ours, &[&theirs]);
+                }
                 if kind == BlockKind::Double {
                     for (fused, ours) in FUSED {
                         let name = format!("{}.{index}.{fused}", diffusers::block_prefix(kind));
@@ -161,16 +164,27 @@ impl Names {
 
     /// The place of a module as a file names it.
     pub(super) fn place(&self, module: &str) -> Option<&Place> {
-        PREFIXES.into_iter().find_map(|prefix| {
-            let name = module.strip_prefix(prefix)?;
-            let known = self.places.get(name);
-            if known.is_some() || !self.mixed {
-                return known;
+        let mut name = module;
+        loop {
+            let place = self.known(name);
+            if place.is_some() {
+                return place;
             }
-            let name = name.replace('.', "_");
-            let whole = name.starts_with(CUT).then(|| format!("tran{name}"));
-            self.places.get(&whole.unwrap_or(name))
-        })
+            name = PREFIXES
+                .iter()
+                .find_map(|prefix| name.strip_prefix(prefix))?;
+        }
+    }
+
+    /// The place of a name without prefixes.
+    fn known(&self, name: &str) -> Option<&Place> {
+        let known = self.places.get(name);
+        if known.is_some() || !self.mixed {
+            return known;
+        }
+        let name = name.replace('.', "_");
+        let whole = name.starts_with(CUT).then(|| format!("tran{name}"));
+        self.places.get(&whole.unwrap_or(name))
     }
 
     /// An original module, and the modules whose rows make it up.

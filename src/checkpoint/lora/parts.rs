@@ -39,13 +39,9 @@ pub(super) enum Role {
 }
 
 /// Endings of names; longer ones of the same end first.
-const ENDINGS: [(&str, Role); 35] = [
+const ENDINGS: [(&str, Role); 32] = [
     (".lora_A.weight", Role::Down),
     (".lora_B.weight", Role::Up),
-    (".lora_A.default.weight", Role::Down),
-    (".lora_B.default.weight", Role::Up),
-    (".lora_A.default_0.weight", Role::Down),
-    (".lora_B.default_0.weight", Role::Up),
     (".lora_A", Role::Down),
     (".lora_B", Role::Up),
     (".lora_down.weight", Role::Down),
@@ -61,7 +57,6 @@ const ENDINGS: [(&str, Role); 35] = [
     (".alpha", Role::Alpha),
     (".lora_magnitude_vector.weight", Role::Magnitude),
     (".lora_magnitude_vector", Role::Magnitude),
-    (".lora_magnitude_vector.default.weight", Role::Magnitude),
     (".dora_scale", Role::DoraScale),
     (".lokr_w1", Role::Left),
     (".lokr_w1_a", Role::LeftA),
@@ -75,12 +70,34 @@ const ENDINGS: [(&str, Role); 35] = [
     (".hada_w2_b", Role::SecondB),
     (".diff", Role::Difference),
     (".diff_b", Role::BiasDifference),
+    (".w_norm", Role::Difference),
+    (".b_norm", Role::BiasDifference),
 ];
 
 /// The module and the role of a tensor's name; `None` for names of no LoRA.
 pub(super) fn split(name: &str) -> Option<(&str, Role)> {
-    let fits = |(ending, role): &(&str, Role)| Some((name.strip_suffix(ending)?, *role));
-    ENDINGS.iter().find_map(fits)
+    let known = |name: &str| {
+        let fits = |(ending, role): &(&str, Role)| Some((name.strip_suffix(ending)?.len(), *role));
+        ENDINGS.iter().find_map(fits)
+    };
+    let (end, role) = known(name).or_else(|| known(&without_adapter(name)?))?;
+    Some((&name[..end], role))
+}
+
+/// A name without that of the adapter, which stands in it if a model that PEFT has wrapped was saved as it is:
+/// `lora_A.style.weight`, `lokr_w1.style`.
+fn without_adapter(name: &str) -> Option<String> {
+    let mut ends = [".weight", ".bias", ""].into_iter();
+    let (rest, leaf) = ends.find_map(|leaf| Some((name.strip_suffix(leaf)?, leaf)))?;
+    let (rest, _) = rest.rsplit_once('.')?;
+    let (_, word) = rest.rsplit_once('.')?;
+    let words: &[&str] = match leaf {
+        ".weight" => &["lora_A", "lora_B", "lora_magnitude_vector"],
+        ".bias" => &["lora_B"],
+        _ => &["lora_magnitude_vector", "lokr_w", "hada_w"],
+    };
+    let of_peft = words.iter().any(|start| word.starts_with(start));
+    of_peft.then(|| format!("{rest}{leaf}"))
 }
 
 /// The tensors of one module.
@@ -105,7 +122,7 @@ impl Parts {
         let known = self.tensors.insert(role, source.clone());
         ensure!(
             known.is_none(),
-            "the file has it twice, under two spellings"
+            "the file has it twice, under two spellings or of two adapters"
         );
         Ok(())
     }
@@ -286,6 +303,12 @@ pub(super) fn modules(file: &Checkpoint) -> Result<(BTreeMap<String, Parts>, Vec
         if role != Role::Alpha {
             file.expect_floats(name)?;
         }
+        ensure!(
+            source.elements() > 0,
+            "`{}`: tensor `{name}` of shape {:?} is empty\nhint: the file is damaged, or its rank was reduced to 0",
+            file.name,
+            source.shape()
+        );
         let parts = modules.entry(module.to_owned()).or_default();
         parts
             .insert(role, source)
