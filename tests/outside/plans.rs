@@ -1,6 +1,6 @@
 //! `score` and `plan`: files that are made, edited by hand, and carried out.
 
-use std::fs;
+use std::{fs, path::Path};
 
 use serde_json::Value;
 
@@ -184,6 +184,49 @@ fn several_ratios_are_drawn_against_speed_and_size() {
     }
 }
 
+/// Training takes more memory than all else: on small cards it alone gets smaller images, the largest that fit.
+#[test]
+fn small_cards_train_on_smaller_images() {
+    let work = folder();
+    let w = work.path();
+    copy(Path::new(&golden("dev/pipe")), &w.join("pipe"));
+    fs::write(w.join("pipe/fastflux.json"), r#"{"size": 1024}"#).unwrap();
+    for (card, side) in [
+        ("48MiB", None),
+        ("30MiB", Some(768)),
+        ("24MiB", Some(512)),
+        ("16MiB", Some(256)),
+    ] {
+        let report = json(w, &["plan", "--model", "pipe", "--for", card, "--json"]);
+        let of = |place: usize, key: &str| report["commands"][place][key].clone();
+        let wanted = side.map(|side| format!(" --width {side} --height {side}"));
+        let command = of(3, "command");
+        assert_eq!(
+            command.as_str().unwrap(),
+            format!(
+                "fastflux train-sandwich --model pruned --output trained{}",
+                wanted.unwrap_or_default()
+            ),
+            "{card}"
+        );
+        let takes = of(3, "memory_bytes").as_u64().unwrap();
+        assert!(
+            takes <= report["bytes"].as_u64().unwrap(),
+            "{card}: {report}"
+        );
+        assert_eq!(report["size"], serde_json::json!([1024, 1024]));
+        let calibrate = of(0, "command");
+        assert!(
+            !calibrate.as_str().unwrap().contains("--width"),
+            "{calibrate}"
+        );
+    }
+    // too small to train on at any size
+    let report = json(w, &["plan", "--model", "pipe", "--for", "9MiB", "--json"]);
+    assert!(report["commands"][3]["memory_bytes"].is_null(), "{report}");
+    assert!(report["commands"][4]["memory_bytes"].is_u64(), "{report}");
+}
+
 /// What `plan --for` prints is copied into a shell: every part of the model is named, and lines that are broken go on.
 #[cfg(unix)]
 #[test]
@@ -252,7 +295,7 @@ fn the_commands_for_a_card_work_as_they_are_printed() {
 
 /// What a shell makes of a line that begins with the program's name.
 #[cfg(unix)]
-fn command_line(folder: &std::path::Path, line: &str) -> String {
+fn command_line(folder: &Path, line: &str) -> String {
     let program = assert_cmd::cargo::cargo_bin!("fastflux")
         .display()
         .to_string();
