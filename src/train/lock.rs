@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use crate::files::output;
+
 /// The file that keeps other runs out.
 const LOCK: &str = "lock";
 
@@ -26,7 +28,8 @@ impl Lock {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("cannot create `{}`", folder.display()))?;
         let path = folder.join(LOCK);
-        let file = crate::files::output::lock(&path, "is training into this output")?;
+        let file = output::lock(&path, "is training into this output")?;
+        output::goes_when_stopped(&path);
         Ok(Some(Self { path, _file: file }))
     }
 }

@@ -124,6 +124,40 @@ fn evaluations_go_on() {
     refused(w, &args, &["other.images.partial", "other options"]);
 }
 
+/// Stops a run of `args` by a signal once `file` is there; what it says.
+#[cfg(unix)]
+fn stopped(folder: &Path, args: &[&str], file: &str) -> String {
+    let mut child = command(folder, args);
+    let child = child.stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = child.spawn().unwrap();
+    let begun = Instant::now();
+    while !folder.join(file).exists() {
+        assert!(begun.elapsed() < Duration::from_secs(300), "no `{file}`");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let id = child.id().to_string();
+    let mut kill = std::process::Command::new("kill");
+    assert!(kill.args(["-TERM", &id]).status().unwrap().success());
+    let out = child.wait_with_output().unwrap();
+    assert!(!out.status.success(), "finished before it was stopped");
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
+#[test]
+#[cfg(unix)]
+fn a_training_that_is_stopped_before_it_saved_leaves_nothing() {
+    let work = folder();
+    let w = work.path();
+    quick_prune(w, "pruned", &["--blocks", "single.02"]);
+    let before = list(w);
+    // images for minutes
+    let train = "train-sandwich --model pruned --num-prompts 4000 --output trained";
+    let args: Vec<&str> = train.split(' ').collect();
+    let said = stopped(w, &args, "trained.state/lock");
+    assert!(!said.contains("goes on from"), "{said}");
+    assert_eq!(list(w), before);
+}
+
 #[test]
 #[cfg(unix)]
 fn what_is_stopped_says_where_it_goes_on() {
@@ -134,22 +168,6 @@ fn what_is_stopped_says_where_it_goes_on() {
     fs::write(w.join("recipe.json"), long).unwrap();
     let args = "score --recipe recipe.json --save-every 0 --output s.json";
     let args: Vec<&str> = args.split(' ').collect();
-    let mut child = command(w, &args);
-    let child = child.stdout(Stdio::null()).stderr(Stdio::piped());
-    let child = child.spawn().unwrap();
-    let (file, begun) = (w.join("s.json.partial.json"), Instant::now());
-    while !file.exists() {
-        assert!(
-            begun.elapsed() < Duration::from_secs(300),
-            "nothing was saved"
-        );
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    let id = child.id().to_string();
-    let mut kill = std::process::Command::new("kill");
-    assert!(kill.args(["-TERM", &id]).status().unwrap().success());
-    let out = child.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(!out.status.success(), "finished before it was stopped");
+    let said = stopped(w, &args, "s.json.partial.json");
     assert!(said.contains("goes on from `s.json.partial"), "{said}");
 }

@@ -20,7 +20,7 @@ use tempfile::TempDir;
 pub use check::{check_file, check_folder, check_other, check_space, check_writable, free_space};
 pub use leftovers::lock;
 use registry::{begin, builder, is_to_be_new, is_written, without_interruption};
-pub use registry::{final_name, is_temporary, resumes_from, take_notes};
+pub use registry::{final_name, goes_when_stopped, is_temporary, resumes_from, take_notes};
 #[cfg(unix)]
 pub use signals::install_signal_handlers;
 

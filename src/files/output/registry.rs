@@ -56,6 +56,24 @@ pub(super) fn unfinished() -> Option<PathBuf> {
     all.iter().find(|path| path.exists()).cloned()
 }
 
+/// Lock files of this process, each in a folder of its own.
+static LOCKS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Notes that the lock file `path` goes when the process is stopped, and its folder if nothing else is in it.
+pub fn goes_when_stopped(path: &Path) {
+    let mut all = LOCKS.lock().unwrap_or_else(PoisonError::into_inner);
+    all.push(path.to_path_buf());
+}
+
+/// Removes the lock files; never waits, as the process is stopped.
+pub(super) fn remove_locks() {
+    let Ok(all) = LOCKS.try_lock() else { return };
+    for path in &*all {
+        let _ = std::fs::remove_file(path);
+        let _ = path.parent().map(std::fs::remove_dir);
+    }
+}
+
 /// Notes that nothing is at `path`, and that nothing may be replaced there; or, with `force`, that it may.
 pub(super) fn expect_new(path: &Path, force: bool) {
     let mut all = TO_BE_NEW.lock().unwrap_or_else(PoisonError::into_inner);

@@ -11,7 +11,7 @@ use signal_hook::{
 
 use crate::ui::{Level, Reporter};
 
-use super::registry::{remove_temporaries, unfinished};
+use super::registry::{remove_locks, remove_temporaries, unfinished};
 
 /// Makes SIGINT, SIGTERM and SIGHUP remove what this process has begun to write before they end it, and SIGXFSZ (a file
 /// outgrows its limit) an error like a full disk.
@@ -34,6 +34,7 @@ pub fn install_signal_handlers() -> std::io::Result<()> {
                 say_what_was_cut();
             }
             remove_temporaries();
+            remove_locks();
             if let Some(saved) = unfinished() {
                 Reporter::new(Level::Normal).note(format!(
                     "stopped; the same command goes on from `{}`",
