@@ -223,6 +223,12 @@ fn steps(record: &Record) -> String {
 
 /// The command line that this process was started with.
 fn command() -> String {
+    let words = std::env::args_os().skip(1);
+    command_of(words.map(|word| word.to_string_lossy().into_owned()))
+}
+
+/// The command line as a card shows it: without the folders of this machine, as cards are for others.
+fn command_of(words: impl Iterator<Item = String>) -> String {
     let quoted = |word: String| {
         let plain = |c: char| c.is_alphanumeric() || "-_./:=,@+%".contains(c);
         if !word.is_empty() && word.chars().all(plain) {
@@ -231,12 +237,25 @@ fn command() -> String {
             format!("'{}'", word.replace('\'', r"'\''"))
         }
     };
-    let words = std::env::args_os().skip(1);
-    let words = words.map(|word| quoted(word.to_string_lossy().into_owned()));
+    let words = words.map(|word| {
+        let (flag, value) = match word.split_once('=') {
+            Some((flag, value)) if flag.starts_with("--") => (format!("{flag}="), value),
+            _ => (String::new(), word.as_str()),
+        };
+        let values: Vec<&str> = value.split(',').map(bare).collect();
+        quoted(flag + &values.join(","))
+    });
     std::iter::once("fastflux".to_owned())
         .chain(words)
         .collect::<Vec<_>>()
         .join(" ")
+}
+
+/// The last component of an absolute path; anything else as it is.
+fn bare(word: &str) -> &str {
+    let path = Path::new(word);
+    let name = path.file_name().and_then(|name| name.to_str());
+    name.filter(|_| path.is_absolute()).unwrap_or(word)
 }
 
 fn replaced(layout: &[BlockSpec]) -> Vec<String> {
@@ -266,6 +285,21 @@ fn replaced_entries(layout: &[BlockSpec]) -> Vec<(String, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn commands_are_shown_without_the_folders_of_this_machine() {
+        let words = "prune --model /home/me/flux1-dev.safetensors --text-encoders /a/clip.safetensors,/b/t5.safetensors \
+            --lora=/c/style.safetensors:0.5 --plan plans/20.json --output /out/";
+        let shown = command_of(words.split_whitespace().map(str::to_owned));
+        assert_eq!(
+            shown,
+            "fastflux prune --model flux1-dev.safetensors --text-encoders clip.safetensors,t5.safetensors \
+            --lora=style.safetensors:0.5 --plan plans/20.json --output out"
+        );
+        let said = ["--prompt", "it's a fox, red"].map(str::to_owned);
+        let shown = command_of(said.into_iter());
+        assert_eq!(shown, r"fastflux --prompt 'it'\''s a fox, red'");
+    }
 
     #[test]
     fn the_licence_is_that_of_the_base() {

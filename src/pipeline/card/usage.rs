@@ -64,7 +64,7 @@ pub(super) fn usage(record: &Record, facts: &CardFacts, base: &str) -> String {
     } else {
         let _ = write!(
             out,
-            "\nComfyUI: put `comfyui_fastflux.py` (in `scripts/interop` of fastflux) into `custom_nodes` and the file of this folder into `models/diffusion_models`; the node \"Load fastflux model\" opens it.\n\ndiffusers: `fastflux_flux.{pruned_class}.from_single_file(\"flux.safetensors\")`, with `fastflux_flux.py` from the same folder.\n\nOther programs do not know the linear layers: they ignore them or fail.\n"
+            "\nComfyUI: put `comfyui_fastflux.py` (in `scripts/interop` of fastflux) into `custom_nodes` and the file of this folder into `models/diffusion_models`; the node \"Load fastflux model\" opens it.\n\ndiffusers: `fastflux_flux.{pruned_class}.from_single_file(\"flux.safetensors\")`, with `fastflux_flux.py` from the same folder; {plain_class}'s own ends with a `KeyError` at the first replaced block.\n\nOther programs do not know the linear layers: they ignore them or fail.\n"
         );
     }
     out
