@@ -6,7 +6,10 @@ use std::{fs, path::PathBuf};
 
 use fastflux::files::Files;
 
+#[path = "../outside/alexnet.rs"]
+mod alexnet;
 mod mock;
+mod scorers;
 mod setup;
 
 use mock::{COMMIT, ID};

@@ -9,6 +9,7 @@ use std::{fs, path::Path};
 
 use serde_json::Value;
 
+mod alexnet;
 mod architecture;
 mod bad_formats;
 mod bad_input;

@@ -1,10 +1,10 @@
 //! What is made for others: whole pipelines, cards with results, and the scorers that these name.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{fs, path::Path};
 
 use serde_json::Value;
 
-use crate::common::*;
+use crate::{alexnet::alexnet, common::*};
 
 /// Pruning settings for the small pipeline of tests/golden/dev.
 pub(crate) const SMALL: [&str; 12] = [
@@ -227,42 +227,6 @@ fn results_of_eval_are_in_the_card() {
     assert_eq!(theirs, "---\ntags:\n- mine\n---\nMine.\n");
 }
 
-/// An AlexNet with linear heads under the names of the package `lpips`, or of torchvision for the network.
-fn alexnet(path: &Path, prefix: impl Fn(usize) -> String) {
-    let convs = [
-        (0, 64, 3, 11),
-        (3, 192, 64, 5),
-        (6, 384, 192, 3),
-        (8, 256, 384, 3),
-        (10, 256, 256, 3),
-    ];
-    let mut shapes: Vec<(String, Vec<usize>)> = Vec::new();
-    for (slice, (number, out, input, side)) in convs.into_iter().enumerate() {
-        let name = format!("{}{number}", prefix(slice));
-        shapes.push((format!("{name}.weight"), vec![out, input, side, side]));
-        shapes.push((format!("{name}.bias"), vec![out]));
-        shapes.push((format!("lin{slice}.model.1.weight"), vec![1, out, 1, 1]));
-    }
-    let (mut header, mut data) = (BTreeMap::new(), Vec::new());
-    let mut state = 1u32;
-    for (name, shape) in shapes {
-        let start = data.len();
-        for _ in 0..shape.iter().product() {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            let value = (state >> 8) as f32 / 16_777_216.0;
-            let value = if name.starts_with("lin") {
-                value
-            } else {
-                0.1 * (value - 0.5)
-            };
-            data.extend(value.to_le_bytes());
-        }
-        let entry = serde_json::json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, data.len()] });
-        header.insert(name, entry);
-    }
-    safetensors(path, &serde_json::to_string(&header).unwrap(), &data);
-}
-
 #[test]
 fn lpips_is_measured_and_every_number_names_its_reference() {
     let work = folder();
@@ -273,12 +237,10 @@ fn lpips_is_measured_and_every_number_names_its_reference() {
         &["--blocks", "double.01,single.02", "--form", "remove"],
     );
     fs::create_dir(w.join("lpips")).unwrap();
-    alexnet(&w.join("lpips/alex.safetensors"), |slice| {
-        format!("net.slice{}.", slice + 1)
-    });
-    alexnet(&w.join("torchvision.safetensors"), |_| {
-        "features.".to_owned()
-    });
+    let package = alexnet(|slice| format!("net.slice{}.", slice + 1));
+    fs::write(w.join("lpips/alex.safetensors"), package).unwrap();
+    let torchvision = alexnet(|_| "features.".to_owned());
+    fs::write(w.join("torchvision.safetensors"), torchvision).unwrap();
     let eval = |lpips: &str| {
         let args = [
             "eval",
