@@ -156,7 +156,12 @@ fn card(record: &Record, facts: &CardFacts, base: Option<&str>, licence: Licence
     }
     out += "---\n\n";
     let named = base.unwrap_or(&record.base);
-    let _ = write!(out, "# {named}, made smaller by fastflux\n\n");
+    let what = if replaced.is_empty() && !facts.quantized {
+        "written"
+    } else {
+        "made smaller"
+    };
+    let _ = write!(out, "# {named}, {what} by fastflux\n\n");
     let all = original_ids(&record.layout).count();
     if replaced.is_empty() {
         let _ = write!(out, "All {all} blocks of the transformer are kept");

@@ -177,6 +177,19 @@ fn output_folders_have_a_card_and_a_notice() {
         assert!(text.contains("| single.02 | linear |"), "{text}");
         assert!(folder.join(output).join("NOTICE").is_file());
     }
+    // what only has a LoRA in its weights is as large as before
+    let (model, lora) = (golden("dev/pipe"), golden("lora/kohya.safetensors"));
+    let convert = ["convert", "--model", &model, "--lora", &lora];
+    let more = ["--dtype", "bf16", "--output", "merged"];
+    ok(folder, &[&convert[..], &more].concat());
+    let card = fs::read_to_string(folder.join("merged/README.md")).unwrap();
+    for words in [
+        "# pipe, written by fastflux",
+        "The LoRA `kohya.safetensors` is in the weights",
+        "--model pipe --lora kohya.safetensors",
+    ] {
+        assert!(card.contains(words), "{words}: {card}");
+    }
     let card = fs::read_to_string(folder.join("pruned/README.md")).unwrap();
     for words in [
         "library_name: diffusers",
