@@ -145,6 +145,16 @@ fn what_cannot_be_applied_is_refused_by_name() {
         &["inspect", "--lora", "nothing.safetensors"],
         &["nothing.safetensors", "does not exist"],
     );
+    for of_hub in [
+        "owner/name",
+        "https://huggingface.co/owner/name/resolve/main/x.safetensors",
+    ] {
+        refused(
+            folder,
+            &["inspect", "--lora", of_hub],
+            &[of_hub, "does not exist", "hf download"],
+        );
+    }
     crate::common::misused(
         folder,
         &["inspect", "--lora", "nothing.safetensors:much"],

@@ -8,6 +8,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use super::recorded::RecordedLora;
+use crate::files::parse_id;
 
 /// What PEFT calls the weights of an adapter.
 pub(super) const ADAPTER: &str = "adapter_model.safetensors";
@@ -61,7 +62,13 @@ impl FromStr for LoraChoice {
 /// The file of an adapter, which may be named by its folder.
 pub(super) fn file_of(path: &Path) -> Result<PathBuf> {
     if !path.is_dir() {
-        ensure!(path.exists(), "--lora: `{}` does not exist", path.display());
+        let name = path.display().to_string();
+        let hint = if name.contains("://") || parse_id(&name).is_some() {
+            "\nhint: name a file or a folder of this machine; `hf download` fetches those of the hub"
+        } else {
+            ""
+        };
+        ensure!(path.exists(), "--lora: `{name}` does not exist{hint}");
         return Ok(path.to_path_buf());
     }
     let known = IN_FOLDER.iter().map(|file| path.join(file));
