@@ -120,16 +120,33 @@ pub fn within(image: &Image, most: u32) -> Result<Image> {
 
 /// The image scaled to this size (Lanczos), whatever its own shape.
 ///
+/// One side after the other with bytes between them, as Pillow 13 does, from which this differs by 1 in a thousandth of the
+/// values; both at once would differ by 2 on smooth pictures and by 40 on noise.
+///
 /// # Errors
 /// When it has no pixels, before or after.
 pub fn resized(image: &Image, width: u32, height: u32) -> Result<Image> {
-    ensure!(width > 0 && height > 0, "the image is empty");
-    let source = pixels(image);
-    let mut out = vec![RGB::new(0, 0, 0); (width * height) as usize];
+    let has_pixels = |image: &Image| image.width > 0 && image.height > 0;
+    ensure!(
+        has_pixels(image) && width > 0 && height > 0,
+        "the image is empty"
+    );
     let [from_w, from_h, to_w, to_h] =
         [image.width, image.height, width, height].map(|side| side as usize);
-    resize::new(from_w, from_h, to_w, to_h, Pixel::RGB8, Type::Lanczos3)?
-        .resize(&source, &mut out)?;
+    let scaled = |source: &[RGB<u8>], (w, h): (usize, usize), (to_w, to_h): (usize, usize)| {
+        let mut out = vec![RGB::new(0, 0, 0); to_w * to_h];
+        resize::new(w, h, to_w, to_h, Pixel::RGB8, Type::Lanczos3)?.resize(source, &mut out)?;
+        anyhow::Ok(out)
+    };
+    let pixels = image.rgb.as_chunks::<3>().0.iter();
+    let pixels: Vec<_> = pixels.map(|p| RGB::new(p[0], p[1], p[2])).collect();
+    // height first where that alone leaves less for the second pass
+    let between = match to_w > from_w && to_h < from_h {
+        true => (from_w, to_h),
+        false => (to_w, from_h),
+    };
+    let half = scaled(&pixels, (from_w, from_h), between)?;
+    let out = scaled(&half, between, (to_w, to_h))?;
     Ok(Image {
         width,
         height,
@@ -158,11 +175,6 @@ pub fn cropped(image: &Image, width: u32, height: u32) -> Result<Image> {
     })
 }
 
-fn pixels(image: &Image) -> Vec<RGB<u8>> {
-    let pixels = image.rgb.as_chunks::<3>().0;
-    pixels.iter().map(|p| RGB::new(p[0], p[1], p[2])).collect()
-}
-
 /// Scales an image to cover `width` × `height` (Lanczos), crops what overlaps evenly, and gives (3, height, width) in
 /// \[-1, 1\], f32 on the CPU.
 ///
@@ -175,18 +187,14 @@ pub fn covering(image: &Image, width: usize, height: usize) -> Result<Tensor> {
     let scale = (width as f64 / w as f64).max(height as f64 / h as f64);
     let inner = |size: usize, least: usize| ((size as f64 * scale).round() as usize).max(least);
     let (wide, high) = (inner(w, width), inner(h, height));
-    let source = pixels(image);
-    let mut scaled = vec![RGB::new(0, 0, 0); wide * high];
-    resize::new(w, h, wide, high, Pixel::RGB8, Type::Lanczos3)?.resize(&source, &mut scaled)?;
+    let scaled = resized(image, wide as u32, high as u32)?;
+    let scaled = scaled.rgb.as_chunks::<3>().0;
     let (left, top) = ((wide - width) / 2, (high - height) / 2);
     let mut values = Vec::with_capacity(3 * width * height);
     for channel in 0..3 {
         for row in top..top + height {
             let row = &scaled[row * wide + left..row * wide + left + width];
-            values.extend(row.iter().map(|p| {
-                let value = [p.r, p.g, p.b][channel];
-                f32::from(value) / 127.5 - 1.0
-            }));
+            values.extend(row.iter().map(|p| f32::from(p[channel]) / 127.5 - 1.0));
         }
     }
     Ok(Tensor::from_vec(values, (3, height, width), &Device::Cpu)?)
@@ -273,6 +281,35 @@ mod tests {
             rgb: vec![90; 3600],
         };
         assert_eq!(without_ends(&ordinary, 64, 32), ordinary);
+    }
+
+    /// Source: Pillow 13.0 `Image.resize(size, LANCZOS)`, green values of the second row.
+    #[test]
+    fn an_image_is_scaled_as_pillow_scales_it() {
+        let value =
+            |x: usize, y: usize, c: usize| (x * x * 37 + y * 91 * (c + 1) + x * y * 101) as u8;
+        let rgb = (0..5 * 6 * 3).map(|i| value(i / 3 % 6, i / 18, i % 3));
+        let image = Image {
+            width: 6,
+            height: 5,
+            rgb: rgb.collect(),
+        };
+        for (width, height, right) in [
+            (9, 7, vec![109, 78, 46, 59, 66, 77, 104, 104, 91]),
+            (9, 3, vec![109, 102, 88, 81, 65, 88, 159, 198, 197]),
+            (3, 7, vec![73, 66, 100]),
+            (4, 2, vec![125, 110, 156, 141]),
+        ] {
+            let scaled = resized(&image, width, height).unwrap();
+            let row: Vec<u8> = scaled
+                .rgb
+                .chunks(3)
+                .skip(right.len())
+                .take(right.len())
+                .map(|p| p[1])
+                .collect();
+            assert_eq!(row, right, "{width}×{height}");
+        }
     }
 
     #[test]
