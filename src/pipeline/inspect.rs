@@ -204,6 +204,10 @@ impl InspectReport {
                     TextModel::ClipAndT5 => {
                         format!("T5 {}, CLIP {}", config.context_in_dim, config.vec_in_dim)
                     }
+                    // only dev has a guidance embedding, and it was trained with another text encoder
+                    TextModel::Qwen3 if config.guidance_embed => {
+                        format!("Mistral 3 × {}", config.context_in_dim / 3)
+                    }
                     TextModel::Qwen3 => format!("Qwen3 3 × {}", config.context_in_dim / 3),
                 },
                 if config.guidance_embed {
