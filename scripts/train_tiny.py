@@ -70,11 +70,14 @@ def position_ids(latents):
     return FluxPipeline._prepare_latent_image_ids(len(latents), latents.shape[2] // 2, latents.shape[3] // 2, "cpu", torch.float32)
 
 
-def build(like):
-    """New weights in the sizes of a pipeline folder."""
+def build(like, blocks, heads):
+    """New weights in the sizes of a pipeline folder, but for the transformer's blocks (double, single) and heads where given."""
     config = lambda part: json.loads((like / part / "config.json").read_text())
-    own = lambda cls, part: cls.from_config(cls.load_config(like / part))
-    transformer = own(FluxTransformer2DModel, "transformer")
+    own = lambda cls, part, **sizes: cls.from_config(cls.load_config(like / part) | sizes)
+    sizes = dict(zip(("num_layers", "num_single_layers"), blocks or ()))
+    if heads:
+        sizes["num_attention_heads"] = heads
+    transformer = own(FluxTransformer2DModel, "transformer", **sizes)
     vae = own(AutoencoderKL, "vae")
     clip = CLIPTextModel(CLIPTextConfig(**config("text_encoder"))).float()
     t5 = T5EncoderModel(T5Config(**config("text_encoder_2"))).float()
@@ -100,7 +103,7 @@ class Flux1:
     guidance = 3.5
 
     def __init__(self, args, _):
-        self.transformer, self.vae, clip, t5 = build(args.like)
+        self.transformer, self.vae, clip, t5 = build(args.like, args.blocks, args.heads)
         self.clip, self.t5 = clip, t5
         self.tokenizers = CLIPTokenizer.from_pretrained(args.like / "tokenizer"), T5Tokenizer.from_pretrained(args.like / "tokenizer_2")
         self.trained = torch.nn.ModuleList([self.transformer, clip, t5])
@@ -239,6 +242,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path, help="new folder to write")
     parser.add_argument("--like", type=pathlib.Path, default=ROOT / "configs/tiny", help="pipeline whose sizes and tokenizers to take")
+    pair = lambda text: tuple(int(number) for number in text.split(","))
+    parser.add_argument("--blocks", type=pair, metavar="DOUBLE,SINGLE", help="other numbers of blocks than there (flux1)")
+    parser.add_argument("--heads", type=int, help="another number of heads of 32 (flux1)")
     parser.add_argument("--family", choices=["flux1", "flux2"], default="flux1")
     parser.add_argument("--start", type=pathlib.Path, help="pipeline that this script wrote: go on from its weights, its VAE stays as it is")
     parser.add_argument("--steps", type=int, default=1264)
