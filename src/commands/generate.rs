@@ -19,7 +19,7 @@ use crate::{
     ui::{self, Reporter},
 };
 
-/// Images of one run: all latents are kept until the VAE takes the transformer's place.
+/// Images of one run.
 const MAX_IMAGES: usize = 100_000;
 
 pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
@@ -58,21 +58,13 @@ pub(super) fn run(args: &GenerateArgs, reporter: &Reporter) -> Result<()> {
     if !references.is_empty() {
         encoded.references = Some(load::references(&pipeline, &references, runtime)?);
     }
-    let latents = generate::latents(&pipeline, &budget, &jobs, &encoded, size)?;
-    let decoder = budget.decoder(
-        &vae_files,
-        size.latent(pipeline.config.family),
-        args.decode.vae_tile,
-    )?;
-    generate::create_folders(&jobs)?;
-    for (i, job) in jobs.iter().enumerate() {
-        let image = decoder.images(&latents.narrow(0, i, 1)?)?;
-        let image = image.first().context("the VAE gave no image")?;
-        job.save(image, &pipeline)?;
-        if !args.output.print.json {
-            ui::data(job.path.display().to_string())?;
+    let vae = (&vae_files, args.decode.vae_tile);
+    generate::draw(&pipeline, &budget, &jobs, &encoded, vae, &mut |job| {
+        if args.output.print.json {
+            return Ok(());
         }
-    }
+        ui::data(job.path.display().to_string())
+    })?;
     if args.output.print.json {
         ui::json(&GenerateReport {
             model: pipeline.name,

@@ -1,7 +1,7 @@
 //! Images for the field's own scorers: drawn from a suite's prompt files and laid out as its scorer reads them. Images that
 //! are there are not drawn again, so a killed run goes on; shards draw every n-th prompt.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -164,7 +164,14 @@ fn draw(
         }
     }
     let encoded = load::encode_prompts(pipeline, &prompts, None, budget.runtime())?;
-    let latents = generate::latents(pipeline, budget, &jobs, &encoded, options.size)?;
+    let latents = generate::latents(
+        pipeline,
+        budget,
+        &jobs,
+        &encoded,
+        options.size,
+        Duration::MAX,
+    )?;
     let decoder = budget.decoder(
         &pipeline.vae_files()?,
         options.size.latent(pipeline.config.family),

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -10,7 +11,7 @@ use candle::Tensor;
 use serde::Serialize;
 
 use super::{
-    Pipeline, load,
+    Pipeline, VaeFiles, load,
     placement::{Activity, MemoryBudget},
 };
 use crate::{
@@ -25,6 +26,8 @@ use crate::{
 
 /// Tokens in one forward: small images go through the model several at a time.
 const TOKENS_PER_FORWARD: usize = 1024;
+/// How long latents wait for the VAE to take the transformer's place: reading a transformer again takes seconds.
+const WRITE_EVERY: Duration = Duration::from_secs(120);
 
 /// One image to generate.
 #[derive(Clone, Debug, Serialize)]
@@ -89,7 +92,7 @@ impl ImageJob {
 ///
 /// # Errors
 /// When one cannot be made.
-pub fn create_folders(jobs: &[ImageJob]) -> Result<()> {
+fn create_folders(jobs: &[ImageJob]) -> Result<()> {
     for folder in jobs
         .iter()
         .filter_map(|job| job.path.parent())
@@ -110,7 +113,9 @@ pub struct GenerateReport {
     pub images: Vec<ImageJob>,
 }
 
-/// Loads the transformer, denoises all images in batches and frees it again; packed latents (jobs, tokens, 4 · channels).
+/// Loads the transformer, denoises images in batches and frees it again; packed latents (images, tokens, 4 · channels) of
+/// the first jobs: of all, unless a batch ends later than `patience` after the start. So images can be written long before
+/// the last of many is drawn.
 ///
 /// # Errors
 /// When the model takes images as input, does not fit into memory, or values become NaN or infinite.
@@ -120,7 +125,9 @@ pub fn latents(
     jobs: &[ImageJob],
     encoded: &Encoded,
     size: ImageSize,
+    patience: Duration,
 ) -> Result<Tensor> {
+    let start = Instant::now();
     let Some(first) = jobs.first() else {
         bail!("nothing to generate")
     };
@@ -160,17 +167,55 @@ pub fn latents(
         let noise = Tensor::cat(&noises.collect::<Result<Vec<_>>>()?, 0)?;
         let drawn = denoise.run(&noise, &prompts, &mut (), &mut || progress.inc(1));
         latents.push(drawn.with_context(|| format!("`{}`", pipeline.name))?);
+        if start.elapsed() > patience {
+            break;
+        }
     }
     let latents = Tensor::cat(&latents, 0)?;
+    let drawn = match latents.dim(0)? {
+        all if all == jobs.len() => ui::counted(all, "image"),
+        some => format!("{some} of {}", ui::counted(jobs.len(), "image")),
+    };
     drop(flux);
     pipeline.reporter.done(
         &progress,
-        format!(
-            "generated {} and freed the transformer",
-            ui::counted(jobs.len(), "image")
-        ),
+        format!("generated {drawn} and freed the transformer"),
     );
     Ok(latents)
+}
+
+/// Draws all images, writes them by a VAE (with its `--vae-tile`), and tells of each. What is drawn is written every few
+/// minutes, so that a run that is stopped has not worked for nothing.
+///
+/// # Errors
+/// As [`latents`], and when a file cannot be written.
+pub fn draw(
+    pipeline: &Pipeline,
+    budget: &MemoryBudget,
+    jobs: &[ImageJob],
+    encoded: &Encoded,
+    (vae, tile): (&VaeFiles, Option<usize>),
+    written: &mut dyn FnMut(&ImageJob) -> Result<()>,
+) -> Result<()> {
+    let mut rest = jobs;
+    while let Some(first) = rest.first() {
+        let size = ImageSize {
+            width: first.width,
+            height: first.height,
+        };
+        let latents = latents(pipeline, budget, rest, encoded, size, WRITE_EVERY)?;
+        let decoder = budget.decoder(vae, size.latent(pipeline.config.family), tile)?;
+        let (drawn, left) = rest.split_at(latents.dim(0)?);
+        rest = left;
+        create_folders(drawn)?;
+        for (i, job) in drawn.iter().enumerate() {
+            let image = decoder.images(&latents.narrow(0, i, 1)?)?;
+            let image = image.first().context("the VAE gave no image")?;
+            job.save(image, pipeline)?;
+            written(job)?;
+        }
+    }
+    Ok(())
 }
 
 /// What an image's file is called by.
@@ -262,7 +307,58 @@ pub fn free_path(path: PathBuf, replace: bool, taken: &mut BTreeSet<PathBuf>) ->
 
 #[cfg(test)]
 mod tests {
+    use candle::{DType, Device};
+
     use super::*;
+    use crate::{
+        device::Runtime,
+        pipeline::{ModelChoice, placement::MemoryLimit},
+    };
+
+    #[test]
+    fn images_that_are_drawn_bit_by_bit_are_the_same() {
+        let pipeline = Pipeline::open(&ModelChoice::default()).unwrap();
+        let runtime = Runtime {
+            device: Device::Cpu,
+            dtype: DType::F32,
+        };
+        let budget = MemoryBudget::new(MemoryLimit::default(), &runtime, &pipeline.reporter);
+        let prompts = ["a red circle".to_owned()];
+        let encoded = load::encode_prompts(&pipeline, &prompts, None, &runtime).unwrap();
+        let size = ImageSize {
+            width: 64,
+            height: 64,
+        };
+        // more than go through the model at a time
+        let jobs: Vec<_> = (0..TOKENS_PER_FORWARD as u64 / 16 + 1)
+            .map(|seed| ImageJob {
+                path: PathBuf::new(),
+                prompt: prompts[0].clone(),
+                seed,
+                steps: 1,
+                guidance: Some(3.5),
+                true_cfg: None,
+                width: size.width,
+                height: size.height,
+                prompt_index: 0,
+                image_index: 0,
+            })
+            .collect();
+        let drawn = |jobs: &[ImageJob], patience: Duration| {
+            latents(&pipeline, &budget, jobs, &encoded, size, patience).unwrap()
+        };
+        let whole = drawn(&jobs, Duration::MAX);
+        assert_eq!(whole.dim(0).unwrap(), jobs.len());
+        let (mut rest, mut parts) = (&jobs[..], Vec::new());
+        while !rest.is_empty() {
+            let part = drawn(rest, Duration::ZERO);
+            rest = &rest[part.dim(0).unwrap()..];
+            parts.push(part);
+        }
+        assert!(parts.len() > 1);
+        let values = |latents: &Tensor| latents.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(values(&Tensor::cat(&parts, 0).unwrap()), values(&whole));
+    }
 
     #[test]
     fn prompts_become_names_of_files() {
