@@ -330,7 +330,7 @@ mod tests {
             height: 64,
         };
         // more than go through the model at a time
-        let jobs: Vec<_> = (0..TOKENS_PER_FORWARD as u64 / 16 + 1)
+        let jobs: Vec<_> = (0..=TOKENS_PER_FORWARD as u64 / 16)
             .map(|seed| ImageJob {
                 path: PathBuf::new(),
                 prompt: prompts[0].clone(),

@@ -141,9 +141,10 @@ pub fn resized(image: &Image, width: u32, height: u32) -> Result<Image> {
     let pixels = image.rgb.as_chunks::<3>().0.iter();
     let pixels: Vec<_> = pixels.map(|p| RGB::new(p[0], p[1], p[2])).collect();
     // height first where that alone leaves less for the second pass
-    let between = match to_w > from_w && to_h < from_h {
-        true => (from_w, to_h),
-        false => (to_w, from_h),
+    let between = if to_w > from_w && to_h < from_h {
+        (from_w, to_h)
+    } else {
+        (to_w, from_h)
     };
     let half = scaled(&pixels, (from_w, from_h), between)?;
     let out = scaled(&half, between, (to_w, to_h))?;
