@@ -26,8 +26,8 @@ use crate::{
 
 /// Tokens in one forward: small images go through the model several at a time.
 const TOKENS_PER_FORWARD: usize = 1024;
-/// How long latents wait for the VAE to take the transformer's place: reading a transformer again takes seconds.
-const WRITE_EVERY: Duration = Duration::from_secs(120);
+/// How long latents wait for the VAE to take the transformer's place: reading 24 GB again may take most of a minute.
+const WRITE_EVERY: Duration = Duration::from_secs(600);
 
 /// One image to generate.
 #[derive(Clone, Debug, Serialize)]
