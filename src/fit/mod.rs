@@ -4,3 +4,4 @@ pub mod gated;
 pub mod gram;
 pub mod layers;
 pub mod ridge;
+pub mod running;

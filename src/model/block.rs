@@ -231,6 +231,17 @@ impl Block {
         })
     }
 
+    /// What [`Self::forward`] of a stream like `stream` gives, from what [`Self::output_projections`] did, whatever the
+    /// projections are now.
+    pub fn project(&self, stream: &Stream, projections: &[OutputProjection]) -> Result<Stream> {
+        let tokens = match (self, projections) {
+            (Self::Double(block), [txt, img]) => block.project(txt, img)?,
+            (Self::Single(block), [last]) => block.project(last)?,
+            _ => candle::bail!("these are not the output projections of this block"),
+        };
+        Ok(stream.with_tokens(tokens))
+    }
+
     /// Every projection with its canonical name below the block (`img_attn.qkv`, `linear1`, `linear.img`): the one
     /// place to attach LoRA, merge or count. None for an offloaded block: make it [`resident`](Self::resident) first.
     pub fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {

@@ -108,13 +108,17 @@ impl DoubleBlock {
     /// One step of the fold.
     pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
         let [txt, img] = self.output_projections(stream, conditioning)?;
+        Ok(stream.with_tokens(self.project(&txt, &img)?))
+    }
+
+    /// The rest of [`Self::forward`] behind [`Self::output_projections`].
+    pub(super) fn project(&self, txt: &OutputProjection, img: &OutputProjection) -> Result<Tensor> {
         let txt_y = self.txt.mlp_out.product(&txt.z)?;
         let img_y = self.img.mlp_out.product(&img.z)?;
-        let tokens = ops::gated_residual(&[
+        ops::gated_residual(&[
             txt.branch(&txt_y, &self.txt.mlp_out),
             img.branch(&img_y, &self.img.mlp_out),
-        ])?;
-        Ok(stream.with_tokens(tokens))
+        ])
     }
 
     /// What the output projections `txt_mlp.2` and `img_mlp.2` are applied to.

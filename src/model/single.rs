@@ -56,9 +56,13 @@ impl SingleBlock {
     /// One step of the fold.
     pub fn forward(&self, stream: &Stream, conditioning: &Conditioning) -> Result<Stream> {
         let last = self.output_projection(stream, conditioning)?;
+        Ok(stream.with_tokens(self.project(&last)?))
+    }
+
+    /// The rest of [`Self::forward`] behind [`Self::output_projection`].
+    pub(super) fn project(&self, last: &OutputProjection) -> Result<Tensor> {
         let y = self.linear2.product(&last.z)?;
-        let branch = last.branch(&y, &self.linear2);
-        Ok(stream.with_tokens(ops::gated_residual(&[branch])?))
+        ops::gated_residual(&[last.branch(&y, &self.linear2)])
     }
 
     /// What the output projection `linear2` is applied to, for text and image tokens together.

@@ -4,19 +4,12 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::json;
 
-use self::{
-    plan::PruningPlan,
-    recipe::PruneRecipe,
-    sequential::{Fits, Fitting},
-};
+use self::{fitting::Fitting, plan::PruningPlan, recipe::PruneRecipe, sequential::Fits};
 use crate::{
-    calibrate::{
-        Calibrator, NoisedSplit,
-        memory::{STREAMS_IN_MEMORY, bytes_of_kept},
-    },
+    calibrate::{Calibrator, NoisedSplit},
     checkpoint::{Checkpoint, record::Record},
     layout::FluxConfig,
     model::Flux,
@@ -30,6 +23,7 @@ mod candidates;
 pub mod card;
 pub mod curve;
 pub mod estimate;
+pub mod fitting;
 pub mod goal;
 pub mod options;
 pub mod plan;
@@ -72,22 +66,15 @@ pub fn prune(
     scratch: &Path,
 ) -> Result<Pruned> {
     let (pipeline, options) = (calibrator.pipeline, &calibrator.options);
-    let f = &recipe.fit;
-    let refit_projections = f.refit_projections.context("what to refit is resolved")?;
-    let fitting = Fitting {
-        ridge: f.ridge,
-        sequential: f.sequential,
-        refit_projections,
-        batch: options.batch,
-        tokens: options.recipe.tokens_per_forward,
-        // there were sums of calibration, which are gone now
-        on_device: bytes_of_kept(&pipeline.config, calibrator.stats_memory),
-        in_memory: STREAMS_IN_MEMORY,
-        scratch,
-    };
+    let fitting = Fitting::new(calibrator, recipe, scratch)?;
     let flux = &calibrator.flux;
     let batches = noised.fit.batches(options.batch).len();
-    let steps = sequential::steps(&flux.trunk, batches, &plan.replace, refit_projections);
+    let steps = sequential::steps(
+        &flux.trunk,
+        batches,
+        &plan.replace,
+        fitting.refit_projections,
+    );
     let progress = pipeline.reporter.progress(steps, "fitting");
     let fits = sequential::fit_layers(
         flux,

@@ -16,11 +16,12 @@ use serde::{Deserialize, Serialize};
 use crate::{
     device::Runtime,
     fit::{
-        gram::{self, Gram, from_samples, with_bias},
+        gram::{self, Gram},
         ridge,
+        running::RunningGram,
     },
     layout::BlockId,
-    model::{Flux, Linear},
+    model::{Flux, Linear, ops},
 };
 
 /// Which output projections of what is kept are refitted.
@@ -71,8 +72,8 @@ pub const HEAD: &str = "final_layer.linear";
 /// Sums of one gated problem.
 #[derive(Debug, Default)]
 pub struct OutputProjectionSums {
-    fitted: Option<Gram>,
-    left_out: Option<Gram>,
+    fitted: RunningGram,
+    left_out: RunningGram,
     /// Σ a g², (d), and Σ a² over samples.
     gate: Option<(Tensor, f64)>,
 }
@@ -94,35 +95,34 @@ impl OutputProjectionSums {
         if z.dim(0)? == 0 {
             return Ok(());
         }
-        let z = z.to_dtype(DType::F32)?;
+        let wide = |t: &Tensor| t.to_dtype(DType::F32);
+        let (z, residual) = (wide(z)?, wide(residual)?);
+        let (samples, _, width) = residual.dims3()?;
+        let target_sq = weight * gram::square(&residual)?;
+        ensure!(target_sq.is_finite(), "activations are NaN or infinite");
+        let sums = if left_out {
+            &mut self.left_out
+        } else {
+            &mut self.fitted
+        };
         // g (z Δ) ≈ r, weighted, is (√w g) (z Δ) ≈ √w r
         let root_weight = weight.sqrt();
-        let residual = (residual.to_dtype(DType::F32)? * root_weight)?;
-        let width = residual.dim(2)?;
-        let (sums, u, a) = match gate {
-            None => {
-                let (z, c) = ((&z * root_weight)?, (with_bias(None, &z)? * root_weight)?);
-                (from_samples(&z, &c, &residual)?, None, 0.0)
-            }
+        let all = || Tensor::ones((samples, 1), DType::F32, z.device());
+        let (root, factor, u, a) = match gate {
+            None => ((all()? * root_weight)?, (all()? * root_weight)?, None, 0.0),
             Some(gate) => {
-                let gate = (gate.to_dtype(DType::F32)? * root_weight)?;
+                let gate = (wide(gate)? * root_weight)?;
                 let square = gate.sqr()?;
                 let a = (square.mean_keepdim(1)? + 1e-12)?; // (b, 1)
                 let root = a.sqrt()?;
                 // rows √a [z, 1] against g r / √a: Σ a z zᵀ and Σ z (g r)
-                let c = with_bias(None, &z)?.broadcast_mul(&root)?;
-                let weighted = z.broadcast_mul(&root.unsqueeze(2)?)?;
-                let target = residual.broadcast_mul(&gate.broadcast_div(&root)?.unsqueeze(1)?)?;
-                let mut sums = from_samples(&weighted, &c, &target)?;
-                sums.target_sq = gram::square(&residual)?;
+                let factor = (gate.broadcast_div(&root)? * root_weight)?;
                 let u = square.broadcast_mul(&a)?.sum(0)?.to_dtype(DType::F64)?;
-                (sums, Some(u), gram::square(&a)?)
+                (root, factor, Some(u), gram::square(&a)?)
             }
         };
-        ensure!(
-            sums.target_sq.is_finite(),
-            "activations are NaN or infinite"
-        );
+        let (z, target) = (ops::gated(&z, &root)?, ops::gated(&residual, &factor)?);
+        sums.add(&z, &root, &target, target_sq)?;
         let u = match u {
             Some(u) => u.to_device(&Device::Cpu)?,
             None => Tensor::zeros(width, DType::F64, &Device::Cpu)?,
@@ -131,11 +131,7 @@ impl OutputProjectionSums {
             None => (u, a),
             Some((sum, square)) => ((sum + u)?, square + a),
         });
-        sums.add_to(if left_out {
-            &mut self.left_out
-        } else {
-            &mut self.fitted
-        })
+        Ok(())
     }
 
     /// `before` with the change that the sums ask for; the ridge is chosen by the samples left out unless given.
@@ -165,8 +161,8 @@ impl OutputProjectionSums {
             }
         };
         let (fitted, left_out) = (
-            self.fitted.map(scaled).transpose()?,
-            self.left_out.map(scaled).transpose()?,
+            self.fitted.finish()?.map(scaled).transpose()?,
+            self.left_out.finish()?.map(scaled).transpose()?,
         );
         let solution = ridge::solve_split(fitted, left_out, ridge, &RIDGES)?;
         let inputs = solution.coefficients.nrows() - usize::from(has_bias);

@@ -8,15 +8,16 @@ use crate::{
     calibrate::subsample::pick,
     fit::{
         gated::{GatedGram, normal_product},
-        gram::{self, Gram, from_samples, product_dtype, with_bias},
+        gram::{self, product_dtype, with_bias},
         layers::{Fitted, Layers},
         ridge::{self, Solution},
+        running::RunningGram,
     },
     layout::{Form, Replacement},
     model::{AffineLayer, Block, BlockModulation, Conditioning, Linear, Modulation, Stream},
 };
 
-/// Sums of one replacement: for the text tokens, then for the image tokens.
+/// Sums of one replacement: for the text tokens, then for the image tokens; all in the first for one layer for both.
 pub(super) struct Sums<'a> {
     replacement: &'a Replacement,
     streams: [StreamSums; 2],
@@ -24,8 +25,8 @@ pub(super) struct Sums<'a> {
 
 #[derive(Default)]
 struct StreamSums {
-    fitted: Option<Gram>,
-    left_out: Option<Gram>,
+    fitted: RunningGram,
+    left_out: RunningGram,
     gated: GatedGram,
     modulation: Option<BlockModulation<3>>,
     /// Where the pairs are.
@@ -68,7 +69,8 @@ impl<'a> Sums<'a> {
             return Ok(());
         }
         let pairs = [(input.txt()?, output.txt()?), (input.img()?, output.img()?)];
-        for (stream, (x, y)) in self.streams.iter_mut().zip(pairs) {
+        for (index, (x, y)) in pairs.into_iter().enumerate() {
+            let stream = &mut self.streams[if self.replacement.joint { 0 } else { index }];
             let chosen = rows.tokens(&x)?;
             let take = |t: &Tensor| pick(t, None, chosen.as_ref());
             let (x, y) = (take(&x)?, take(&y)?);
@@ -93,7 +95,8 @@ impl<'a> Sums<'a> {
             for (part, sums) in rows.parts.iter().zip(sums) {
                 if part.elem_count() > 0 {
                     let take = |t: &Tensor| pick(t, Some(part), None);
-                    from_samples(&take(&x)?, &take(&c)?, &take(&target)?)?.add_to(sums)?;
+                    let target = take(&target)?;
+                    sums.add(&take(&x)?, &take(&c)?, &target, gram::square(&target)?)?;
                 }
             }
         }
@@ -112,7 +115,7 @@ impl<'a> Sums<'a> {
         Ok(match (self.replacement.form, self.replacement.joint) {
             (Form::Remove, _) => Layers::Remove,
             (Form::Modulated, true) => bail!("a modulated layer cannot be joint"),
-            (form, true) => Layers::Joint(Box::new(txt.merge(img)?.solve(form, ridge)?)),
+            (form, true) => Layers::Joint(Box::new(txt.solve(form, ridge)?)),
             (Form::Modulated, false) => Layers::Streams {
                 txt: Box::new(
                     txt.solve_gated(ridge, inputs, true)
@@ -154,23 +157,13 @@ fn gated_input(
 }
 
 impl StreamSums {
-    /// The sums of both streams as one problem.
-    fn merge(self, other: Self) -> Result<Self> {
-        let mut out = Self {
-            change_sq: self.change_sq + other.change_sq,
-            ..Self::default()
-        };
-        for share in [self.fitted, other.fitted].into_iter().flatten() {
-            share.add_to(&mut out.fitted)?;
-        }
-        for share in [self.left_out, other.left_out].into_iter().flatten() {
-            share.add_to(&mut out.left_out)?;
-        }
-        Ok(out)
-    }
-
     fn solve(self, form: Form, ridge: Option<f64>) -> Result<Fitted> {
-        let solution = ridge::solve_split(self.fitted, self.left_out, ridge, &ridge::RIDGES)?;
+        let solution = ridge::solve_split(
+            self.fitted.finish()?,
+            self.left_out.finish()?,
+            ridge,
+            &ridge::RIDGES,
+        )?;
         let width = solution.coefficients.ncols();
         let vec = (form == Form::Conditioned)
             .then(|| ridge::weight(&solution.coefficients, width..2 * width))

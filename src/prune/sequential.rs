@@ -5,14 +5,13 @@
 //! is fitted on the original's own activations. Output projections of kept blocks and head are always fitted on the
 //! pruned model's activations.
 
-use std::path::Path;
-
 use anyhow::{Context, Result};
 use candle::{DType, Device, Tensor};
 use indicatif::ProgressBar;
 
 use super::{
     activations::{FitSplit, PairedActivations},
+    fitting::Fitting,
     projections::{self, OutputProjectionSums, OutputProjections, RefitProjections},
     replacement::Sums,
     stream_store::{Place, StreamStore},
@@ -23,29 +22,11 @@ use crate::{
     device::Runtime,
     fit::layers::LayerMap,
     layout::{BlockKind, BlockSpec, Replacement},
-    model::{Block, Conditioning, Flux, Linear, Stream, Trunk},
+    model::{
+        Block, Conditioning, Flux, Linear, OutputProjection, Stream, Trunk,
+        ops::{self, Branch},
+    },
 };
-
-/// How to fit.
-#[derive(Clone, Copy, Debug)]
-pub struct Fitting<'a> {
-    /// Relative to the mean diagonal; `None`: chosen by the residual on noised latents left out.
-    pub ridge: Option<f64>,
-    /// On the activations of the already pruned prefix.
-    pub sequential: bool,
-    /// Output projections of what is kept that are refitted.
-    pub refit_projections: RefitProjections,
-    /// Noised latents in one forward.
-    pub batch: usize,
-    /// Tokens of each stream in one forward that sums are made of, evenly spread; `None`: all.
-    pub tokens: Option<usize>,
-    /// Bytes of token streams that may stay on a device of its own memory, if that is more than 2 GiB.
-    pub on_device: u64,
-    /// Bytes of token streams that may stay in host memory.
-    pub in_memory: u64,
-    /// Folder of the temporary file for token streams that find no room in memory.
-    pub scratch: &'a Path,
-}
 
 /// What was fitted.
 #[derive(Clone, Debug, Default)]
@@ -63,6 +44,8 @@ const LEFT_OUT: u32 = 8;
 /// Bytes of token streams that may stay on a device of its own memory in any case; more are held in the host's and visit
 /// the device a batch at a time.
 const ON_DEVICE: u64 = 2 << 30;
+/// Bytes of the inputs of output projections that are held while these are fitted, instead of being computed again.
+const HELD_INPUTS: u64 = 64 << 20;
 
 /// Both models on their way through the network.
 struct SequentialFit<'a> {
@@ -281,6 +264,7 @@ impl<'a> SequentialFit<'a> {
         let joint = id.kind == BlockKind::Single;
         let text_weight = self.text_weight(index);
         let mut projections: Vec<(&'static str, Linear, OutputProjectionSums)> = Vec::new();
+        let (mut held, mut room) = (Vec::new(), HELD_INPUTS);
         for batch in &mut self.batches {
             let (before, pruned) = batch.load(&mut self.store, &self.runtime.device)?;
             let conditioning = &batch.conditioning;
@@ -313,17 +297,29 @@ impl<'a> SequentialFit<'a> {
                     for (part, left_out) in batch.rows.parts() {
                         let take = |x: &Tensor| subsample::pick(x, Some(part), chosen.as_ref());
                         let z = take(&z)?;
-                        let gate = subsample::pick(&step.gate, Some(part), None)?;
                         let wide = |x: Tensor| x.to_dtype(DType::F32);
-                        let y =
-                            wide(linear.forward(&z)?)?.broadcast_mul(&wide(gate.unsqueeze(1)?)?)?;
-                        let rest = ((wide(take(&target)?)? - wide(take(&x)?)?)? - y)?;
+                        let gate = wide(subsample::pick(&step.gate, Some(part), None)?)?;
+                        let (x, target) = (wide(take(&x)?)?, wide(take(&target)?)?);
+                        let y = wide(linear.product(&z)?)?;
+                        let minus = |x: &Tensor, y: &Tensor, bias, gate: &Tensor| {
+                            let gate = Some(&gate.neg()?);
+                            ops::gated_residual(&[Branch { x, y, bias, gate }])
+                        };
+                        let bias = linear.bias().cloned().map(wide).transpose()?;
+                        let change = minus(&target, &x, None, &gate.ones_like()?)?;
+                        let rest = minus(&change, &y, bias.as_ref(), &gate)?;
                         sums.add(&z, &rest, Some(&gate), weight, left_out)
                             .with_context(|| format!("block {id}"))?;
                     }
                 }
             }
             batch.store(&mut self.store, &after, &pruned)?;
+            let bytes =
+                |s: &OutputProjection| (s.z.elem_count() * s.z.dtype().size_in_bytes()) as u64;
+            let bytes = steps.iter().map(bytes).sum();
+            let fits = !steps.is_empty() && bytes <= room;
+            room -= if fits { bytes } else { 0 };
+            held.push(fits.then_some(steps));
             self.progress.inc(1);
         }
         for (name, linear, sums) in projections {
@@ -335,7 +331,15 @@ impl<'a> SequentialFit<'a> {
                 .output_projections
                 .insert((Some(id), name), projection);
         }
-        self.pass(&block)
+        for (batch, held) in self.batches.iter_mut().zip(held) {
+            let pruned = batch.load_pruned(&mut self.store, &self.runtime.device)?;
+            let pruned = match held {
+                Some(steps) => block.project(&pruned, &steps)?,
+                None => block.forward(&pruned, &batch.conditioning)?,
+            };
+            batch.store_pruned(&mut self.store, &pruned)?;
+        }
+        Ok(())
     }
 
     /// What a squared error of a text token counts behind the single block `index`, where one of an image token counts 1:

@@ -181,3 +181,25 @@ fn training_computes_what_inference_computes() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn projecting_its_own_inputs_again_is_a_forward() -> Result<()> {
+    let flux = all_kinds(DType::F32)?;
+    let inputs = SmallInputs::new(&small_config(), 2)?;
+    let (mut stream, conditioning) = flux.embed(&inputs.borrowed())?;
+    for (_, block) in flux.trunk.entries() {
+        let want = block.forward(&stream, &conditioning)?;
+        let steps = block.output_projections(&stream, &conditioning)?;
+        match block {
+            Block::Replacement(_) => assert!(block.project(&stream, &steps).is_err()),
+            _ => {
+                let got = block.project(&stream, &steps)?;
+                assert_eq!(got.txt_len, want.txt_len);
+                let values = |stream: &Stream| stream.tokens.to_vec3::<f32>();
+                assert_eq!(values(&got)?, values(&want)?);
+            }
+        }
+        stream = want;
+    }
+    Ok(())
+}

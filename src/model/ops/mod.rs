@@ -30,6 +30,7 @@ mod cuda;
 mod custom_op;
 mod dequantize;
 mod fused_linear;
+mod gated;
 mod gelu;
 mod gemm;
 mod heads;
@@ -46,6 +47,7 @@ pub(super) use attention::MAX_SCORES;
 pub use attention::holds_scores;
 pub use cuda::{add_products, limit_kept_memory, token_sums, trouble};
 pub use fused_linear::{attend_with_gelu_of_product, gelu_of_product};
+pub use gated::gated;
 pub use gelu::gelu;
 pub use norm::norm_modulate;
 
