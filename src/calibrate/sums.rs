@@ -9,7 +9,10 @@ use super::{
 };
 use crate::{
     checkpoint::Source,
-    fit::gram::{Gram, product_dtype, with_ones},
+    fit::{
+        gram::{Gram, product_dtype, with_ones},
+        running::from_rows,
+    },
 };
 
 /// Timestep buckets of the scalar sums: \[0, 0.1), \[0.1, 0.2), … of the noise level.
@@ -179,6 +182,6 @@ impl StreamStats {
         };
         self.rows += x.dim(0)? as f64;
         let (x, y) = (x.to_dtype(product)?, y.to_dtype(product)?);
-        Gram::from_rows(&with_ones(&x)?, &(y - &x)?)?.add_to(&mut self.gram)
+        from_rows(&with_ones(&x)?, &(y - &x)?)?.add_to(&mut self.gram)
     }
 }

@@ -4,7 +4,6 @@ use std::ops::Deref;
 
 use anyhow::{Result, bail};
 use candle::{D, DType, Device, Layout, Storage, Tensor};
-use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul};
 use rayon::prelude::*;
 
 use crate::model::ops;
@@ -21,21 +20,6 @@ pub struct Gram {
 }
 
 impl Gram {
-    /// The sums of one set of rows: `features` (n, k), `target` (n, d), both in the format to multiply in.
-    ///
-    /// # Errors
-    /// When a product fails.
-    pub fn from_rows(features: &Tensor, target: &Tensor) -> Result<Self> {
-        let (gram, cross) = products(features, target)?;
-        Ok(Self {
-            gram,
-            cross,
-            target_sq: ops::total(&target.sqr()?)?
-                .to_dtype(DType::F64)?
-                .to_scalar()?,
-        })
-    }
-
     /// The sums over the rows of both.
     ///
     /// # Errors
@@ -92,58 +76,6 @@ pub fn product_dtype(device: &Device) -> DType {
 pub fn with_ones(features: &Tensor) -> Result<Tensor> {
     let ones = Tensor::ones((features.dim(0)?, 1), features.dtype(), features.device())?;
     Ok(Tensor::cat(&[features, &ones], 1)?)
-}
-
-/// ZᵀZ (k, k) and ZᵀR (k, d) in f64, of `z` (n, k) and `r` (n, d) in f64 or, off the CPU, in f32.
-pub fn products(z: &Tensor, r: &Tensor) -> Result<(Tensor, Tensor)> {
-    if z.device().is_cpu() && z.dtype() == DType::F64 && r.dtype() == DType::F64 {
-        products_cpu(z, r)
-    } else {
-        products_plain(z, r)
-    }
-}
-
-fn products_plain(z: &Tensor, r: &Tensor) -> Result<(Tensor, Tensor)> {
-    let transposed = z.t()?;
-    Ok((
-        transposed.matmul(z)?.to_dtype(DType::F64)?,
-        transposed.matmul(r)?.to_dtype(DType::F64)?,
-    ))
-}
-
-/// Columns of one task: wide enough for the matrix product, narrow enough to skip most of the upper triangle.
-const PANEL: usize = 64;
-
-fn products_cpu(z: &Tensor, r: &Tensor) -> Result<(Tensor, Tensor)> {
-    let ((n, k), (_, d)) = (z.dims2()?, r.dims2()?);
-    let values = |t: &Tensor| -> Result<Vec<f64>> { Ok(t.flatten_all()?.to_vec1()?) };
-    let (z, r) = (values(z)?, values(r)?);
-    let z = MatRef::from_row_major_slice(&z, n, k);
-    let r = MatRef::from_row_major_slice(&r, n, d);
-    // column-major panels; of ZᵀZ only the rows from the diagonal on, and as it is symmetric its columns are its rows
-    let (mut gram, mut cross) = (vec![0.0; k * k], vec![0.0; k * d]);
-    let grams = gram.par_chunks_mut(PANEL * k).enumerate();
-    let crosses = cross.par_chunks_mut(PANEL * k).enumerate();
-    let panel = |out: &mut [f64], of: MatRef<f64>, start: usize, skip: usize| {
-        let columns = out.len() / k;
-        let out = MatMut::from_column_major_slice_mut(out, k, columns).subrows_mut(skip, k - skip);
-        let (left, right) = (z.subcols(skip, k - skip), of.subcols(start, columns));
-        matmul(out, Accum::Replace, left.transpose(), right, 1.0, Par::Seq);
-    };
-    rayon::join(
-        || grams.for_each(|(i, out)| panel(out, z, i * PANEL, i * PANEL)),
-        || crosses.for_each(|(i, out)| panel(out, r, i * PANEL, 0)),
-    );
-    for column in 0..k {
-        for row in 0..column {
-            gram[column * k + row] = gram[row * k + column];
-        }
-    }
-    let cross = Tensor::from_vec(cross, (d, k), &Device::Cpu)?;
-    Ok((
-        Tensor::from_vec(gram, (k, k), &Device::Cpu)?,
-        cross.t()?.contiguous()?,
-    ))
 }
 
 /// The sums of Z = \[x, c\] against `target` (b, n, d), for `x` (b, n, k) and `c` (b, m), which all tokens of a sample
@@ -240,7 +172,13 @@ mod tests {
         )
         .unwrap();
         let all = with_ones(&repeated.reshape(((), 7)).unwrap()).unwrap();
-        let want = Gram::from_rows(&all, &target.reshape(((), 2)).unwrap()).unwrap();
+        let rows = target.reshape(((), 2)).unwrap();
+        let transposed = all.t().unwrap();
+        let want = Gram {
+            gram: transposed.matmul(&all).unwrap(),
+            cross: transposed.matmul(&rows).unwrap(),
+            target_sq: square(&rows).unwrap(),
+        };
         let c = with_bias(Some(&c.squeeze(1).unwrap()), &x).unwrap();
         let got = from_samples(&x, &c, &target).unwrap();
         for (got, want) in [(&got.gram, &want.gram), (&got.cross, &want.cross)] {
@@ -248,23 +186,5 @@ mod tests {
             assert!(difference.to_scalar::<f64>().unwrap() < 1e-11);
         }
         assert!((got.target_sq - want.target_sq).abs() < 1e-11);
-    }
-
-    fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
-        let difference = (a - b).unwrap().abs().unwrap();
-        difference.max_all().unwrap().to_scalar().unwrap()
-    }
-
-    #[test]
-    fn halved_products_equal_whole_ones() {
-        for (n, k, d) in [(3, 5, 2), (200, 129, 128), (70, 200, 65)] {
-            let (z, r) = (random(&[n, k]), random(&[n, d]));
-            let (fast, slow) = (
-                products_cpu(&z, &r).unwrap(),
-                products_plain(&z, &r).unwrap(),
-            );
-            assert!(largest_difference(&fast.0, &slow.0) < 1e-11);
-            assert!(largest_difference(&fast.1, &slow.1) < 1e-11);
-        }
     }
 }

@@ -182,14 +182,14 @@ pub(super) fn to_faer(matrix: &Tensor) -> Result<Mat<f64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fit::gram::with_ones;
+    use crate::fit::{gram::with_ones, running::from_rows};
 
     fn random(rows: usize, columns: usize) -> Tensor {
         Tensor::randn(0f64, 1., (rows, columns), &Device::Cpu).unwrap()
     }
 
     fn gram(x: &Tensor, target: &Tensor) -> Gram {
-        Gram::from_rows(&with_ones(x).unwrap(), target).unwrap()
+        from_rows(&with_ones(x).unwrap(), target).unwrap()
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! A [`Gram`] while samples are still added. On the CPU the products of a batch are added to the sums where they lie, half
 //! of ZᵀZ, as it is symmetric; elsewhere, and to test by, they are formed whole and added up ([`from_samples`]).
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul, traits::RealField};
 use rayon::prelude::*;
 
-use super::gram::{Gram, from_samples, values};
+use super::gram::{Gram, from_samples, square, values};
 
 /// Columns of one task: wide enough for the matrix product, narrow enough to skip most of the upper triangle.
 const PANEL: usize = 64;
@@ -86,6 +86,27 @@ impl RunningGram {
             Self::Whole(sums) => Some(sums),
         })
     }
+}
+
+/// The sums of one set of rows: `features` (n, k), `target` (n, d), both in the format to multiply in.
+///
+/// # Errors
+/// When a product fails.
+pub fn from_rows(features: &Tensor, target: &Tensor) -> Result<Gram> {
+    let target_sq = square(target)?;
+    if !features.device().is_cpu() {
+        let transposed = features.t()?;
+        return Ok(Gram {
+            gram: transposed.matmul(features)?.to_dtype(DType::F64)?,
+            cross: transposed.matmul(target)?.to_dtype(DType::F64)?,
+            target_sq,
+        });
+    }
+    let (x, target) = (features.unsqueeze(0)?, target.unsqueeze(0)?);
+    let none = Tensor::zeros((1, 0), features.dtype(), &Device::Cpu)?;
+    let mut sums = RunningGram::default();
+    sums.add(&x, &none, &target, target_sq)?;
+    sums.finish()?.context("no rows were seen")
 }
 
 impl InPlace {
@@ -266,6 +287,22 @@ mod tests {
             }
         }
         assert!(RunningGram::default().finish().unwrap().is_none());
+    }
+
+    #[test]
+    fn sums_of_rows_are_their_products() {
+        for (n, k, d) in [(3, 5, 2), (200, 129, 128), (70, 200, 65)] {
+            let (z, r) = (random(&[n, k], DType::F64), random(&[n, d], DType::F64));
+            let (got, transposed) = (from_rows(&z, &r).unwrap(), z.t().unwrap());
+            let want = [
+                transposed.matmul(&z).unwrap(),
+                transposed.matmul(&r).unwrap(),
+            ];
+            assert!(difference(&got.gram, &want[0]) < 1e-11);
+            assert!(difference(&got.cross, &want[1]) < 1e-11);
+            let squares = r.sqr().unwrap().sum_all().unwrap();
+            assert!((got.target_sq / squares.to_scalar::<f64>().unwrap() - 1.0).abs() < 1e-12);
+        }
     }
 
     #[test]
