@@ -11,10 +11,7 @@ use fastflux::{
     bench::timing::{Effort, Timing, measure},
     calibrate::stats::CalibrationStats,
     checkpoint::{Checkpoint, init, save},
-    fit::{
-        gram::{Gram, with_ones},
-        ridge,
-    },
+    fit::{gram::with_ones, ridge, running::from_rows},
     layout::{BlockId, BlockKind, BlockSpec, FluxConfig, Form, Replacement},
     model::{
         Conditioning, Flux, Inputs, Linear, Lora, Rope, Stream,
@@ -268,13 +265,13 @@ fn least_squares(report: &Report) -> Result<()> {
         report(
             &format!("products of {} rows, width {width}", 3 * width),
             &mut || {
-                sums = Some(Gram::from_rows(&features, &target)?);
+                sums = Some(from_rows(&features, &target)?);
                 Ok(())
             },
         )?;
         let sums = match sums {
             Some(sums) => sums,
-            None => Gram::from_rows(&features, &target)?,
+            None => from_rows(&features, &target)?,
         };
         report(&format!("least squares, width {width}"), &mut || {
             ridge::solve(&sums, 1e-4)?;
