@@ -44,19 +44,11 @@ impl RunningGram {
     /// When shapes disagree or a product fails.
     pub fn add(&mut self, x: &Tensor, c: &Tensor, target: &Tensor, target_sq: f64) -> Result<()> {
         let in_place = x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::F64);
-        if in_place && !matches!(self, Self::Whole(_)) {
+        if in_place && matches!(self, Self::Empty) {
             let shape = (x.dim(2)? + c.dim(1)?, target.dim(2)?);
-            if let Self::Empty = self {
-                *self = Self::InPlace(InPlace::new(shape));
-            }
-            let Self::InPlace(sums) = self else {
-                return Ok(());
-            };
-            ensure!(
-                sums.shape == shape,
-                "samples of {shape:?} are added to sums of {:?}",
-                sums.shape
-            );
+            *self = Self::InPlace(InPlace::new(shape));
+        }
+        if let Self::InPlace(sums) = self {
             sums.target_sq += target_sq;
             return match x.dtype() {
                 DType::F32 => sums.add::<f32>(x, c, target),
@@ -67,11 +59,10 @@ impl RunningGram {
             target_sq,
             ..from_samples(x, c, target)?
         };
-        *self = Self::Whole(match std::mem::take(self) {
-            Self::Empty => share,
-            Self::Whole(sum) => sum.plus(&share)?,
-            Self::InPlace(sum) => sum.whole()?.plus(&share)?,
-        });
+        match self {
+            Self::Whole(sum) => *sum = sum.plus(&share)?,
+            _ => *self = Self::Whole(share),
+        }
         Ok(())
     }
 
@@ -125,6 +116,18 @@ impl InPlace {
     {
         let ((samples, tokens, own), (_, m)) = (x.dims3()?, c.dims2()?);
         let (rows, (k, d)) = (samples * tokens, self.shape);
+        let (found, wanted) = (
+            [x.dims(), c.dims(), target.dims()],
+            [
+                &[samples, tokens, own][..],
+                &[samples, k - own.min(k)],
+                &[samples, tokens, d],
+            ],
+        );
+        ensure!(
+            own <= k && found == wanted,
+            "samples of {found:?} are added to sums of {k} by {d}"
+        );
         if rows == 0 {
             return Ok(());
         }
@@ -314,7 +317,10 @@ mod tests {
         };
         let ((x, c), (wide, _)) = (of(4), of(5));
         sums.add(&x, &c, &x, 0.0).unwrap();
-        let error = sums.add(&wide, &c, &x, 0.0).unwrap_err().to_string();
-        assert!(error.contains("(6, 4)"), "{error}");
+        let three = random(&[3, 1], DType::F64);
+        for (x, c, target) in [(&wide, &c, &x), (&x, &three, &x), (&x, &c, &wide)] {
+            let error = sums.add(x, c, target, 0.0).unwrap_err().to_string();
+            assert!(error.contains("sums of 5 by 4"), "{error}");
+        }
     }
 }

@@ -45,7 +45,7 @@ const LEFT_OUT: u32 = 8;
 /// the device a batch at a time.
 const ON_DEVICE: u64 = 2 << 30;
 /// Bytes of the inputs of output projections that are held while these are fitted, instead of being computed again.
-const HELD_INPUTS: u64 = 64 << 20;
+const HELD_INPUTS: u64 = 80 << 20;
 
 /// Both models on their way through the network.
 struct SequentialFit<'a> {
@@ -314,9 +314,9 @@ impl<'a> SequentialFit<'a> {
                 }
             }
             batch.store(&mut self.store, &after, &pruned)?;
-            let bytes =
-                |s: &OutputProjection| (s.z.elem_count() * s.z.dtype().size_in_bytes()) as u64;
-            let bytes = steps.iter().map(bytes).sum();
+            let held_by = |s: &OutputProjection| s.z.elem_count() + s.x.elem_count();
+            let values: usize = steps.iter().map(held_by).sum();
+            let bytes = (values * self.runtime.dtype.size_in_bytes()) as u64;
             let fits = !steps.is_empty() && bytes <= room;
             room -= if fits { bytes } else { 0 };
             held.push(fits.then_some(steps));
