@@ -9,6 +9,7 @@ use std::{
     thread,
 };
 
+use flate2::{Compression, write::GzEncoder};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -41,8 +42,24 @@ pub(crate) struct Faults {
     pub(crate) garble: bool,
     /// Announce this size.
     pub(crate) claim: Option<u64>,
+    /// Compress every body, whatever was asked for.
+    pub(crate) gzip: bool,
+    /// How the end of a body is told.
+    pub(crate) framing: Framing,
     /// Answer HEAD with a relative redirection first, as for a renamed repository.
     pub(crate) renamed: bool,
+}
+
+/// How the end of a body is told.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) enum Framing {
+    /// By its length.
+    #[default]
+    Length,
+    /// By an empty chunk.
+    Chunked,
+    /// By the end of the connection, as in HTTP/1.0.
+    Close,
 }
 
 pub(crate) struct State {
@@ -117,14 +134,42 @@ struct Answer {
 
 fn serve(stream: &TcpStream, state: &Mutex<State>) {
     let Some(request) = read(stream) else { return };
-    let mut answer = respond(&request, &mut state.lock().unwrap());
-    let mut head = format!("HTTP/1.1 {} X\r\nConnection: close\r\n", answer.status);
-    if !answer
-        .headers
-        .iter()
-        .any(|(name, _)| *name == "Content-Length")
-    {
-        let _ = write!(head, "Content-Length: {}\r\n", answer.body.len());
+    let (mut answer, gzip, framing) = {
+        let mut state = state.lock().unwrap();
+        let answer = respond(&request, &mut state);
+        (answer, state.faults.gzip, state.faults.framing)
+    };
+    if gzip {
+        let mut packed = GzEncoder::new(Vec::new(), Compression::fast());
+        packed.write_all(&answer.body).unwrap();
+        answer.body = packed.finish().unwrap();
+        answer.headers.push(("Content-Encoding", "gzip".to_owned()));
+    }
+    let version = if framing == Framing::Close {
+        "1.0"
+    } else {
+        "1.1"
+    };
+    let mut head = format!(
+        "HTTP/{version} {} X\r\nConnection: close\r\n",
+        answer.status
+    );
+    match framing {
+        Framing::Length => {
+            let _ = write!(head, "Content-Length: {}\r\n", answer.body.len());
+        }
+        Framing::Chunked => {
+            head.push_str("Transfer-Encoding: chunked\r\n");
+            let mut chunks = Vec::new();
+            for chunk in answer.body.chunks(1000) {
+                chunks.extend_from_slice(format!("{:x}\r\n", chunk.len()).as_bytes());
+                chunks.extend_from_slice(chunk);
+                chunks.extend_from_slice(b"\r\n");
+            }
+            chunks.extend_from_slice(b"0\r\n\r\n");
+            answer.body = chunks;
+        }
+        Framing::Close => {}
     }
     for (name, value) in &answer.headers {
         let _ = write!(head, "{name}: {value}\r\n");

@@ -156,13 +156,27 @@ impl Asked<'_> {
 
 /// A download that stopped, with what is there of it.
 pub(super) fn cut(name: &str, done: u64, size: u64, cause: &Error) -> Error {
-    let cause = cause.to_string();
-    let cause = cause.lines().next().unwrap_or_default(); // its hint is for the beginning of a download
+    let cause = without_hint(cause);
     anyhow!(
         "the download of `{name}` was cut at {} of {}: {cause}\nhint: run the same command again; it goes on from there",
         DecimalBytes(done),
         DecimalBytes(size),
     )
+}
+
+/// A download of unknown length, of which nothing is kept, that the network ended early.
+pub(super) fn cut_at_once(name: &str, done: u64, cause: &Error) -> Error {
+    anyhow!(
+        "the download of `{name}` was cut after {}: {}\nhint: run the same command again",
+        DecimalBytes(done),
+        without_hint(cause)
+    )
+}
+
+/// The first line: the hint is for the beginning of a download.
+fn without_hint(cause: &Error) -> String {
+    let cause = cause.to_string();
+    cause.lines().next().unwrap_or_default().to_owned()
 }
 
 /// Too little room for the rest of a download.

@@ -30,19 +30,21 @@ const MAX_UNSIZED: u64 = 64 << 20;
 /// Bytes that are read at once.
 const BUFFER: usize = 1 << 20;
 
-/// The file `path` of `commit`, downloaded unless its bytes are in the cache already. `name` is for messages.
+/// The file `path` of `commit`, downloaded unless its bytes are in the cache already. `name` is for messages, `listed`
+/// the size that the repository's listing says, if it does.
 pub(super) fn fetch(
     remote: &Remote,
     cache: &Cache,
     commit: &str,
     path: &str,
     name: &str,
+    listed: Option<u64>,
     reporter: &Reporter,
 ) -> Result<PathBuf> {
     let head = remote.head(commit, path)?;
     let blob = cache.blob(&head.etag)?;
     let Some(size) = head.size else {
-        return unsized_file(remote, cache, commit, path, name, &head);
+        return unsized_file(remote, cache, commit, path, name, listed, &head);
     };
     let waiting = reporter.download(name, size, 0);
     let _lock = cache.lock(&head.etag, || {
@@ -79,11 +81,13 @@ fn unsized_file(
     commit: &str,
     path: &str,
     name: &str,
+    listed: Option<u64>,
     head: &Head,
 ) -> Result<PathBuf> {
     let blob = cache.blob(&head.etag)?;
     let _lock = cache.lock(&head.etag, || ())?;
-    if !blob.is_file() {
+    let is_whole = |len: u64| listed.is_none_or(|size| len == size);
+    if !fs::metadata(&blob).is_ok_and(|m| m.is_file() && is_whole(m.len())) {
         let folder = blob.parent().unwrap_or(&blob);
         let (Opened::From(bytes) | Opened::Whole(bytes)) = remote.open(commit, path, head, 0)?
         else {
@@ -91,12 +95,18 @@ fn unsized_file(
         };
         let mut all = Vec::new();
         let read = bytes.take(MAX_UNSIZED + 1).read_to_end(&mut all);
-        read.map_err(|error| failure::cut(name, all.len() as u64, 0, &error.into()))?;
-        if all.len() as u64 > MAX_UNSIZED {
+        let len = all.len() as u64;
+        read.map_err(|error| failure::cut_at_once(name, len, &error.into()))?;
+        if len > MAX_UNSIZED {
             bail!(
                 "the server does not say how large `{name}` is, and it is larger than {} MB\nhint: set HF_ENDPOINT to a mirror that does not compress weights",
                 MAX_UNSIZED >> 20
             );
+        }
+        if !is_whole(len) {
+            // where the end of the connection ends the file, nothing else tells
+            let cause = anyhow!("the hub's listing says another size");
+            return Err(failure::cut_at_once(name, len, &cause));
         }
         let write = || -> io::Result<()> {
             fs::create_dir_all(folder)?;

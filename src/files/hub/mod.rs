@@ -144,6 +144,7 @@ impl Repo {
             &self.commit,
             path,
             &name,
+            *size,
             &self.reporter,
         )?;
         // not worth failing for: without it the model merely needs the hub again next time
