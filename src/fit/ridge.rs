@@ -169,7 +169,7 @@ pub fn bias(coefficients: &Mat<f64>) -> Result<Tensor> {
     )?)
 }
 
-pub(super) fn to_faer(matrix: &Tensor) -> Result<Mat<f64>> {
+pub(crate) fn to_faer(matrix: &Tensor) -> Result<Mat<f64>> {
     let (rows, columns) = matrix.dims2()?;
     let values = matrix
         .to_dtype(DType::F64)?

@@ -69,12 +69,7 @@ pub fn prune(
     let fitting = Fitting::new(calibrator, recipe, scratch)?;
     let flux = &calibrator.flux;
     let batches = noised.fit.batches(options.batch).len();
-    let steps = sequential::steps(
-        &flux.trunk,
-        batches,
-        &plan.replace,
-        fitting.refit_projections,
-    );
+    let steps = sequential::steps(&flux.trunk, batches, &plan.replace, &fitting);
     let progress = pipeline.reporter.progress(steps, "fitting");
     let fits = sequential::fit_layers(
         flux,

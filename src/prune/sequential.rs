@@ -3,7 +3,12 @@
 //! Sequentially (the default), each layer sees what the already pruned prefix puts out and aims at what the original
 //! model has after the replaced blocks, so that later layers correct the errors of earlier ones; otherwise every layer
 //! is fitted on the original's own activations. Output projections of kept blocks and head are always fitted on the
-//! pruned model's activations.
+//! pruned model's activations, that of the block right ahead of a replaced one together with the layer (`ahead`).
+
+mod ahead;
+mod kept;
+
+use std::ops::Range;
 
 use anyhow::{Context, Result};
 use candle::{DType, Device, Tensor};
@@ -21,11 +26,8 @@ use crate::{
     calibrate::{noised::NoisedLatents, subsample},
     device::Runtime,
     fit::layers::LayerMap,
-    layout::{BlockKind, BlockSpec, Replacement},
-    model::{
-        Block, Conditioning, Flux, Linear, OutputProjection, Stream, Trunk,
-        ops::{self, Branch},
-    },
+    layout::Replacement,
+    model::{Block, Conditioning, Flux, Stream, Trunk},
 };
 
 /// What was fitted.
@@ -37,15 +39,18 @@ pub struct Fits {
     pub output_projections: OutputProjections,
 }
 
-/// What text tokens count in the fits of the first single block, where image tokens count 1.
-const TEXT_WEIGHT: f64 = 0.5;
 /// The noised latents of one image in eight are left out of the fit to choose the ridge, and used after that.
 const LEFT_OUT: u32 = 8;
 /// Bytes of token streams that may stay on a device of its own memory in any case; more are held in the host's and visit
 /// the device a batch at a time.
 const ON_DEVICE: u64 = 2 << 30;
-/// Bytes of the inputs of output projections that are held while these are fitted, instead of being computed again.
-const HELD_INPUTS: u64 = 80 << 20;
+
+/// Where the original's streams are when a layer is fitted, seen from the blocks it replaces.
+#[derive(Clone, Copy, PartialEq)]
+enum Original {
+    Before,
+    Behind,
+}
 
 /// Both models on their way through the network.
 struct SequentialFit<'a> {
@@ -81,8 +86,14 @@ pub fn fit_layers(
     }
     let mut fit = SequentialFit::new(flux, noised, fitting, runtime, progress)?;
     for (first, replacement) in runs {
-        fit.to(first)?;
-        fit.replace(replacement)?;
+        if ahead::is_refitted(&flux.trunk, &fitting, fit.at, first, replacement) {
+            fit.to(first - 1)?;
+            fit.ahead(replacement)?;
+            fit.replace(replacement, Original::Behind)?;
+        } else {
+            fit.to(first)?;
+            fit.replace(replacement, Original::Before)?;
+        }
     }
     if fitting.refit_projections != RefitProjections::None {
         fit.to(flux.trunk.len())?;
@@ -96,19 +107,26 @@ pub fn steps(
     trunk: &Trunk,
     batches: usize,
     replace: &[Replacement],
-    refit: RefitProjections,
+    fitting: &Fitting<'_>,
 ) -> usize {
-    let kept = match refit {
-        RefitProjections::All => runs(trunk, replace)
-            .ok()
-            .and_then(|runs| runs.first().map(|(first, _)| trunk.len() - first))
-            .map_or(0, |behind| {
-                behind.saturating_sub(replace.iter().map(|r| r.replaces.len()).sum())
-            }),
-        RefitProjections::None | RefitProjections::Head => 0,
-    };
-    let head = usize::from(refit != RefitProjections::None && !replace.is_empty());
-    (replace.len() + kept + head) * batches
+    let runs = runs(trunk, replace).unwrap_or_default();
+    let refit = fitting.refit_projections;
+    let refits = |yes: bool, entries: usize| if yes { entries } else { 0 };
+    let (mut at, mut passes) = (0, 0);
+    for (first, replacement) in &runs {
+        let ahead = ahead::is_refitted(trunk, fitting, at, *first, replacement);
+        // behind the first replacement all that is kept is refitted
+        passes += if at > 0 && refit == RefitProjections::All {
+            first - at
+        } else {
+            refits(ahead, 1)
+        };
+        passes += 1 + refits(ahead, 1);
+        at = first + replacement.replaces.len();
+    }
+    let replaced = !runs.is_empty();
+    passes += refits(replaced && refit == RefitProjections::All, trunk.len() - at);
+    (passes + refits(replaced && refit != RefitProjections::None, 1)) * batches
 }
 
 impl<'a> SequentialFit<'a> {
@@ -181,7 +199,7 @@ impl<'a> SequentialFit<'a> {
     fn to(&mut self, index: usize) -> Result<()> {
         if self.fitting.refit_projections == RefitProjections::All && !self.out.layers.is_empty() {
             for kept in self.at..index {
-                self.kept(kept)?;
+                self.kept(kept, None)?;
             }
         } else {
             let trunk = &self.flux.trunk;
@@ -206,8 +224,9 @@ impl<'a> SequentialFit<'a> {
         Ok(())
     }
 
-    /// Fits the layer of `replacement`, whose blocks are ahead, and goes behind them.
-    fn replace(&mut self, replacement: &Replacement) -> Result<()> {
+    /// Fits the layer of `replacement`, whose blocks are ahead, and goes behind them. `original` says where the original's
+    /// streams are.
+    fn replace(&mut self, replacement: &Replacement, original: Original) -> Result<()> {
         let (first, end) = (self.at, self.at + replacement.replaces.len());
         let id = *replacement
             .replaces
@@ -215,15 +234,14 @@ impl<'a> SequentialFit<'a> {
             .context("a replacement of no block")?;
         let block = self.block(first)?;
         let mut sums = Sums::new(replacement, block)?;
-        let trunk = match pieces(&self.flux.trunk, first..end).as_slice() {
-            [one] => resident(&self.flux.trunk, one.clone())?,
-            // too many for the device: read for each batch
-            _ => Trunk::new(self.flux.trunk.entries()[first..end].to_vec()),
+        let run = match original {
+            Original::Before => self.run(first..end)?,
+            Original::Behind => Trunk::new(Vec::new()),
         };
         for (index, batch) in self.batches.iter_mut().enumerate() {
             let (before, pruned) = batch.load(&mut self.store, &self.runtime.device)?;
             let conditioning = &batch.conditioning;
-            let after = trunk.forward_range(0..trunk.len(), &before, conditioning, &mut ())?;
+            let after = run.forward_range(0..run.len(), &before, conditioning, &mut ())?;
             let input = if self.fitting.sequential {
                 &pruned
             } else {
@@ -257,103 +275,6 @@ impl<'a> SequentialFit<'a> {
         Ok(())
     }
 
-    /// Fits the output projections of the kept block `index`, which is ahead.
-    fn kept(&mut self, index: usize) -> Result<()> {
-        let mut block = self.block(index)?.resident()?;
-        let id = self.flux.trunk.entries()[index].0.id();
-        let joint = id.kind == BlockKind::Single;
-        let text_weight = self.text_weight(index);
-        let mut projections: Vec<(&'static str, Linear, OutputProjectionSums)> = Vec::new();
-        let (mut held, mut room) = (Vec::new(), HELD_INPUTS);
-        for batch in &mut self.batches {
-            let (before, pruned) = batch.load(&mut self.store, &self.runtime.device)?;
-            let conditioning = &batch.conditioning;
-            let after = block.forward(&before, conditioning)?;
-            let steps = block.output_projections(&pruned, conditioning)?;
-            let mut offset = 0;
-            for (place, step) in steps.iter().enumerate() {
-                if projections.len() <= place {
-                    let linear = block.linears_mut().into_iter();
-                    let (_, linear) = linear
-                        .into_iter()
-                        .find(|(name, _)| *name == step.name)
-                        .with_context(|| format!("block {id} has no `{}`", step.name))?;
-                    projections.push((step.name, linear.clone(), OutputProjectionSums::default()));
-                }
-                let (_, linear, sums) = &mut projections[place];
-                let tokens = step.x.dim(1)?;
-                let target = after.tokens.narrow(1, offset, tokens)?;
-                offset += tokens;
-                // in a single block text and image tokens share a projection
-                let text = if joint { pruned.txt_len } else { 0 };
-                let spans = [(0, text, text_weight), (text, tokens - text, 1.0)];
-                for (start, len, weight) in spans {
-                    if len == 0 || weight <= 0.0 {
-                        continue;
-                    }
-                    let span = |t: &Tensor| t.narrow(1, start, len);
-                    let (z, x, target) = (span(&step.z)?, span(&step.x)?, span(&target)?);
-                    let chosen = batch.rows.tokens(&z)?;
-                    for (part, left_out) in batch.rows.parts() {
-                        let take = |x: &Tensor| subsample::pick(x, Some(part), chosen.as_ref());
-                        let z = take(&z)?;
-                        let wide = |x: Tensor| x.to_dtype(DType::F32);
-                        let gate = wide(subsample::pick(&step.gate, Some(part), None)?)?;
-                        let (x, target) = (wide(take(&x)?)?, wide(take(&target)?)?);
-                        let y = wide(linear.product(&z)?)?;
-                        let minus = |x: &Tensor, y: &Tensor, bias, gate: &Tensor| {
-                            let gate = Some(&gate.neg()?);
-                            ops::gated_residual(&[Branch { x, y, bias, gate }])
-                        };
-                        let bias = linear.bias().cloned().map(wide).transpose()?;
-                        let change = minus(&target, &x, None, &gate.ones_like()?)?;
-                        let rest = minus(&change, &y, bias.as_ref(), &gate)?;
-                        sums.add(&z, &rest, Some(&gate), weight, left_out)
-                            .with_context(|| format!("block {id}"))?;
-                    }
-                }
-            }
-            batch.store(&mut self.store, &after, &pruned)?;
-            let held_by = |s: &OutputProjection| s.z.elem_count() + s.x.elem_count();
-            let values: usize = steps.iter().map(held_by).sum();
-            let bytes = (values * self.runtime.dtype.size_in_bytes()) as u64;
-            let fits = !steps.is_empty() && bytes <= room;
-            room -= if fits { bytes } else { 0 };
-            held.push(fits.then_some(steps));
-            self.progress.inc(1);
-        }
-        for (name, linear, sums) in projections {
-            let projection = sums
-                .solve(&linear, self.fitting.ridge)
-                .with_context(|| format!("block {id}, `{name}`"))?;
-            block.exchange(name, projection.linear(self.runtime)?)?;
-            self.out
-                .output_projections
-                .insert((Some(id), name), projection);
-        }
-        for (batch, held) in self.batches.iter_mut().zip(held) {
-            let pruned = batch.load_pruned(&mut self.store, &self.runtime.device)?;
-            let pruned = match held {
-                Some(steps) => block.project(&pruned, &steps)?,
-                None => block.forward(&pruned, &batch.conditioning)?,
-            };
-            batch.store_pruned(&mut self.store, &pruned)?;
-        }
-        Ok(())
-    }
-
-    /// What a squared error of a text token counts behind the single block `index`, where one of an image token counts 1:
-    /// only the attention of the blocks that follow sees text tokens, so it falls with their number, to nothing.
-    fn text_weight(&self, index: usize) -> f64 {
-        let singles = |entries: &[(BlockSpec, Block)]| {
-            let single = |(spec, _): &&(BlockSpec, Block)| spec.kind() == BlockKind::Single;
-            entries.iter().filter(single).count()
-        };
-        let entries = self.flux.trunk.entries();
-        let (all, later) = (singles(entries), singles(&entries[index + 1..]));
-        TEXT_WEIGHT * later as f64 / (all.max(2) - 1) as f64
-    }
-
     /// Fits the head's projection: the trunk is behind.
     fn head(&mut self) -> Result<()> {
         let mut flux = self.flux.clone();
@@ -378,6 +299,16 @@ impl<'a> SequentialFit<'a> {
             .output_projections
             .insert((None, projections::HEAD), projection);
         Ok(())
+    }
+
+    /// The original's entries `range`, on the device if they fit there together.
+    fn run(&self, range: Range<usize>) -> Result<Trunk> {
+        let trunk = &self.flux.trunk;
+        match pieces(trunk, range.clone()).as_slice() {
+            [one] => resident(trunk, one.clone()),
+            // too many: read for each batch
+            _ => Ok(Trunk::new(trunk.entries()[range].to_vec())),
+        }
     }
 
     fn block(&self, index: usize) -> Result<&'a Block> {

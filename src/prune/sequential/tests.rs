@@ -4,7 +4,7 @@ use super::{super::trunk::pruned, *};
 use crate::{
     fit::gram,
     layout::{BlockId, Form},
-    model::{AffineLayer, ReplacementBlock},
+    model::{AffineLayer, Linear, ReplacementBlock},
     pipeline::{ModelChoice, Pipeline},
     sample::denoise::{Encoded, LatentSize},
     ui::Reporter,
@@ -48,6 +48,19 @@ fn replace(id: BlockId, form: Form, joint: bool) -> Replacement {
     }
 }
 
+fn fitting(refit_projections: RefitProjections) -> Fitting<'static> {
+    Fitting {
+        ridge: None,
+        sequential: true,
+        refit_projections,
+        batch: 48,
+        tokens: None,
+        on_device: 0,
+        in_memory: u64::MAX,
+        scratch: Path::new("."),
+    }
+}
+
 fn fit(
     flux: &Flux,
     noised: &NoisedLatents,
@@ -66,17 +79,14 @@ fn fit_within(
     refit: RefitProjections,
 ) -> Flux {
     let fitting = Fitting {
-        ridge: None,
-        sequential: true,
-        refit_projections: refit,
-        batch: 48,
-        tokens: None,
-        on_device: 0,
         in_memory,
-        scratch: Path::new("."),
+        ..fitting(refit)
     };
     let bar = Reporter::silent().progress(1, "");
     let fits = fit_layers(flux, noised, replace, fitting, &runtime(), &bar).unwrap();
+    let batches = noised.batches(fitting.batch).len();
+    let steps = steps(&flux.trunk, batches, replace, &fitting);
+    assert_eq!(bar.position(), steps as u64);
     let mut out = pruned(flux, replace, &fits.layers, &runtime()).unwrap();
     projections::put(&mut out, &fits.output_projections, &runtime()).unwrap();
     out
@@ -164,4 +174,62 @@ fn streams_that_wait_in_a_file_give_the_same_weights() {
             assert!(off(&fit(room), &in_memory, &noised) <= 0.0);
         }
     }
+}
+
+#[test]
+fn a_layer_comes_nearer_with_the_block_ahead_of_it() {
+    let ((flux, noised), runtime) = (bundled(24), runtime());
+    let bar = Reporter::silent().progress(1, "");
+    let left = |replacement: &Replacement, first: usize, ahead: bool| {
+        let fitting = fitting(RefitProjections::All);
+        let mut fit = SequentialFit::new(&flux, &noised, fitting, &runtime, &bar).unwrap();
+        if ahead {
+            fit.to(first - 1).unwrap();
+            fit.ahead(replacement).unwrap();
+            fit.replace(replacement, Original::Behind).unwrap();
+        } else {
+            fit.to(first).unwrap();
+            fit.replace(replacement, Original::Before).unwrap();
+        }
+        let mut sum = 0.0;
+        for batch in &fit.batches {
+            let (original, pruned) = batch.load(&mut fit.store, &Device::Cpu).unwrap();
+            sum += gram::square(&(original.tokens - pruned.tokens).unwrap()).unwrap();
+        }
+        let refitted = fit.out.output_projections.len();
+        (sum, refitted)
+    };
+    for (id, first, form, joint) in [
+        (BlockId::double(3), 3, Form::Linear, false),
+        (BlockId::single(0), 5, Form::Conditioned, false),
+        (BlockId::single(4), 9, Form::Linear, true),
+        (BlockId::single(4), 9, Form::Remove, false),
+    ] {
+        let replacement = replace(id, form, joint);
+        let (plain, none) = left(&replacement, first, false);
+        let (together, refitted) = left(&replacement, first, true);
+        assert!(together < 0.97 * plain, "{id} {form}: {together} {plain}");
+        assert_eq!((none, refitted), (0, if first > 5 { 1 } else { 2 }));
+    }
+}
+
+#[test]
+fn nothing_is_refitted_ahead_where_nothing_kept_is_or_its_layer_has_a_gate() {
+    let (flux, _) = bundled(1);
+    let [linear, modulated] =
+        [Form::Linear, Form::Modulated].map(|form| replace(BlockId::double(2), form, false));
+    let asks = |fitting: &Fitting, at, first, replacement| {
+        ahead::is_refitted(&flux.trunk, fitting, at, first, replacement)
+    };
+    let all = fitting(RefitProjections::All);
+    assert!(asks(&all, 0, 2, &linear) && asks(&all, 1, 2, &linear));
+    // the first of all, right behind another replacement, a gate, less than all, on the original's own activations
+    assert!(!asks(&all, 0, 0, &linear) && !asks(&all, 2, 2, &linear));
+    assert!(!asks(&all, 0, 2, &modulated));
+    assert!(!asks(&fitting(RefitProjections::Head), 0, 2, &linear));
+    let apart = Fitting {
+        sequential: false,
+        ..all
+    };
+    assert!(!asks(&apart, 0, 2, &linear));
 }
