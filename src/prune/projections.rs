@@ -32,7 +32,7 @@ pub enum RefitProjections {
     None,
     /// The head's projection to the velocity.
     Head,
-    /// Also the last projection of every kept block behind a replaced one.
+    /// Also the last projection of every kept block behind a replaced one, and of the one right ahead of the first.
     All,
 }
 

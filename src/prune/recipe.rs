@@ -54,7 +54,7 @@ pub struct FitRecipe {
     /// Fit in network order on the activations of the already pruned prefix.
     pub sequential: bool,
     /// Output projections of what is kept that are refitted: `none`, `head`, or `all` (also of kept blocks behind a
-    /// replaced one); `null`: `all` up to a width of 1,024, where that takes seconds, and `head` above.
+    /// replaced one and right ahead of one); `null`: `all` up to a width of 1,024, where that takes seconds, and `head` above.
     #[serde(alias = "refit")]
     pub refit_projections: Option<RefitProjections>,
 }
