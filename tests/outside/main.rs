@@ -247,19 +247,27 @@ fn kept_tensors_are_copied_byte_for_byte() {
     };
     same("x_embedder.weight", "img_in.weight");
     same(
-        "single_transformer_blocks.2.proj_out.weight",
-        "single_blocks.2.linear2.weight",
+        "single_transformer_blocks.1.proj_out.weight",
+        "single_blocks.1.linear2.weight",
     );
     same(
         "transformer_blocks.4.ff.net.2.bias",
         "double_blocks.4.img_mlp.2.bias",
     );
-    // behind the replaced block only the output projections are fitted again
+    // behind the replaced block, and right ahead of it, only the output projections are fitted again
+    same(
+        "single_transformer_blocks.2.norm.linear.weight",
+        "single_blocks.2.modulation.lin.weight",
+    );
     same(
         "single_transformer_blocks.4.norm.linear.weight",
         "single_blocks.4.modulation.lin.weight",
     );
     for (theirs, ours) in [
+        (
+            "single_transformer_blocks.2.proj_out.weight",
+            "single_blocks.2.linear2.weight",
+        ),
         (
             "single_transformer_blocks.4.proj_out.weight",
             "single_blocks.4.linear2.weight",
