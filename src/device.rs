@@ -128,17 +128,39 @@ impl Runtime {
     }
 }
 
-/// What to do about an error of a device that ran out of memory; `None` for other errors.
-pub fn out_of_memory(error: &anyhow::Error) -> Option<&'static str> {
-    let ran_out = error.chain().any(|cause| {
-        let text = cause.to_string().to_lowercase();
-        // the driver's words, and cuBLAS'
-        ["out of memory", "out_of_memory", "alloc_failed"]
-            .iter()
-            .any(|words| text.contains(words))
-    });
-    ran_out.then_some(
-        "the device ran out of memory\nhint: --offload keeps no block on the device, --max-vram SIZE as many as fit; smaller images (--width, --height), batches and --dtype bf16 take less too",
+/// The driver's words, and cuBLAS', for too little memory.
+const WITHOUT_MEMORY: [&str; 3] = ["out of memory", "out_of_memory", "alloc_failed"];
+/// Their words for a device on which nothing runs any more, whatever is asked of it.
+const LOST: [&str; 12] = [
+    "cuda_error_launch_failed",
+    "cuda_error_launch_timeout",
+    "cuda_error_illegal_address",
+    "cuda_error_illegal_instruction",
+    "cuda_error_hardware_stack_error",
+    "cuda_error_ecc_uncorrectable",
+    "cuda_error_nvlink_uncorrectable",
+    "cuda_error_device_unavailable",
+    "cuda_error_context_is_destroyed",
+    "cuda_error_assert",
+    "cuda_error_unknown",
+    "cublas_status_execution_failed",
+];
+
+/// What happened to the device and what to do, if an error is of one that ran out of memory or was lost; `None` for others.
+pub fn failure(error: &anyhow::Error) -> Option<&'static str> {
+    let says = |words: &[&str]| {
+        error.chain().any(|cause| {
+            let text = cause.to_string().to_lowercase();
+            words.iter().any(|words| text.contains(words))
+        })
+    };
+    if says(&WITHOUT_MEMORY) {
+        return Some(
+            "the device ran out of memory\nhint: --offload keeps no block on the device, --max-vram SIZE as many as fit; smaller images (--width, --height), batches and --dtype bf16 take less too",
+        );
+    }
+    says(&LOST).then_some(
+        "the GPU stopped working for this program\nhint: run the same command again, it goes on from what it had saved; nvidia-smi and the system's log (Xid) say whether the GPU or its driver failed, and if neither did, please report this",
     )
 }
 
@@ -257,13 +279,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_for_want_of_memory_says_what_to_do() {
+    fn an_error_of_the_device_says_what_to_do() {
         let driver = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
         let error = anyhow::anyhow!("{driver}").context("cannot load the transformer of `x`");
-        let advice = out_of_memory(&error).unwrap();
+        let advice = failure(&error).unwrap();
         assert!(advice.contains("\nhint: --offload"), "{advice}");
         let cublas = anyhow::anyhow!("CublasError(CUBLAS_STATUS_ALLOC_FAILED)");
-        assert!(out_of_memory(&cublas).is_some());
-        assert_eq!(out_of_memory(&anyhow::anyhow!("no such file")), None);
+        assert_eq!(failure(&cublas), Some(advice));
+        let driver = "DriverError(CUDA_ERROR_LAUNCH_FAILED, \"unspecified launch failure\")";
+        let lost = anyhow::anyhow!("{driver}").context("cannot load the VAE `x`");
+        assert!(failure(&lost).unwrap().starts_with("the GPU stopped"));
+        assert_eq!(failure(&anyhow::anyhow!("no such file")), None);
     }
 }

@@ -69,7 +69,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            let error = match device::out_of_memory(&error) {
+            let error = match device::failure(&error) {
                 Some(advice) => error.context(advice),
                 None => error,
             };

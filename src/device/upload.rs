@@ -227,7 +227,7 @@ mod tests {
             crate::ui::skip("cuda");
             return;
         };
-        let bytes: Vec<u8> = (0..BUFFER * (BUFFERS + 1) + 1)
+        let bytes: Vec<u8> = (0..=BUFFER * (BUFFERS + 1))
             .map(|i| (i % 251) as u8)
             .collect();
         let (first, rest) = bytes.split_at(BUFFER + 12_345);
