@@ -15,7 +15,7 @@ use crate::{
     model::cost,
     pipeline::{
         Pipeline,
-        placement::{Activity, MemoryBudget},
+        placement::{Activity, MemoryBudget, UNCOUNTED_ON_GPU},
     },
     ui,
 };
@@ -238,7 +238,12 @@ impl CalibrationEstimate {
                 solving,
                 streams,
                 temporary_file,
-                device: weights + if on_cpu { work } else { sums + activations },
+                device: weights
+                    + if on_cpu {
+                        work
+                    } else {
+                        sums + activations + UNCOUNTED_ON_GPU
+                    },
                 host: images
                     + if on_cpu {
                         weights + work

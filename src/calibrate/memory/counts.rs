@@ -43,7 +43,7 @@ pub struct Bytes {
     pub streams: u64,
     /// Token streams of the sequential fits for which there is no room there, in a temporary file next to the output.
     pub temporary_file: u64,
-    /// All that is on the device at one time.
+    /// All that is on the device at one time, with what the driver takes of a GPU.
     pub device: u64,
     /// All that is on the host at one time.
     pub host: u64,
