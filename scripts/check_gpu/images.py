@@ -1,4 +1,7 @@
-"""Prints the largest difference between two PNG files of eight-bit RGB, of 255; needs nothing but Python."""
+"""Prints the largest difference between two PNG files of eight-bit RGB, or two folders of them, and its root mean square, of 255.
+
+Needs nothing but Python.
+"""
 
 import pathlib
 import struct
@@ -43,13 +46,24 @@ def pixels(path):
     return (width, height), b"".join(out)
 
 
+def pairs(first, second):
+    """The files themselves, or the files of one name in two folders."""
+    if not first.is_dir():
+        return [(first, second)]
+    return [(path, second / path.name) for path in sorted(first.glob("*.png"))]
+
+
 def main():
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    (size, first), (other, second) = map(pixels, sys.argv[1:])
-    if size != other:
-        sys.exit(f"the images are {size} and {other} pixels large")
-    print(max((abs(a - b) for a, b in zip(first, second)), default=0))
+    most = squares = count = 0
+    for paths in pairs(*map(pathlib.Path, sys.argv[1:])):
+        (size, first), (other, second) = map(pixels, paths)
+        if size != other:
+            sys.exit(f"{paths[0]}: the images are {size} and {other} pixels large")
+        for a, b in zip(first, second):
+            most, squares, count = max(most, abs(a - b)), squares + (a - b) ** 2, count + 1
+    print(most, f"{(squares / max(count, 1)) ** 0.5:.4f}")
 
 
 if __name__ == "__main__":

@@ -107,14 +107,15 @@ step_peers() {
     wait "$peers_pid" 2>/dev/null
     local eager compiled
     eager=$(value peers eager_ms) compiled=$(value peers compiled_ms)
-    peer_peak=$(value peers flops_per_second) pinned=$(value peers pinned_bytes_per_second) peer_train=$(value peers sandwich_learn_ms)
+    peer_peak=$(value peers flops_per_second) pinned=$(value peers pinned_bytes_per_second) peer_train=$(value peers sandwich_learn_muon_ms)
     [[ -n $peer_train ]] || note "peers: $(tail -n 1 "$output/logs/peers.err")"
     fact PyTorch "$(value peers torch): product $(calc "$peer_peak / 1e12") TFLOP/s, copy $(calc "$(value peers copy_bytes_per_second) / 1e9") GB/s, from pinned memory $(calc "$pinned / 1e9") GB/s, from pageable $(calc "$(value peers pageable_bytes_per_second) / 1e9") GB/s; compiled in $(value peers compile_seconds) s"
     figure peers 'PyTorch, eager' "$eager" ms
     figure peers 'PyTorch, compiled' "$compiled" ms
     figure peers 'PyTorch, eager, 11 of 57 blocks replaced' "$(value peers pruned_eager_ms)" ms
     figure peers 'PyTorch, step of one sandwich with its sample' "$(value peers sandwich_step_ms)" ms
-    figure peers 'PyTorch, step of one sandwich' "$peer_train" ms
+    figure peers 'PyTorch, step of one sandwich, AdamW' "$(value peers sandwich_learn_adamw_ms)" ms
+    figure peers 'PyTorch, step of one sandwich, Muon as here' "$peer_train" ms
     if [[ -n ${full_ms:-} ]]; then
         figure peers 'fastflux over compiled PyTorch' "$(calc "$full_ms / $compiled")" times '<= 1.0'
         figure peers 'fastflux over eager PyTorch' "$(calc "$full_ms / $eager")" times
@@ -221,21 +222,31 @@ step_whole() {
     figure whole 'calibrating' "$gathering" s
     figure whole 'calibrating over sampling' "$(calc "$gathering / $sampling")" times '<= 1.25'
 
+    # what follows keeps to a card of 24 GiB, as the driver counts
+    local within=(--max-vram "$train_limit") of
+    of=$(calc "$(sed 's/GiB/* 1024/; s/MiB//' <<<"$train_limit")")
+    attempt calibrate-limited-estimate 20 "$binary" calibrate "${model[@]}" "${format[@]}" "${image[@]}" "${fewer[@]}" "${within[@]}" --dry-run --json
+    attempt calibrate-limited 60 "$binary" calibrate "${model[@]}" "${format[@]}" "${image[@]}" "${fewer[@]}" "${within[@]}" --output "$stats" --force --json
+    rm -f "$stats"
+    figure whole "calibrate within $train_limit" "$seconds" s
+    figure whole "calibrate within $train_limit: peak on the GPU" "$peak" MiB "${peak:+<= $of}" "$(mib "$(value calibrate-limited-estimate device)")"
+
     # eleven neighbours: one layer in their place, and one sandwich to train
     at=$(room $((gigabytes - 2)))
     echo "{\"replace\": [{\"replaces\": [$(printf '"single.%02d", ' {14..24} | sed 's/, $//')], \"form\": \"linear\"}]}" >"$work/plan.json"
-    attempt prune-estimate 20 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${image[@]}" --dry-run --json
-    attempt prune 90 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${image[@]}" --output "$at/pruned" --force --json
+    attempt prune-estimate 20 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${image[@]}" "${within[@]}" --dry-run --json
+    attempt prune 90 "$binary" prune "${model[@]}" "${format[@]}" --plan "$work/plan.json" "${fewer[@]}" "${image[@]}" "${within[@]}" --output "$at/pruned" --force --json
     figure whole 'prune --plan of 11 blocks' "$seconds" s
-    figure whole 'prune --plan: peak on the GPU' "$peak" MiB '' "$(mib "$(value prune-estimate device)")"
+    figure whole 'prune --plan: peak on the GPU' "$peak" MiB "${peak:+<= $of}" "$(mib "$(value prune-estimate device)")"
+    figure whole 'prune --plan: memory of its own on the host' "$host" MiB '' "$(mib "$(value prune-estimate host)")"
     echo '{"data": {"num-prompts": 2, "steps": 2, "held-out": 1}}' >"$work/train.json"
     local train=(train-sandwich --model "$at/pruned" "${format[@]}" --recipe "$work/train.json" --prompts "$work/prompts.txt" --batch 1 "${image[@]}"
-        --steps 5 --finetune 3 --max-vram "$train_limit" --json)
+        --steps 5 --finetune 3 "${within[@]}" --json)
     local trained
     trained=$(room $((gigabytes - 2)))/trained
     attempt train-estimate 30 "$binary" "${train[@]}" --output "$trained" --dry-run
     attempt train 120 "$binary" "${train[@]}" --output "$trained" --force --log "$output/logs/losses-full.jsonl"
-    figure whole 'train-sandwich: peak on the GPU' "$peak" MiB "${peak:+<= $(calc "$(sed 's/GiB/* 1024/; s/MiB//' <<<"$train_limit")")}" "$(mib "$(value train-estimate peak_bytes)")"
+    figure whole 'train-sandwich: peak on the GPU' "$peak" MiB "${peak:+<= $of}" "$(mib "$(value train-estimate peak_bytes)")"
     figure whole 'train-sandwich, 5 + 3 steps' "$seconds" s
     # the log has tokens per second since a phase began: without its first and its last step, at which more is done:
     # samples are drawn several at a time before the first
@@ -247,6 +258,13 @@ step_whole() {
     [[ -d $trained ]] || trained=$at/pruned
     attempt generate-trained 60 "$binary" generate --model "$trained" "${format[@]}" "${image[@]}" --prompt 'a red circle' --steps 8 --output "$work/trained.png" --force
     figure whole 'the result draws: a step' "$(calc "$(told generate-trained 'generated 1 image') / 8")" s
-    attempt eval 60 "$binary" eval --model "$trained" "${format[@]}" "${image[@]}" --prompts "$work/prompts.txt" --num-prompts 1 --steps 2 --output "$work/eval" --force --json
+    attempt eval 60 "$binary" eval --model "$trained" "${format[@]}" "${image[@]}" --prompts "$work/prompts.txt" --num-prompts 1 --steps 2 "${within[@]}" --output "$work/eval" --force --json
     figure whole 'eval ends well' "$code" '' '= 0'
+    figure whole 'eval: peak on the GPU' "$peak" MiB "${peak:+<= $of}"
+    # last, as it takes longest: every block is fitted and tried
+    attempt plan 150 "$binary" plan "${model[@]}" "${format[@]}" "${image[@]}" "${fewer[@]}" "${within[@]}" --ratio 0.2 --output "$work/chosen.json" --force
+    figure whole 'plan --ratio 0.2 ends well' "$code" '' '= 0'
+    figure whole 'plan --ratio 0.2' "$seconds" s
+    figure whole 'plan: peak on the GPU' "$peak" MiB "${peak:+<= $of}"
+    figure whole 'plan: memory of its own on the host' "$host" MiB
 }

@@ -30,8 +30,31 @@ figure() {
 
 stamp() { while IFS= read -r line; do printf '%s %s\n' "$EPOCHREALTIME" "$line"; done; }
 
+# watch PID FILE: the most memory that the child of a process has of its own, without mapped files, in KiB.
+watch() {
+    local child kib most=0
+    while [[ -e /proc/$1 ]]; do
+        read -r child _ 2>/dev/null <"/proc/$1/task/$1/children"
+        kib=$(awk '/^RssAnon/ { print $2 }' "/proc/${child:-none}/status" 2>/dev/null)
+        ((${kib:-0} > most)) && most=$kib && echo "$most" >"$2"
+        sleep 0.2
+    done
+}
+
+# The program before may hold the GPU's memory for a second after its end: waits until what is used is near `level`, what was
+# used before it began.
+level=''
+settle() {
+    local i
+    for ((i = 0; i < 25; i++)); do
+        [[ -z $level ]] || (($(tail -n 1 "$memory") <= level + 64)) && break
+        sleep 0.1
+    done
+    level=$(tail -n 1 "$memory")
+}
+
 # attempt NAME SECONDS COMMAND…: stdout to logs/NAME.out, stderr with times to logs/NAME.err. Sets code, seconds, peak (MiB on
-# the GPU beyond the least that was used meanwhile, as the one before may still be leaving; empty if unknown).
+# the GPU beyond the least that was used meanwhile), host (MiB of its own); empty if unknown.
 attempt() {
     local name=$1 most=$2 before base rest
     shift 2
@@ -43,17 +66,26 @@ attempt() {
         note "$name: left out, --limit $limit is over"
         return 1
     fi
+    settle
     before=$(wc -l <"$memory")
     local begun=$EPOCHREALTIME
     exec 3> >(stamp >"$output/logs/$name.err")
     local stamper=$!
-    timeout -k 5 "$most" "$@" >"$output/logs/$name.out" 2>&3 3>&-
+    timeout -k 5 "$most" "$@" >"$output/logs/$name.out" 2>&3 3>&- &
+    local runner=$!
+    rm -f "$work/host"
+    watch "$runner" "$work/host" 2>/dev/null 3>&- &
+    local watcher=$!
+    wait "$runner"
     code=$?
+    kill "$watcher" 2>/dev/null
+    wait "$watcher" 2>/dev/null
+    host=$(awk '{ printf "%d", $1 / 1024 }' "$work/host" 2>/dev/null)
     exec 3>&-
     wait "$stamper" 2>/dev/null
     seconds=$(calc "$EPOCHREALTIME - $begun")
     ((before > 0)) && peak=$(tail -n +"$before" "$memory" | awk 'NR == 1 || $1 < least { least = $1 } $1 > most { most = $1 } END { print most - least }')
-    printf '%s\t%s\t%s\t%s\n' "$name" "$code" "$seconds" "${peak:--}" >>"$runs"
+    printf '%s\t%s\t%s\t%s\t%s\n' "$name" "$code" "$seconds" "${peak:--}" "${host:--}" >>"$runs"
     if ((code)); then
         note "$name: exit status $code after $seconds s$( ((code == 124)) && echo ', the limit'): $(tail -n 2 "$output/logs/$name.err" | cut -d' ' -f2- | tr '\n' ' ' | cut -c1-300)"
     fi
@@ -90,7 +122,7 @@ report() {
         awk -F'\t' 'BEGIN { printf "%-9s %-52s %12s %-6s %-14s %-14s\n", "step", "", "measured", "", "goal", "estimate" }
             { printf "%-9s %-52s %12s %-6s %-14s %-14s %s\n", $1, $2, $3, $4, $5, $6, $7 }' "$figures"
         echo
-        awk -F'\t' 'BEGIN { printf "%-28s %6s %10s %12s\n", "run", "status", "seconds", "GPU MiB" } { printf "%-28s %6s %10.2f %12s\n", $1, $2, $3, $4 }' "$runs"
+        awk -F'\t' 'BEGIN { printf "%-28s %6s %10s %12s %12s\n", "run", "status", "seconds", "GPU MiB", "own MiB" } { printf "%-28s %6s %10.2f %12s %12s\n", $1, $2, $3, $4, $5 }' "$runs"
         [[ -s $notes ]] && { echo; cat "$notes"; }
         echo
         echo "$passed figures as they should be, $failed not"
@@ -114,7 +146,7 @@ report() {
             print "{"
             list("facts", "F", "name value"); print ","
             list("figures", "G", "step name value unit goal estimate verdict"); print ","
-            list("runs", "R", "name status seconds gpu_mib"); print ","
+            list("runs", "R", "name status seconds gpu_mib host_mib"); print ","
             list("notes", "N", "text"); print "\n}"
         }' /dev/null kind=F "$facts" kind=G "$figures" kind=R "$runs" kind=N "$notes" >"$output/report.json"
 }

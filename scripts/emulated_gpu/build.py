@@ -36,7 +36,7 @@ OURS = {
     "void multiply_bf16(": "emulated_multiply<emulated_from_bfloat>(sum, a, b0, b1);",
 }
 OUR_SOURCES = ["numbers.cu", "kernels.cu", "attention_backward.cu", "backward.cu", "change.cu"]
-OURS_ALONE = ("gelu", "swiglu", "gated_residual", "column_sums", "add_products")
+OURS_ALONE = ("gelu", "swiglu", "gated_residual", "residual_backward", "weighted_sum", "column_sums", "add_products")
 
 
 def run(*command, **more):
