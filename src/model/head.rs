@@ -37,7 +37,7 @@ impl Head {
         let [shift, scale] = self.modulation.forward(conditioning)?;
         let img = stream.img_view()?;
         let drawn = stream.img_len()? - conditioning.rope.references();
-        ops::norm_modulate(&img.narrow(1, 0, drawn)?, &shift, &scale)
+        ops::norm_modulate(&ops::narrow(&img, 1, 0, drawn)?, &shift, &scale)
     }
 
     /// The projection to the velocity, hidden → out_channels.

@@ -1,7 +1,7 @@
 //! The only projection type: a weight, dense or quantized, with an optional LoRA.
 //! Knows no names; the blocks know which projection is where.
 
-use candle::{DType, Device, Result, Tensor};
+use candle::{D, DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::ops;
@@ -143,20 +143,15 @@ impl Linear {
     /// The product without the bias, for the operation that folds it in: `x` (…, in) to (…, out), in the dtype of `x`.
     pub fn product(&self, x: &Tensor) -> Result<Tensor> {
         let (output, input) = self.weight.shape()?;
-        let mut shape = x.dims().to_vec();
-        match shape.last_mut() {
-            Some(last) if *last == input => *last = output,
-            _ => candle::bail!(
+        if x.rank() < 2 || x.dim(D::Minus1)? != input {
+            candle::bail!(
                 "an input of shape {:?} for a weight of shape {:?}",
                 x.shape(),
                 [output, input]
-            ),
+            );
         }
-        // one matrix product over all rows; on three dimensions candle would repeat the weight for every sample
-        let x = x.reshape(((), input))?;
         let low_rank = self.lora.as_ref().map(|l| (&l.a, &l.b, l.scale));
-        let y = ops::product(&x, &self.weight.dense()?, low_rank)?;
-        y.reshape(shape)
+        ops::product(x, &self.weight.dense()?, low_rank)
     }
 
     /// `gelu` of the product and the bias: `x` (batch, tokens, in) to (batch, tokens, out).

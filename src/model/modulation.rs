@@ -4,6 +4,7 @@ use candle::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 use super::linear::Linear;
+use super::ops;
 use super::stream::{Conditioning, SharedParts};
 use crate::layout::{FluxConfig, ModulationSource};
 
@@ -32,7 +33,10 @@ impl<const N: usize> Modulation<N> {
 
     /// The N parts, each a view (batch, hidden), from `activated` = silu(vec), (batch, hidden).
     fn parts(&self, activated: &Tensor) -> Result<[Tensor; N]> {
-        let parts = self.lin.forward(activated)?.chunk(N, 1)?;
+        let all = self.lin.forward(activated)?;
+        let width = all.dim(1)? / N;
+        let parts = (0..N).map(|i| ops::narrow(&all, 1, i * width, width));
+        let parts = parts.collect::<Result<Vec<_>>>()?;
         parts.try_into().map_err(|parts: Vec<Tensor>| {
             candle::Error::Msg(format!(
                 "a modulation of {} parts instead of {N}",

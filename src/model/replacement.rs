@@ -85,7 +85,7 @@ impl AffineLayer {
         let y = self.linear.product(&z)?;
         let y = match &self.vec {
             None => y,
-            Some(vec) => y.broadcast_add(&vec.product(conditioning.activated())?.unsqueeze(1)?)?,
+            Some(vec) => ops::plus_for_all(&y, &vec.product(conditioning.activated())?)?,
         };
         Ok((y, gate))
     }

@@ -2,6 +2,7 @@
 
 use candle::{Result, Tensor};
 
+use super::ops;
 use super::rope::Rope;
 
 /// The tokens between two blocks, text first. One type for all kinds of block.
@@ -25,13 +26,13 @@ impl Stream {
     }
 
     /// The text tokens without a copy; not contiguous in a batch.
-    pub(super) fn txt_view(&self) -> Result<Tensor> {
-        self.tokens.narrow(1, 0, self.txt_len)
+    pub fn txt_view(&self) -> Result<Tensor> {
+        ops::narrow(&self.tokens, 1, 0, self.txt_len)
     }
 
     /// The image tokens without a copy; not contiguous in a batch.
-    pub(super) fn img_view(&self) -> Result<Tensor> {
-        self.tokens.narrow(1, self.txt_len, self.img_len()?)
+    pub fn img_view(&self) -> Result<Tensor> {
+        ops::narrow(&self.tokens, 1, self.txt_len, self.img_len()?)
     }
 
     /// Number of image tokens.

@@ -56,7 +56,7 @@ pub fn gradients(
             };
             let (var, tracked) = tracked(&stream)?;
             let output = block.forward(&tracked, conditioning)?;
-            let mut grads = ops::total(&(output.tokens * after)?)?.backward()?;
+            let mut grads = ops::backward(&output.tokens, &after)?;
             for (sum, var) in out.iter_mut().zip(vars) {
                 add(sum, grads.remove(var))?;
             }
@@ -67,7 +67,7 @@ pub fn gradients(
     } else {
         let output = trunk.forward_range(range, input, conditioning, &mut ())?;
         let (loss, grad) = judge(&output.with_tokens(output.tokens.detach()))?;
-        let mut grads = ops::total(&(output.tokens * grad)?)?.backward()?;
+        let mut grads = ops::backward(&output.tokens, &grad)?;
         for (sum, var) in out.iter_mut().zip(vars) {
             add(sum, grads.remove(var))?;
         }
@@ -132,7 +132,7 @@ fn tracked(stream: &Stream) -> candle::Result<(Var, Stream)> {
 
 /// The gradient with respect to `var`, given that of the tokens of `output`; 0 if it has no part in them.
 fn towards(var: &Var, output: &Stream, grad: &Tensor) -> candle::Result<Stream> {
-    let mut grads = ops::total(&(&output.tokens * grad)?)?.backward()?;
+    let mut grads = ops::backward(&output.tokens, grad)?;
     let grad = match grads.remove(var) {
         Some(grad) => grad,
         None => var.zeros_like()?,

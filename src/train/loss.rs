@@ -150,20 +150,41 @@ impl Loss {
     /// # Errors
     /// When shapes differ.
     pub fn judge(&self, output: &Stream, target: &Stream) -> Result<(f64, Tensor)> {
-        let (txt, txt_grad) = self.txt.judge(&output.txt()?, &target.txt()?)?;
-        let (img, img_grad) = self.img.judge(&output.img()?, &target.img()?)?;
-        let grad = Tensor::cat(&[txt_grad, img_grad], 1)?;
-        Ok((txt + img, grad.to_dtype(output.tokens.dtype())?))
+        let txt = self.txt.judge(&output.txt_view()?, &target.txt_view()?)?;
+        let img = self.img.judge(&output.img_view()?, &target.img_view()?)?;
+        // read together: a GPU would be waited for each time
+        let sums = Tensor::stack(&[&txt.sum, &img.sum], 0)?.to_vec1::<f32>()?;
+        let loss = sums.iter().zip([txt.tokens, img.tokens]);
+        let loss = loss.map(|(sum, tokens)| f64::from(*sum) / tokens).sum();
+        let dtype = output.tokens.dtype();
+        let grads = [txt.grad.to_dtype(dtype)?, img.grad.to_dtype(dtype)?];
+        Ok((loss, Tensor::cat(&grads, 1)?))
     }
 }
 
+/// The loss of one stream, times the number of its tokens (f32, a scalar), and the gradient of their quotient.
+struct Judged {
+    sum: Tensor,
+    tokens: f64,
+    grad: Tensor,
+}
+
 impl Form {
-    fn judge(&self, output: &Tensor, target: &Tensor) -> Result<(f64, Tensor)> {
+    fn judge(&self, output: &Tensor, target: &Tensor) -> Result<Judged> {
+        let tokens = (output.dim(0)? * output.dim(1)?).max(1) as f64;
+        if let Self::Same(factor) = self
+            && let Some(sums) = ops::token_sums(target, output)?
+        {
+            let sum = (ops::total(&sums.narrow(1, 1, 1)?)? * *factor)?;
+            let (x, y) = (output.contiguous()?, target.contiguous()?);
+            let slope = factor * 2.0 / tokens;
+            let grad = ops::weighted_sum(&x, slope, &y, -slope)?;
+            return Ok(Judged { sum, tokens, grad });
+        }
         let (output, target) = (output.to_dtype(DType::F32)?, target.to_dtype(DType::F32)?);
         let error = (output - &target)?;
-        let tokens = (error.dim(0)? * error.dim(1)?).max(1) as f64;
         let weighted = match self {
-            Self::Zero => return Ok((0.0, error.zeros_like()?)),
+            Self::Zero => error.zeros_like()?,
             Self::Same(factor) => (&error * *factor)?,
             Self::Channels(weights) => error.broadcast_mul(weights)?,
             Self::Token(factor) => {
@@ -178,8 +199,9 @@ impl Form {
                     .reshape(error.dims())?
             }
         };
-        let loss = scalar(&ops::total(&(&error * &weighted)?)?)? / tokens;
-        Ok((loss, (weighted * (2.0 / tokens))?))
+        let sum = ops::total(&(&error * &weighted)?)?;
+        let grad = (weighted * (2.0 / tokens))?;
+        Ok(Judged { sum, tokens, grad })
     }
 }
 
@@ -216,7 +238,7 @@ pub fn sensitivity(
             let direction = Generator::new(key.stream().bits())
                 .randn(velocity.dims(), velocity.device())?
                 .to_dtype(velocity.dtype())?;
-            let mut grads = (velocity * direction)?.sum_all()?.backward()?;
+            let mut grads = ops::backward(&velocity, &direction)?;
             let grad = grads.remove(&var);
             Ok((0.0, grad.map_or_else(|| output.tokens.zeros_like(), Ok)?))
         };

@@ -3,6 +3,8 @@
 //!
 //! Needs one moment where AdamW needs two. Iteration and coefficients: <https://kellerjordan.github.io/posts/muon/>.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use candle::{DType, Tensor};
 
@@ -18,19 +20,46 @@ const ITERATIONS: usize = 5;
 const SMALLEST: f64 = 1e-20;
 
 /// From this many rows or columns on, GPUs iterate in bfloat16, as the authors do: f32 takes ten times as long, a layer of
-/// FLUX as long as its block does. On an H200 the factors of a LoRA took 5 of 50 ms of a step in f32.
+/// FLUX as long as its block does.
 const WIDE: usize = 1024;
+/// A matrix this many times as long as wide, or as wide as long, is thin.
+const THIN: usize = 4;
 
-/// The orthogonal factor of each of `gradients`, all (rows, columns), approximately, scaled to a root mean square of about
-/// 1 as AdamW's updates have; 0 for a gradient of 0.
+/// The orthogonal factor of each of `gradients`, approximately, scaled to a root mean square of about 1 as AdamW's updates
+/// have; 0 for a gradient of 0.
 ///
 /// # Errors
-/// When they are no matrices or differ in shape.
+/// When they are no matrices.
 pub fn updates(gradients: &[Tensor]) -> Result<Vec<Tensor>> {
-    let Some(first) = gradients.first() else {
-        return Ok(Vec::new());
-    };
-    let (rows, columns) = first.dims2()?;
+    let mut alike: BTreeMap<(bool, [usize; 2]), Vec<usize>> = BTreeMap::new();
+    for (i, gradient) in gradients.iter().enumerate() {
+        let (rows, columns) = gradient.dims2()?;
+        let (least, most) = (rows.min(columns), rows.max(columns));
+        // on a GPU small operations cost more than large ones
+        let thin = !gradient.device().is_cpu() && THIN * least <= most;
+        let shape = if thin {
+            [least, least]
+        } else {
+            [rows, columns]
+        };
+        alike.entry((thin, shape)).or_default().push(i);
+    }
+    let mut out = vec![None; gradients.len()];
+    for ((thin, _), which) in alike {
+        let some: Vec<&Tensor> = which.iter().map(|i| &gradients[*i]).collect();
+        let some = if thin { by_gram(&some) } else { whole(&some) }?;
+        for (i, update) in which.into_iter().zip(some) {
+            out[i] = Some(update);
+        }
+    }
+    Ok(out.into_iter().flatten().collect())
+}
+
+/// Of matrices of one shape.
+fn whole(gradients: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let (rows, columns) = gradients[0].dims2()?;
+    let dtype = gradients[0].dtype();
+    let narrow = rows.max(columns) >= WIDE && !gradients[0].device().is_cpu();
     // the smaller side decides what an iteration costs
     let turned = |x: Tensor| {
         if rows > columns {
@@ -40,26 +69,71 @@ pub fn updates(gradients: &[Tensor]) -> Result<Vec<Tensor>> {
         }
     };
     let unit = gradients.iter().map(|gradient| {
-        let x = turned(gradient.clone())?;
+        let mut x = turned((*gradient).clone())?;
         let norm = (ops::total(&x.sqr()?)?.sqrt()? + SMALLEST)?;
+        if narrow {
+            x = x.to_dtype(DType::BF16)?;
+        }
+        let norm = norm.to_dtype(x.dtype())?;
         x.broadcast_div(&norm)
     });
     let unit = unit.collect::<candle::Result<Vec<_>>>()?;
     let mut x = Tensor::stack(&unit, 0)?;
-    if rows.max(columns) >= WIDE && !x.device().is_cpu() {
-        x = x.to_dtype(DType::BF16)?;
-    }
-    for _ in 0..ITERATIONS {
-        let gram = x.matmul(&x.t()?)?;
-        let polynomial = ((&gram * B)? + (gram.matmul(&gram)? * C)?)?;
-        x = ((&x * A)? + polynomial.matmul(&x)?)?;
-    }
+    drop(unit);
     let scale = (rows.max(columns) as f64).sqrt();
+    for i in 0..ITERATIONS {
+        // in 16 bits scaled in passing
+        let by = if narrow && i + 1 == ITERATIONS {
+            scale
+        } else {
+            1.0
+        };
+        let gram = x.matmul(&x.t()?)?;
+        let polynomial = ops::multiply_add(gram.copy()?, B, [&gram, &gram], C)?;
+        x = ops::multiply_add(x.copy()?, A * by, [&polynomial, &x], by)?;
+    }
     let each = (0..gradients.len()).map(|i| {
-        let x = turned(x.get(i)?)?.to_dtype(first.dtype())?;
-        Ok((x * scale)?)
+        let x = turned(x.get(i)?)?.to_dtype(dtype)?;
+        Ok(if narrow { x } else { (x * scale)? })
     });
     each.collect()
+}
+
+/// Of thin matrices with the same smaller side, by the product of each with itself, g = x xᵀ: what an iteration multiplies
+/// x with is a polynomial in g, and so is the next g. All of them together take as many operations as one.
+fn by_gram(gradients: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let wide = |x: &Tensor| x.dim(0).and_then(|rows| Ok(rows <= x.dim(1)?));
+    let grams = gradients.iter().map(|x| {
+        if wide(x)? {
+            x.matmul(&x.t()?)
+        } else {
+            x.t()?.matmul(x)
+        }
+    });
+    let gram = Tensor::stack(&grams.collect::<candle::Result<Vec<_>>>()?, 0)?;
+    let side = gram.dim(1)?;
+    let eye = Tensor::eye(side, gram.dtype(), gram.device())?;
+    let trace = gram.broadcast_mul(&eye)?.sum_keepdim(2)?.sum_keepdim(1)?;
+    let norm = (trace.sqrt()? + SMALLEST)?;
+    let mut gram = gram.broadcast_div(&norm)?.broadcast_div(&norm)?;
+    let mut factor = eye.broadcast_as(gram.shape())?.contiguous()?;
+    for _ in 0..ITERATIONS {
+        let polynomial = ((&gram * B)? + (gram.matmul(&gram)? * C)?)?;
+        let polynomial = polynomial.broadcast_add(&(&eye * A)?)?;
+        factor = polynomial.matmul(&factor)?;
+        gram = polynomial.matmul(&gram)?.matmul(&polynomial)?;
+    }
+    let factor = factor.broadcast_div(&norm)?;
+    let each = gradients.iter().enumerate().map(|(i, x)| {
+        let scale = (x.dim(0)?.max(x.dim(1)?) as f64).sqrt();
+        let factor = (factor.get(i)? * scale)?;
+        if wide(x)? {
+            factor.matmul(x)
+        } else {
+            x.matmul(&factor)
+        }
+    });
+    Ok(each.collect::<candle::Result<_>>()?)
 }
 
 #[cfg(test)]
@@ -94,6 +168,31 @@ mod tests {
             .unwrap()
             .broadcast_mul(&scale)
             .unwrap()
+    }
+
+    #[test]
+    fn thin_ones_by_their_grams_are_what_each_is() {
+        let all = [
+            uneven(160, 12),
+            uneven(12, 48),
+            (uneven(60, 12) * -3.0).unwrap(),
+        ];
+        let thin = by_gram(&all.iter().collect::<Vec<_>>()).unwrap();
+        for (gradient, thin) in all.iter().zip(thin) {
+            let difference = (update(gradient).unwrap() - thin).unwrap();
+            let most = difference.abs().unwrap().max_all().unwrap();
+            assert!(most.to_scalar::<f32>().unwrap() < 1e-4);
+        }
+        let zero = Tensor::zeros((40, 4), DType::F32, &Device::Cpu).unwrap();
+        let none = by_gram(&[&zero]).unwrap()[0].abs().unwrap();
+        assert_eq!(
+            none.max_all()
+                .unwrap()
+                .to_scalar::<f32>()
+                .unwrap()
+                .to_bits(),
+            0
+        );
     }
 
     #[test]

@@ -3,8 +3,6 @@
 //!
 //! `candle_nn::AdamW` computes the same for vectors but keeps its moments to itself, so a run could not resume with it.
 
-use std::collections::BTreeMap;
-
 use anyhow::{Result, ensure};
 use candle::{DType, Tensor, Var};
 
@@ -58,14 +56,14 @@ impl Optimiser {
         (&self.mean, &self.square)
     }
 
-    /// Moves `vars` against `grads` (f32, one each), each at its learning rate.
+    /// Moves `vars` against `grads` (f32, one each) times `scale`, each at its learning rate.
     ///
     /// # Errors
     /// When shapes differ.
     pub fn step(
         &mut self,
         vars: &[Var],
-        grads: &[Tensor],
+        (grads, scale): (&[Tensor], f64),
         rates: &[f64],
         recipe: &OptimiserRecipe,
     ) -> Result<()> {
@@ -80,38 +78,56 @@ impl Optimiser {
         let (b1, b2) = (recipe.beta1, recipe.beta2);
         let power = self.updates.min(i32::MAX as usize) as i32;
         let (unbias1, unbias2) = (1.0 / (1.0 - b1.powi(power)), 1.0 / (1.0 - b2.powi(power)));
-        let kept = |i: usize| -> Result<Tensor> {
-            let value = vars[i].as_tensor().detach();
-            Ok((value * (1.0 - rates[i] * recipe.weight_decay))?)
+        let advance = |i: usize, update: &Tensor, rate: f64| -> Result<()> {
+            let (value, kept) = (
+                vars[i].as_tensor().detach(),
+                1.0 - rates[i] * recipe.weight_decay,
+            );
+            Ok(vars[i].set(&ops::weighted_sum(&value, kept, update, -rate)?)?)
         };
-        let mut matrices: BTreeMap<&[usize], Vec<usize>> = BTreeMap::new();
+        let mut matrices = Vec::new();
         for (i, grad) in grads.iter().enumerate() {
             let Some(square) = &mut self.square[i] else {
-                matrices.entry(grad.dims()).or_default().push(i);
+                matrices.push(i);
                 continue;
             };
-            let mean = ((&self.mean[i] * b1)? + (grad * (1.0 - b1))?)?;
-            *square = ((&*square * b2)? + (grad.sqr()? * (1.0 - b2))?)?;
+            let grad = (grad * scale)?;
+            let mean = ops::weighted_sum(&self.mean[i], b1, &grad, 1.0 - b1)?;
+            *square = ops::weighted_sum(square, b2, &grad.sqr()?, 1.0 - b2)?;
             let root = ((&*square * unbias2)?.sqrt()? + recipe.epsilon)?;
-            vars[i].set(&(kept(i)? - ((&mean * (rates[i] * unbias1))? / root)?)?)?;
+            advance(i, &((&mean * (rates[i] * unbias1))? / root)?, 1.0)?;
             self.mean[i] = mean;
         }
-        for (shape, all) in matrices {
-            let together = TOGETHER / shape.iter().product::<usize>().max(1);
-            for some in all.chunks(together.max(1)) {
-                let mut ahead = Vec::with_capacity(some.len());
-                for &i in some {
-                    let mean = ((&self.mean[i] * recipe.momentum)? + &grads[i])?;
-                    ahead.push(((&mean * recipe.momentum)? + &grads[i])?);
-                    self.mean[i] = mean;
-                }
-                for (&i, update) in some.iter().zip(muon::updates(&ahead)?) {
-                    vars[i].set(&(kept(i)? - (update * rates[i])?)?)?;
-                }
+        matrices.sort_by_key(|i| grads[*i].dims());
+        for some in together(&matrices, grads) {
+            let mut ahead = Vec::with_capacity(some.len());
+            for &i in some {
+                let mean = ops::weighted_sum(&self.mean[i], recipe.momentum, &grads[i], scale)?;
+                ahead.push(ops::weighted_sum(&mean, recipe.momentum, &grads[i], scale)?);
+                self.mean[i] = mean;
+            }
+            for (&i, update) in some.iter().zip(muon::updates(&ahead)?) {
+                advance(i, &update, rates[i])?;
             }
         }
         Ok(())
     }
+}
+
+/// `matrices` in parts of [`TOGETHER`] values at most, or of one.
+fn together<'a>(matrices: &'a [usize], grads: &[Tensor]) -> Vec<&'a [usize]> {
+    let (mut parts, mut rest) = (Vec::new(), matrices);
+    while !rest.is_empty() {
+        let mut values = 0;
+        let fit = rest.iter().take_while(|i| {
+            values += grads[**i].elem_count();
+            values <= TOGETHER
+        });
+        let (part, others) = rest.split_at(fit.count().max(1));
+        parts.push(part);
+        rest = others;
+    }
+    parts
 }
 
 /// Whether a trainable needs its mean squared gradient: vectors always do, matrices with AdamW.
@@ -175,8 +191,13 @@ mod tests {
         };
         for _ in 0..20 {
             let grad = loss(&ours).backward().unwrap().remove(&ours).unwrap();
-            adam.step(std::slice::from_ref(&ours), &[grad], &[0.05], &recipe)
-                .unwrap();
+            adam.step(
+                std::slice::from_ref(&ours),
+                (&[grad], 1.0),
+                &[0.05],
+                &recipe,
+            )
+            .unwrap();
             candles.backward_step(&loss(&theirs)).unwrap();
         }
         let difference = (ours.as_tensor() - theirs.as_tensor())

@@ -10,7 +10,7 @@ use super::{
     recipe::{FinetuneBlocks, Normalise, SandwichRecipe},
     sandwich::Sandwich,
 };
-use crate::model::{Conditioning, Flux, Stream};
+use crate::model::{Conditioning, Flux, Stream, ops};
 
 /// Batches that the velocity's sensitivity is measured on.
 const SENSITIVITY_BATCHES: usize = 4;
@@ -122,7 +122,7 @@ impl Measure {
         let scale = 1.0 / (mean * error.elem_count() as f64);
         let loss = sum_sq(&error)? * scale;
         let grad = (error * (2.0 * scale))?.to_dtype(velocity.dtype())?;
-        let mut grads = (velocity * grad)?.sum_all()?.backward()?;
+        let mut grads = ops::backward(&velocity, &grad)?;
         let grad = grads.remove(&var).context("the velocity has no gradient")?;
         Ok((loss, grad))
     }

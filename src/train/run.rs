@@ -168,7 +168,7 @@ impl Training<'_> {
             let step = saved.progress.step;
             let lr = recipe.optimiser.rate(phase.lr, step, phase.steps);
             let at = || format!("step {}, learning rate {lr:.2e}", step + 1);
-            let (loss, mut grads) = self
+            let (loss, grads) = self
                 .step(phase, &vars, &measure, step, &mut samples)
                 .with_context(at)?;
             let norm = optimiser::norm(&grads)?;
@@ -179,11 +179,11 @@ impl Training<'_> {
                 );
             }
             let clip = recipe.optimiser.clip;
-            if clip > 0.0 && norm > clip {
-                for grad in &mut grads {
-                    *grad = (&*grad * (clip / norm))?;
-                }
-            }
+            let scale = if clip > 0.0 && norm > clip {
+                clip / norm
+            } else {
+                1.0
+            };
             let rates: Vec<f64> = trainables
                 .iter()
                 .map(|t| {
@@ -194,7 +194,7 @@ impl Training<'_> {
                     }
                 })
                 .collect();
-            optimiser.step(&vars, &grads, &rates, &recipe.optimiser)?;
+            optimiser.step(&vars, (&grads, scale), &rates, &recipe.optimiser)?;
             drop(grads);
             saved.progress.step = step + 1;
             let evaluates =

@@ -4,20 +4,24 @@ use candle::{DType, Device, Tensor, Var};
 
 use super::*;
 use crate::layout::{BlockId, Form, Replacement, unpruned};
-use crate::model::Flux;
 use crate::model::testing::{SmallInputs, close, random, random_flux_on, small_config};
+use crate::model::{Flux, ops};
 
 /// A double block, a single block, and one replaced jointly and one for each stream.
 fn all_kinds(dtype: DType) -> Result<Flux> {
     all_kinds_on(&Device::Cpu, small_config(), dtype)
 }
 
-fn all_kinds_on(device: &Device, mut config: FluxConfig, dtype: DType) -> Result<Flux> {
+fn all_kinds_on(device: &Device, config: FluxConfig, dtype: DType) -> Result<Flux> {
+    all_kinds_as(Form::Linear, device, config, dtype)
+}
+
+fn all_kinds_as(form: Form, device: &Device, mut config: FluxConfig, dtype: DType) -> Result<Flux> {
     config.layout = unpruned(1, 3);
     for (index, joint) in [(1, true), (2, false)] {
         config.layout[index] = BlockSpec::Replaced(Replacement {
             replaces: vec![BlockId::single(index - 1)],
-            form: Form::Linear,
+            form,
             joint,
         });
     }
@@ -39,8 +43,9 @@ fn trainables(flux: &mut Flux) -> Result<Vec<(String, Var)>> {
                 Ok(tensor)
             };
             if replaced {
-                let bias = linear.bias().cloned().expect("replacements have a bias");
-                *linear = Linear::new(var("weight", linear.weight()?)?, Some(var("bias", bias)?))?;
+                let bias = linear.bias().cloned();
+                let weight = var("weight", linear.weight()?)?;
+                *linear = Linear::new(weight, bias.map(|x| var("bias", x)).transpose()?)?;
             }
             let a = var("a", (random(name, (2, input))? * 0.3)?)?;
             let b = var("b", (random(name, (output, 2))? * 0.3)?)?;
@@ -95,6 +100,28 @@ fn gradients_agree_with_finite_differences_in_every_kind_of_block() -> Result<()
             "{name}: gradient {} instead of {slope}",
             gradient[entry]
         );
+    }
+    Ok(())
+}
+
+#[test]
+fn the_backward_pass_knows_every_operation_of_every_block() -> Result<()> {
+    let inputs = SmallInputs::new(&small_config(), 3)?;
+    for form in [Form::Linear, Form::Conditioned, Form::Modulated] {
+        let mut flux = all_kinds_as(form, &Device::Cpu, small_config(), DType::F32)?;
+        let vars = trainables(&mut flux)?;
+        let velocity = flux.forward(&inputs.borrowed(), &mut ())?;
+        assert!(ops::is_known(&velocity), "{form:?}");
+        let grad = random("loss", velocity.dims())?;
+        let mut ours = ops::backward(&velocity, &grad)?;
+        let theirs = (&velocity * &grad)?.sum_all()?.backward()?;
+        for (name, var) in &vars {
+            let ours = ours
+                .remove(var)
+                .unwrap_or_else(|| panic!("no gradient for {name}"));
+            let theirs = theirs.get(var).expect("candle finds one");
+            close(&ours, theirs, 1e-5)?;
+        }
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use candle::{DType, Device, Result, Tensor};
 use super::attend_fused;
 use super::attention::attention;
 use super::cpu::fusable;
-use super::custom_op::{by_recomputing, custom_op};
+use super::custom_op::{by_recomputing, custom_op_of_result};
 use super::gelu::gelu;
 use super::heads::heads;
 use super::types::{Heads, OwnedProjection, Projected};
@@ -29,11 +29,11 @@ pub fn attend(streams: &[Projected], num_heads: usize, rope: &Rope) -> Result<Te
     let y = forward(&stored, num_heads, rope)?;
     let inputs: Vec<&Tensor> = streams.iter().map(|s| s.qkv).collect();
     let rope = rope.clone();
-    custom_op(&inputs, y, move |grad| {
+    custom_op_of_result(&inputs, y, move |attended, grad| {
         let grads = if fused(&stored) {
             attend_fused::backward(&stored, num_heads, &rope, &grad.contiguous()?, None)?
         } else {
-            backward(&stored, num_heads, &rope, grad)?
+            backward(&stored, num_heads, &rope, [attended, grad])?
         };
         Ok(grads.into_iter().map(Some).collect())
     })
@@ -53,14 +53,15 @@ pub fn attend_with_gelu(projected: &Projected, num_heads: usize, rope: &Rope) ->
         Some(&forward(&stored, num_heads, rope)?),
     )?;
     let rope = rope.clone();
-    custom_op(&[projected.qkv], y, move |grad| {
+    custom_op_of_result(&[projected.qkv], y, move |result, grad| {
         if fused(&stored) {
             let grad = grad.contiguous()?;
             let all = attend_fused::backward(&stored, num_heads, &rope, &grad, mlp_bias.as_ref())?;
             return Ok(all.into_iter().map(Some).collect());
         }
         let own = grad.narrow(2, hidden, mlp)?;
-        let of_heads = of_heads(&stored, num_heads, &rope, &grad.narrow(2, 0, hidden)?)?;
+        let front = |t: &Tensor| t.narrow(2, 0, hidden);
+        let of_heads = of_heads(&stored, num_heads, &rope, [&front(result)?, &front(grad)?])?;
         let rest = Some((mlp_bias.as_ref(), &own));
         let all = cuda::projection_backward(&stored[0].borrowed(), &of_heads, 0, &rope, rest)?;
         if all.is_some() {
@@ -98,14 +99,14 @@ fn fused(streams: &[OwnedProjection]) -> bool {
     fusable(operands.flatten()) == Some(DType::F32)
 }
 
-/// Gradients of the projections from that of the result (batch, tokens, hidden), on any device.
+/// Gradients of the projections from the result and its gradient, both (batch, tokens, hidden), on any device.
 fn backward(
     streams: &[OwnedProjection],
     num_heads: usize,
     rope: &Rope,
-    grad: &Tensor,
+    attended: [&Tensor; 2],
 ) -> Result<Vec<Tensor>> {
-    let of_heads = of_heads(streams, num_heads, rope, grad)?;
+    let of_heads = of_heads(streams, num_heads, rope, attended)?;
     let (mut out, mut first) = (Vec::with_capacity(streams.len()), 0);
     for stream in streams {
         let stream = stream.borrowed();
@@ -118,15 +119,15 @@ fn backward(
     Ok(out)
 }
 
-/// Gradients of the heads, stacked as in [`attention_backward`], from that of what attention made of them.
+/// Gradients of the heads, stacked as in [`attention_backward`], from what attention made of them and its gradient.
 fn of_heads(
     streams: &[OwnedProjection],
     num_heads: usize,
     rope: &Rope,
-    grad: &Tensor,
+    attended: [&Tensor; 2],
 ) -> Result<Tensor> {
     let borrowed: Vec<Projected> = streams.iter().map(OwnedProjection::borrowed).collect();
-    attention_backward(&heads(&borrowed, num_heads, rope)?, grad)
+    attention_backward(&heads(&borrowed, num_heads, rope)?, attended)
 }
 
 /// Gradients of the projections from those of the heads, (3, batch, heads, tokens, head size), on any device.
@@ -154,10 +155,10 @@ fn composed(
         .collect()
 }
 
-/// Gradients of queries, keys and values, stacked ((3, batch, heads, tokens, head size)), from that of the attended values,
-/// (batch, tokens, heads · head size).
-fn attention_backward(heads: &Heads, grad: &Tensor) -> Result<Tensor> {
-    if let Some(grads) = cuda::attention_backward(heads, grad)? {
+/// Gradients of queries, keys and values, stacked ((3, batch, heads, tokens, head size)), from the attended values and their
+/// gradient, (batch, tokens, heads · head size).
+fn attention_backward(heads: &Heads, [attended, grad]: [&Tensor; 2]) -> Result<Tensor> {
+    if let Some(grads) = cuda::attention_backward(heads, attended, grad)? {
         return Ok(grads);
     }
     let (batch, num_heads, tokens, size) = heads.q.dims4()?;

@@ -8,15 +8,13 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle::backend::BackendStorage;
+use candle::backprop::GradStore;
 use candle::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
     Storage, Tensor, Var,
 };
 
-use super::total;
-
-/// Gradients of all inputs, in their order; `None` for those that are not asked for.
-type Backward = Arc<dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync>;
+use super::rule::{Rule, register};
 
 /// `output`, computed from `inputs` (and anything else) without a graph, with the given backward pass: from the gradient
 /// of the output to those of all inputs in order. At most three inputs may be tracked.
@@ -25,22 +23,38 @@ pub(super) fn custom_op(
     output: Tensor,
     backward: impl Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
 ) -> Result<Tensor> {
+    custom_op_of_result(inputs, output, move |_, grad| backward(grad))
+}
+
+/// The same, for a backward pass that looks at the result too: if it kept it, there would be two of it.
+pub(super) fn custom_op_of_result(
+    inputs: &[&Tensor],
+    output: Tensor,
+    backward: impl Fn(&Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
+) -> Result<Tensor> {
     let tracked: Vec<usize> = (0..inputs.len())
         .filter(|i| inputs[*i].track_op())
         .collect();
+    if tracked.is_empty() {
+        return Ok(output);
+    }
+    let rule = Arc::new(Rule {
+        inputs: tracked.iter().map(|i| (*i, inputs[*i].id())).collect(),
+        backward: Box::new(backward),
+    });
     let node = Node {
         shape: output.shape().clone(),
         output: Mutex::new(Some(whole(&output)?)),
-        tracked: tracked.clone(),
-        backward: Arc::new(backward),
+        rule: rule.clone(),
     };
-    match tracked.as_slice() {
-        [] => Ok(output),
+    let result = match tracked.as_slice() {
         [a] => inputs[*a].apply_op1(node),
         [a, b] => inputs[*a].apply_op2(inputs[*b], node),
         [a, b, c] => inputs[*a].apply_op3(inputs[*b], inputs[*c], node),
         more => candle::bail!("an operation with {} tracked inputs", more.len()),
-    }
+    }?;
+    register(&result, &rule);
+    Ok(result)
 }
 
 /// The same numbers from the beginning of a storage: on GPUs candle copies storages without regard to where in them a
@@ -50,6 +64,16 @@ fn whole(x: &Tensor) -> Result<Tensor> {
         return x.force_contiguous();
     }
     x.contiguous()
+}
+
+/// The gradients of all variables that `output` depends on, given its own, by candle's backward pass.
+pub(super) fn by_candle(output: &Tensor, grad: &Tensor) -> Result<GradStore> {
+    // the sum of their products would be another scalar to begin from; it would be read and written for it
+    let (zero, grad) = (
+        Tensor::zeros((), output.dtype(), output.device())?,
+        grad.clone(),
+    );
+    custom_op(&[output], zero, move |_| Ok(vec![Some(grad.clone())]))?.backward()
 }
 
 /// The gradients of `inputs` by candle's own rules: `forward` is run once more on them in a graph.
@@ -62,7 +86,7 @@ pub(super) fn by_recomputing(
     let vars = vars.collect::<Result<Vec<_>>>()?;
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let output = forward(&tensors)?;
-    let mut grads = total(&(output * grad)?)?.backward()?;
+    let mut grads = by_candle(&output, grad)?;
     Ok(vars.iter().map(|v| grads.remove(v)).collect())
 }
 
@@ -70,8 +94,7 @@ struct Node {
     shape: Shape,
     /// Taken by the forward.
     output: Mutex<Option<Tensor>>,
-    tracked: Vec<usize>,
-    backward: Backward,
+    rule: Arc<Rule>,
 }
 
 impl Node {
@@ -111,16 +134,13 @@ impl Node {
     }
 
     /// The gradients of the tracked inputs.
-    fn gradients<const N: usize>(&self, grad: &Tensor) -> Result<[Option<Tensor>; N]> {
-        let mut all = (self.backward)(&grad.detach())?;
-        let mut out = [const { None }; N];
-        for (out, index) in out.iter_mut().zip(&self.tracked) {
-            *out = all.get_mut(*index).and_then(Option::take);
-            if out.is_none() {
-                candle::bail!("no gradient for input {index} of an operation")
-            }
-        }
-        Ok(out)
+    fn gradients<const N: usize>(
+        &self,
+        result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; N]> {
+        let mut all = self.rule.gradients(result, grad)?.into_iter();
+        Ok([(); N].map(|()| all.next()))
     }
 }
 
@@ -164,8 +184,8 @@ macro_rules! forwards {
 
 impl CustomOp1 for Node {
     forwards!(_a _a_layout);
-    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let [a] = self.gradients(grad)?;
+    fn bwd(&self, _: &Tensor, result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [a] = self.gradients(result, grad)?;
         Ok(a)
     }
 }
@@ -176,10 +196,10 @@ impl CustomOp2 for Node {
         &self,
         _: &Tensor,
         _: &Tensor,
-        _: &Tensor,
+        result: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [a, b] = self.gradients(grad)?;
+        let [a, b] = self.gradients(result, grad)?;
         Ok((a, b))
     }
 }
@@ -191,10 +211,10 @@ impl CustomOp3 for Node {
         _: &Tensor,
         _: &Tensor,
         _: &Tensor,
-        _: &Tensor,
+        result: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [a, b, c] = self.gradients(grad)?;
+        let [a, b, c] = self.gradients(result, grad)?;
         Ok((a, b, c))
     }
 }

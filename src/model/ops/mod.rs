@@ -33,11 +33,13 @@ mod fused_linear;
 mod gated;
 mod gelu;
 mod gemm;
+mod graph;
 mod heads;
 mod norm;
 mod plain;
 mod product;
 mod residual;
+mod rule;
 mod swiglu;
 mod types;
 mod uninit;
@@ -52,8 +54,10 @@ pub use gelu::gelu;
 pub use norm::norm_modulate;
 
 pub use dequantize::dequantize;
-pub use plain::biased;
-pub use product::product;
+#[cfg(test)]
+pub use graph::is_known;
+pub use graph::{Gradients, backward, biased, narrow, plus_for_all};
+pub use product::{multiply_add, product};
 pub use residual::gated_residual;
 pub use swiglu::swiglu;
 pub use types::{Branch, Norms, Projected};
@@ -67,6 +71,14 @@ pub fn total(x: &Tensor) -> Result<Tensor> {
         return x.sum_all();
     }
     x.sum(D::Minus1)?.sum_all()
+}
+
+/// `a·x + b·y` of tensors of one shape and number format; not differentiable.
+pub fn weighted_sum(x: &Tensor, a: f64, y: &Tensor, b: f64) -> Result<Tensor> {
+    if let Some(sum) = cuda::weighted_sum(x, a, y, b)? {
+        return Ok(sum);
+    }
+    (x * a)? + (y * b)?
 }
 
 /// The sum over the tokens of `x` (batch, tokens, width), (batch, width): a product with ones, which GPUs add up in f32 at

@@ -132,7 +132,7 @@ pub(super) fn attention_backward(
 }
 
 /// `x + bias` over the last dimension.
-pub fn biased(x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub(super) fn biased(x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     match bias {
         Some(bias) => x.broadcast_add(&bias.to_dtype(x.dtype())?),
         None => Ok(x.clone()),

@@ -1,6 +1,6 @@
 //! The matrix products of projections, forward and backward.
 
-use candle::{DType, Result, Tensor};
+use candle::{D, DType, Result, Tensor};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
@@ -10,7 +10,7 @@ use super::cpu::{Operand, by_dtype, fusable as same_format};
 use super::cuda;
 use super::custom_op::custom_op;
 use super::gemm::{self, Then};
-use super::types::Branch;
+use super::graph::plus;
 use super::uninit::filled;
 
 /// Multiply-adds worth a task of their own: some 40 µs.
@@ -21,7 +21,7 @@ const MAX_TILE: usize = 1024;
 /// A low-rank addition to a weight: factors (rank, in) and (out, rank), and what their product is scaled by.
 pub(super) type LowRank<'a> = (&'a Tensor, &'a Tensor, f64);
 
-/// `x·weightᵀ`, plus `scale·(x·aᵀ)·bᵀ`: `x` (rows, in), `weight` (out, in) to (rows, out), in the dtype of `x`. Weight and
+/// `x·weightᵀ`, plus `scale·(x·aᵀ)·bᵀ`: `x` (…, in), `weight` (out, in) to (…, out), in the dtype of `x`. Weight and
 /// factors may have other dtypes; on the CPU their products are in these, elsewhere in the dtype of `x`: the f32 values
 /// that are trained next to 16-bit weights would be multiplied at a tenth of the speed, and their results written wide.
 ///
@@ -34,21 +34,40 @@ pub fn product(x: &Tensor, weight: &Tensor, low_rank: Option<LowRank>) -> Result
     };
     if weight.track_op() {
         // more tracked inputs than an operation may have
-        return single(x, weight)? + pair(x, None, (a, b, scale))?;
+        return plus(&single(x, weight)?, &pair(x, None, (a, b, scale))?);
     }
     pair(x, Some(weight), (a, b, scale))
 }
 
+/// The rows of `x` (…, width), outside of the graph. One product is made of all: on three dimensions candle would repeat
+/// the weight for every sample; and in the graph every change of shape would cost a sum as large as its tensor.
+fn rows(x: &Tensor) -> Result<Tensor> {
+    x.detach().reshape(((), x.dim(D::Minus1)?))
+}
+
+/// `rows` with the shape of `like` but for the last dimension.
+fn shaped(rows: &Tensor, like: &[usize]) -> Result<Tensor> {
+    let mut shape = like.to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = rows.dim(1)?;
+    }
+    rows.reshape(shape)
+}
+
 fn single(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (tracked_x, tracked_weight) = (x.track_op(), weight.track_op());
-    let (x_data, weight_data) = (x.detach(), in_work(weight, x)?);
-    let stored = weight.dtype();
-    let y = times_transposed(&x_data, &weight_data, None)?.to_dtype(x.dtype())?;
-    custom_op(&[x, weight], y, move |grad| {
-        let dx = tracked_x.then(|| times(grad, &weight_data, None)?.to_dtype(x_data.dtype()));
+    let (x_rows, weight_data) = (rows(x)?, in_work(weight, x)?);
+    let (shape, stored) = (x.dims().to_vec(), weight.dtype());
+    let y = times_transposed(&x_rows, &weight_data, None)?.to_dtype(x.dtype())?;
+    custom_op(&[x, weight], shaped(&y, &shape)?, move |grad| {
+        let grad = rows(grad)?;
+        let dx = tracked_x.then(|| {
+            let dx = times(&grad, &weight_data, None)?.to_dtype(x_rows.dtype())?;
+            shaped(&dx, &shape)
+        });
         let dw = tracked_weight.then(|| {
-            let x = x_data.to_dtype(weight_data.dtype())?;
-            transposed_times(&grad.to_dtype(x.dtype())?, &x)?.to_dtype(stored)
+            let x = x_rows.to_dtype(weight_data.dtype())?;
+            transposed_times(&grad.to_dtype(x.dtype())?, &x, stored)
         });
         Ok(vec![dx.transpose()?, dw.transpose()?])
     })
@@ -56,30 +75,29 @@ fn single(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 
 fn pair(x: &Tensor, weight: Option<&Tensor>, (a, b, scale): LowRank) -> Result<Tensor> {
     let tracked = [x.track_op(), a.track_op(), b.track_op()];
-    let (x_data, a_data, b_data) = (x.detach(), in_work(a, x)?, in_work(b, x)?);
-    let stored = [a.dtype(), b.dtype()];
+    let (x_rows, a_data, b_data) = (rows(x)?, in_work(a, x)?, in_work(b, x)?);
+    let (shape, stored) = (x.dims().to_vec(), [a.dtype(), b.dtype()]);
     let weight = weight.cloned();
-    let low = (times_transposed(&x_data, &a_data, None)? * scale)?;
+    let low = (times_transposed(&x_rows, &a_data, None)? * scale)?;
     let y = match &weight {
-        Some(weight) => Some(times_transposed(&x_data, weight, None)?.to_dtype(x.dtype())?),
+        Some(weight) => Some(times_transposed(&x_rows, weight, None)?.to_dtype(x.dtype())?),
         None => None,
     };
     let y = times_transposed(&low, &b_data, y)?.to_dtype(x.dtype())?;
-    custom_op(&[x, a, b], y, move |grad| {
-        let dtype = x_data.dtype();
+    custom_op(&[x, a, b], shaped(&y, &shape)?, move |grad| {
+        let (grad, dtype) = (rows(grad)?, x_rows.dtype());
         let wide = grad.to_dtype(b_data.dtype())?;
-        let db = tracked[2].then(|| transposed_times(&wide, &low)?.to_dtype(stored[1]));
+        let db = tracked[2].then(|| transposed_times(&wide, &low, stored[1]));
         let dlow = (times(&wide, &b_data, None)? * scale)?;
         let dx = tracked[0].then(|| {
             let dx = match &weight {
-                Some(weight) => Some(times(grad, weight, None)?.to_dtype(dtype)?),
+                Some(weight) => Some(times(&grad, weight, None)?.to_dtype(dtype)?),
                 None => None,
             };
-            times(&dlow, &a_data, dx)?.to_dtype(dtype)
+            shaped(&times(&dlow, &a_data, dx)?.to_dtype(dtype)?, &shape)
         });
-        let da = tracked[1].then(|| {
-            transposed_times(&dlow, &x_data.to_dtype(a_data.dtype())?)?.to_dtype(stored[0])
-        });
+        let da = tracked[1]
+            .then(|| transposed_times(&dlow, &x_rows.to_dtype(a_data.dtype())?, stored[0]));
         Ok(vec![dx.transpose()?, da.transpose()?, db.transpose()?])
     })
 }
@@ -120,7 +138,7 @@ fn times_transposed(a: &Tensor, b: &Tensor, sum: Option<Tensor>) -> Result<Tenso
             sum => fused(&a, false, b, true, sum),
         };
     }
-    added(a.matmul(&b.t()?)?, sum)
+    on_device(&a, b, true, sum)
 }
 
 /// `a·b`: (m, k), (k, n) to (m, n), in the dtype of `b`; with `sum`, added to it, in its dtype.
@@ -134,37 +152,54 @@ fn times(a: &Tensor, b: &Tensor, sum: Option<Tensor>) -> Result<Tensor> {
             sum => fused(&a, false, b, false, sum),
         };
     }
-    added(a.matmul(b)?, sum)
+    on_device(&a, b, false, sum)
+}
+
+/// `a·b`, or `a·bᵀ` if that is how `b` lies, on any device, plus `sum`, which nothing else holds: a GPU writes on it.
+fn on_device(a: &Tensor, b: &Tensor, transposed: bool, sum: Option<Tensor>) -> Result<Tensor> {
+    if let Some(sum) = &sum
+        && cuda::multiply_onto(sum, 1.0, [a, b], transposed, 1.0)?
+    {
+        return Ok(sum.clone());
+    }
+    added(
+        if transposed {
+            a.matmul(&b.t()?)?
+        } else {
+            a.matmul(b)?
+        },
+        sum,
+    )
 }
 
 fn added(product: Tensor, sum: Option<Tensor>) -> Result<Tensor> {
     match sum {
         None => Ok(product),
-        Some(sum) => {
-            let product = product.to_dtype(sum.dtype())?;
-            // candle's own sum reaches a third of what a GPU's memory does
-            let (x, y) = (sum.unsqueeze(0)?, product.unsqueeze(0)?);
-            let (bias, gate) = (None, None);
-            match cuda::gated_residual(&[Branch {
-                x: &x,
-                y: &y,
-                bias,
-                gate,
-            }])? {
-                Some(sum) => sum.squeeze(0),
-                None => sum + product,
-            }
-        }
+        Some(sum) => &sum + product.to_dtype(sum.dtype())?,
     }
 }
 
-/// `aᵀ·b`: (k, m), (k, n) to (m, n).
-fn transposed_times(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    if fusable(a, b) {
-        fused(a, true, b, false, None)
-    } else {
-        a.t()?.matmul(b)
+/// `keep·sum + factor·a·b`, for what nothing else holds: a GPU writes on it. All of one shape (…, rows, columns) but for
+/// the last two dimensions; not differentiable.
+pub fn multiply_add(sum: Tensor, keep: f64, [a, b]: [&Tensor; 2], factor: f64) -> Result<Tensor> {
+    if cuda::multiply_onto(&sum, keep, [a, b], false, factor)? {
+        return Ok(sum);
     }
+    let product = (a.matmul(b)? * factor)?;
+    (sum * keep)? + product
+}
+
+/// `aᵀ·b`: (k, m), (k, n) to (m, n), in `dtype`.
+fn transposed_times(a: &Tensor, b: &Tensor, dtype: DType) -> Result<Tensor> {
+    if fusable(a, b) {
+        return fused(a, true, b, false, None)?.to_dtype(dtype);
+    }
+    if dtype == DType::F32
+        && let Some(product) = cuda::transposed_product(a, b)?
+    {
+        return Ok(product);
+    }
+    a.t()?.matmul(b)?.to_dtype(dtype)
 }
 
 #[cfg(test)]
@@ -274,34 +309,4 @@ fn parts(rows: usize, input: usize, columns: usize, threads: usize) -> (usize, u
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::testing::{close, random};
-
-    #[test]
-    fn fused_equals_plain_however_it_is_cut() -> Result<()> {
-        for (rows, input, columns) in [
-            (0, 8, 3),
-            (1, 8, 3),
-            (1, 128, 768),
-            (28, 128, 896),
-            (300, 70, 1300),
-            (1100, 33, 200),
-        ] {
-            let (x, weight) = (random("x", (rows, input))?, random("w", (columns, input))?);
-            close(&product(&x, &weight, None)?, &plain(&x, &weight)?, 1e-6)?;
-            let view = random("w", (columns, input + 5))?.narrow(1, 3, input)?;
-            close(&product(&x, &view, None)?, &plain(&x, &view)?, 1e-6)?;
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn products_are_cut_into_enough_pieces_and_no_crumbs() {
-        assert_eq!(parts(0, 128, 768, 2), (1, 1));
-        assert_eq!(parts(1, 128, 768, 2), (1, 1));
-        assert_eq!(parts(1344, 128, 896, 2), (8, 1));
-        assert_eq!(parts(28, 3072, 3072, 2), (1, 8));
-        assert_eq!(parts(4608, 3072, 21_504, 2), (8, 21));
-    }
-}
+mod tests;

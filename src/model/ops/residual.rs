@@ -5,7 +5,8 @@ use rayon::prelude::*;
 
 use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, vectorized};
 use super::custom_op::custom_op;
-use super::plain::{self, biased, wide};
+use super::graph::{biased, concatenated};
+use super::plain::{self, wide};
 use super::types::Branch;
 use super::{cuda, sum_of_tokens};
 
@@ -18,28 +19,58 @@ pub fn gated_residual(branches: &[Branch]) -> Result<Tensor> {
     let mut tracked = operands.clone().filter(|x| x.track_op());
     match fusable(operands.clone()) {
         Some(dtype) => by_dtype!(dtype, fused(branches)),
-        None if tracked.next().is_none() => match cuda::gated_residual(branches)? {
-            Some(y) => Ok(y),
-            None => plain::gated_residual(branches),
-        },
+        None if tracked.next().is_none() => untracked(branches),
         None => {
             let sums = branches.iter().map(residual_tracked);
-            match sums.collect::<Result<Vec<_>>>()?.as_slice() {
-                [one] => Ok(one.clone()),
-                many => Tensor::cat(many, 1),
-            }
+            let sums = sums.collect::<Result<Vec<_>>>()?;
+            let Some((first, more)) = sums.split_first() else {
+                candle::bail!("no branches to join")
+            };
+            let join = |all: Tensor, next: &Tensor| concatenated(&all, next, 1);
+            more.iter().try_fold(first.clone(), join)
         }
+    }
+}
+
+/// On devices other than CPUs, and of mixed number formats.
+fn untracked(branches: &[Branch]) -> Result<Tensor> {
+    // the bias of a layer that is trained is wider than the tokens
+    let biases = branches.iter().map(|b| {
+        let narrow = |bias: &Tensor| {
+            if b.x.device().is_cpu() {
+                Ok(bias.clone())
+            } else {
+                bias.to_dtype(b.x.dtype())
+            }
+        };
+        b.bias.map(narrow).transpose()
+    });
+    let biases = biases.collect::<Result<Vec<_>>>()?;
+    let narrowed = branches.iter().zip(&biases);
+    let narrowed: Vec<Branch> = narrowed
+        .map(|(branch, bias)| Branch {
+            bias: bias.as_ref(),
+            ..*branch
+        })
+        .collect();
+    match cuda::gated_residual(&narrowed)? {
+        Some(y) => Ok(y),
+        None => plain::gated_residual(branches),
     }
 }
 
 /// One branch as a node of the graph.
 fn residual_tracked(branch: &Branch) -> Result<Tensor> {
     let (batch, _, width) = branch.x.dims3()?;
-    // a trainable bias (of a replacement's layer) is added by candle
+    let tracked = branch.bias.filter(|bias| bias.track_op());
     let frozen = branch.bias.filter(|bias| !bias.track_op()).cloned();
-    let y = match (&frozen, branch.bias) {
-        (None, Some(bias)) => biased(branch.y, Some(bias))?,
-        _ => branch.y.clone(),
+    if let (Some(bias), None, false) = (tracked, branch.gate, branch.x.device().is_cpu()) {
+        return biased_tracked(branch, bias);
+    }
+    // a trainable bias (of a replacement's layer) is added by candle
+    let y = match tracked {
+        Some(bias) => biased(branch.y, Some(bias))?,
+        None => branch.y.clone(),
     };
     let gate = branch.gate.map(|gate| match gate.dims2()? {
         (rows, _) if rows == batch => Ok(gate.clone()),
@@ -66,9 +97,7 @@ fn residual_tracked(branch: &Branch) -> Result<Tensor> {
             return Ok(vec![dx, Some(dy), Some(dgate)]);
         }
         let dtype = y_data.dtype();
-        if !grad.device().is_cpu() && gate.dtype() == dtype {
-            let dy = grad.broadcast_mul(&gate.unsqueeze(1)?)?;
-            let dgate = sum_of_tokens(&(grad * biased(&y_data, frozen.as_ref())?)?)?;
+        if let Some([dy, dgate]) = cuda::residual_backward(&y_data, frozen.as_ref(), gate, grad)? {
             return Ok(vec![dx, Some(dy), Some(dgate)]);
         }
         let (wide_grad, wide_gate) = (wide(grad)?, wide(gate)?);
@@ -80,6 +109,22 @@ fn residual_tracked(branch: &Branch) -> Result<Tensor> {
             Some(dy.to_dtype(dtype)?),
             Some(dgate.to_dtype(gate.dtype())?),
         ])
+    })
+}
+
+/// `x + y + bias` as a node of the graph, with a trainable bias.
+fn biased_tracked(branch: &Branch, bias: &Tensor) -> Result<Tensor> {
+    let (x, y) = (branch.x.detach(), branch.y.detach());
+    let (stored, bias_data) = (bias.dtype(), bias.detach().to_dtype(x.dtype())?);
+    let sum = gated_residual(&[Branch {
+        x: &x,
+        y: &y,
+        bias: Some(&bias_data),
+        gate: None,
+    }])?;
+    custom_op(&[branch.x, branch.y, bias], sum, move |grad| {
+        let of_bias = sum_of_tokens(grad)?.to_dtype(stored)?.sum(0)?;
+        Ok(vec![Some(grad.clone()), Some(grad.clone()), Some(of_bias)])
     })
 }
 

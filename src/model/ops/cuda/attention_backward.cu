@@ -1,12 +1,12 @@
 // The backward pass of softmax attention on tensor cores, without matrices of scores in memory. Its reference implementation is
 // `plain::attention_backward`; `attention_backward.rs` compiles it, calls it and compares the two.
 //
-// With S = scale · Q·Kᵀ, P = softmax(S), dP = dO·Vᵀ and D the sum of P ∘ dP over each row:
+// With S = scale · Q·Kᵀ, P = softmax(S), O = P·V, dP = dO·Vᵀ and D the sum of O ∘ dO, which is that of P ∘ dP, over each row:
 //     dV = Pᵀ·dO    dS = P ∘ (dP - D)    dQ = scale · dS·K    dK = scale · dSᵀ·Q
 //
 // Both kernels keep 128 rows of two operands in registers, 16 for each warp, while tiles of 64 rows of two others pass
 // through shared memory, one being copied while another is multiplied. `attention_backward_queries` keeps Q and dO: its
-// first pass over K and V finds D and the logarithm of the sum of exponentials of each row, its second pass dQ.
+// first pass over K finds the logarithm of the sum of exponentials of each row, its second pass dQ.
 // `attention_backward_keys` keeps K and V, computes P and dS transposed from these, and adds up dK and dV. So each sum
 // has one thread and one order, and no result depends on when it was computed. Products are accumulated in f32; P and
 // dS are rounded for the second products.
@@ -58,6 +58,7 @@ __device__ inline void multiply_bf16(float (&sum)[4], const unsigned (&a)[4], un
 }
 
 struct TensorF16 {
+    static __device__ float2 unpack(unsigned pair) { return from_f16(pair); }
     static __device__ unsigned pack(float first, float second) { return to_f16(first, second); }
     static __device__ void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
         multiply_f16(sum, a, b0, b1);
@@ -65,6 +66,9 @@ struct TensorF16 {
 };
 
 struct TensorBF16 {
+    static __device__ float2 unpack(unsigned pair) {
+        return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+    }
     static __device__ unsigned pack(float first, float second) { return to_bf16(first, second); }
     static __device__ void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
         multiply_bf16(sum, a, b0, b1);
@@ -80,7 +84,7 @@ const int QUERIES_CHUNK = 32, KEYS_CHUNK = 32;
 
 struct AttentionBackward {
     const void *q, *k, *v;  // (batch, heads, tokens, size), contiguous
-    RowView grad;              // dO: (batch, tokens, heads · size)
+    RowView attended, grad;    // O and dO: (batch, tokens, heads · size)
     void *out;              // dQ, dK and dV: (3, batch, heads, tokens, size)
     float *sums;            // (2, batch, heads, padded): binary logarithms of the sums of exponentials, and D
     int tokens, padded;     // `padded`: the next multiple of 128
@@ -223,23 +227,21 @@ __device__ void attention_backward_queries(const AttentionBackward &p) {
         if (step < 2 * tiles) {
             const int begin = (tile + 1 < tiles ? tile + 1 : 0) * TILE;
             copy_rows<SIZE, TILE>(other, k, begin, p.tokens);
-            copy_rows<SIZE, TILE>(other + TILE_BYTES, v, begin, p.tokens);
+            if (step >= tiles) copy_rows<SIZE, TILE>(other + TILE_BYTES, v, begin, p.tokens);
         }
         return at;
     };
     copy_rows<SIZE, TILE>(shared, k, 0, p.tokens);
-    copy_rows<SIZE, TILE>(shared + TILE_BYTES, v, 0, p.tokens);
 
     // of the rows lane / 4 and lane / 4 + 8
     const float infinite = __int_as_float(0x7f800000);
-    float most[2] = {-infinite, -infinite}, exponentials[2] = {0, 0}, products[2] = {0, 0};
+    float most[2] = {-infinite, -infinite}, exponentials[2] = {0, 0};
     for (int tile = 0; tile < tiles; tile++) {
         const unsigned at = next(tile);
         #pragma unroll
         for (int begin = 0; begin < TILE; begin += C) {
-            float s[C / 8][4], dp[C / 8][4];
+            float s[C / 8][4];
             inner<F, SIZE, C>(s, kept_q, straight + at + begin * SIZE * 2);
-            inner<F, SIZE, C>(dp, kept_grad, straight + at + TILE_BYTES + begin * SIZE * 2);
             const int left = p.tokens - tile * TILE - begin;
             if (left < C) {
                 #pragma unroll
@@ -255,32 +257,35 @@ __device__ void attention_backward_queries(const AttentionBackward &p) {
                 for (int n = 0; n < C / 8; n++) now = fmaxf(now, scale * fmaxf(s[n][2 * half], s[n][2 * half + 1]));
                 now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
                 now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));
-                const float factor = power_of_two(most[half] - now);
+                exponentials[half] *= power_of_two(most[half] - now);
                 most[half] = now;
-                exponentials[half] *= factor;
-                products[half] *= factor;
                 #pragma unroll
                 for (int n = 0; n < C / 8; n++)
                     #pragma unroll
-                    for (int i = 2 * half; i < 2 * half + 2; i++) {
-                        const float e = power_of_two(scale * s[n][i] - now);
-                        exponentials[half] += e;
-                        products[half] += e * dp[n][i];
-                    }
+                    for (int i = 2 * half; i < 2 * half + 2; i++) exponentials[half] += power_of_two(scale * s[n][i] - now);
             }
         }
     }
     float logarithm[2], mean[2];
     #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const float sum = sum_of_lanes(exponentials[half], 4);
-        logarithm[half] = most[half] + log2f(sum);
-        mean[half] = sum_of_lanes(products[half], 4) / sum;
-        const int row = mine + lane / 4 + 8 * half;
+        const int row_here = mine + lane / 4 + 8 * half;
+        const bool there = row_here < p.tokens;
+        const unsigned *o = (const unsigned *)(row<BF16>(p.attended, blockIdx.z, there ? row_here : 0) + blockIdx.y * SIZE) + lane % 4;
+        float product = 0;
+        #pragma unroll
+        for (int k = 0; k < SIZE / 16; k++)
+            #pragma unroll
+            for (int right = 0; right < 2; right++) {
+                const float2 a = F::unpack(o[8 * k + 4 * right]), b = F::unpack(kept_grad[k][2 * right + half]);
+                product += a.x * b.x + a.y * b.y;
+            }
+        logarithm[half] = most[half] + log2f(sum_of_lanes(exponentials[half], 4));
+        mean[half] = sum_of_lanes(product, 4);
         if (lane % 4 == 0) {
             // rows that do not exist get no weight
-            p.sums[head * p.padded + row] = row < p.tokens ? logarithm[half] : infinite;
-            p.sums[(heads + head) * p.padded + row] = row < p.tokens ? mean[half] : 0;
+            p.sums[head * p.padded + row_here] = there ? logarithm[half] : infinite;
+            p.sums[(heads + head) * p.padded + row_here] = there ? mean[half] : 0;
         }
     }
 

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use candle::cuda_backend::DeviceId;
-use candle::{CudaDevice, DType, Device, Result, Tensor};
+use candle::{CudaDevice, D, DType, Device, Result, Tensor};
 
 use super::super::plain;
 use super::super::types::Heads;
@@ -73,27 +73,32 @@ pub(in super::super) fn has_attention_backward(device: &Device, dtype: DType, he
     }
 }
 
-/// Gradients of queries, keys and values (each (batch, heads, tokens, head size), contiguous), stacked, from that of the
-/// attended values, (batch, tokens, heads · head size). Nothing if the reference has to do it.
-pub(in super::super) fn attention_backward(heads: &Heads, grad: &Tensor) -> Result<Option<Tensor>> {
+/// Gradients of queries, keys and values (each (batch, heads, tokens, head size), contiguous), stacked, from the
+/// attended values and their gradient, (batch, tokens, heads · head size). Nothing if the reference has to do it.
+pub(in super::super) fn attention_backward(
+    heads: &Heads,
+    attended: &Tensor,
+    grad: &Tensor,
+) -> Result<Option<Tensor>> {
     let Heads { q, k, v } = heads;
     let alike =
         |x: &Tensor| !x.track_op() && x.dtype() == q.dtype() && x.device().same_device(q.device());
-    if ![q, k, v, grad].into_iter().all(alike)
+    if ![q, k, v, attended, grad].into_iter().all(alike)
         || !has_attention_backward(q.device(), q.dtype(), q.dim(3)?)
     {
         return Ok(None);
     }
     match loaded(q.device().as_cuda_device()?).as_ref() {
-        Ok(module) => call(module, heads, grad),
+        Ok(module) => call(module, heads, [attended, grad]),
         Err(_) => Ok(None),
     }
 }
 
-fn call(module: &Module, Heads { q, k, v }: &Heads, grad: &Tensor) -> Result<Option<Tensor>> {
+fn call(module: &Module, Heads { q, k, v }: &Heads, outer: [&Tensor; 2]) -> Result<Option<Tensor>> {
     let (dtype, (batch, heads, tokens, size)) = (q.dtype(), q.dims4()?);
     let padded = tokens.next_multiple_of(KEPT);
-    let Some(rows) = RowView::new(grad)? else {
+    let [attended, grad] = outer.map(RowView::new);
+    let (Some(attended), Some(grad)) = (attended?, grad?) else {
         return Ok(None);
     };
     let operands = [q, k, v];
@@ -101,15 +106,18 @@ fn call(module: &Module, Heads { q, k, v }: &Heads, grad: &Tensor) -> Result<Opt
     // 16 bytes are copied at a time
     let aligned = addresses
         .iter()
-        .chain(&[rows.data])
+        .chain(&[attended.data, grad.data])
         .all(|address| address.is_multiple_of(16))
-        && rows.batch % 8 == 0
-        && rows.token % 8 == 0;
+        && [attended, grad]
+            .iter()
+            .all(|rows| rows.batch % 8 == 0 && rows.token % 8 == 0);
     if size != HEAD
         || operands
             .iter()
             .any(|x| x.dims() != q.dims() || !x.is_contiguous())
-        || grad.dims() != [batch, tokens, heads * size]
+        || outer
+            .iter()
+            .any(|x| x.dims() != [batch, tokens, heads * size])
         || !aligned
         || heads.max(batch) > MAX_BLOCKS
         || i32::try_from(padded).is_err()
@@ -123,7 +131,8 @@ fn call(module: &Module, Heads { q, k, v }: &Heads, grad: &Tensor) -> Result<Opt
         q,
         k,
         v,
-        grad: rows,
+        attended,
+        grad,
         out: out.address()?,
         sums: sums.address()?,
         tokens: tokens as i32,
@@ -156,10 +165,16 @@ fn check(module: &Module) -> Result<()> {
             };
             let columns = |grad: &Tensor| grad.narrow(2, 8, heads * HEAD);
             let device = module.device();
+            let attended = attended(&split(&all.to_dtype(DType::F32)?)?)?;
+            // among other columns, as the gradient is
+            let attended = attended.pad_with_zeros(2, 8, 0)?.to_dtype(dtype)?;
             let got = call(
                 module,
                 &split(&all.to_device(&device)?)?,
-                &columns(&grad.to_device(&device)?)?,
+                [
+                    &columns(&attended.to_device(&device)?)?,
+                    &columns(&grad.to_device(&device)?)?,
+                ],
             )?;
             let Some(got) = got else {
                 candle::bail!("the kernels take no such operands")
@@ -180,6 +195,13 @@ fn check(module: &Module) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What attention makes of the heads, (batch, tokens, heads · head size).
+fn attended(Heads { q, k, v }: &Heads) -> Result<Tensor> {
+    let scale = 1.0 / (q.dim(D::Minus1)? as f64).sqrt();
+    let weights = candle_nn::ops::softmax(&(q.matmul(&k.t()?)? * scale)?, D::Minus1)?;
+    weights.matmul(v)?.transpose(1, 2)?.flatten_from(2)
 }
 
 /// How far `got` is from `want`, relative, over all their numbers.

@@ -189,6 +189,67 @@ __device__ void heads_backward(const HeadsBackward &p) {
     }
 }
 
+// --- the gradients of y and, in parts, of gate from that of x + gate (y + bias): threads as for GELU ------------------
+
+struct ResidualBackward {
+    RowView y, bias, gate, grad;  // bias may have no data
+    void *out;                    // the gradient of y
+    void *sums;                   // (batch, gridDim.y, width), f32: that of gate, of every gridDim.y-th token
+    int tokens, width, whole;
+};
+
+template <typename F>
+__device__ void residual_backward(const ResidualBackward &p) {
+    const int N = F::N, batch = blockIdx.z;
+    const int at = (blockIdx.x * blockDim.x + threadIdx.x) * N, left = p.width - at;
+    if (left <= 0) return;
+    float bias[N], gate[N], sums[N];
+    #pragma unroll
+    for (int j = 0; j < N; j++) bias[j] = sums[j] = 0;
+    if (p.bias.data) read<F>(row<F>(p.bias, batch, 0) + at, left, p.whole, bias);
+    read<F>(row<F>(p.gate, batch, 0) + at, left, p.whole, gate);
+    for (int token = blockIdx.y; token < p.tokens; token += gridDim.y) {
+        float y[N], grad[N];
+        read<F>(row<F>(p.y, batch, token) + at, left, p.whole, y);
+        read<F>(row<F>(p.grad, batch, token) + at, left, p.whole, grad);
+        #pragma unroll
+        for (int j = 0; j < N; j++) {
+            sums[j] += grad[j] * (y[j] + bias[j]);
+            grad[j] *= gate[j];
+        }
+        const long long to = ((long long)batch * p.tokens + token) * p.width;
+        write<F>(grad, (typename F::Bits *)p.out + to + at, left, p.whole);
+    }
+    float *to = (float *)p.sums + ((long long)batch * gridDim.y + blockIdx.y) * p.width + at;
+    #pragma unroll
+    for (int j = 0; j < N; j++)
+        if (j < left) to[j] = sums[j];
+}
+
+// --- a x + b y: a thread for each piece ------------------------------------------------------------------------------
+
+struct WeightedSum {
+    RowView x, y;
+    void *out;
+    long long len;
+    float a, b;
+    int whole;
+};
+
+template <typename F>
+__device__ void weighted_sum(const WeightedSum &p) {
+    const int N = F::N;
+    const long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * N;
+    if (at >= p.len) return;
+    const int left = p.len - at < N ? (int)(p.len - at) : N;
+    float x[N], y[N];
+    read<F>(row<F>(p.x, 0, 0) + at, left, p.whole, x);
+    read<F>(row<F>(p.y, 0, 0) + at, left, p.whole, y);
+    #pragma unroll
+    for (int j = 0; j < N; j++) x[j] = p.a * x[j] + p.b * y[j];
+    write<F>(x, (typename F::Bits *)p.out + at, left, p.whole);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 
 #define BACKWARD_KERNEL(name, Params, threads)                                                                     \
@@ -200,3 +261,5 @@ BACKWARD_KERNEL(gelu_backward, GeluBackward, 128)
 BACKWARD_KERNEL(swiglu_backward, SwigluBackward, 128)
 BACKWARD_KERNEL(norm_backward, NormBackward, 512)
 BACKWARD_KERNEL(heads_backward, HeadsBackward, 128)
+BACKWARD_KERNEL(residual_backward, ResidualBackward, 128)
+BACKWARD_KERNEL(weighted_sum, WeightedSum, 128)

@@ -12,16 +12,24 @@ use super::calls::{HELD, MAX_BLOCKS, MAX_THREADS, Operands, THREADS, WARP, grid}
 use super::check::first_line;
 use super::device_of;
 use super::launch::{BACKWARD, Module};
-use super::parameters::{GeluBackward, HeadsBackward, NormBackward, Parameters, SwigluBackward};
+use super::parameters::{
+    GeluBackward, HeadsBackward, NormBackward, Parameters, ResidualBackward, SwigluBackward,
+    WeightedSum,
+};
 use crate::model::rope::Rope;
 
 mod check;
+mod sums;
 
-const ALL: [&str; 4] = [
+pub(in super::super) use sums::{residual_backward, weighted_sum};
+
+const ALL: [&str; 6] = [
     GeluBackward::KERNEL,
     SwigluBackward::KERNEL,
     NormBackward::KERNEL,
     HeadsBackward::KERNEL,
+    ResidualBackward::KERNEL,
+    WeightedSum::KERNEL,
 ];
 
 type Loaded = std::result::Result<Module, String>;

@@ -75,8 +75,9 @@ impl<'a> Pair<'a> {
             && width < MAX_BLOCKS
             && i32::try_from(tokens).is_ok()
             && rows.iter().all(apart);
-        let aligned =
-            |numbers: i64| numbers.unsigned_abs() as usize * dtype.size_in_bytes() % PIECE == 0;
+        let aligned = |numbers: i64| {
+            (numbers.unsigned_abs() as usize * dtype.size_in_bytes()).is_multiple_of(PIECE)
+        };
         let whole = |rows: &RowView| {
             rows.data.is_multiple_of(PIECE as u64) && aligned(rows.batch) && aligned(rows.token)
         };

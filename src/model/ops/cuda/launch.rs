@@ -206,13 +206,18 @@ impl Module {
 
     /// Room for `len` numbers.
     pub(super) fn blank(&self, dtype: DType, len: usize) -> Result<Blank> {
-        // SAFETY: the kernel that this is for writes all of it
-        let room = unsafe { self.device.alloc_uninit(&Shape::from(len), dtype) }?;
-        Ok(Blank(room))
+        Blank::new(&self.device, dtype, len)
     }
 }
 
 impl Blank {
+    /// Room for `len` numbers.
+    pub(super) fn new(device: &CudaDevice, dtype: DType, len: usize) -> Result<Self> {
+        // SAFETY: the kernel or product that this is for writes all of it
+        let room = unsafe { device.alloc_uninit(&Shape::from(len), dtype) }?;
+        Ok(Self(room))
+    }
+
     pub(super) fn address(&self) -> Result<u64> {
         address(&self.0)
     }

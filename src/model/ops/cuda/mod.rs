@@ -20,7 +20,11 @@ use candle::{CudaDevice, DType, Device, Result, Tensor};
 use super::types::{Branch, Heads, Projected};
 use crate::model::rope::Rope;
 pub(super) use attention_backward::{attention_backward, has_attention_backward};
-pub(super) use backward::{gelu_backward, norm_backward, projection_backward, swiglu_backward};
+pub(super) use backward::{
+    gelu_backward, norm_backward, projection_backward, residual_backward, swiglu_backward,
+    weighted_sum,
+};
+pub(super) use blas::{multiply_onto, transposed_product};
 pub use change::{add_products, token_sums};
 use flash::Flash;
 use launch::Module;

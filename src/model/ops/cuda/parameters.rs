@@ -126,6 +126,7 @@ parameters! {
         q: u64,
         k: u64,
         v: u64,
+        attended: RowView<'a>,
         grad: RowView<'a>,
         out: u64,
         sums: u64,
@@ -186,5 +187,25 @@ parameters! {
         stride: i32,
         whole: i32,
         eps: f32,
+    }
+    "residual_backward" ResidualBackward {
+        y: RowView<'a>,
+        bias: RowView<'a>,
+        gate: RowView<'a>,
+        grad: RowView<'a>,
+        out: u64,
+        sums: u64,
+        tokens: i32,
+        width: i32,
+        whole: i32,
+    }
+    "weighted_sum" WeightedSum {
+        x: RowView<'a>,
+        y: RowView<'a>,
+        out: u64,
+        len: i64,
+        a: f32,
+        b: f32,
+        whole: i32,
     }
 }

@@ -66,7 +66,7 @@ pub(super) fn gelu(_: &Tensor, _: Option<&Tensor>, _: Option<&Tensor>) -> Result
     Ok(None)
 }
 
-pub(super) fn attention_backward(_: &Heads, _: &Tensor) -> Result<Option<Tensor>> {
+pub(super) fn attention_backward(_: &Heads, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
     Ok(None)
 }
 
@@ -97,5 +97,26 @@ pub(super) fn projection_backward(
     _: &Rope,
     _: Option<(Option<&Tensor>, &Tensor)>,
 ) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn residual_backward(
+    _: &Tensor,
+    _: Option<&Tensor>,
+    _: &Tensor,
+    _: &Tensor,
+) -> Result<Option<[Tensor; 2]>> {
+    Ok(None)
+}
+
+pub(super) fn weighted_sum(_: &Tensor, _: f64, _: &Tensor, _: f64) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn multiply_onto(_: &Tensor, _: f64, _: [&Tensor; 2], _: bool, _: f64) -> Result<bool> {
+    Ok(false)
+}
+
+pub(super) fn transposed_product(_: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
     Ok(None)
 }

@@ -41,6 +41,8 @@ pub(super) fn all(module: &Module) -> Result<()> {
         activations(&numbers, &agree)?;
         norms(&numbers, &agree)?;
         heads(&numbers, &agree)?;
+        residuals(&numbers, &agree)?;
+        weighted_sums(&numbers, &agree)?;
     }
     Ok(())
 }
@@ -102,6 +104,49 @@ fn norms(numbers: &Numbers, agree: Agree) -> Result<()> {
         let sum = along.map(|t| t.to_dtype(DType::F32)?.sum(1)).transpose()?;
         let sum = sum.map(|t| t.to_dtype(numbers.dtype)).transpose()?;
         agree(sum.as_ref(), want[2].as_ref())?;
+    }
+    Ok(())
+}
+
+fn residuals(numbers: &Numbers, agree: Agree) -> Result<()> {
+    for (batch, tokens, width) in [(1, 2, 8), (3, 2, 37), (2, 300, 264)] {
+        let [joint, exact] = numbers.draw(0, &[batch, tokens + 2, width + 8])?;
+        let part = |t: &Tensor| t.narrow(1, 1, tokens)?.narrow(2, 8, width);
+        let [bias, exact_bias] = numbers.draw(1, &[width])?;
+        let [gates, exact_gates] = numbers.draw(2, &[batch, 3 * width])?;
+        let gate = |t: &Tensor| t.narrow(1, width, width);
+        let [grad, exact_grad] = numbers.draw(3, &[batch, tokens, width])?;
+        for biased in [false, true] {
+            let bias = biased.then_some(&bias);
+            let got = super::sums::of_residual(
+                numbers.module,
+                &part(&joint)?,
+                bias,
+                &gate(&gates)?,
+                &grad,
+            )?;
+            let bias = biased.then_some(&exact_bias);
+            let inputs = [part(&exact)?, gate(&exact_gates)?];
+            let want = by_recomputing(&inputs.each_ref(), &exact_grad, |t| {
+                plain::biased(&t[0], bias)?.broadcast_mul(&t[1].unsqueeze(1)?)
+            })?;
+            let (of_y, of_gate) = got.map(|[of_y, of_gate]| (of_y, of_gate)).unzip();
+            agree(of_y.as_ref(), want[0].as_ref())?;
+            agree(of_gate.as_ref(), want[1].as_ref())?;
+        }
+    }
+    Ok(())
+}
+
+fn weighted_sums(numbers: &Numbers, agree: Agree) -> Result<()> {
+    for shape in [vec![1], vec![37, 5], vec![3, 70, 64]] {
+        let [x, exact_x] = numbers.draw(0, &shape)?;
+        let [y, exact_y] = numbers.draw(1, &shape)?;
+        for (a, b) in [(1.0, 1.0), (0.95, -3.5)] {
+            let got = super::sums::weighted(numbers.module, &x, a, &y, b)?;
+            let want = ((&exact_x * a)? + (&exact_y * b)?)?;
+            agree(got.as_ref(), Some(&want))?;
+        }
     }
     Ok(())
 }
