@@ -108,8 +108,12 @@ impl Problem {
             }
             if let Ok(cholesky) = damped.llt(Side::Lower) {
                 let coefficients = cholesky.solve(&self.cross);
-                let residual_sq = self.residual(&coefficients);
-                if residual_sq.is_finite() {
+                // with λ: GB = C − λB, so ‖R − Z B‖² needs no product with G
+                let lambda = relative * self.mean;
+                let explained = inner(&coefficients, &self.cross);
+                let squares = inner(&coefficients, &coefficients);
+                let residual_sq = (self.target_sq - explained - lambda * squares).max(0.0);
+                if explained.is_finite() && squares.is_finite() {
                     return Ok(Solution {
                         coefficients,
                         ridge: relative,
@@ -123,7 +127,7 @@ impl Problem {
         bail!("the least-squares problem is singular")
     }
 
-    /// ‖R − Z B‖² = ‖R‖² − 2 tr(BᵀC) + tr(BᵀGB), with the matrix without ridge.
+    /// Of any B: ‖R − Z B‖² = ‖R‖² − 2 tr(BᵀC) + tr(BᵀGB), with the matrix without ridge.
     fn residual(&self, b: &Mat<f64>) -> f64 {
         let product = &self.gram * b;
         let mut fitted = 0.0;
@@ -134,6 +138,13 @@ impl Problem {
         }
         (self.target_sq - fitted).max(0.0)
     }
+}
+
+/// Σ aᵢⱼ bᵢⱼ
+fn inner(a: &Mat<f64>, b: &Mat<f64>) -> f64 {
+    let columns =
+        (0..a.ncols()).map(|j| (0..a.nrows()).map(|i| a[(i, j)] * b[(i, j)]).sum::<f64>());
+    columns.sum()
 }
 
 /// Rows `rows` of coefficients as a linear layer's weight: (out, in), f32.

@@ -1,13 +1,11 @@
 //! The candidates of each round of the greedy choice: every block that may still be given up with its plain fit.
 
-use std::collections::BTreeMap;
-
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 
 use super::recipe::PruneRecipe;
 use crate::{
     calibrate::{self, Calibrator, NoisedSplit, stats::CalibrationStats},
-    fit::layers::LayerMap,
+    fit::layers::{LayerMap, Layers},
     layout::BlockId,
     model::{Block, Trunk},
     score::{ablation::Candidates, measure::plain_fit},
@@ -17,8 +15,8 @@ use crate::{
 /// alike for all candidates: the bundled model loses the same blocks at 20, 33, 40 and 50 % as with half as many again.
 const ROWS_PER_CHANNEL: usize = 16;
 
-/// Fits every block in the first round; in later ones again, on the activations of the trunk with the earlier choices
-/// replaced, if the recipe says so.
+/// Fits every block in the first round; in later ones again those that are tried, on the activations of the trunk with the
+/// earlier choices replaced, if the recipe says so.
 pub(super) struct RefitCandidates<'a> {
     pub(super) calibrator: &'a Calibrator<'a>,
     pub(super) recipe: &'a PruneRecipe,
@@ -27,52 +25,60 @@ pub(super) struct RefitCandidates<'a> {
     /// The original's own statistics, until the first round has used them.
     pub(super) stats: Option<CalibrationStats>,
     pub(super) first: Option<(CalibrationStats, LayerMap)>,
+    /// What a later round's fits are made of; `None`: they are the first round's.
+    pub(super) behind: Option<CalibrationStats>,
 }
 
 impl Candidates for RefitCandidates<'_> {
-    fn fit(&mut self, trunk: &Trunk, chosen: &[BlockId]) -> Result<BTreeMap<usize, Block>> {
-        let (first, mut stats) = match (self.stats.take(), &self.first) {
-            (Some(stats), _) => (true, stats),
-            (None, Some((_, fits))) if self.recipe.score.refit_between_rounds == Some(false) => {
-                return self.blocks(trunk, fits, chosen);
-            }
-            (None, _) => (false, self.gather_behind(trunk)?),
-        };
-        let mut fits = LayerMap::new();
-        for (spec, _) in trunk.entries() {
-            let block = stats.get(spec.id());
-            let block = block.filter(|b| b.img.has_sums() && !chosen.contains(&b.id));
-            if let Some(block) = block {
-                fits.insert(block.id, plain_fit(block, self.recipe.fit.ridge)?);
-            }
+    fn begin(&mut self, trunk: &Trunk, chosen: &[BlockId]) -> Result<Vec<usize>> {
+        if let Some(stats) = self.stats.take() {
+            self.first = Some(self.fit_all(stats)?);
+        } else if self.recipe.score.refit_between_rounds != Some(false) {
+            self.behind = None; // gigabytes for a wide model
+            self.behind = Some(self.gather_behind(trunk)?);
         }
-        let blocks = self.blocks(trunk, &fits, chosen)?;
-        if first {
-            stats.forget_products(); // gigabytes for a wide model, and not needed any more
-            self.first = Some((stats, fits));
+        let entries = trunk.entries().iter().enumerate();
+        let free = entries.filter(|(_, (spec, _))| {
+            let id = spec.id();
+            let fitted = self
+                .first
+                .as_ref()
+                .is_some_and(|(_, f)| f.contains_key(&id));
+            fitted && !chosen.contains(&id) && !self.protect.contains(&id)
+        });
+        Ok(free.map(|(index, _)| index).collect())
+    }
+
+    fn fit(&mut self, trunk: &Trunk, index: usize) -> Result<Block> {
+        let (spec, _) = trunk.entries().get(index).context("no such block")?;
+        let id = spec.id();
+        let runtime = self.calibrator.runtime;
+        let place = |layers: &Layers| layers.block(&runtime.device, runtime.dtype);
+        match (&self.behind, &self.first) {
+            (Some(stats), _) => {
+                let block = stats.get(id).context("a candidate without statistics")?;
+                place(&plain_fit(block, self.recipe.fit.ridge)?)
+            }
+            (None, Some((_, fits))) => place(fits.get(&id).context("a candidate without a fit")?),
+            (None, None) => bail!("candidates are fitted after a round has begun"),
         }
-        Ok(blocks)
     }
 }
 
 impl RefitCandidates<'_> {
-    /// The fits of those that may still be given up, by trunk entry.
-    fn blocks(
-        &self,
-        trunk: &Trunk,
-        fits: &LayerMap,
-        chosen: &[BlockId],
-    ) -> Result<BTreeMap<usize, Block>> {
-        let runtime = self.calibrator.runtime;
-        let mut out = BTreeMap::new();
-        for (index, (spec, _)) in trunk.entries().iter().enumerate() {
-            let id = spec.id();
-            let free = !chosen.contains(&id) && !self.protect.contains(&id);
-            if let Some(layers) = fits.get(&id).filter(|_| free) {
-                out.insert(index, layers.block(&runtime.device, runtime.dtype)?);
-            }
+    /// The plain fit of every block that has sums, and the statistics without these.
+    fn fit_all(&self, mut stats: CalibrationStats) -> Result<(CalibrationStats, LayerMap)> {
+        let known: Vec<_> = stats.blocks.iter().filter(|b| b.img.has_sums()).collect();
+        let reporter = &self.calibrator.pipeline.reporter;
+        let progress = reporter.progress(known.len(), "fitting every block");
+        let mut fits = LayerMap::new();
+        for block in known {
+            fits.insert(block.id, plain_fit(block, self.recipe.fit.ridge)?);
+            progress.inc(1);
         }
-        Ok(out)
+        progress.finish_and_clear();
+        stats.forget_products(); // gigabytes for a wide model, and not needed any more
+        Ok((stats, fits))
     }
 
     /// The statistics behind the earlier choices, from part of the noised latents.

@@ -61,6 +61,7 @@ fn greedy_selection(
         protect,
         stats: Some(stats),
         first: None,
+        behind: None,
     };
     let blocks = calibrator.flux.trunk.len();
     // the first round measures every block, later ones a handful

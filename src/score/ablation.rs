@@ -32,14 +32,18 @@ pub struct Greedy {
 /// Candidates measured at once: they share the computation of their prefixes.
 const AT_ONCE: usize = 4;
 
-/// Gives the candidates of one round: a replacement for each trunk entry that may still be given up, fitted for the
-/// trunk as it stands.
+/// Gives the candidates of one round, fitted for the trunk as it stands.
 pub trait Candidates {
-    /// Trunk entry → its replacement, for the trunk with all earlier choices replaced.
+    /// The trunk entries that may still be given up, with all earlier choices replaced.
     ///
     /// # Errors
     /// When a forward or a fit fails.
-    fn fit(&mut self, trunk: &Trunk, chosen: &[BlockId]) -> Result<BTreeMap<usize, Block>>;
+    fn begin(&mut self, trunk: &Trunk, chosen: &[BlockId]) -> Result<Vec<usize>>;
+    /// The replacement of one of them. Asked for no sooner than it is tried: fits of wide blocks take longer than that.
+    ///
+    /// # Errors
+    /// When the fit fails.
+    fn fit(&mut self, trunk: &Trunk, index: usize) -> Result<Block>;
 }
 
 /// When to stop giving up blocks, and what giving one up is worth.
@@ -68,7 +72,10 @@ pub fn greedy(
     let mut trunk = flux.trunk.clone();
     let id = |index: usize| flux.trunk.entries().get(index).map(|(spec, _)| spec.id());
     let mut chosen: Vec<BlockId> = Vec::new();
-    let mut left = candidates.fit(&trunk, &chosen)?;
+    let mut left = BTreeMap::new();
+    for index in candidates.begin(&trunk, &chosen)? {
+        left.insert(index, candidates.fit(&trunk, index)?);
+    }
     let mut bounds = held_out.ablate(flux, &trunk, &left, "greedy", progress)?;
     let alone = bounds
         .iter()
@@ -80,15 +87,17 @@ pub fn greedy(
     let mut current = 0.0;
     while !goal.is_reached(&chosen) {
         let first = out.choices.is_empty();
-        if !first {
-            left = candidates.fit(&trunk, &chosen)?;
-        }
+        let mut order: Vec<usize> = if first {
+            left.keys().copied().collect()
+        } else {
+            left.clear();
+            candidates.begin(&trunk, &chosen)?
+        };
         // added error for what the block is worth
         let price = |index: usize, error: f64| {
             let worth = id(index).map_or(1.0, |id| goal.worth(id));
             (error - current) / worth
         };
-        let mut order: Vec<usize> = left.keys().copied().collect();
         order.sort_by(|a, b| price(*a, bounds[a]).total_cmp(&price(*b, bounds[b])));
         let mut best: Option<(usize, f64)> = None;
         for chunk in order.chunks(AT_ONCE) {
@@ -99,10 +108,13 @@ pub fn greedy(
             let fresh = if first {
                 chunk.iter().map(|index| (*index, bounds[index])).collect()
             } else {
-                let some = chunk
-                    .iter()
-                    .filter_map(|k| Some((*k, left.get(k)?.clone())));
-                held_out.ablate(flux, &trunk, &some.collect(), "greedy", progress)?
+                let mut some = BTreeMap::new();
+                for &index in chunk {
+                    some.insert(index, candidates.fit(&trunk, index)?);
+                }
+                let fresh = held_out.ablate(flux, &trunk, &some, "greedy", progress)?;
+                left.append(&mut some);
+                fresh
             };
             for (index, error) in fresh {
                 bounds.insert(index, error);
