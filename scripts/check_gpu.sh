@@ -2,7 +2,7 @@
 # Checks fastflux on an NVIDIA GPU and measures it: is it right, how fast is it, does it keep to its memory?
 #
 #     scripts/check_gpu.sh --quick            # a minute: after installing
-#     scripts/check_gpu.sh                    # about eight minutes; the whole of it wants 80 GB on the GPU, 110 GB of memory
+#     scripts/check_gpu.sh                    # about ten minutes; the whole of it wants 80 GB on the GPU, 110 GB of memory
 #
 # Every step has its own time limit and its own log, and a step that fails does not stop the next. The report
 # (report.txt, report.json) says what each figure should have been.
