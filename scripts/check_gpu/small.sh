@@ -135,10 +135,10 @@ step_bundled() {
     local most rms
     read -r most rms <<<"$(difference "$at/cuda-f32" "$at/cpu-f32")"
     figure bundled "16 images in f32: largest difference from the CPU's" "$most" /255 '<= 3'
-    # bf16 rounds in many places: diffusers 0.42 in bf16 is 0.73 (27 at most) from itself in f32 over these captions
+    # bf16 rounds in many places: diffusers 0.42 in bf16 is 0.83 (34 at most) from itself in f32 over these captions (bf16_images.py)
     read -r most rms <<<"$(difference "$at/cpu-bf16" "$at/cpu-f32")"
-    figure bundled "the CPU's in bf16: root mean square from f32" "$rms" /255 '<= 0.73'
+    figure bundled "the CPU's in bf16: root mean square from f32" "$rms" /255 '<= 0.83'
     read -r most rms <<<"$(difference "$at/cuda-bf16" "$at/cpu-f32")"
-    figure bundled 'images in bf16: root mean square from f32' "$rms" /255 '<= 0.73'
+    figure bundled 'images in bf16: root mean square from f32' "$rms" /255 '<= 0.83'
     figure bundled 'images in bf16: largest difference from f32' "$most" /255
 }

@@ -39,7 +39,7 @@ pub trait Candidates {
     /// # Errors
     /// When a forward or a fit fails.
     fn begin(&mut self, trunk: &Trunk, chosen: &[BlockId]) -> Result<Vec<usize>>;
-    /// The replacement of one of them. Asked for no sooner than it is tried: fits of wide blocks take longer than that.
+    /// The replacement of one of them. Asked for no sooner than it is tried: a round tries few.
     ///
     /// # Errors
     /// When the fit fails.

@@ -338,6 +338,39 @@ mod tests {
         }
     }
 
+    /// In 16 bits a GPU sums the squares of errors by a kernel and writes the gradient at once.
+    #[test]
+    fn a_gpu_finds_the_loss_that_a_cpu_does() {
+        let Ok(gpu) = Device::new_cuda(0) else {
+            return crate::ui::skip("cuda");
+        };
+        let judged = |device: &Device, dtype: DType| {
+            let place = |stream: Stream| {
+                let tokens = stream.tokens.to_dtype(DType::BF16).unwrap();
+                let tokens = tokens.to_dtype(dtype).unwrap().to_device(device).unwrap();
+                stream.with_tokens(tokens)
+            };
+            let (output, target) = (place(stream(1)), place(stream(2)));
+            let targets = std::slice::from_ref(&target);
+            let loss = Loss::new(&LossRecipe::default(), targets, false, None).unwrap();
+            let (loss, grad) = loss.judge(&output, &target).unwrap();
+            let grad = grad.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+            (loss, grad.to_vec1::<f32>().unwrap())
+        };
+        let (got, want) = (judged(&gpu, DType::BF16), judged(&Device::Cpu, DType::F32));
+        assert!(
+            (got.0 - want.0).abs() < 1e-5 * want.0,
+            "{} instead of {}",
+            got.0,
+            want.0
+        );
+        let most = want.1.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
+        for (got, want) in got.1.iter().zip(&want.1) {
+            // rounded once
+            assert!((got - want).abs() <= 4e-3 * want.abs() + 1e-6 * most);
+        }
+    }
+
     #[test]
     fn text_does_not_count_where_nothing_reads_it() {
         let (output, target) = (stream(1), stream(2));

@@ -195,6 +195,32 @@ mod tests {
         );
     }
 
+    /// A GPU takes thin matrices by their Gram matrices, and wide ones in bfloat16.
+    #[test]
+    fn a_gpu_moves_along_what_a_cpu_does() {
+        let Ok(gpu) = Device::new_cuda(0) else {
+            return crate::ui::skip("cuda");
+        };
+        for (shape, tolerance) in [((160, 12), 1e-4), ((24, 40), 1e-4), ((1100, 320), 0.05)] {
+            let gradient = uneven(shape.0.max(shape.1), shape.0.min(shape.1));
+            let gradient = if shape.0 < shape.1 {
+                gradient.t().unwrap()
+            } else {
+                gradient
+            };
+            let gradient = gradient.contiguous().unwrap();
+            let got = update(&gradient.to_device(&gpu).unwrap()).unwrap();
+            let want = update(&gradient).unwrap();
+            let got = got.to_device(&Device::Cpu).unwrap();
+            let norm = |x: &Tensor| {
+                let square = x.sqr().unwrap().sum_all().unwrap();
+                square.to_scalar::<f32>().unwrap().sqrt()
+            };
+            let error = norm(&(got - &want).unwrap()) / norm(&want);
+            assert!(error < tolerance, "{shape:?}: {error}");
+        }
+    }
+
     #[test]
     fn every_direction_moves_alike() {
         for (rows, columns) in [(96, 24), (24, 96)] {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
-use candle::{D, Result, Tensor, TensorId};
+use candle::{D, DType, Result, Tensor, TensorId};
 
 use super::custom_op::{by_candle, custom_op};
 use super::rule::{Rule, rule};
@@ -119,12 +119,15 @@ pub fn biased(x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let y = plain::biased(&x.detach(), Some(&bias.detach()))?;
     let tracked = bias.track_op();
     custom_op(&[x, bias], y, move |grad| {
-        let of_bias = tracked.then(|| {
-            let rows = grad.reshape((1, (), width))?;
-            sum_of_tokens(&rows)?.squeeze(0)?.to_dtype(stored)
-        });
+        let of_bias = tracked.then(|| of_bias(grad, width, stored));
         Ok(vec![Some(grad.clone()), of_bias.transpose()?])
     })
+}
+
+/// The gradient of a bias (width,), of a number format, from that of what it was added to, (…, width).
+pub(super) fn of_bias(grad: &Tensor, width: usize, dtype: DType) -> Result<Tensor> {
+    let rows = grad.reshape((1, (), width))?;
+    sum_of_tokens(&rows)?.squeeze(0)?.to_dtype(dtype)
 }
 
 /// `x` (batch, tokens, width) plus `y` (batch, width) for every token; differentiable.

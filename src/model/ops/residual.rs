@@ -4,11 +4,11 @@ use candle::{DType, Result, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{Element, Operand, by_dtype, for_rows, fusable, vectorized};
+use super::cuda;
 use super::custom_op::custom_op;
-use super::graph::{biased, concatenated};
+use super::graph::{biased, concatenated, of_bias};
 use super::plain::{self, wide};
 use super::types::Branch;
-use super::{cuda, sum_of_tokens};
 
 /// `x + gate · (y + bias)` of each branch, joined along the tokens in the order given.
 pub fn gated_residual(branches: &[Branch]) -> Result<Tensor> {
@@ -36,26 +36,21 @@ pub fn gated_residual(branches: &[Branch]) -> Result<Tensor> {
 fn untracked(branches: &[Branch]) -> Result<Tensor> {
     // the bias of a layer that is trained is wider than the tokens
     let biases = branches.iter().map(|b| {
-        let narrow = |bias: &Tensor| {
-            if b.x.device().is_cpu() {
-                Ok(bias.clone())
-            } else {
-                bias.to_dtype(b.x.dtype())
-            }
-        };
+        let narrow = |bias: &Tensor| bias.to_dtype(b.x.dtype());
         b.bias.map(narrow).transpose()
     });
     let biases = biases.collect::<Result<Vec<_>>>()?;
-    let narrowed = branches.iter().zip(&biases);
-    let narrowed: Vec<Branch> = narrowed
+    let branches: Vec<Branch> = branches
+        .iter()
+        .zip(&biases)
         .map(|(branch, bias)| Branch {
             bias: bias.as_ref(),
             ..*branch
         })
         .collect();
-    match cuda::gated_residual(&narrowed)? {
+    match cuda::gated_residual(&branches)? {
         Some(y) => Ok(y),
-        None => plain::gated_residual(branches),
+        None => plain::gated_residual(&branches),
     }
 }
 
@@ -64,10 +59,10 @@ fn residual_tracked(branch: &Branch) -> Result<Tensor> {
     let (batch, _, width) = branch.x.dims3()?;
     let tracked = branch.bias.filter(|bias| bias.track_op());
     let frozen = branch.bias.filter(|bias| !bias.track_op()).cloned();
-    if let (Some(bias), None, false) = (tracked, branch.gate, branch.x.device().is_cpu()) {
+    if let (Some(bias), None) = (tracked, branch.gate) {
         return biased_tracked(branch, bias);
     }
-    // a trainable bias (of a replacement's layer) is added by candle
+    // with a gate a trainable bias is an operation of its own: no more than three inputs may be tracked
     let y = match tracked {
         Some(bias) => biased(branch.y, Some(bias))?,
         None => branch.y.clone(),
@@ -116,6 +111,7 @@ fn residual_tracked(branch: &Branch) -> Result<Tensor> {
 fn biased_tracked(branch: &Branch, bias: &Tensor) -> Result<Tensor> {
     let (x, y) = (branch.x.detach(), branch.y.detach());
     let (stored, bias_data) = (bias.dtype(), bias.detach().to_dtype(x.dtype())?);
+    let width = bias.dim(0)?;
     let sum = gated_residual(&[Branch {
         x: &x,
         y: &y,
@@ -123,7 +119,7 @@ fn biased_tracked(branch: &Branch, bias: &Tensor) -> Result<Tensor> {
         gate: None,
     }])?;
     custom_op(&[branch.x, branch.y, bias], sum, move |grad| {
-        let of_bias = sum_of_tokens(grad)?.to_dtype(stored)?.sum(0)?;
+        let of_bias = of_bias(grad, width, stored)?;
         Ok(vec![Some(grad.clone()), Some(grad.clone()), Some(of_bias)])
     })
 }

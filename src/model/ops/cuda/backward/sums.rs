@@ -82,16 +82,14 @@ pub(super) fn weighted(
     if x.dims() != y.dims() || !x.is_contiguous() || !y.is_contiguous() {
         return Ok(None);
     }
-    let (dtype, len) = (x.dtype(), x.elem_count());
+    let (dtype, len, shape) = (x.dtype(), x.elem_count(), x.shape());
+    let (x, y) = (x.flatten_all()?, y.flatten_all()?);
     let mut operands = Operands::new(dtype);
     let out = module.blank(dtype, len)?;
     operands.place(out.address()?, len);
-    let flat = [x, y].map(Tensor::flatten_all);
-    let [x_flat, y_flat] = flat;
-    let (x_flat, y_flat) = (x_flat?, y_flat?);
     let parameters = WeightedSum {
-        x: operands.rows(&x_flat, &[len])?,
-        y: operands.rows(&y_flat, &[len])?,
+        x: operands.rows(&x, &[len])?,
+        y: operands.rows(&y, &[len])?,
         out: out.address()?,
         len: len as i64,
         a: a as f32,
@@ -108,5 +106,5 @@ pub(super) fn weighted(
         [THREADS, 1],
         &parameters,
     )?;
-    Ok(Some(out.tensor(x.dims())))
+    Ok(Some(out.tensor(shape)))
 }
