@@ -3,9 +3,12 @@
 
 use anyhow::{Result, bail, ensure};
 use candle::{DType, Device, Tensor};
-use faer::{Mat, Side, linalg::solvers::Solve};
+use faer::{
+    Mat, Side,
+    linalg::solvers::{Llt, Solve},
+};
 
-use super::gram::Gram;
+use super::gram::{Gram, values};
 
 /// Ridges that are tried when none is given, relative to the mean diagonal.
 pub const RIDGES: [f64; 6] = [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2];
@@ -32,17 +35,19 @@ const ATTEMPTS: usize = 14;
 /// # Errors
 /// When the sums are NaN or infinite, or singular whatever the ridge.
 pub fn solve(sums: &Gram, ridge: f64) -> Result<Solution> {
-    let problem = Problem::new(sums)?;
-    problem.solve(ridge)
+    Problem::new(sums)?.solve(ridge)
 }
 
-/// Solves with that of `ridges` whose solution leaves the smallest residual on `held_out`, on both sums together.
+/// Solves with that of `ridges` whose solution leaves the smallest residual on `held_out`, on both sums together. Of a
+/// matrix as wide as the inputs there are three at a time: the sums are gone when both problems stand.
 ///
 /// # Errors
 /// As [`solve`].
-pub fn solve_with_best_ridge(sums: &Gram, held_out: &Gram, ridges: &[f64]) -> Result<Solution> {
-    let problem = Problem::new(sums)?;
-    let unseen = Problem::new(held_out)?;
+pub fn solve_with_best_ridge(sums: Gram, held_out: Gram, ridges: &[f64]) -> Result<Solution> {
+    let mut problem = Problem::new(&sums)?;
+    drop(sums);
+    let unseen = Problem::new(&held_out)?;
+    drop(held_out);
     let mut best = (f64::INFINITY, DEFAULT_RIDGE);
     for &ridge in ridges {
         let residual = unseen.residual(&problem.solve(ridge)?.coefficients);
@@ -50,7 +55,9 @@ pub fn solve_with_best_ridge(sums: &Gram, held_out: &Gram, ridges: &[f64]) -> Re
             best = (residual, ridge);
         }
     }
-    solve(&sums.plus(held_out)?, best.1)
+    problem.add(&unseen)?;
+    drop(unseen);
+    problem.solve(best.1)
 }
 
 /// Solves with `ridge` on all sums, or with the best of `ridges` if none is given and rows were left out to tell.
@@ -64,8 +71,13 @@ pub fn solve_split(
     ridges: &[f64],
 ) -> Result<Solution> {
     match (fitted, left_out, ridge) {
-        (Some(fitted), Some(left_out), None) => solve_with_best_ridge(&fitted, &left_out, ridges),
-        (Some(fitted), Some(left_out), Some(ridge)) => solve(&fitted.plus(&left_out)?, ridge),
+        (Some(fitted), Some(left_out), None) => solve_with_best_ridge(fitted, left_out, ridges),
+        (Some(fitted), Some(left_out), Some(ridge)) => {
+            let mut problem = Problem::new(&fitted)?;
+            drop(fitted);
+            problem.add(&Problem::new(&left_out)?)?;
+            problem.solve(ridge)
+        }
         (Some(sums), None, ridge) | (None, Some(sums), ridge) => {
             let middle = ridges.get(ridges.len() / 2).copied();
             solve(&sums, ridge.or(middle).unwrap_or(DEFAULT_RIDGE))
@@ -79,34 +91,61 @@ struct Problem {
     gram: Mat<f64>,
     cross: Mat<f64>,
     target_sq: f64,
+    /// The matrix's own, which a ridge is added to while it is factored.
+    diagonal: Vec<f64>,
     mean: f64,
 }
 
 impl Problem {
     fn new(sums: &Gram) -> Result<Self> {
-        let gram = to_faer(&sums.gram)?;
-        let mean =
-            (0..gram.nrows()).map(|i| gram[(i, i)]).sum::<f64>() / gram.nrows().max(1) as f64;
-        ensure!(
-            mean.is_finite() && sums.target_sq.is_finite(),
-            "the statistics are NaN or infinite"
-        );
-        Ok(Self {
-            gram,
+        let mut problem = Self {
+            gram: to_faer(&sums.gram)?,
             cross: to_faer(&sums.cross)?,
             target_sq: sums.target_sq,
-            mean,
-        })
+            diagonal: Vec::new(),
+            mean: 0.0,
+        };
+        problem.look_at_diagonal()?;
+        Ok(problem)
     }
 
-    fn solve(&self, ridge: f64) -> Result<Solution> {
+    fn look_at_diagonal(&mut self) -> Result<()> {
+        self.diagonal = (0..self.gram.nrows()).map(|i| self.gram[(i, i)]).collect();
+        self.mean = self.diagonal.iter().sum::<f64>() / self.diagonal.len().max(1) as f64;
+        ensure!(
+            self.mean.is_finite() && self.target_sq.is_finite(),
+            "the statistics are NaN or infinite"
+        );
+        Ok(())
+    }
+
+    /// Of the rows of both.
+    fn add(&mut self, other: &Self) -> Result<()> {
+        ensure!(
+            self.gram.nrows() == other.gram.nrows() && self.cross.ncols() == other.cross.ncols(),
+            "sums of different problems"
+        );
+        self.gram += &other.gram;
+        self.cross += &other.cross;
+        self.target_sq += other.target_sq;
+        self.look_at_diagonal()
+    }
+
+    fn factor(&mut self, lambda: f64) -> Option<Llt<f64>> {
+        for (i, value) in self.diagonal.iter().enumerate() {
+            self.gram[(i, i)] = value + lambda;
+        }
+        let factor = self.gram.llt(Side::Lower).ok();
+        for (i, value) in self.diagonal.iter().enumerate() {
+            self.gram[(i, i)] = *value;
+        }
+        factor
+    }
+
+    fn solve(&mut self, ridge: f64) -> Result<Solution> {
         let mut relative = ridge;
         for _ in 0..ATTEMPTS {
-            let mut damped = self.gram.clone();
-            for i in 0..damped.nrows() {
-                damped[(i, i)] += relative * self.mean;
-            }
-            if let Ok(cholesky) = damped.llt(Side::Lower) {
+            if let Some(cholesky) = self.factor(relative * self.mean) {
                 let coefficients = cholesky.solve(&self.cross);
                 // with λ: GB = C − λB, so ‖R − Z B‖² needs no product with G
                 let lambda = relative * self.mean;
@@ -182,11 +221,10 @@ pub fn bias(coefficients: &Mat<f64>) -> Result<Tensor> {
 
 pub(crate) fn to_faer(matrix: &Tensor) -> Result<Mat<f64>> {
     let (rows, columns) = matrix.dims2()?;
-    let values = matrix
-        .to_dtype(DType::F64)?
-        .to_device(&Device::Cpu)?
-        .flatten_all()?
-        .to_vec1::<f64>()?;
+    let matrix = matrix.to_dtype(DType::F64)?.to_device(&Device::Cpu)?;
+    let matrix = matrix.contiguous()?;
+    let storage = matrix.storage_and_layout();
+    let values = values::<f64>(&storage)?;
     Ok(Mat::from_fn(rows, columns, |i, j| values[i * columns + j]))
 }
 
@@ -289,11 +327,11 @@ mod tests {
         let (few, unseen) = noisy(24);
         let free = Problem::new(&few).unwrap().solve(1e-7).unwrap();
         let chosen = {
-            let problem = Problem::new(&few).unwrap();
+            let mut problem = Problem::new(&few).unwrap();
             let unseen = Problem::new(&unseen).unwrap();
             RIDGES.map(|r| unseen.residual(&problem.solve(r).unwrap().coefficients))
         };
         assert!(chosen[5] < chosen[0], "{chosen:?}");
-        assert!(solve_with_best_ridge(&few, &unseen, &RIDGES).unwrap().ridge > free.ridge);
+        assert!(solve_with_best_ridge(few, unseen, &RIDGES).unwrap().ridge > free.ridge);
     }
 }

@@ -1,12 +1,17 @@
 //! A [`Gram`] while samples are still added. On the CPU the products of a batch are added to the sums where they lie, half
-//! of ZᵀZ, as it is symmetric; elsewhere, and to test by, they are formed whole and added up ([`from_samples`]).
+//! of ZᵀZ, as it is symmetric, and a GPU adds weighted ones ([`DeviceSums`]); elsewhere, and to test by, they are formed
+//! whole and added up ([`from_samples`]).
 
 use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 use faer::{Accum, MatMut, MatRef, Par, linalg::matmul::matmul, traits::RealField};
 use rayon::prelude::*;
 
-use super::gram::{Gram, from_samples, square, values};
+use super::{
+    gram::{Gram, from_samples, square, values},
+    on_gpu::DeviceSums,
+};
+use crate::model::ops;
 
 /// Columns of one task: wide enough for the matrix product, narrow enough to skip most of the upper triangle.
 const PANEL: usize = 64;
@@ -19,6 +24,8 @@ pub enum RunningGram {
     Empty,
     /// On the CPU.
     InPlace(InPlace),
+    /// On a GPU, of a weighted problem.
+    OnDevice(DeviceSums),
     /// On another device.
     Whole(Gram),
 }
@@ -66,6 +73,32 @@ impl RunningGram {
         Ok(())
     }
 
+    /// Adds samples of a problem whose rows count √a each: √a \[z, 1\] against `target` (b, n, d) in f32, for `z` (b, n, k) of
+    /// any format and √a as `root` (b, 1).
+    ///
+    /// # Errors
+    /// As [`Self::add`].
+    pub fn add_weighted(
+        &mut self,
+        z: &Tensor,
+        root: &Tensor,
+        target: &Tensor,
+        target_sq: f64,
+    ) -> Result<()> {
+        if z.device().is_cuda() && matches!(self, Self::Empty | Self::OnDevice(_)) {
+            let mut sums = match std::mem::take(self) {
+                Self::OnDevice(sums) => sums,
+                _ => DeviceSums::new((z.dim(2)?, target.dim(2)?), z.device())?,
+            };
+            if sums.add(z, root, target, target_sq)? {
+                *self = Self::OnDevice(sums);
+                return Ok(());
+            }
+        }
+        let z = ops::gated(&z.to_dtype(DType::F32)?, root)?;
+        self.add(&z, root, target, target_sq)
+    }
+
     /// The sums; `None` if nothing was added.
     ///
     /// # Errors
@@ -74,6 +107,7 @@ impl RunningGram {
         Ok(match self {
             Self::Empty => None,
             Self::InPlace(sums) => Some(sums.whole()?),
+            Self::OnDevice(sums) => Some(sums.finish()?),
             Self::Whole(sums) => Some(sums),
         })
     }

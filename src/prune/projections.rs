@@ -96,7 +96,7 @@ impl OutputProjectionSums {
             return Ok(());
         }
         let wide = |t: &Tensor| t.to_dtype(DType::F32);
-        let (z, residual) = (wide(z)?, wide(residual)?);
+        let residual = wide(residual)?;
         let (samples, _, width) = residual.dims3()?;
         let target_sq = weight * gram::square(&residual)?;
         ensure!(target_sq.is_finite(), "activations are NaN or infinite");
@@ -121,8 +121,8 @@ impl OutputProjectionSums {
                 (root, factor, Some(u), gram::square(&a)?)
             }
         };
-        let (z, target) = (ops::gated(&z, &root)?, ops::gated(&residual, &factor)?);
-        sums.add(&z, &root, &target, target_sq)?;
+        let target = ops::gated(&residual, &factor)?;
+        sums.add_weighted(z, &root, &target, target_sq)?;
         let u = match u {
             Some(u) => u.to_device(&Device::Cpu)?,
             None => Tensor::zeros(width, DType::F64, &Device::Cpu)?,

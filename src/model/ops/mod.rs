@@ -47,7 +47,7 @@ mod uninit;
 pub use attend::{attend, attend_with_gelu, holds_scores_backward};
 pub(super) use attention::MAX_SCORES;
 pub use attention::holds_scores;
-pub use cuda::{add_products, limit_kept_memory, token_sums, trouble};
+pub use cuda::{add_products, add_transposed_product, limit_kept_memory, token_sums, trouble};
 pub use fused_linear::{attend_with_gelu_of_product, gelu_of_product};
 pub use gated::gated;
 pub use gelu::gelu;
@@ -64,7 +64,7 @@ pub use types::{Branch, Norms, Projected};
 
 use candle::{D, Result, Tensor};
 
-/// The sum of all numbers, a scalar; differentiable. RowView first, except on the CPU: candle's GPU kernel gives each result
+/// The sum of all numbers, a scalar; differentiable. Rows first, except on the CPU: candle's GPU kernel gives each result
 /// one block of threads, and so the sum of a whole tensor to one of a hundred processors.
 pub fn total(x: &Tensor) -> Result<Tensor> {
     if x.device().is_cpu() || x.rank() < 2 {

@@ -210,24 +210,66 @@ pub(in super::super) fn multiply_onto(
 
 /// `aᵀ·b` in f32: `a` (k, m), `b` (k, n), contiguous, of one number format of 16 bits, to (m, n). Nothing if it does not fit.
 pub(in super::super) fn transposed_product(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
-    let Some(device) = device_of(&[Some(a), Some(b)]) else {
+    let (Some(device), Some([m, n, k])) = (device_of(&[Some(a), Some(b)]), transposed_sizes(a, b)?)
+    else {
         return Ok(None);
     };
-    let ((k, m), (rows, n)) = (a.dims2()?, b.dims2()?);
-    let fits = matches!(a.dtype(), DType::F16 | DType::BF16)
-        && k == rows
-        && k * m * n > 0
-        && [a, b].iter().all(|t| t.is_contiguous());
-    if !fits {
+    if !matches!(a.dtype(), DType::F16 | DType::BF16) {
         return Ok(None);
     }
     let out = Blank::new(device, DType::F32, m * n)?;
     let c = Matrices::dense(out.address()?, DType::F32, m, n);
+    // SAFETY: sizes are those of the operands, which are borrowed until here, and there is room for the result
+    unsafe { transposed_onto(device, &c, 0.0, [a, b], [m, n, k], 1.0) }?;
+    Ok(Some(out.tensor((m, n))))
+}
+
+/// Adds `factor · aᵀ·b` to `sum` (m, n) in f32, which nothing else may hold: `a` (k, m), `b` (k, n), contiguous, of one number
+/// format. False if it does not fit, and nothing was added.
+///
+/// # Errors
+/// When cuBLAS fails.
+pub fn add_transposed_product(sum: &Tensor, [a, b]: [&Tensor; 2], factor: f64) -> Result<bool> {
+    let device = device_of(&[sum, a, b].map(Some));
+    let (Some(device), Some([m, n, k])) = (device, transposed_sizes(a, b)?) else {
+        return Ok(false);
+    };
+    if sum.dtype() != DType::F32 || sum.dims() != [m, n] || !sum.is_contiguous() {
+        return Ok(false);
+    }
+    let c = Matrices::dense(address_of(sum)?, DType::F32, m, n);
+    // SAFETY: sizes are those of the operands, which are borrowed until here, and the caller says that nothing else reads `sum`
+    unsafe { transposed_onto(device, &c, 1.0, [a, b], [m, n, k], factor as f32) }?;
+    Ok(true)
+}
+
+/// Rows and columns of `aᵀ·b`, and what is summed over, if cuBLAS takes the operands.
+fn transposed_sizes(a: &Tensor, b: &Tensor) -> Result<Option<[usize; 3]>> {
+    let ((k, m), (rows, n)) = (a.dims2()?, b.dims2()?);
+    let fits = matches!(a.dtype(), DType::F16 | DType::BF16 | DType::F32)
+        && a.dtype() == b.dtype()
+        && k == rows
+        && k * m * n > 0
+        && [a, b].iter().all(|t| t.is_contiguous());
+    Ok(fits.then_some([m, n, k]))
+}
+
+/// `c := keep · c + factor · aᵀ·b`.
+///
+/// # Safety
+/// As [`gemm`].
+unsafe fn transposed_onto(
+    device: &CudaDevice,
+    c: &Matrices,
+    keep: f32,
+    [a, b]: [&Tensor; 2],
+    [m, n, k]: [usize; 3],
+    factor: f32,
+) -> Result<()> {
     let left = Matrices::dense(address_of(a)?, a.dtype(), k, m).transposed();
     let right = Matrices::dense(address_of(b)?, b.dtype(), k, n);
-    // SAFETY: shapes have been compared, the operands are borrowed until here, and there is room for the result
-    unsafe { gemm(device, &c, 0.0, [&left, &right], 1.0, [m, n, k], 1) }?;
-    Ok(Some(out.tensor((m, n))))
+    // SAFETY: as the caller says
+    unsafe { gemm(device, c, keep, [&left, &right], factor, [m, n, k], 1) }
 }
 
 #[cfg(test)]

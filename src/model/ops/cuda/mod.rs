@@ -24,6 +24,7 @@ pub(super) use backward::{
     gelu_backward, norm_backward, projection_backward, residual_backward, swiglu_backward,
     weighted_sum,
 };
+pub use blas::add_transposed_product;
 pub(super) use blas::{multiply_onto, transposed_product};
 pub use change::{add_products, token_sums};
 use flash::Flash;

@@ -34,6 +34,14 @@ pub fn add_products(
     Ok(None)
 }
 
+/// See `cuda::blas`.
+///
+/// # Errors
+/// Never.
+pub fn add_transposed_product(_: &Tensor, _: [&Tensor; 2], _: f64) -> Result<bool> {
+    Ok(false)
+}
+
 pub(super) fn norm_modulate(_: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
     Ok(None)
 }

@@ -1,0 +1,143 @@
+//! Sums of a weighted problem on a GPU: the products of each sample are added to them where they lie, in f32, of numbers in
+//! the format that the model computes in. Of a matrix as wide as the inputs there is one, and none in f64.
+
+use anyhow::{Result, ensure};
+use candle::{DType, Device, Tensor};
+
+use super::gram::Gram;
+use crate::model::ops;
+
+/// The sums of rows √a \[z, 1\] against a target, a number a for each sample.
+#[derive(Debug)]
+pub struct DeviceSums {
+    /// Σ a z zᵀ, (k, k), f32.
+    gram: Tensor,
+    /// Σ √a z tᵀ, (k, d), f32.
+    cross: Tensor,
+    /// Σ a z, (k, 1), f32.
+    inputs: Tensor,
+    /// Σ √a t, (d, 1), f32.
+    targets: Tensor,
+    /// Σ a over rows.
+    weight: f64,
+    target_sq: f64,
+}
+
+impl DeviceSums {
+    /// None, for z of width `k` and targets of width `d`.
+    ///
+    /// # Errors
+    /// When memory is short.
+    pub fn new((k, d): (usize, usize), device: &Device) -> Result<Self> {
+        let zeros = |rows, columns| Tensor::zeros((rows, columns), DType::F32, device);
+        Ok(Self {
+            gram: zeros(k, k)?,
+            cross: zeros(k, d)?,
+            inputs: zeros(k, 1)?,
+            targets: zeros(d, 1)?,
+            weight: 0.0,
+            target_sq: 0.0,
+        })
+    }
+
+    /// Adds samples: `z` (b, n, k), √a as `root` (b, 1) and the target `t` (b, n, d), whose Σ ‖t‖² is `target_sq`. False
+    /// where products are not added in place, and nothing was added.
+    ///
+    /// # Errors
+    /// When shapes disagree or a product fails.
+    pub fn add(&mut self, z: &Tensor, root: &Tensor, t: &Tensor, target_sq: f64) -> Result<bool> {
+        let (samples, tokens, _) = z.dims3()?;
+        let roots = root.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+        let ones = Tensor::ones((tokens, 1), z.dtype(), z.device())?;
+        // √a goes with the target before that is rounded
+        let t = ops::gated(t, root)?.to_dtype(z.dtype())?;
+        for (sample, root) in (0..samples).zip(roots) {
+            let of = |x: &Tensor| x.get(sample)?.contiguous();
+            let (z, t, a) = (of(z)?, of(&t)?, root * root);
+            let products = [
+                (&self.gram, [&z, &z], a),
+                (&self.cross, [&z, &t], 1.0),
+                (&self.inputs, [&z, &ones], a),
+                (&self.targets, [&t, &ones], 1.0),
+            ];
+            for (place, (sum, factors, by)) in products.into_iter().enumerate() {
+                let added = ops::add_transposed_product(sum, factors, by)?;
+                if !added && place == 0 && self.weight == 0.0 {
+                    return Ok(false);
+                }
+                ensure!(added, "a product could not be added to sums");
+            }
+            self.weight += a * tokens as f64;
+        }
+        self.target_sq += target_sq;
+        Ok(true)
+    }
+
+    /// The sums of \[√a z, √a\] against the target, f64 on the CPU.
+    ///
+    /// # Errors
+    /// When memory is short.
+    pub fn finish(self) -> Result<Gram> {
+        let host = |t: Tensor| -> Result<Vec<f32>> {
+            Ok(t.flatten_all()?.to_device(&Device::Cpu)?.to_vec1()?)
+        };
+        let ((k, _), (_, d)) = (self.gram.dims2()?, self.cross.dims2()?);
+        let (inputs, targets) = (host(self.inputs)?, host(self.targets)?);
+        let (gram, cross) = (host(self.gram)?, host(self.cross)?);
+        let wide = |v: &f32| f64::from(*v);
+        let rows = gram.chunks_exact(k).zip(&inputs);
+        let rows = rows.flat_map(|(row, input)| row.iter().chain([input]));
+        let mut with_ones = Vec::with_capacity((k + 1) * (k + 1));
+        with_ones.extend(rows.chain(&inputs).map(wide));
+        with_ones.push(self.weight);
+        let cross: Vec<f64> = cross.iter().chain(&targets).map(wide).collect();
+        Ok(Gram {
+            gram: Tensor::from_vec(with_ones, (k + 1, k + 1), &Device::Cpu)?,
+            cross: Tensor::from_vec(cross, (k + 1, d), &Device::Cpu)?,
+            target_sq: self.target_sq,
+        })
+    }
+}
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::{super::running::RunningGram, *};
+
+    fn off(got: &Tensor, want: &Tensor) -> Result<f64> {
+        let square = |t: &Tensor| t.sqr()?.sum_all()?.to_scalar::<f64>();
+        Ok((square(&(got - want)?)? / square(want)?).sqrt())
+    }
+
+    #[test]
+    fn sums_of_a_gpu_are_those_of_the_cpu() -> Result<()> {
+        let Ok(gpu) = Device::new_cuda(0) else {
+            crate::ui::skip("cuda");
+            return Ok(());
+        };
+        let root = Tensor::new(&[[2f32], [0.5], [1.0]], &Device::Cpu)?;
+        for dtype in [DType::F32, DType::BF16] {
+            let mut sums = [RunningGram::default(), RunningGram::default()];
+            for _ in 0..2 {
+                // numbers that both formats have
+                let exact =
+                    |shape| Tensor::randn(0f32, 1., shape, &Device::Cpu)?.to_dtype(DType::BF16);
+                let (z, t) = (exact((3, 7, 24))?, exact((3, 7, 5))?);
+                for (sums, device) in sums.iter_mut().zip([&Device::Cpu, &gpu]) {
+                    let place = |t: &Tensor, dtype| t.to_dtype(dtype)?.to_device(device);
+                    let z = place(&z, dtype)?;
+                    let (t, root) = (place(&t, DType::F32)?, place(&root, DType::F32)?);
+                    sums.add_weighted(&z, &root, &t, 1.5)?;
+                }
+            }
+            let [cpu, on_gpu] = sums;
+            assert!(matches!(on_gpu, RunningGram::OnDevice(_)), "{on_gpu:?}");
+            let (Some(want), Some(got)) = (cpu.finish()?, on_gpu.finish()?) else {
+                anyhow::bail!("nothing was added");
+            };
+            assert!(off(&got.gram, &want.gram)? < 1e-6);
+            assert!(off(&got.cross, &want.cross)? < 1e-6);
+            assert!((got.target_sq - 3.0).abs() + (want.target_sq - 3.0).abs() < 1e-12);
+        }
+        Ok(())
+    }
+}
