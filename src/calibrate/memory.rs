@@ -5,8 +5,10 @@ use serde::Serialize;
 
 mod check;
 mod counts;
+mod fits;
 
 pub use counts::{Bytes, Flops, Forwards};
+pub use fits::Refits;
 
 use super::{options::ResolvedOptions, pass::Shard, recipe::LatentSource};
 use crate::{
@@ -138,7 +140,7 @@ struct Details {
 }
 
 impl CalibrationEstimate {
-    /// Of `options` with at most `stats_memory` bytes of sums (0: none, as if a plan is given); with `fitting`, of scores and fits after it too.
+    /// Of `options` with at most `stats_memory` bytes of sums (0: none, as if a plan is given); with `fitting`, of the fits after it too.
     ///
     /// # Errors
     /// When the memory limit is too low for a forward.
@@ -148,7 +150,7 @@ impl CalibrationEstimate {
         options: &ResolvedOptions,
         shard: Shard,
         stats_memory: Option<u64>,
-        fitting: bool,
+        fitting: Option<Refits>,
     ) -> Result<Self> {
         let runtime = budget.runtime();
         let config = &pipeline.config;
@@ -195,17 +197,22 @@ impl CalibrationEstimate {
         let wide = if on_cpu { 8 } else { 4 };
         let activations = forward + (batch * tokens) as u64 * 2 * d * wide + bytes_of_sums(config);
         let images = (prompts * image_tokens * config.in_channels * 4) as u64;
-        // a layer for each stream of every block with sums, f32, and a few matrices of the solver's in f64
-        let (solving, streams, temporary_file) = if fitting {
-            let layers = kept as u64 * 2 * d * (d + 1) * 4;
-            let solver = 6 * (d + 1) * (d + 1) * 8;
-            let held = (num_prompts * options.noise_levels_later() * tokens) as u64;
-            let streams = 2 * held * d * element;
-            let waiting = streams.min(STREAMS_IN_MEMORY);
-            (layers + solver, waiting, streams - waiting)
-        } else {
-            (0, 0, 0)
+        let (solving, fitting_on_device, streams, temporary_file) = match fitting {
+            Some(refits) => {
+                // a layer for each stream of every block with sums, f32
+                let layers = kept as u64 * 2 * d * (d + 1) * 4;
+                let (solver, on_device) = refits.bytes(config, on_cpu);
+                let held = (num_prompts * options.noise_levels_later() * tokens) as u64;
+                let streams = 2 * held * d * element;
+                let waiting = streams.min(STREAMS_IN_MEMORY);
+                (layers + solver, on_device, waiting, streams - waiting)
+            }
+            None => (0, 0, 0, 0),
         };
+        let fits = fitting.map_or(0.0, |refits| {
+            let latents = num_prompts * options.noise_levels_later();
+            2.0 * flops(latents) + refits.flops_per_token * (latents * tokens) as f64 + refits.flops
+        });
         // sums are gone when the sequential fits begin
         let work = (sums + solving + activations).max(streams + solving + forward);
         Ok(Self {
@@ -225,6 +232,7 @@ impl CalibrationEstimate {
                 statistics: flops(gathered),
                 products,
                 scoring: 0.0,
+                fits,
             },
             blocks: config.kept_ids().len(),
             blocks_with_sums: kept,
@@ -242,7 +250,7 @@ impl CalibrationEstimate {
                     + if on_cpu {
                         work
                     } else {
-                        sums + activations + UNCOUNTED_ON_GPU
+                        activations + sums.max(fitting_on_device) + UNCOUNTED_ON_GPU
                     },
                 host: images
                     + if on_cpu {
@@ -263,7 +271,7 @@ impl CalibrationEstimate {
                 noised: gathered,
                 sums_of_a_block: bytes_of_sums(config),
                 all_blocks: offload_plan.total(),
-                fitting,
+                fitting: fitting.is_some(),
                 on_cpu,
                 held_out: options.compared,
                 flops_per_latent: per_latent.flops() as f64,
@@ -289,7 +297,7 @@ impl CalibrationEstimate {
     #[must_use]
     pub fn timed(mut self, flops_per_second: f64) -> Self {
         let f = &self.flops;
-        let all = f.sampling + f.statistics + f.products + f.scoring;
+        let all = f.sampling + f.statistics + f.products + f.scoring + f.fits;
         self.seconds = Some(all / flops_per_second);
         self
     }
@@ -338,9 +346,10 @@ impl CalibrationEstimate {
         ];
         lines.push(if d.fitting {
             format!(
-                "fits        {} for layers and solver, {} for activations",
+                "fits        {} for layers and solver, {} of streams: {}",
                 size(b.solving),
-                size(b.streams)
+                size(b.streams),
+                ui::flops(self.flops.fits)
             )
         } else {
             format!("file        {}", size(b.file))

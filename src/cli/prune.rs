@@ -8,6 +8,7 @@ use super::{
     CalibrationArgs, DecodeArgs, DryRunArgs, FolderArgs, GoalArgs, MemoryArgs, OutputArgs,
     PatchArgs, PipelineArgs, RunArgs, StatsArgs, shared::written,
 };
+use crate::prune::projections::RefitProjections;
 
 /// `prune`.
 #[derive(Args, Debug)]
@@ -24,6 +25,9 @@ pub struct PruneArgs {
     /// Carry out this plan (made by `plan`, an earlier run or yourself, as below) instead of choosing blocks.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["goal", "protect", "form"], help_heading = "Goal")]
     pub plan: Option<PathBuf>,
+    /// Fit the last projections of kept blocks again too: all, head (only the model's own last one) or none. Default: all up to a width of 1024, head above.
+    #[arg(long, value_name = "WHICH", help_heading = "Goal")]
+    pub refit_projections: Option<RefitProjections>,
     #[command(flatten)]
     pub stats: StatsArgs,
     #[command(flatten)]

@@ -27,8 +27,7 @@ pub(super) fn run(args: &CalibrateArgs, reporter: &Reporter) -> Result<()> {
     let shard = args.shard.unwrap_or(Shard::WHOLE);
     let memory = calibration.stats_memory;
     if args.dry_run.dry_run {
-        let estimate =
-            CalibrationEstimate::new(&pipeline, &budget, &options, shard, memory, false)?;
+        let estimate = CalibrationEstimate::new(&pipeline, &budget, &options, shard, memory, None)?;
         let speed = timing::peak(&budget.runtime().device, budget.runtime().dtype)?;
         let estimate = estimate.timed(speed.flops).with_output(output, 0);
         super::show(args.output.print, &estimate, || estimate.text())?;

@@ -184,7 +184,9 @@ pub(super) fn prune(args: &PruneArgs) -> Result<PruneOptions> {
         !patch || args.folder.whole.is_none(),
         "--patch and --whole: a patch is no pipeline\nhint: leave one of them out"
     );
-    let recipe = recipe_for(&args.calibration, &args.goal)?;
+    let mut recipe = recipe_for(&args.calibration, &args.goal)?;
+    let refit = &mut recipe.fit.refit_projections;
+    *refit = args.refit_projections.or(*refit);
     Ok(PruneOptions {
         calibration: calibration(&args.calibration, Some(&args.stats), &recipe),
         recipe,

@@ -29,8 +29,9 @@ pub(super) fn run(args: &PruneArgs, reporter: &Reporter) -> Result<()> {
             0 => Some(0), // nothing is chosen, so nothing is summed
             _ => options.calibration.stats_memory,
         };
+        let refits = Some(options.recipe.fit.refits(&pipeline.config));
         let estimate =
-            CalibrationEstimate::new(&pipeline, &budget, &resolved, Shard::WHOLE, memory, true)?;
+            CalibrationEstimate::new(&pipeline, &budget, &resolved, Shard::WHOLE, memory, refits)?;
         let speed = timing::peak(&budget.runtime().device, budget.runtime().dtype)?;
         let written = prune::run::bytes_written(&pipeline, &options)?;
         let estimate = estimate

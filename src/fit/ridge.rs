@@ -80,7 +80,9 @@ pub fn solve_split(
         }
         (Some(sums), None, ridge) | (None, Some(sums), ridge) => {
             let middle = ridges.get(ridges.len() / 2).copied();
-            solve(&sums, ridge.or(middle).unwrap_or(DEFAULT_RIDGE))
+            let mut problem = Problem::new(&sums)?;
+            drop(sums);
+            problem.solve(ridge.or(middle).unwrap_or(DEFAULT_RIDGE))
         }
         (None, None, _) => bail!("no tokens were seen"),
     }

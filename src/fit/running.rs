@@ -357,4 +357,38 @@ mod tests {
             assert!(error.contains("sums of 5 by 4"), "{error}");
         }
     }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn sums_of_a_gpu_are_those_of_the_cpu() -> Result<()> {
+        let Ok(gpu) = Device::new_cuda(0) else {
+            crate::ui::skip("cuda");
+            return Ok(());
+        };
+        let root = Tensor::new(&[[2f32], [0.5], [1.0]], &Device::Cpu)?;
+        for dtype in [DType::F32, DType::BF16] {
+            let mut sums = [RunningGram::default(), RunningGram::default()];
+            for _ in 0..2 {
+                // numbers that both formats have
+                let exact =
+                    |shape| Tensor::randn(0f32, 1., shape, &Device::Cpu)?.to_dtype(DType::BF16);
+                let (z, t) = (exact((3, 7, 24))?, exact((3, 7, 5))?);
+                for (sums, device) in sums.iter_mut().zip([&Device::Cpu, &gpu]) {
+                    let place = |t: &Tensor, dtype| t.to_dtype(dtype)?.to_device(device);
+                    let z = place(&z, dtype)?;
+                    let (t, root) = (place(&t, DType::F32)?, place(&root, DType::F32)?);
+                    sums.add_weighted(&z, &root, &t, 1.5)?;
+                }
+            }
+            let [cpu, on_gpu] = sums;
+            assert!(matches!(on_gpu, RunningGram::OnDevice(_)), "{on_gpu:?}");
+            let (Some(want), Some(got)) = (cpu.finish()?, on_gpu.finish()?) else {
+                anyhow::bail!("nothing was added");
+            };
+            assert!(difference(&got.gram, &want.gram) < 1e-4);
+            assert!(difference(&got.cross, &want.cross) < 1e-4);
+            assert!((got.target_sq - 3.0).abs() + (want.target_sq - 3.0).abs() < 1e-12);
+        }
+        Ok(())
+    }
 }

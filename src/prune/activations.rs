@@ -29,12 +29,6 @@ pub(super) struct FitSplit {
 }
 
 impl FitSplit {
-    /// The parts that have samples, and whether they are left out.
-    pub(super) fn parts(&self) -> impl Iterator<Item = (&Tensor, bool)> {
-        let parts = self.parts.iter().zip([false, true]);
-        parts.filter(|(part, _)| part.elem_count() > 0)
-    }
-
     /// The tokens of `x` (b, n, …) that sums are made of; all if `None`.
     pub(super) fn tokens(&self, x: &Tensor) -> Result<Option<Tensor>> {
         subsample::from_samples(x.dim(0)?, x.dim(1)?, self.limit, self.batch, x.device())

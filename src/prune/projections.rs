@@ -7,20 +7,21 @@
 //! than between columns, so g² is taken as aₛ uⱼ (least squares in u, a the mean over columns): one matrix Σ a z zᵀ serves
 //! all columns, whatever the width, and the right-hand side Σ gⱼ z rⱼ stays exact.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, str::FromStr};
 
 use anyhow::{Context, Result, ensure};
 use candle::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    calibrate::memory::Refits,
     device::Runtime,
     fit::{
         gram::{self, Gram},
         ridge,
         running::RunningGram,
     },
-    layout::BlockId,
+    layout::{BlockId, BlockKind, FluxConfig},
     model::{Flux, Linear, ops},
 };
 
@@ -36,6 +37,19 @@ pub enum RefitProjections {
     All,
 }
 
+impl FromStr for RefitProjections {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::None),
+            "head" => Ok(Self::Head),
+            "all" => Ok(Self::All),
+            _ => Err("expected none, head or all".to_owned()),
+        }
+    }
+}
+
 /// Width up to which refitting all outputs takes seconds: its matrices are five times as wide.
 const NARROW: usize = 1024;
 
@@ -48,11 +62,37 @@ impl RefitProjections {
             Self::Head
         }
     }
+
+    /// What refitting takes, at most: as if every block were kept behind a replaced one.
+    pub fn cost(self, config: &FluxConfig) -> Refits {
+        let (d, out) = (config.hidden_size, config.out_channels);
+        let mut refits = Refits::default();
+        // (inputs, outputs, problems that share the tokens)
+        let mut add = |inputs: usize, outputs: usize, problems: usize| {
+            let (k, outputs) = (inputs as f64 + 1.0, outputs as f64);
+            refits.widest = refits.widest.max(inputs);
+            refits.flops_per_token += k * (k + 2.0 * outputs);
+            refits.flops += problems as f64 * k * k * (k / 3.0 + 2.0 * outputs);
+        };
+        if self >= Self::Head {
+            add(d, out, 1);
+        }
+        if self >= Self::All {
+            for id in config.kept_ids() {
+                match id.kind {
+                    BlockKind::Double => add(config.mlp_size, d, 2),
+                    BlockKind::Single => add(d + config.mlp_size, d, 1),
+                }
+            }
+        }
+        refits
+    }
 }
 
-/// Ridges tried for changes, relative to the mean diagonal. Strong ones: the change has as many parameters as the
-/// projection, and is small if the block does its work well already.
-pub const RIDGES: [f64; 4] = [1e-2, 3e-2, 1e-1, 3e-1];
+/// The ridge for changes, relative to the mean diagonal, where a token was seen for each input; it falls with their number.
+/// Noised latents left out cannot tell it: the blocks before were fitted to them as well, and what is left there looks like
+/// noise, which calls for far too much.
+const RIDGE: f64 = 2.0;
 
 /// A projection's new values, f32 on the CPU.
 #[derive(Clone, Debug)]
@@ -72,8 +112,8 @@ pub const HEAD: &str = "final_layer.linear";
 /// Sums of one gated problem.
 #[derive(Debug, Default)]
 pub struct OutputProjectionSums {
-    fitted: RunningGram,
-    left_out: RunningGram,
+    sums: RunningGram,
+    rows: usize,
     /// Σ a g², (d), and Σ a² over samples.
     gate: Option<(Tensor, f64)>,
 }
@@ -90,21 +130,15 @@ impl OutputProjectionSums {
         residual: &Tensor,
         gate: Option<&Tensor>,
         weight: f64,
-        left_out: bool,
     ) -> Result<()> {
         if z.dim(0)? == 0 {
             return Ok(());
         }
         let wide = |t: &Tensor| t.to_dtype(DType::F32);
         let residual = wide(residual)?;
-        let (samples, _, width) = residual.dims3()?;
+        let (samples, tokens, width) = residual.dims3()?;
         let target_sq = weight * gram::square(&residual)?;
         ensure!(target_sq.is_finite(), "activations are NaN or infinite");
-        let sums = if left_out {
-            &mut self.left_out
-        } else {
-            &mut self.fitted
-        };
         // g (z Δ) ≈ r, weighted, is (√w g) (z Δ) ≈ √w r
         let root_weight = weight.sqrt();
         let all = || Tensor::ones((samples, 1), DType::F32, z.device());
@@ -122,7 +156,8 @@ impl OutputProjectionSums {
             }
         };
         let target = ops::gated(&residual, &factor)?;
-        sums.add_weighted(z, &root, &target, target_sq)?;
+        self.sums.add_weighted(z, &root, &target, target_sq)?;
+        self.rows += samples * tokens;
         let u = match u {
             Some(u) => u.to_device(&Device::Cpu)?,
             None => Tensor::zeros(width, DType::F64, &Device::Cpu)?,
@@ -134,7 +169,7 @@ impl OutputProjectionSums {
         Ok(())
     }
 
-    /// `before` with the change that the sums ask for; the ridge is chosen by the samples left out unless given.
+    /// `before` with the change that the sums ask for; the ridge follows from the number of tokens unless given.
     ///
     /// # Errors
     /// When nothing was seen, or the sums are NaN or infinite.
@@ -149,22 +184,15 @@ impl OutputProjectionSums {
             gate.ones_like()?
         };
         let has_bias = before.bias().is_some();
-        let scaled = |gram: Gram| -> Result<Gram> {
-            let gram = Gram {
-                cross: gram.cross.to_device(&Device::Cpu)?.broadcast_div(&root)?,
-                ..gram
-            };
-            if has_bias {
-                Ok(gram)
-            } else {
-                gram.without_bias()
-            }
+        let gram = self.sums.finish()?.context("no tokens were seen")?;
+        let gram = Gram {
+            cross: gram.cross.to_device(&Device::Cpu)?.broadcast_div(&root)?,
+            ..gram
         };
-        let (fitted, left_out) = (
-            self.fitted.finish()?.map(scaled).transpose()?,
-            self.left_out.finish()?.map(scaled).transpose()?,
-        );
-        let solution = ridge::solve_split(fitted, left_out, ridge, &RIDGES)?;
+        let gram = if has_bias { gram } else { gram.without_bias()? };
+        let few = gram.gram.dim(0)? as f64 / self.rows.max(1) as f64;
+        let ridge = ridge.unwrap_or(RIDGE * few);
+        let solution = ridge::solve_split(Some(gram), None, Some(ridge), &[])?;
         let inputs = solution.coefficients.nrows() - usize::from(has_bias);
         let column = root.unsqueeze(1)?.to_dtype(DType::F32)?;
         let change = ridge::weight(&solution.coefficients, 0..inputs)?.broadcast_div(&column)?;
@@ -245,7 +273,7 @@ mod tests {
         let (before, change, shift) = (before(), random(&[4, 6]), random(&[4]));
         for gated in [false, true] {
             let mut sums = OutputProjectionSums::default();
-            for part in 0..8 {
+            for _ in 0..8 {
                 let z = random(&[10, 5, 6]);
                 let lack = z
                     .broadcast_matmul(&change.t().unwrap())
@@ -263,7 +291,7 @@ mod tests {
                     None => lack,
                     Some(gate) => lack.broadcast_mul(&gate.unsqueeze(1).unwrap()).unwrap(),
                 };
-                sums.add(&z, &rest, gate.as_ref(), 0.5, part == 7).unwrap();
+                sums.add(&z, &rest, gate.as_ref(), 0.5).unwrap();
             }
             let got = sums.solve(&before, Some(0.0)).unwrap();
             let want = (before.weight().unwrap() + &change).unwrap();
@@ -278,14 +306,8 @@ mod tests {
         let before = before();
         let mut sums = OutputProjectionSums::default();
         let zeros = Tensor::zeros((8, 3, 4), DType::F32, &Device::Cpu).unwrap();
-        sums.add(
-            &random(&[8, 3, 6]),
-            &zeros,
-            Some(&random(&[8, 4])),
-            1.0,
-            false,
-        )
-        .unwrap();
+        sums.add(&random(&[8, 3, 6]), &zeros, Some(&random(&[8, 4])), 1.0)
+            .unwrap();
         let got = sums.solve(&before, None).unwrap();
         assert!(off(&got.weight, &before.weight().unwrap()) < 1e-12);
         assert!(off(&got.bias.unwrap(), before.bias().unwrap()) < 1e-12);
@@ -297,7 +319,7 @@ mod tests {
         let mut sums = OutputProjectionSums::default();
         let z = random(&[20, 5, 6]);
         let lack = z.broadcast_matmul(&change.t().unwrap()).unwrap();
-        sums.add(&z, &lack, None, 1.0, false).unwrap();
+        sums.add(&z, &lack, None, 1.0).unwrap();
         let got = sums.solve(&before, Some(0.0)).unwrap();
         let want = (before.weight().unwrap() + &change).unwrap();
         assert!(off(&got.weight, &want) < 1e-4);

@@ -9,8 +9,8 @@ use super::{
     projections::RefitProjections,
 };
 use crate::{
-    calibrate::recipe::CalibrationRecipe,
-    layout::{BlockId, Form},
+    calibrate::{memory::Refits, recipe::CalibrationRecipe},
+    layout::{BlockId, FluxConfig, Form},
 };
 
 /// The recipe of a pruning run.
@@ -80,6 +80,16 @@ impl Default for FitRecipe {
             sequential: true,
             refit_projections: None,
         }
+    }
+}
+
+impl FitRecipe {
+    /// What refitting takes in a model of this configuration.
+    pub fn refits(&self, config: &FluxConfig) -> Refits {
+        let refit = self
+            .refit_projections
+            .unwrap_or(RefitProjections::for_width(config.hidden_size));
+        refit.cost(config)
     }
 }
 

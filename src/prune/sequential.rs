@@ -287,11 +287,9 @@ impl<'a> SequentialFit<'a> {
             let z = self.flux.head_input(&pruned, &batch.conditioning)?;
             let rest = (velocity - wide(linear.forward(&z)?)?)?;
             let chosen = batch.rows.tokens(&z)?;
-            for (part, left_out) in batch.rows.parts() {
-                let take = |x: &Tensor| subsample::pick(x, Some(part), chosen.as_ref());
-                sums.add(&take(&z)?, &take(&rest)?, None, 1.0, left_out)
-                    .context("head")?;
-            }
+            let take = |x: &Tensor| subsample::pick(x, None, chosen.as_ref());
+            sums.add(&take(&z)?, &take(&rest)?, None, 1.0)
+                .context("head")?;
             self.progress.inc(1);
         }
         let projection = sums.solve(&linear, self.fitting.ridge).context("head")?;

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     calibrate::{
-        memory::CalibrationEstimate,
+        memory::{CalibrationEstimate, Refits},
         options::{CalibrationOptions, ResolvedOptions},
         pass::Shard,
     },
@@ -23,6 +23,7 @@ use crate::{
     prune::{
         card::{CardReport, CommandCosts, USABLE, some_plan, within},
         goal,
+        recipe::FitRecipe,
     },
     ui::Reporter,
 };
@@ -97,7 +98,8 @@ pub fn report(
     }
     fits(&resolved).context("--for: the card is too small")?;
     let count = (RATIO * config.kept_ids().len() as f64).round() as usize;
-    let estimate = |fitting: bool| {
+    let refits = FitRecipe::default().refits(config);
+    let estimate = |fitting: Option<Refits>| {
         let of = |options: &ResolvedOptions| {
             CalibrationEstimate::new(pipeline, &budget, options, Shard::WHOLE, None, fitting)
         };
@@ -107,7 +109,7 @@ pub fn report(
             of(&ResolvedOptions::new(pipeline, &alone)?)
         })
     };
-    let (sums, fitted) = (estimate(false)?, estimate(true)?.with_scoring(count));
+    let (sums, fitted) = (estimate(None)?, estimate(Some(refits))?.with_scoring(count));
     let f = &fitted.flops;
     let size = (resolved.size.width, resolved.size.height);
     // training takes more than all else: where it does not fit, smaller images may
@@ -123,8 +125,7 @@ pub fn report(
         costs: [
             Some((f.sampling + f.statistics + f.products, sums.bytes.device)),
             Some((f.scoring, fitted.bytes.device)),
-            // the fits run unpruned and pruned model side by side
-            Some((2.0 * f.statistics, fitted.bytes.device)),
+            Some((f.fits, fitted.bytes.device)),
             train
                 .as_ref()
                 .map(|(_, dry)| (dry.flops, dry.peak_bytes as u64)),

@@ -146,7 +146,10 @@ fn every_setting_of_prune_acts() {
         ("fit.collapse", Elsewhere),
         ("fit.ridge", Recipe(json!(0.001))),
         ("fit.sequential", Recipe(json!(false))),
-        ("fit.refit-projections", Recipe(json!("head"))),
+        (
+            "fit.refit-projections",
+            Flags(&["--refit-projections", "head"]),
+        ),
     ];
     let written = ["flux.safetensors", "scores.json"];
     every_setting_acts(

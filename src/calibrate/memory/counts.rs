@@ -22,6 +22,8 @@ pub struct Flops {
     pub products: f64,
     /// Of scoring blocks by running the model; 0 if the plan is given.
     pub scoring: f64,
+    /// Of the fits that follow, if they do: both models' forwards, and the refits of what is kept.
+    pub fits: f64,
 }
 
 /// Bytes of memory, and of the file.

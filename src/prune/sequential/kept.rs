@@ -67,23 +67,20 @@ impl SequentialFit<'_> {
                     let span = |t: &Tensor| t.narrow(1, start, len);
                     let (z, x, target) = (span(&step.z)?, span(&step.x)?, span(&target)?);
                     let chosen = batch.rows.tokens(&z)?;
-                    for (part, left_out) in batch.rows.parts() {
-                        let take = |x: &Tensor| subsample::pick(x, Some(part), chosen.as_ref());
-                        let z = take(&z)?;
-                        let wide = |x: Tensor| x.to_dtype(DType::F32);
-                        let gate = wide(subsample::pick(&step.gate, Some(part), None)?)?;
-                        let (x, target) = (wide(take(&x)?)?, wide(take(&target)?)?);
-                        let y = wide(linear.product(&z)?)?;
-                        let minus = |x: &Tensor, y: &Tensor, bias, gate: &Tensor| {
-                            let gate = Some(&gate.neg()?);
-                            ops::gated_residual(&[Branch { x, y, bias, gate }])
-                        };
-                        let bias = linear.bias().cloned().map(wide).transpose()?;
-                        let change = minus(&target, &x, None, &gate.ones_like()?)?;
-                        let rest = minus(&change, &y, bias.as_ref(), &gate)?;
-                        sums.add(&z, &rest, Some(&gate), weight, left_out)
-                            .with_context(|| format!("block {id}"))?;
-                    }
+                    let take = |x: &Tensor| subsample::pick(x, None, chosen.as_ref());
+                    let wide = |x: &Tensor| x.to_dtype(DType::F32);
+                    let (z, gate) = (take(&z)?, wide(&step.gate)?);
+                    let (x, target) = (wide(&take(&x)?)?, wide(&take(&target)?)?);
+                    let y = wide(&linear.product(&z)?)?;
+                    let minus = |x: &Tensor, y: &Tensor, bias, gate: &Tensor| {
+                        let gate = Some(&gate.neg()?);
+                        ops::gated_residual(&[Branch { x, y, bias, gate }])
+                    };
+                    let bias = linear.bias().map(wide).transpose()?;
+                    let change = minus(&target, &x, None, &gate.ones_like()?)?;
+                    let rest = minus(&change, &y, bias.as_ref(), &gate)?;
+                    sums.add(&z, &rest, Some(&gate), weight)
+                        .with_context(|| format!("block {id}"))?;
                 }
             }
             batch.store(&mut self.store, &after, &pruned)?;

@@ -230,11 +230,16 @@ pub(in super::super) fn transposed_product(a: &Tensor, b: &Tensor) -> Result<Opt
 /// # Errors
 /// When cuBLAS fails.
 pub fn add_transposed_product(sum: &Tensor, [a, b]: [&Tensor; 2], factor: f64) -> Result<bool> {
-    let device = device_of(&[sum, a, b].map(Some));
-    let (Some(device), Some([m, n, k])) = (device, transposed_sizes(a, b)?) else {
+    let (Some(device), Some([m, n, k])) = (device_of(&[Some(a), Some(b)]), transposed_sizes(a, b)?)
+    else {
         return Ok(false);
     };
-    if sum.dtype() != DType::F32 || sum.dims() != [m, n] || !sum.is_contiguous() {
+    let takes_it = sum.dtype() == DType::F32
+        && sum.device().same_device(a.device())
+        && sum.dims() == [m, n]
+        && sum.is_contiguous()
+        && !sum.track_op();
+    if !takes_it {
         return Ok(false);
     }
     let c = Matrices::dense(address_of(sum)?, DType::F32, m, n);
