@@ -3,6 +3,6 @@
 pub mod gated;
 pub mod gram;
 pub mod layers;
-mod on_gpu;
+pub mod on_gpu;
 pub mod ridge;
 pub mod running;
