@@ -171,7 +171,28 @@ pub(super) fn verbatim(files: &TokenizerFiles) -> Result<Tokenizer> {
     let json: Value =
         serde_json::from_slice(bytes).context("`tokenizer.json` is not valid JSON")?;
     for_each_map(&json, &mut check_map)?;
+    check_template(&json["post_processor"])?;
     Tokenizer::from_bytes(bytes).map_err(|e| anyhow!("`tokenizer.json`: {e}"))
+}
+
+/// Fails where a template names a special token that it does not explain: the library looks it up when it encodes, and panics.
+fn check_template(processor: &Value) -> Result<()> {
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    list(&processor["processors"])
+        .iter()
+        .try_for_each(check_template)?;
+    for piece in [&processor["single"], &processor["pair"]]
+        .into_iter()
+        .flat_map(list)
+    {
+        if let Some(id) = piece["SpecialToken"]["id"].as_str() {
+            ensure!(
+                processor["special_tokens"].get(id).is_some(),
+                "`tokenizer.json`: `post_processor` names the token `{id}`, which its `special_tokens` lack"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Bytes that a text of `length` bytes could become by a normaliser of `tokenizer.json`: never fewer than it does.

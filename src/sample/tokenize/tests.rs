@@ -180,3 +180,30 @@ fn what_is_missing_is_named() {
     assert!(error(PromptTokenizer::new(Family::Clip, &merges)).contains("a b c"));
     assert!(error(clip("{}").and_then(|t| t.encode("a", 1).map(|_| t))).contains("no room"));
 }
+
+#[test]
+fn a_template_of_a_token_that_it_does_not_explain_is_refused() {
+    let template = r#"{"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "</s>", "type_id": 0}}], "pair": [], "special_tokens": {"KEY": {"id": "</s>", "ids": [1],
+        "tokens": ["</s>"]}}}"#;
+    let open = |key: &str| {
+        let template = template.replace("KEY", key);
+        let all = T5.replace(
+            "\"post_processor\": null",
+            &format!("\"post_processor\": {template}"),
+        );
+        let files = TokenizerFiles {
+            tokenizer: Some(all.as_bytes()),
+            config: Some(br#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#),
+            ..TokenizerFiles::default()
+        };
+        PromptTokenizer::new(Family::T5, &files)?.encode("a b", 8)
+    };
+    let lacks = |key: &str| {
+        open(key).is_err_and(|e| {
+            e.to_string()
+                .contains("`</s>`, which its `special_tokens` lack")
+        })
+    };
+    assert!(lacks("<s>") && !lacks("</s>"));
+}
