@@ -175,22 +175,33 @@ pub(super) fn verbatim(files: &TokenizerFiles) -> Result<Tokenizer> {
     Tokenizer::from_bytes(bytes).map_err(|e| anyhow!("`tokenizer.json`: {e}"))
 }
 
-/// Fails where a template names a special token that it does not explain: the library looks it up when it encodes, and panics.
+/// Fails where a template names what is not there: the library looks it up when it encodes, and panics.
 fn check_template(processor: &Value) -> Result<()> {
-    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    fn list(value: &Value) -> &[Value] {
+        value.as_array().map(Vec::as_slice).unwrap_or_default()
+    }
     list(&processor["processors"])
         .iter()
         .try_for_each(check_template)?;
-    for piece in [&processor["single"], &processor["pair"]]
-        .into_iter()
-        .flat_map(list)
-    {
+    let single = list(&processor["single"]);
+    ensure!(
+        single.iter().all(|piece| piece["Sequence"]["id"] != "B"),
+        "`tokenizer.json`: `post_processor` wants a second text where there is one"
+    );
+    let tokens = &processor["special_tokens"];
+    for piece in single.iter().chain(list(&processor["pair"])) {
         if let Some(id) = piece["SpecialToken"]["id"].as_str() {
             ensure!(
-                processor["special_tokens"].get(id).is_some(),
+                tokens.get(id).is_some(),
                 "`tokenizer.json`: `post_processor` names the token `{id}`, which its `special_tokens` lack"
             );
         }
+    }
+    for (name, token) in tokens.as_object().into_iter().flatten() {
+        ensure!(
+            list(&token["ids"]).len() == list(&token["tokens"]).len(),
+            "`tokenizer.json`: the token `{name}` of `post_processor` has not as many ids as tokens"
+        );
     }
     Ok(())
 }

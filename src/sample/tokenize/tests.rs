@@ -182,28 +182,34 @@ fn what_is_missing_is_named() {
 }
 
 #[test]
-fn a_template_of_a_token_that_it_does_not_explain_is_refused() {
+fn a_template_that_names_what_is_not_there_is_refused() {
     let template = r#"{"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}},
-        {"SpecialToken": {"id": "</s>", "type_id": 0}}], "pair": [], "special_tokens": {"KEY": {"id": "</s>", "ids": [1],
+        {"SpecialToken": {"id": "</s>", "type_id": 0}}], "pair": [], "special_tokens": {"</s>": {"id": "</s>", "ids": [1],
         "tokens": ["</s>"]}}}"#;
-    let open = |key: &str| {
-        let template = template.replace("KEY", key);
-        let all = T5.replace(
+    let encode = |template: &str| {
+        let tokenizer = T5.replace(
             "\"post_processor\": null",
             &format!("\"post_processor\": {template}"),
         );
         let files = TokenizerFiles {
-            tokenizer: Some(all.as_bytes()),
-            config: Some(br#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#),
+            tokenizer: Some(tokenizer.as_bytes()),
+            config: Some(br#"{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "</s>"}"#),
             ..TokenizerFiles::default()
         };
         PromptTokenizer::new(Family::T5, &files)?.encode("a b", 8)
     };
-    let lacks = |key: &str| {
-        open(key).is_err_and(|e| {
-            e.to_string()
-                .contains("`</s>`, which its `special_tokens` lack")
-        })
-    };
-    assert!(lacks("<s>") && !lacks("</s>"));
+    encode(template).unwrap();
+    for (from, to, why) in [
+        ("\"</s>\": {", "\"<s>\": {", "its `special_tokens` lack"),
+        ("\"id\": \"A\"", "\"id\": \"B\"", "a second text"),
+        ("[1]", "[1, 1]", "not as many ids as tokens"),
+    ] {
+        let damaged = template.replace(from, to);
+        assert_ne!(damaged, template);
+        let sequence = format!(r#"{{"type": "Sequence", "processors": [{damaged}]}}"#);
+        for damaged in [damaged, sequence] {
+            let error = encode(&damaged).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
+    }
 }
