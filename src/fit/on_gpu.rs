@@ -1,5 +1,5 @@
-//! Sums of a weighted problem on a GPU: the products of each sample are added to them where they lie, in f32, of numbers in
-//! the format that the model computes in. Of a matrix as wide as the inputs there is one, and none in f64.
+//! Sums of a weighted problem on a GPU: the products of each sample are added to them where they lie, in f32, of bfloat16
+//! numbers where the model computes in these. Of a matrix as wide as the inputs there is one, and none in f64.
 
 use anyhow::{Result, ensure};
 use candle::{DType, Device, Tensor};
@@ -47,13 +47,19 @@ impl DeviceSums {
     /// When shapes disagree or a product fails.
     pub fn add(&mut self, z: &Tensor, root: &Tensor, t: &Tensor, target_sq: f64) -> Result<bool> {
         let (samples, tokens, _) = z.dims3()?;
+        // targets may be larger than f16 goes
+        let dtype = match z.dtype() {
+            DType::BF16 => DType::BF16,
+            _ => DType::F32,
+        };
+        let z = z.to_dtype(dtype)?;
         let roots = root.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-        let ones = Tensor::ones((tokens, 1), z.dtype(), z.device())?;
+        let ones = Tensor::ones((tokens, 1), dtype, z.device())?;
         // √a goes with the target before that is rounded
-        let t = ops::gated(t, root)?.to_dtype(z.dtype())?;
+        let t = ops::gated(t, root)?.to_dtype(dtype)?;
         for (sample, root) in (0..samples).zip(roots) {
             let of = |x: &Tensor| x.get(sample)?.contiguous();
-            let (z, t, a) = (of(z)?, of(&t)?, root * root);
+            let (z, t, a) = (of(&z)?, of(&t)?, root * root);
             let products = [
                 (&self.gram, [&z, &z], a),
                 (&self.cross, [&z, &t], 1.0),

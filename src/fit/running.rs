@@ -366,7 +366,7 @@ mod tests {
             return Ok(());
         };
         let root = Tensor::new(&[[2f32], [0.5], [1.0]], &Device::Cpu)?;
-        for dtype in [DType::F32, DType::BF16] {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
             let mut sums = [RunningGram::default(), RunningGram::default()];
             for _ in 0..2 {
                 // numbers that both formats have

@@ -13,7 +13,8 @@ use crate::calibrate::{
 /// How to fit.
 #[derive(Clone, Copy, Debug)]
 pub struct Fitting<'a> {
-    /// Relative to the mean diagonal; `None`: chosen by the residual on noised latents left out.
+    /// Relative to the mean diagonal; `None`: for layers chosen by the residual on noised latents left out, for refits from
+    /// the number of tokens.
     pub ridge: Option<f64>,
     /// On the activations of the already pruned prefix.
     pub sequential: bool,

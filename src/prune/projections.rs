@@ -190,8 +190,8 @@ impl OutputProjectionSums {
             ..gram
         };
         let gram = if has_bias { gram } else { gram.without_bias()? };
-        let few = gram.gram.dim(0)? as f64 / self.rows.max(1) as f64;
-        let ridge = ridge.unwrap_or(RIDGE * few);
+        let inputs_per_token = gram.gram.dim(0)? as f64 / self.rows.max(1) as f64;
+        let ridge = ridge.unwrap_or(RIDGE * inputs_per_token);
         let solution = ridge::solve_split(Some(gram), None, Some(ridge), &[])?;
         let inputs = solution.coefficients.nrows() - usize::from(has_bias);
         let column = root.unsqueeze(1)?.to_dtype(DType::F32)?;
@@ -324,5 +324,34 @@ mod tests {
         let want = (before.weight().unwrap() + &change).unwrap();
         assert!(off(&got.weight, &want) < 1e-4);
         assert!(got.bias.is_none());
+    }
+
+    #[test]
+    fn few_noisy_tokens_move_a_projection_less_than_many() {
+        let before = before();
+        let (change, none) = (
+            random(&[4, 6]),
+            Tensor::zeros((4, 6), DType::F32, &Device::Cpu),
+        );
+        let none = none.unwrap();
+        let fitted = |samples: usize, change: &Tensor, ridge: Option<f64>| {
+            let z = random(&[samples, 1, 6]);
+            let rest = z.broadcast_matmul(&change.t().unwrap()).unwrap();
+            let rest = (rest + random(&[samples, 1, 4])).unwrap();
+            let mut sums = OutputProjectionSums::default();
+            sums.add(&z, &rest, None, 1.0).unwrap();
+            let got = sums.solve(&before, ridge).unwrap();
+            (got.weight - before.weight().unwrap()).unwrap()
+        };
+        // noise is not taken for a change, and a change that many tokens tell of is found
+        let square = |t: &Tensor| gram::square(t).unwrap();
+        let mean = |ridge| {
+            (0..20)
+                .map(|_| square(&fitted(8, &none, ridge)))
+                .sum::<f64>()
+                / 20.0
+        };
+        assert!(mean(None) < 0.2 * mean(Some(0.0)));
+        assert!(off(&fitted(20_000, &change, None), &change) < 0.1);
     }
 }

@@ -49,7 +49,8 @@ pub struct FitRecipe {
     pub joint: bool,
     /// Neighbouring replaced blocks become one layer.
     pub collapse: bool,
-    /// Ridge, relative to the mean diagonal of the Gram matrix; `null`: chosen by the residual on noised latents left out.
+    /// Ridge, relative to the mean diagonal of the Gram matrix; `null`: for layers chosen by the residual on noised latents
+    /// left out, for refits from the number of tokens.
     pub ridge: Option<f64>,
     /// Fit in network order on the activations of the already pruned prefix.
     pub sequential: bool,

@@ -39,7 +39,7 @@ pub struct Fits {
     pub output_projections: OutputProjections,
 }
 
-/// The noised latents of one image in eight are left out of the fit to choose the ridge, and used after that.
+/// The noised latents of one image in eight are left out of a layer's fit to choose its ridge, and used after that.
 const LEFT_OUT: u32 = 8;
 /// Bytes of token streams that may stay on a device of its own memory in any case; more are held in the host's and visit
 /// the device a batch at a time.
